@@ -1,0 +1,29 @@
+"""The one form in which images and captions travel from data to model, in training and in evaluation.
+
+B images, C captions (C = B in training: one caption an image), T text positions, H × W pixels.
+"""
+
+from typing import TypedDict
+
+from torch import Tensor
+
+
+class Batch(TypedDict):
+    """Images with their captions.
+
+    Keys:
+        pixels: (B, 3, H, W) uint8, 0 to 255. The model normalises: mean and deviation have one home.
+        ids: (C, T) int64 word-piece ids, padded with the vocabulary's pad id.
+        mask: (C, T) bool, True at real tokens.
+        image_id: (B,) int64, the image's place in its evaluation set; -1 marks padding that only evens out ranks and
+            must be ignored. In training: the row number.
+        caption_image: (C,) int64, the `image_id` of the image a caption belongs to; -1 for padding.
+        key: B strings, `source/__key__` of each sample, for messages.
+    """
+
+    pixels: Tensor
+    ids: Tensor
+    mask: Tensor
+    image_id: Tensor
+    caption_image: Tensor
+    key: list[str]
