@@ -1,0 +1,1 @@
+"""Where pairs come from: streamed shards for training, exact sets for evaluation."""

@@ -1,0 +1,169 @@
+"""Evaluation sets: every image once, with all its captions, whatever the number of ranks.
+
+Metrics compare models, so nothing may go missing in silence: tars are indexed up front, image i goes to rank
+i mod ranks, ranks are evened out with rows marked -1, and a bad sample stops the run. B images, C captions.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from datamodules.tars import CAPTION_TYPES, IMAGE_TYPES, captions, expand, image_bytes, is_remote, walk
+from stair.batch import Batch
+from stair.images import decode_image, eval_pixels
+from stair.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a sample lies: its tar, its key, and offset and length in bytes of its members by type."""
+
+    path: str
+    key: str
+    members: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image and its captions, read.
+
+    Attributes:
+        pixels: (3, S, S) uint8.
+        captions: at least one.
+        image_id: place in the set, or -1 for a row that only evens out ranks.
+        key: `source/__key__`.
+    """
+
+    pixels: Tensor
+    captions: list[str]
+    image_id: int
+    key: str
+
+
+class EvaluationPairs(Dataset[Pair]):
+    """A set of N images by index; indices from N on repeat images as padding.
+
+    Args:
+        spec: path, glob, brace pattern, or list of these; local, uncompressed tars.
+        image_size: side S of the square images, in pixels.
+        max_pixels: largest width × height that is decoded.
+
+    Raises:
+        FileNotFoundError: if the spec matches nothing.
+        ValueError: if it names a URL, a broken tar, a set without samples, or a sample without image or caption.
+    """
+
+    def __init__(self, spec: str | list[str], image_size: int, max_pixels: int) -> None:
+        self.image_size, self.max_pixels = image_size, max_pixels
+        self.entries = [entry for shard in expand(spec) for entry in _index(shard)]
+        if not self.entries:
+            raise ValueError(f"evaluation set {spec!r} holds no sample: wanted {IMAGE_TYPES} beside {CAPTION_TYPES}")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Pair:
+        """Reads one sample.
+
+        Raises:
+            ValueError: naming file, key and cause if it is bad.
+        """
+        entry = self.entries[index % len(self)]
+        try:
+            sample = _read(entry)
+            texts = captions(sample)
+            if not all(texts):
+                raise ValueError(f"no caption: one of the {len(texts)} is blank")
+            pixels = eval_pixels(decode_image(image_bytes(sample), self.max_pixels), self.image_size)
+        except ValueError as error:
+            raise ValueError(f"evaluation sample {entry.key!r} of {entry.path}: {error}") from error
+        source = os.path.basename(entry.path).removesuffix(".tar")
+        return Pair(pixels, texts, index if index < len(self) else -1, f"{source}/{entry.key}")
+
+
+def _index(shard: str) -> Iterator[Entry]:
+    if is_remote(shard):
+        raise ValueError(f"evaluation reads by position, which {shard!r} does not allow: copy it to a local path")
+    for key, members in walk(shard):
+        for types in (IMAGE_TYPES, CAPTION_TYPES):
+            if not members.keys() & set(types):
+                raise ValueError(f"evaluation sample {key!r} of {shard} has members {list(members)}, wanted {types}")
+        yield Entry(shard, key, members)
+
+
+def _read(entry: Entry) -> dict[str, bytes]:
+    with open(entry.path, "rb") as tar:
+        sample = {}
+        for kind, (offset, length) in entry.members.items():
+            tar.seek(offset)
+            sample[kind] = tar.read(length)
+        return sample
+
+
+class RankShare(DistributedSampler[int]):
+    """Indices r, r + ranks, r + 2·ranks, ...: as many on every rank, so the last ones may lie past the set's end.
+
+    A `DistributedSampler`, because Lightning puts its own, which repeats samples unmarked, in the place of any other.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self.total_size, self.num_replicas))
+
+
+@dataclass(frozen=True)
+class CollatePairs:
+    """Makes a batch of B pairs with C captions, padding rows marked -1.
+
+    Attributes:
+        vocabulary: makes ids of captions.
+        max_tokens: longest caption kept, in word pieces.
+    """
+
+    vocabulary: Vocabulary
+    max_tokens: int
+
+    def __call__(self, pairs: list[Pair]) -> Batch:
+        """The batch of these pairs."""
+        ids_CT, mask_CT = self.vocabulary.tokenize([text for pair in pairs for text in pair.captions], self.max_tokens)
+        return Batch(
+            pixels=torch.stack([pair.pixels for pair in pairs]),
+            ids=ids_CT,
+            mask=mask_CT,
+            image_id=torch.tensor([pair.image_id for pair in pairs]),
+            caption_image=torch.tensor([pair.image_id for pair in pairs for _ in pair.captions]),
+            key=[pair.key for pair in pairs],
+        )
+
+
+def serial_tokenizer(worker: int) -> None:
+    """For `worker_init_fn`: a tokenizer that starts threads in a forked worker can lock up."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def evaluation_loader(
+    pairs: EvaluationPairs, collate: CollatePairs, batch_size: int, workers: int, rank: int, ranks: int
+) -> DataLoader[Pair]:
+    """A loader of this rank's share of a set: the same number of batches, of the same sizes, on every rank.
+
+    Args:
+        pairs: the set.
+        collate: makes batches.
+        batch_size: images in a batch.
+        workers: reading processes; 0 reads in this one.
+        rank: this process, from 0.
+        ranks: processes in all.
+    """
+    return DataLoader(
+        pairs,
+        batch_size=batch_size,
+        sampler=RankShare(pairs, ranks, rank, shuffle=False),
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=serial_tokenizer,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # the default one would draw from the global state
+    )

@@ -1,0 +1,271 @@
+"""Image-text pairs for the trainer: WebDataset shards streamed for training, evaluation sets read exactly.
+
+What is checked is checked in `setup`, before the first step: a run fails with a reason rather than waiting for samples
+that never come. `stream.py` says who sees what when, `pairs.py` how evaluation stays exact.
+"""
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import closing
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from datamodules.pairs import CollatePairs, EvaluationPairs, evaluation_loader
+from datamodules.stream import Augment, Plan, ShardLoader, ShardStream
+from datamodules.tars import (
+    CAPTION_TYPES,
+    IMAGE_TYPES,
+    captions,
+    count_samples,
+    expand,
+    image_bytes,
+    is_remote,
+    stream,
+    types_of,
+)
+from stair.images import MAX_PIXELS
+from stair.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+_PROBED = 20  # samples of a source that are looked at before training
+
+
+class ImageTextShards(LightningDataModule):
+    """Image-text pairs from WebDataset shards: `KEY.jpg|jpeg|png|webp` with `KEY.json` and/or `KEY.txt`.
+
+    Captions are `{"captions": [...]}` or `{"caption": "..."}` of the JSON, else the text. Training draws one of them,
+    evaluation uses all. Batches are `stair.batch.Batch`. An epoch is floor(samples / global_batch_size) steps on every
+    rank, each with other samples; it depends on `seed` and not on global random state, and resumes inside an epoch from
+    Lightning's checkpoints with the same ranks, workers, batch size and shards.
+
+    A shard spec is a path, a glob (`data/*.tar`) or a brace pattern (`data/train-{0000..0004}.tar`).
+
+    Args:
+        train: shard spec, or a list of them; also URLs and `pipe:` commands, as WebDataset opens them. None: no
+            training.
+        val: name to shard spec of the validation sets, the primary one first. Local and uncompressed.
+        test: name to shard spec of the test sets, which are also those of `predict`. Local and uncompressed.
+        vocabulary: a `vocab.txt`, a folder with one, or the name of a model on the hub.
+        image_size: side of the square images, in pixels, at least 1.
+        max_tokens: longest caption kept, in word pieces, [CLS] and [SEP] included; at least 3.
+        global_batch_size: pairs a step over all ranks; a multiple of the number of ranks.
+        eval_batch_size: images a batch on each rank in evaluation, all their captions with them.
+        workers: reading processes a rank; 0 reads in the training process.
+        shuffle: pairs a worker shuffles among each other, held as they lie in the tar (memory: this times the size of
+            a compressed image); 0 keeps their order. Shards are permuted in any case.
+        crop_scale: least and greatest share of an image's area that the training crop keeps, in (0, 1]; the crop's
+            aspect ratio is 3/4 to 4/3. (1, 1) is evaluation's centre crop.
+        flip: mirror half of the training images; wrong where captions say left and right.
+        max_pixels: largest width × height that is decoded; larger images count as bad.
+        max_bad_share: greatest share of bad samples a worker skips, in [0, 1), judged from 200 samples on (or from its
+            part of the epoch, where that is smaller).
+        seed: of shard order, shuffling, caption draws and crops.
+        train_samples: pairs in all training shards together, taken to be spread evenly. Needed where `train` has URLs;
+            for local shards it replaces counting them (by `NNNNN_stats.json` of img2dataset, else by their headers).
+
+    Attributes:
+        val_names: names of the validation sets, in the order of their loaders.
+        test_names: names of the test sets, in the order of their loaders.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | None,
+        val: dict[str, str] | None,
+        test: dict[str, str] | None,
+        vocabulary: str,
+        image_size: int,
+        max_tokens: int,
+        global_batch_size: int = 256,
+        eval_batch_size: int = 64,
+        workers: int = 4,
+        shuffle: int = 2000,
+        crop_scale: tuple[float, float] = (0.9, 1.0),
+        flip: bool = False,
+        max_pixels: int = MAX_PIXELS,
+        max_bad_share: float = 0.1,
+        seed: int = 0,
+        train_samples: int | None = None,
+    ) -> None:
+        super().__init__()
+        _require(image_size >= 1, "image_size", image_size, "at least 1")
+        _require(max_tokens >= 3, "max_tokens", max_tokens, "at least 3: [CLS], a word, [SEP]")
+        _require(global_batch_size >= 1, "global_batch_size", global_batch_size, "at least 1")
+        _require(eval_batch_size >= 1, "eval_batch_size", eval_batch_size, "at least 1")
+        _require(workers >= 0, "workers", workers, "0 or more")
+        _require(shuffle >= 0, "shuffle", shuffle, "0 or more")
+        _require(0 < crop_scale[0] <= crop_scale[1] <= 1, "crop_scale", crop_scale, "0 < least <= greatest <= 1")
+        _require(max_pixels >= 1, "max_pixels", max_pixels, "at least 1")
+        _require(0 <= max_bad_share < 1, "max_bad_share", max_bad_share, "0 or more and less than 1")
+        _require(train_samples is None or train_samples >= 1, "train_samples", train_samples, "at least 1, or none")
+        self.train = [train] if isinstance(train, str) else train
+        self.val, self.test = val or {}, test or {}
+        self.val_names, self.test_names = list(self.val), list(self.test)
+        self.global_batch_size, self.eval_batch_size, self.workers = global_batch_size, eval_batch_size, workers
+        self.shuffle, self.max_pixels, self.max_bad_share, self.seed = shuffle, max_pixels, max_bad_share, seed
+        self.train_samples = train_samples
+        self.augment = Augment(image_size, tuple(crop_scale), flip)
+        self.collate = CollatePairs(Vocabulary(vocabulary), max_tokens)
+        self._loader: ShardLoader | None = None
+        self._sets: dict[str, dict[str, EvaluationPairs]] = {}
+        self._broken: Counter[str] = Counter()
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Bad training samples this rank has met so far, by cause, and unreadable shards."""
+        return dict(self._broken + (self._loader.skipped if self._loader else Counter()))
+
+    def setup(self, stage: str) -> None:
+        """Finds, counts and checks everything that the stage reads.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`.
+
+        Raises:
+            FileNotFoundError: if a shard spec matches nothing.
+            ValueError: if shards hold too little, or not what is wanted.
+        """
+        if stage == "fit" and self.train:
+            self._loader = self._training()
+        if stage in ("fit", "validate"):
+            self._sets["val"] = self._evaluation(self.val)
+        if stage in ("test", "predict"):
+            self._sets["test"] = self._evaluation(self.test)
+
+    def _evaluation(self, specs: dict[str, str]) -> dict[str, EvaluationPairs]:
+        return {name: EvaluationPairs(spec, self.augment.size, self.max_pixels) for name, spec in specs.items()}
+
+    def _training(self) -> ShardLoader:
+        rank, ranks = self._place()
+        if self.global_batch_size % ranks:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} cannot be shared by {ranks} ranks; make it a multiple"
+            )
+        sources = [expand(spec) for spec in self.train]
+        shards = [shard for source in sources for shard in source]
+        counts = self._counts(shards)
+        if sum(counts) < self.global_batch_size:
+            raise ValueError(
+                f"{len(shards)} shards hold {sum(counts)} pairs, fewer than global_batch_size="
+                f"{self.global_batch_size}: an epoch would have no step. Lower it or give more shards"
+            )
+        for source in sources:
+            _probe(source)
+        plan = Plan(
+            tuple(shards), tuple(counts), self.seed, ranks, max(self.workers, 1), self.global_batch_size // ranks
+        )
+        if len(shards) < plan.ranks * plan.workers:
+            logger.info("%d shards for %d readers: some read parts of one", len(shards), plan.ranks * plan.workers)
+        shard_stream = ShardStream(
+            plan, rank, self.augment, self.collate, self.shuffle, self.max_pixels, self.max_bad_share
+        )
+        return ShardLoader(shard_stream, self.workers, self._epoch_batches(plan.steps))
+
+    def _counts(self, shards: list[str]) -> list[int]:
+        if self.train_samples is not None:
+            even, rest = divmod(self.train_samples, len(shards))
+            return [even + (i < rest) for i in range(len(shards))]
+        if remote := [shard for shard in shards if is_remote(shard)]:
+            raise ValueError(
+                f"{remote[0]!r} cannot be counted without reading it all: give train_samples, "
+                "the number of pairs in all training shards"
+            )
+        counts, wrong = zip(*map(count_samples, shards), strict=True)
+        self._broken = Counter({"shard broken": sum(map(bool, wrong))})
+        if not any(counts):
+            raise ValueError(f"none of {len(shards)} training shards holds a sample, the first: {wrong[0]}")
+        for reason in filter(None, wrong):
+            logger.warning("shard broken: %s", reason)
+        return list(counts)
+
+    def _place(self) -> tuple[int, int]:
+        if self.trainer is not None:
+            return self.trainer.global_rank, self.trainer.world_size
+        if dist.is_available() and dist.is_initialized():
+            return dist.get_rank(), dist.get_world_size()
+        return 0, 1
+
+    def _epoch_batches(self, steps: int) -> int:
+        # an epoch that the trainer cuts short is complete, and a resumed run must begin the next one
+        limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
+        return min(steps, limit) if isinstance(limit, int) else int(steps * limit)
+
+    def train_dataloader(self) -> ShardLoader:
+        """The resumable loader; the same object each time, so that a reload goes on with the next epoch.
+
+        Raises:
+            ValueError: if there are no training shards.
+        """
+        if self._loader is None:
+            raise ValueError("nothing to train on: train=None was given; give a shard spec")
+        return self._loader
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """One loader a validation set, in the order of `val_names`."""
+        return self._loaders(self._sets["val"].values())
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """One loader a test set, in the order of `test_names`."""
+        return self._loaders(self._sets["test"].values())
+
+    def predict_dataloader(self) -> list[DataLoader]:
+        """As `test_dataloader`."""
+        return self.test_dataloader()
+
+    def _loaders(self, sets: Iterable[EvaluationPairs]) -> list[DataLoader]:
+        place = self._place()
+        return [evaluation_loader(pairs, self.collate, self.eval_batch_size, self.workers, *place) for pairs in sets]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's state; Lightning gives it back also after a whole epoch, where it leaves loaders as new."""
+        return self._loader.state_dict() if self._loader else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Places the loader; without one (validation, test) there is nothing to place."""
+        if self._loader and state_dict:
+            self._loader.load_state_dict(state_dict)
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value!r}: wanted {wanted}")
+
+
+def _probe(source: list[str]) -> None:
+    """Looks at the first samples of a source: wrong names would otherwise be skipped one by one, for an epoch.
+
+    Raises:
+        ValueError: if none has an image, or none a caption.
+    """
+    for shard in source:
+        with closing(stream(shard, lambda error: True, select=None)) as samples:
+            first = list(itertools.islice(samples, _PROBED))
+        if first:
+            break
+    else:
+        raise ValueError(f"no sample in {source[0]!r} and its {len(source) - 1} neighbours: not a tar, or empty")
+    for wanted, read in ((IMAGE_TYPES, image_bytes), (CAPTION_TYPES, captions)):
+        reasons = [_failure(read, sample) for sample in first]
+        if all(reasons):
+            names = [f"{sample['__key__']}.{kind}" for sample in first[:5] for kind in types_of(sample)]
+            raise ValueError(
+                f"none of the first {len(first)} samples of {shard!r} has a usable member of {list(wanted)}: "
+                f"{reasons[0]}; members seen: {names}"
+            )
+
+
+def _failure(read: Any, sample: dict[str, Any]) -> str:
+    try:
+        read(sample)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,91 @@
+"""From the bytes of a picture to the pixels a model sees: one road for evaluation, search and a user's own pictures.
+
+A model that was measured on one preprocessing and used with another is worse for no visible reason, so the evaluation
+sets and the encoder both call `eval_pixels`. H × W pixels, S the side of the square a model takes.
+"""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MAX_PIXELS = 89_478_485  # Pillow's own warning limit: 256 MiB of RGB
+
+# what the web serves; Pillow's other formats include some that start external programs
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes a picture as a viewer would show it: upright, on white, eight bits a channel.
+
+    Args:
+        data: the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file.
+        max_pixels: largest width × height that is decoded; checked on the header, before any pixel is.
+
+    Returns:
+        An RGB image. The EXIF orientation has been applied, transparency laid over white; grayscale, palette, CMYK and
+        16-bit images are converted.
+
+    Raises:
+        ValueError: if it cannot be. The message begins with the cause and a colon: `image empty`, `image too large`
+            or `image undecodable`.
+    """
+    if not data:
+        raise ValueError("image empty: 0 bytes")
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height <= max_pixels:
+                return as_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"image too large: {error}") from error
+    except Exception as error:  # Pillow's decoders raise whatever their parser met: OSError, SyntaxError, struct.error
+        raise ValueError(f"image undecodable: {type(error).__name__}: {error}") from error
+    raise ValueError(f"image too large: {width} x {height} pixels, the limit is {max_pixels} (max_pixels)")
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Converts any mode to 8-bit RGB: 16 bits scaled, transparency laid over white."""
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips 16 bits at 255, which turns such images white
+        image = Image.fromarray((np.asarray(image).clip(0, 65_535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        image = Image.new("RGBA", over.size, "white")
+        image.alpha_composite(over)
+    return image.convert("RGB")
+
+
+def box_pixels(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Tensor:
+    """Scales a box of an image to a square, bicubic with antialiasing.
+
+    Crop and resize are one step: resizing first would blow a picture of 10,000 × 1 pixels up to gigabytes.
+
+    Args:
+        image: RGB.
+        box: left, top, right, bottom in pixels of the image.
+        size: side S of the square.
+
+    Returns:
+        (3, S, S) uint8.
+    """
+    square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def eval_pixels(image: Image.Image, size: int) -> Tensor:
+    """The preprocessing of every picture outside training: short side to `size`, centre crop.
+
+    Args:
+        image: RGB, any size.
+        size: side S of the square the model takes.
+
+    Returns:
+        (3, S, S) uint8; the model normalises.
+    """
+    width, height = image.size
+    short = min(width, height)
+    left, top = (width - short) / 2, (height - short) / 2
+    return box_pixels(image, (left, top, left + short, top + short), size)
