@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import BertTokenizerFast
+from transformers import BertTokenizer
 
 _UNUSED = re.compile(r"\[unused\d+\]")
 _FILE = "vocab.txt"
@@ -42,10 +42,11 @@ class Vocabulary:
             path = path / _FILE
         if path.is_file():
             # `vocab_file=` is silently ignored by transformers 5 and gives a vocabulary of 5 words
-            self._tokenizer = BertTokenizerFast(vocab=str(path))
+            self._tokenizer = BertTokenizer(vocab=str(path))
         else:
-            self._tokenizer = BertTokenizerFast.from_pretrained(str(source), trust_remote_code=False)
-        by_token: dict[str, int] = self._tokenizer.get_vocab()
+            self._tokenizer = BertTokenizer.from_pretrained(str(source), trust_remote_code=False)
+        # without added tokens: the tokeniser adds special ones that a file lacks
+        by_token: dict[str, int] = self._tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
         self.tokens: list[str] = sorted(by_token, key=by_token.__getitem__)
         missing = [t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if t not in by_token]
         dense = list(range(len(self.tokens))) == sorted(by_token.values())
@@ -74,9 +75,7 @@ class Vocabulary:
         Returns:
             `ids_BT` int64 and `mask_BT` bool (True at real tokens, [CLS] and [SEP] included).
         """
-        out = self._tokenizer(
-            list(captions), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
-        )
+        out = self._tokenizer(list(captions), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
         return out["input_ids"], out["attention_mask"].bool()
 
     def pieces(self, text: str) -> list[int]:

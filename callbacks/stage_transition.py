@@ -1,0 +1,124 @@
+"""From one stage to the next: take over its weights, freeze what the stage freezes, hand over at the planned end.
+
+Taking over happens in `setup("fit")`: after the modules exist, before the strategy wraps them (DDP and FSDP read
+`requires_grad` once), and before Lightning restores a checkpoint. So a resumed run ends up with its own checkpoint's
+weights, whatever was taken over first. The frozen set comes from the stage's class, never from a checkpoint.
+"""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from safetensors.torch import load_model
+
+from lightning_modules.stage import StairStage, planned_steps, sides
+from stair.model import StairConfig, read_description
+
+log = logging.getLogger(__name__)
+
+
+class StageTransition(L.Callback):
+    """Takes over from the previous stage and hands over to the next.
+
+    Args:
+        start_from: the previous stage's hand-over, the folder `stair` in its run. Stage 1 has none; stages 2 and 3
+            need one.
+        hand_over: where the hand-over is written when the planned steps are done; `<default_root_dir>/stair` if null.
+    """
+
+    def __init__(self, start_from: str | None = None, hand_over: str | None = None) -> None:
+        self.start_from = start_from
+        self.hand_over = hand_over
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Takes over and freezes.
+
+        Raises:
+            FileNotFoundError: if there is no hand-over at `start_from`.
+            ValueError: if it is not the previous stage's, unfinished, of another model or vocabulary; naming both sides.
+        """
+        if not isinstance(pl_module, StairStage):
+            return
+        if stage == "fit":
+            self._take_over(pl_module)
+        elif self.start_from is not None and trainer.ckpt_path is None:
+            # evaluating a hand-over: its own stage, not the one before
+            _load(pl_module, Path(self.start_from), read_description(Path(self.start_from)))
+        for side in pl_module.frozen:
+            for module in sides(pl_module.stair)[side]:
+                module.requires_grad_(False).eval()
+
+    def _take_over(self, module: StairStage) -> None:
+        if self.start_from is None:
+            if module.stage > 1:
+                raise ValueError(
+                    f"stage {module.stage} starts from stage {module.stage - 1}: give --transition.start_from "
+                    f"RUN/stage{module.stage - 1}/stair, or --run RUN where both stages live"
+                )
+            return
+        folder = Path(self.start_from)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"no hand-over of stage {module.stage - 1} at {folder}: it is written when that stage has finished its "
+                "planned steps. Finish it, or correct --transition.start_from"
+            )
+        description = read_description(folder)
+        _check_order(module, folder, description["training"])
+        _load(module, folder, description)
+        log.info("stage %d takes over from %s", module.stage, folder)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hands over, if the planned steps are done: this is also called when a time limit stopped the run."""
+        if not isinstance(pl_module, StairStage):
+            return
+        planned = planned_steps(trainer)
+        if trainer.global_step < planned:
+            log.warning("no hand-over: %d of %d planned steps are done; resume the run", trainer.global_step, planned)
+            return
+        target = Path(self.hand_over or Path(trainer.default_root_dir) / "stair")
+        if trainer.is_global_zero:
+            facts = {"stage": pl_module.stage, "steps": trainer.global_step, "finished": True}
+            pl_module.stair.save_pretrained(target, facts)
+            log.info("stage %d hands over at %s", pl_module.stage, target)
+        trainer.strategy.barrier("hand-over")
+
+
+def _check_order(module: StairStage, folder: Path, training: dict[str, Any]) -> None:
+    if training.get("stage") != module.stage - 1:
+        raise ValueError(
+            f"stage {module.stage} starts from stage {module.stage - 1}, but {folder} was handed over by stage "
+            f"{training.get('stage')}; correct --transition.start_from"
+        )
+    if not training.get("finished"):
+        raise ValueError(f"{folder} comes from a stage {training.get('stage')} that did not finish; finish it first")
+
+
+def _load(module: StairStage, folder: Path, description: dict[str, Any]) -> None:
+    """Strict: every weight must be there and fit, and both models must be one design over one vocabulary."""
+    theirs, ours = description["vocabulary_fingerprint"], module.stair.vocabulary.fingerprint
+    if theirs != ours:
+        raise ValueError(
+            f"{folder} has vocabulary {theirs[:12]}…, this run has {ours[:12]}… ({module.stair.config.vocabulary}): every "
+            "dimension would mean another word. Use the same stair.vocabulary in all stages"
+        )
+    theirs, ours = (_design(values) for values in (description["model"], module.stair.portable_config()))
+    if theirs != ours:
+        keys = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+        raise ValueError(
+            f"{folder} is another model than this run's. "
+            + "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in keys)
+            + ". Use the same stair settings in all stages"
+        )
+    load_model(module.stair, str(folder / "model.safetensors"), strict=True)
+
+
+def _design(values: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal between stages: not the settings a stage makes for itself, nor how weights were started."""
+    flat: dict[str, Any] = {}
+    for key, value in asdict(StairConfig.from_dict(values)).items():
+        if key in ("image", "text"):
+            flat.update({f"{key}.{inner}": v for inner, v in value.items() if inner != "pretrained"})
+    options = flat.pop("text.options")
+    return {**flat, **{f"text.options.{k}": v for k, v in options.items() if k not in ("dtype", "_name_or_path")}}

@@ -1,0 +1,65 @@
+"""Optimiser and schedule: AdamW or the paper's LAMB, linear warm-up, cosine decay, stepped by optimiser step."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from timm.optim import Lamb
+from torch import nn
+
+
+@dataclass
+class Optimizer:
+    """How parameters move.
+
+    Args:
+        name: `adamw` or `lamb` (You et al. 2020; the paper's choice at a batch of 16,384).
+        lr: peak learning rate.
+        weight_decay: on matrices only, never on word embeddings, norms, biases or the scale.
+        betas: decay of the two moments.
+        eps: added to the denominator.
+        warmup_steps: optimiser steps of linear warm-up from 0.
+        final_lr_share: share of `lr` that the cosine ends at.
+    """
+
+    name: Literal["adamw", "lamb"] = "adamw"
+    lr: float = 5e-4
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    warmup_steps: int = 2000
+    final_lr_share: float = 0.03
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """An optimiser over the parameters that require a gradient."""
+        embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        decayed, spared = [], []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                is_matrix = parameter.ndim > 1 and id(parameter) not in embeddings and not name.endswith(".words")
+                (decayed if is_matrix and "pos_embed" not in name else spared).append(parameter)
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+        family = Lamb if self.name == "lamb" else torch.optim.AdamW
+        return family([g for g in groups if g["params"]], lr=self.lr, betas=tuple(self.betas), eps=self.eps)
+
+    def schedule(self, total_steps: int) -> Callable[[int], float]:
+        """Factor on `lr` at each optimiser step of a run of `total_steps`.
+
+        Raises:
+            ValueError: if warm-up is longer than the run.
+        """
+        if self.warmup_steps >= total_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps is {self.warmup_steps} but the run has {total_steps} steps; "
+                "set trainer.max_steps higher or the warm-up shorter"
+            )
+
+        def factor(step: int) -> float:
+            if step < self.warmup_steps:
+                return (step + 1) / self.warmup_steps
+            done = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
+            return self.final_lr_share + (1 - self.final_lr_share) * 0.5 * (1 + math.cos(math.pi * done))
+
+        return factor

@@ -1,0 +1,14 @@
+"""Stage 1, grounding: both sides train, and a text may light up only its own words.
+
+The mask is what gives words their own meaning: an image can match "a red circle" only through `red`, `circle` and `a`.
+Without it retrieval still works, but words become arbitrary codes (docs/paper.md).
+"""
+
+from lightning_modules.stage import StairStage
+
+
+class Stage1(StairStage):
+    """Text masked to the caption's own words (STAIR, section 3, stage 1)."""
+
+    stage = 1
+    text_words = "own"

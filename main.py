@@ -1,0 +1,90 @@
+"""The roof: `python main.py fit --config configs/stage1.yaml …`, the same as `stair fit` and `lightning fit`.
+
+Names the families (stages, data, callbacks that are always on) and joins the settings that must agree. Everything else is
+Lightning's own command line: `--print_config`, `--help`, overlays by further `--config`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from callbacks.health import Health
+from callbacks.retrieval_panels import RetrievalPanels
+from callbacks.run_monitor import RunMonitor
+from callbacks.sparsity_monitor import SparsityMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from callbacks.stage_transition import StageTransition
+from datamodules import ImageTextShards
+from lightning_modules.stage import StairStage
+
+BASE = Path(__file__).parent / "configs" / "base.yaml"
+
+
+class StairCLI(LightningCLI):
+    """Lightning's command line with the project's callbacks, and `--run`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the always-on callbacks under keys of their own, the run's name, and the links."""
+        parser.add_argument(
+            "--run",
+            type=str | None,
+            default=None,
+            help="folder of a run. Stage k then works in RUN/stagek and starts from RUN/stage(k-1)/stair; "
+            "validate, test and predict load RUN/stagek/stair",
+        )
+        parser.add_lightning_class_args(StageTransition, "transition")
+        parser.add_lightning_class_args(SparsityMonitor, "sparsity")
+        parser.add_lightning_class_args(RetrievalPanels, "panels")
+        parser.add_lightning_class_args(RunMonitor, "monitor")
+        parser.add_lightning_class_args(Health, "health")
+        parser.link_arguments("model.init_args.stair.vocabulary", "data.vocabulary")
+        parser.link_arguments("model.init_args.stair.image.image_size", "data.image_size")
+        parser.link_arguments("model.init_args.stair.text.max_tokens", "data.max_tokens")
+
+    def before_instantiate_classes(self) -> None:
+        """Spells out `--run`: where the stage works and what it starts from."""
+        config = self.config[self.subcommand]
+        if config.run is None:
+            return
+        stage = _stage_of(config.model.class_path)
+        home = Path(config.run) / f"stage{stage}"
+        config.trainer.default_root_dir = str(home)
+        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+        for logger in loggers:
+            if hasattr(logger, "init_args") and "save_dir" in logger.init_args:
+                logger.init_args.save_dir = str(home)
+        if config.transition.start_from is None and getattr(config, "ckpt_path", None) in (None, "last"):
+            source = home if self.subcommand != "fit" else home.with_name(f"stage{stage - 1}") if stage > 1 else None
+            config.transition.start_from = str(source / "stair") if source else None
+
+
+def _stage_of(class_path: str) -> int:
+    import importlib
+
+    module, name = class_path.rsplit(".", 1)
+    family: Any = getattr(importlib.import_module(module), name)
+    return int(family.stage)
+
+
+def main(args: list[str] | None = None) -> StairCLI:
+    """Runs the command line.
+
+    Args:
+        args: the words after the command; those of the process if None.
+    """
+    parser_kwargs = {"parser_mode": "omegaconf+"}
+    return StairCLI(
+        StairStage,
+        ImageTextShards,
+        subclass_mode_model=True,
+        args=args,
+        save_config_kwargs={"overwrite": True},  # else a requeued run is refused its own folder
+        parser_kwargs={
+            **parser_kwargs,
+            **{word: {"default_config_files": [str(BASE)]} for word in ("fit", "validate", "test", "predict")},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

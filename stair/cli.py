@@ -1,0 +1,80 @@
+"""The commands `stair` and `lightning`.
+
+Nothing heavy is imported before it is needed: `stair --help` answers at once. Training lives in the checkout (main.py),
+not in the wheel, which is for using trained models.
+"""
+
+import importlib.util
+import sys
+
+_TRAINER_WORDS = {
+    "fit": "train a stage:           stair fit --config configs/stage1.yaml --data.train 'shards/train-{0000..0099}.tar'",
+    "validate": "recall on validation sets, as during training",
+    "test": "recall on test sets",
+    "predict": "embeddings of the test sets, through the trainer",
+}
+_HELP = """usage: stair WORD ...
+
+STAIR: sparse, readable image and text embeddings.
+
+{words}
+
+`stair WORD --help` tells the settings of a word. `lightning WORD ...` does the same for these words.
+"""
+
+
+def _help() -> str:
+    return _HELP.format(words="\n".join(f"  {word:10}{what}" for word, what in _TRAINER_WORDS.items()))
+
+
+def main() -> None:
+    """`stair WORD …`."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+    elif words[0] == "--version":
+        from stair import __version__
+
+        print(__version__)
+    elif words[0] in _TRAINER_WORDS:
+        _train()
+    else:
+        sys.exit(f"stair: no word {words[0]!r}; known are {', '.join(_TRAINER_WORDS)}. `stair --help` explains them")
+
+
+def lightning_main() -> None:
+    """`lightning WORD …`: the trainer's words are ours, all others belong to whoever else owns the name.
+
+    Lightning installs no such command since 2.5.1; lightning-sdk does. `sys.argv` stays as it is: the DDP launcher starts
+    the other ranks by running it again.
+    """
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word in _TRAINER_WORDS or word in ("", "-h", "--help"):
+        main()
+    elif importlib.util.find_spec("lightning_sdk") is not None:
+        from lightning_sdk.cli.entrypoint import main_cli
+
+        main_cli()
+    elif word in ("run", "consolidate"):
+        from lightning.fabric.cli import _main
+
+        _main()
+    else:
+        main()
+
+
+def _train() -> None:
+    if importlib.util.find_spec("main") is None or importlib.util.find_spec("lightning_modules") is None:
+        sys.exit(
+            "stair: training needs the project's checkout, this is the package alone. Clone the repository and run "
+            "`make setup` there"
+        )
+    if importlib.util.find_spec("lightning") is None:
+        sys.exit("stair: lightning is not installed; run `pip install -e '.[train]'` in the checkout")
+    from main import main as train
+
+    train()
+
+
+if __name__ == "__main__":
+    main()

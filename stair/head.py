@@ -1,0 +1,93 @@
+"""The vocabulary head: from hidden states to one weight a word.
+
+B rows, T positions, D width of the tower, E width of the word embeddings, V words, W own words of a caption.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from stair.encoders import MaskedLMHead
+from stair.kernels import vocabulary_max
+
+
+class VocabularyHead(nn.Module):
+    """BERT's masked-LM head, a max over positions, and `log(1 + ReLU(·))`.
+
+    `p(h_j) = E · LayerNorm(GELU(W h_j + c)) + b` and `z_v = log(1 + ReLU(max_j p(h_j)_v))` (STAIR, section 2), with
+    W, c = `dense`, `LayerNorm = norm`, E = `words` (V, E), b = `bias` (V,).
+
+    Args:
+        width: D of the tower.
+        words: (V, E) parameter: for text the tower's own input embeddings (tied), for images a copy.
+        never_active: sorted ids of words that stay zero.
+        masked_lm: published weights to start from; `dense` is taken where the widths agree.
+        bias_start: start of b without published weights.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        words: nn.Parameter,
+        never_active: Sequence[int],
+        masked_lm: MaskedLMHead | None = None,
+        bias_start: float = 0.0,
+    ) -> None:
+        super().__init__()
+        vocabulary_size, word_width = words.shape
+        self.dense = nn.Linear(width, word_width)
+        self.norm = nn.LayerNorm(word_width, eps=1e-12)  # BERT's epsilon
+        self.words = words
+        self.bias = nn.Parameter(torch.full((vocabulary_size,), float(bias_start)))
+        self._active = _ranges(never_active, vocabulary_size)
+        if masked_lm is not None:
+            self._start_from(masked_lm)
+
+    def _start_from(self, masked_lm: MaskedLMHead) -> None:
+        with torch.no_grad():
+            if masked_lm.dense.weight.shape == self.dense.weight.shape:
+                self.dense.load_state_dict(masked_lm.dense.state_dict())
+            self.norm.load_state_dict(masked_lm.norm.state_dict())
+            self.norm.eps = masked_lm.norm.eps
+            self.bias.copy_(masked_lm.bias_V)
+
+    def forward(self, hidden: Tensor, mask: Tensor, own_ids: Tensor | None = None) -> Tensor:
+        """Weighs the words.
+
+        Args:
+            hidden: (B, T, D).
+            mask: (B, T) bool, True at real positions.
+            own_ids: (B, W) int64: only these words may be non-zero (stage 1), and only they are computed: exact, and the
+                cost of the head falls from V to W words a row. Doubles and never-active words are harmless.
+
+        Returns:
+            (B, V) in fp32, not negative.
+        """
+        hidden_BTE = self.norm(torch.nn.functional.gelu(self.dense(hidden)))
+        if own_ids is None:
+            return vocabulary_max(hidden_BTE, mask, self.words, self.bias, self._active)
+        return self._own_words(hidden_BTE, mask, own_ids)
+
+    def _own_words(self, hidden_BTE: Tensor, mask_BT: Tensor, own_BW: Tensor) -> Tensor:
+        own_BW = own_BW.sort(dim=1).values
+        first_BW = torch.ones_like(own_BW, dtype=torch.bool)
+        first_BW[:, 1:] = own_BW[:, 1:] != own_BW[:, :-1]
+        logits_BWT = self.words[own_BW] @ hidden_BTE.transpose(1, 2).to(self.words.dtype)
+        # fp32 from here on, whatever the towers' precision
+        logits_BW = logits_BWT.float().masked_fill(~mask_BT[:, None], float("-inf")).amax(dim=2)
+        weight_BW = torch.log1p(torch.relu(logits_BW + self.bias[own_BW])) * (first_BW & self._can_be_active(own_BW))
+        return torch.zeros(len(own_BW), len(self.words), device=own_BW.device).scatter_add(1, own_BW, weight_BW)
+
+    def _can_be_active(self, ids: Tensor) -> Tensor:
+        active = torch.zeros_like(ids, dtype=torch.bool)
+        for first, end in self._active:
+            active |= (ids >= first) & (ids < end)
+        return active
+
+
+def _ranges(never_active: Sequence[int], vocabulary_size: int) -> list[tuple[int, int]]:
+    """Ranges `[first, end)` of the words between those that are never active."""
+    edges = [-1, *never_active, vocabulary_size]
+    return [(a + 1, b) for a, b in pairwise(edges) if b > a + 1]

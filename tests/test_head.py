@@ -1,0 +1,166 @@
+"""The fused vocabulary head against the plain formula, and the head against transformers' own."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+from transformers import BertConfig, BertForMaskedLM
+
+from stair.encoders import MaskedLMHead
+from stair.head import VocabularyHead
+from stair.kernels import fused, vocabulary_max, vocabulary_max_reference
+
+
+@pytest.fixture(params=["gather", "products", "padded"])
+def form(request, monkeypatch):
+    """Both backward forms, and the reduction that GPUs use, on whatever device runs the test."""
+    monkeypatch.setattr(fused, "_GATHER_COST", 0 if request.param == "gather" else 10**9)
+    if request.param == "padded":
+        monkeypatch.setattr(fused, "_running_max", lambda logits, alive, p=None: fused._padded_max(logits, _packing[0]))
+        real_pack = fused._pack
+
+        def pack(mask):
+            _packing[:] = [real_pack(mask)]
+            return _packing[0]
+
+        monkeypatch.setattr(fused, "_pack", pack)
+
+
+_packing = []
+
+
+def inputs(B, T, D, V, keep=0.6, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (
+        torch.randn(*s, dtype=dtype, generator=g).requires_grad_() for s in ((B, T, D), (V, D), (V,))
+    )
+    return hidden, torch.rand(B, T, generator=g) < keep, weight, bias
+
+
+def gradients(function, hidden, mask, weight, bias):
+    out = function(hidden, mask, weight, bias)
+    seed = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return out, torch.autograd.grad((out * seed).sum(), (hidden, weight, bias))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    B=st.integers(1, 6),
+    T=st.integers(1, 9),
+    D=st.integers(1, 5),
+    V=st.integers(1, 200),
+    keep=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
+    seed=st.integers(0, 9999),
+    cost=st.sampled_from([0, 10**9]),
+)
+def test_fused_head_equals_the_plain_formula_in_float64(B, T, D, V, keep, seed, cost):
+    arguments = inputs(B, T, D, V, keep, seed)
+    before = fused._GATHER_COST
+    fused._GATHER_COST = cost
+    try:
+        got, want = (gradients(f, *arguments) for f in (vocabulary_max, vocabulary_max_reference))
+    finally:
+        fused._GATHER_COST = before
+    torch.testing.assert_close(got[0], want[0], rtol=0, atol=1e-12)
+    for a, b in zip(got[1], want[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_gradcheck(form):
+    hidden, mask, weight, bias = inputs(3, 4, 3, 7)
+    assert gradcheck(lambda h, w, b: vocabulary_max(h, mask, w, b), (hidden, weight, bias))
+
+
+def test_a_row_without_tokens_is_zero_and_has_no_gradient(form):
+    hidden, mask, weight, bias = inputs(3, 4, 3, 7, keep=1.0)
+    mask[1] = False
+    out, (grad_hidden, *_) = gradients(vocabulary_max, hidden, mask, weight, bias)
+    assert (out[1] == 0).all() and (grad_hidden[1] == 0).all() and (out[0] > 0).any()
+
+
+def test_ties_go_to_the_first_position_and_sum_to_the_plain_gradient(form):
+    hidden, mask, weight, bias = inputs(2, 1, 3, 7, keep=1.1)
+    tied = hidden.detach().repeat(1, 3, 1).requires_grad_()
+    out, (grad, *_) = gradients(vocabulary_max, tied, mask.repeat(1, 3), weight, bias)
+    want, (grad_once, *_) = gradients(vocabulary_max_reference, hidden, mask, weight, bias)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(grad[:, :1], grad_once)
+    assert (grad[:, 1:] == 0).all()
+
+
+def test_more_positions_than_a_byte_counts(form):
+    arguments = inputs(2, 300, 3, 5, keep=0.9)
+    got, want = (gradients(f, *arguments) for f in (vocabulary_max, vocabulary_max_reference))
+    for a, b in zip(got[1], want[1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_words_outside_the_ranges_stay_zero_and_get_no_gradient(form):
+    hidden, mask, weight, bias = inputs(3, 4, 3, 9, keep=1.1)
+    out = vocabulary_max(hidden, mask, weight, bias, words=((2, 4), (6, 9)))
+    whole = vocabulary_max_reference(hidden, mask, weight, bias)
+    keep = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1, 1])
+    torch.testing.assert_close(out, whole * keep)
+    grad = torch.autograd.grad(out.sum(), weight)[0]
+    assert (grad[keep == 0] == 0).all() and (grad[keep == 1] != 0).any()
+
+
+def test_a_second_derivative_is_refused():
+    hidden, mask, weight, bias = inputs(2, 3, 2, 4)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(vocabulary_max(hidden, mask, weight, bias).sum(), hidden, create_graph=True)
+
+
+def test_wrong_shapes_are_named():
+    hidden, mask, weight, bias = inputs(2, 3, 2, 4)
+    with pytest.raises(ValueError, match=r"hidden \(2, 3, 2\), mask \(2, 2\)"):
+        vocabulary_max(hidden, mask[:, :2], weight, bias)
+
+
+def test_under_bf16_autocast_the_result_is_fp32_and_near():
+    hidden, mask, weight, bias = inputs(4, 5, 64, 30, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = vocabulary_max(hidden, mask, weight, bias)
+    assert out.dtype == torch.float32
+    # inputs are rounded to 8 bits: logits of spread 8 are off by some 0.05
+    assert (out - vocabulary_max_reference(hidden, mask, weight, bias)).abs().max() < 0.1
+
+
+def bert(vocabulary_size=40):
+    torch.manual_seed(1)
+    config = BertConfig(vocab_size=vocabulary_size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = BertForMaskedLM(config).eval()
+    torch.nn.init.normal_(model.get_output_embeddings().bias)
+    return model
+
+
+def test_head_equals_berts_own_masked_lm_head_then_log_and_max():
+    model = bert()
+    transform = model.cls.predictions.transform
+    published = MaskedLMHead(transform.dense, transform.LayerNorm, model.get_output_embeddings().bias)
+    never = [0, 5, 6]
+    head = VocabularyHead(16, model.bert.embeddings.word_embeddings.weight, never, published)
+    ids = torch.randint(7, 40, (3, 6))
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] + [0] * 5]).bool()
+    hidden = model.bert(ids, attention_mask=mask.long()).last_hidden_state
+    logits = model(ids, attention_mask=mask.long()).logits
+    want = torch.log1p(torch.relu(logits)).masked_fill(~mask[..., None], 0).amax(1)  # log before max
+    want[:, never] = 0
+    torch.testing.assert_close(head(hidden, mask), want, atol=1e-5, rtol=1e-5)
+
+
+def test_own_words_alone_equal_the_whole_head_times_the_mask_in_value_and_gradient():
+    torch.manual_seed(0)
+    head = VocabularyHead(8, torch.nn.Parameter(torch.randn(20, 8)), [0, 1, 2])
+    hidden = torch.randn(2, 5, 8, requires_grad=True)
+    mask = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]]).bool()
+    own = torch.tensor([[1, 7, 9, 7, 2], [2, 19, 3, 0, 0]])  # doubles, special tokens, padding
+    allowed = torch.zeros(2, 20).scatter(1, own, 1.0)
+    seed = torch.randn(2, 20)
+    results = []
+    for out in (head(hidden, mask, own_ids=own), head(hidden, mask) * allowed):
+        results.append((out, *torch.autograd.grad((out * seed).sum(), [hidden, *head.parameters()])))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert (results[0][0][0] > 0).nonzero().flatten().tolist() != []

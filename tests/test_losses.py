@@ -1,0 +1,149 @@
+"""The objective against slow oracles, on one process and on several gloo ranks."""
+
+import math
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from stair.losses import flops, info_nce, ramp
+
+
+def info_nce_oracle(image, text, scale):
+    logits = scale * image @ text.T
+    target = torch.arange(len(image))
+    return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
+
+
+def test_info_nce_of_a_worked_example():
+    # logits [[2, 0], [0, 0]]: rows log(1+e^-2), log 2; columns the same
+    image, text = torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.eye(2)
+    want = (math.log(1 + math.exp(-2)) + math.log(2)) / 2
+    assert float(info_nce(image, text, torch.ones(1)).loss) == pytest.approx(want, abs=1e-6)
+
+
+def test_empty_embeddings_give_log_n():
+    assert float(info_nce(torch.zeros(8, 5), torch.zeros(8, 5), torch.ones(1)).loss) == pytest.approx(math.log(8))
+
+
+def test_info_nce_and_its_gradient_equal_cross_entropy_both_ways():
+    torch.manual_seed(0)
+    parts = [torch.rand(6, 9, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    scale = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+    got, want = info_nce(*parts, scale), info_nce_oracle(*parts, scale)
+    assert float(got.logit_std) == pytest.approx(float((scale * parts[0] @ parts[1].T).std(correction=0)))
+    torch.testing.assert_close(got.loss, want, atol=1e-12, rtol=0)
+    for a, b in zip(
+        torch.autograd.grad(2 * got.loss, [*parts, scale]), torch.autograd.grad(2 * want, [*parts, scale]), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_flops_of_a_worked_example():
+    z = torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, 0.0]], requires_grad=True)
+    value = flops(z)
+    assert float(value) == 2**2 + 0 + 1**2
+    value.backward()
+    # 2 · mean_v / rows
+    assert z.grad.tolist() == [[2.0, 0.0, 1.0], [2.0, 0.0, 1.0]]
+
+
+def test_the_loss_is_fp32_under_bf16_autocast():
+    torch.manual_seed(0)
+    image, text = torch.rand(4, 300), torch.rand(4, 300)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, regulariser = info_nce(image, text, torch.ones(1)).loss, flops(image)
+    torch.testing.assert_close(loss, info_nce_oracle(image, text, 1.0))
+    torch.testing.assert_close(regulariser, image.mean(0).square().sum())
+
+
+@pytest.mark.parametrize(("step", "length", "want"), [(0, 10, 0.0), (5, 10, 0.25), (10, 10, 1), (99, 10, 1), (0, 0, 1)])
+def test_ramp_is_quadratic_then_one(step, length, want):
+    assert ramp(step, length) == want
+
+
+def test_unlike_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"image \(2, 3\) and text \(3, 3\)"):
+        info_nce(torch.zeros(2, 3), torch.zeros(3, 3), torch.ones(1))
+
+
+# ------------------------------------------------------------------ several ranks
+
+
+def towers():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"image": nn.Linear(4, 9), "text": nn.Linear(5, 9)}).double()
+
+
+def batch(pairs=8):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(pairs, 4, dtype=torch.float64, generator=g), torch.randn(
+        pairs, 5, dtype=torch.float64, generator=g
+    )
+
+
+def objective(model, images, texts, scale, wrong=1.0):
+    image, text = (torch.log1p(torch.relu(model[k](x))) for k, x in (("image", images), ("text", texts)))
+    return info_nce(image, text, scale).loss + wrong * (0.1 * flops(image) + 0.2 * flops(text))
+
+
+def on_rank(rank, ranks, file, results, wrong, uneven):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
+    try:
+        model, (images, texts) = towers(), batch()
+        model.scale = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+        n = len(images) // ranks
+        part = slice(rank * n, (rank + 1) * n - (1 if uneven and rank else 0))
+        loss = objective(model, images[part], texts[part], model.scale, wrong)
+        loss.backward()
+        for p in model.parameters():  # what DDP does
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= ranks
+        results.put((rank, float(loss), [p.grad.tolist() for p in model.parameters()]))
+    except ValueError as error:
+        results.put((rank, str(error), None))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def run_ranks(ranks, tmp_path, wrong=1.0, uneven=False):
+    results = mp.get_context("fork").SimpleQueue()
+    mp.start_processes(
+        on_rank, (ranks, str(tmp_path / "store"), results, wrong, uneven), nprocs=ranks, start_method="fork"
+    )
+    return [results.get() for _ in range(ranks)]
+
+
+def one_process():
+    model = towers()
+    model.scale = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    image, text = (torch.log1p(torch.relu(model[k](x))) for k, x in zip(("image", "text"), batch(), strict=True))
+    # the oracle shares no code with the product
+    loss = info_nce_oracle(image, text, model.scale)
+    loss = loss + 0.1 * image.mean(0).square().sum() + 0.2 * text.mean(0).square().sum()
+    loss.backward()
+    return float(loss), [p.grad for p in model.parameters()]
+
+
+def worst(grads, want):
+    return max(float((torch.tensor(g, dtype=torch.float64) - w).abs().max()) for g, w in zip(grads, want, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_loss_and_gradients_on_ranks_equal_one_process(ranks, tmp_path):
+    loss, want = one_process()
+    for _, got_loss, grads in run_ranks(ranks, tmp_path):
+        assert got_loss == pytest.approx(loss, abs=1e-12)
+        assert worst(grads, want) < 1e-12
+
+
+def test_a_wrong_scaling_between_ranks_is_noticed(tmp_path):
+    _, want = one_process()
+    assert worst(run_ranks(2, tmp_path, wrong=1.01)[0][2], want) > 1e-4
+
+
+def test_uneven_ranks_are_refused_on_every_rank(tmp_path):
+    messages = [message for _, message, _ in run_ranks(2, tmp_path, uneven=True)]
+    assert all("different numbers of pairs: [4, 3]" in str(m) for m in messages)

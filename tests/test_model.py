@@ -1,0 +1,221 @@
+"""The model: vocabulary, towers from published files, saving and loading, what can and cannot light up."""
+
+import json
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
+
+from stair import Stair, Vocabulary
+from stair.encoders import ImageTower, TextTower
+from tests.conftest import TEXT_OPTIONS, WORDS, tiny_config, write_vocabulary
+
+
+def test_vocabulary_keeps_special_and_unused_pieces_out(vocab_file):
+    vocabulary = Vocabulary(vocab_file)
+    assert [vocabulary.tokens[i] for i in vocabulary.never_active] == [
+        "[PAD]", "[unused0]", "[unused1]", "[unused2]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
+    ]  # fmt: skip
+    assert len(vocabulary) == 8 + len(WORDS)
+
+
+def test_own_words_are_the_captions_pieces_and_no_others(vocab_file):
+    vocabulary = Vocabulary(vocab_file)
+    ids, mask = vocabulary.tokenize(["Red DOGS dog", "zzz"], 12)
+    own = [vocabulary.words(row.nonzero().flatten().tolist()) for row in vocabulary.own_words(ids, mask)]
+    assert [sorted(words) for words in own] == [["##s", "dog", "red"], []]
+
+
+def test_captions_are_cut_at_max_tokens(vocab_file):
+    ids, mask = Vocabulary(vocab_file).tokenize(["a red dog on the green sea", "a"], 5)
+    assert ids.shape == (2, 5) and mask.sum(1).tolist() == [5, 3]
+
+
+def test_another_order_of_words_is_another_fingerprint(vocab_file, tmp_path):
+    lines = vocab_file.read_text().splitlines()
+    (tmp_path / "vocab.txt").write_text("\n".join([*lines[:-2], lines[-1], lines[-2]]) + "\n")
+    assert Vocabulary(tmp_path).fingerprint != Vocabulary(vocab_file).fingerprint
+
+
+def test_a_file_that_is_no_vocabulary_is_refused(tmp_path):
+    (tmp_path / "vocab.txt").write_text("just\nsome\nwords\nof\nno\nuse\nat\nall\nhere\n")
+    with pytest.raises(ValueError, match=r"no WordPiece vocabulary.*missing \['\[PAD\]'"):
+        Vocabulary(tmp_path / "vocab.txt")
+
+
+def test_padding_and_never_active_words_never_fire(tiny_stair, captions, pixels):
+    ids, mask = tiny_stair.vocabulary.tokenize(captions, 12)
+    with torch.no_grad():
+        for head in (tiny_stair.text_head, tiny_stair.image_head):
+            head.bias.fill_(5.0)  # everything that can fire does
+        out = tiny_stair(pixels, ids, mask)
+        longer = tiny_stair(pixels, *(torch.nn.functional.pad(x, (0, 2)) for x in (ids, mask)))
+    never = tiny_stair.vocabulary.never_active
+    assert (out["text_CV"][:, never] == 0).all() and (out["image_BV"][:, never] == 0).all()
+    assert (out["text_CV"] > 0).sum(1).tolist() == [len(WORDS)] * 4
+    torch.testing.assert_close(out["text_CV"], longer["text_CV"])
+
+
+def test_the_stage_1_mask_lets_only_own_words_through(tiny_stair, captions, pixels):
+    tiny_stair.config.text_words = "own"
+    ids, mask = tiny_stair.vocabulary.tokenize(captions, 12)
+    with torch.no_grad():
+        tiny_stair.text_head.bias.fill_(5.0)
+        fast, both = tiny_stair(pixels, ids, mask), tiny_stair(pixels, ids, mask, unmasked=True)
+    own = tiny_stair.vocabulary.own_words(ids, mask)
+    assert ((fast["text_CV"] > 0) == own).all()
+    torch.testing.assert_close(fast["text_CV"], both["text_CV"])
+    assert (both["text_unmasked_CV"] > 0).sum() > own.sum()
+
+
+def test_patches_only_are_read_from_the_image(vocab_file):
+    config = tiny_config(vocab_file)
+    patches = Stair(config).image_encoder(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    config.image.positions = "all"
+    assert (patches.shape[1], Stair(config).image_encoder(torch.zeros(1, 3, 32, 32)).shape[1]) == (16, 17)
+
+
+def test_a_saved_model_answers_the_same_after_loading(tiny_stair, captions, pixels, tmp_path):
+    tiny_stair.config.similarity = "cosine"
+    tiny_stair.save_pretrained(tmp_path / "m", {"stage": 3})
+    loaded = Stair.from_pretrained(tmp_path / "m")
+    torch.testing.assert_close(loaded.encode_image(pixels), tiny_stair.encode_image(pixels), atol=0, rtol=0)
+    torch.testing.assert_close(loaded.encode_text(captions), tiny_stair.encode_text(captions), atol=0, rtol=0)
+    assert loaded.config.similarity == "cosine" and not loaded.training
+    assert loaded.text_head.words is loaded.text_encoder.words.weight
+    names = {p.name for p in (tmp_path / "m").iterdir()}
+    assert names >= {"model.safetensors", "config.json", "vocab.txt"} and not [
+        n for n in names if "bin" in n or "pt" in n
+    ]
+
+
+def test_cosine_scores_are_of_length_one_and_dot_scores_are_not(tiny_stair, captions, pixels):
+    image, text = tiny_stair.encode_image(pixels), tiny_stair.encode_text(captions)
+    torch.testing.assert_close(tiny_stair.score(image, text), image @ text.T)
+    tiny_stair.config.similarity = "cosine"
+    want = torch.nn.functional.cosine_similarity(image[:, None], text[None], dim=-1)
+    torch.testing.assert_close(tiny_stair.score(image, text), want)
+    assert (tiny_stair.score(torch.zeros(1, image.shape[1]), text) == 0).all()
+
+
+def test_pictures_of_any_size_are_encoded(tiny_stair):
+    out = tiny_stair.encode_image([Image.new("RGB", (50, 40), "red"), Image.new("L", (16, 90))])
+    assert out.shape == (2, len(tiny_stair.vocabulary)) and (out >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: (d / "model.safetensors").unlink(), "model.safetensors.* missing"),
+        (lambda d: (d / "config.json").write_text("{"), "is no json"),
+        (lambda d: edit(d, format=99), "format 99"),
+        (lambda d: edit(d, model={"surprise": 1}), "unknown fields"),
+        (lambda d: edit_model(d, name="hf-hub:someone/else"), "weights from elsewhere"),
+        (lambda d: write_vocabulary(d / "vocab.txt", unused=2), "vocabulary|knows"),
+    ],
+)
+def test_a_damaged_or_foreign_folder_is_refused(tiny_stair, tmp_path, change, message):
+    tiny_stair.save_pretrained(tmp_path / "m")
+    change(tmp_path / "m")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Stair.from_pretrained(tmp_path / "m")
+
+
+def edit(folder, **changes):
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **changes}))
+
+
+def edit_model(folder, **image):
+    model = json.loads((folder / "config.json").read_text())["model"]
+    edit(folder, model={**model, "image": {**model["image"], **image}})
+
+
+def published_bert(folder, vocab_file, family="bert"):
+    """Writes a folder as the hub holds it: config.json, model.safetensors, vocab.txt."""
+    V = len(vocab_file.read_text().splitlines())
+    torch.manual_seed(3)
+    if family == "bert":
+        model = BertForMaskedLM(BertConfig(vocab_size=V, **TEXT_OPTIONS))
+    else:
+        model = DistilBertForMaskedLM(
+            DistilBertConfig(vocab_size=V, dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=16)
+        )
+    torch.nn.init.normal_(model.get_output_embeddings().bias)
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text(vocab_file.read_text())
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_published_text_weights_and_masked_lm_head_are_loaded(tmp_path, vocab_file, family, captions):
+    published = published_bert(tmp_path, vocab_file, family)
+    config = tiny_config(tmp_path)
+    config.text = TextTower(str(tmp_path), True, 12)
+    stair = Stair(config).eval()
+    ids, mask = stair.vocabulary.tokenize(captions, 12)
+    with torch.no_grad():
+        logits = published(input_ids=ids, attention_mask=mask.long()).logits
+        want = torch.log1p(torch.relu(logits.masked_fill(~mask[..., None], -1).amax(1)))
+    want[:, stair.vocabulary.never_active] = 0
+    torch.testing.assert_close(stair.encode_text(captions), want, atol=1e-5, rtol=1e-5)
+    # the image head starts from the same words and bias, in a matrix of its own
+    torch.testing.assert_close(stair.image_head.words, stair.text_head.words)
+    torch.testing.assert_close(stair.image_head.bias, stair.text_head.bias)
+    assert stair.image_head.words.data_ptr() != stair.text_head.words.data_ptr()
+    # and what was loaded can be saved and loaded without the folder it came from
+    stair.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(
+        Stair.from_pretrained(tmp_path / "saved").encode_text(captions), stair.encode_text(captions)
+    )
+
+
+def published_vit(folder, **options):
+    """Writes a folder as timm's hub repositories are: config.json and model.safetensors."""
+    folder.mkdir()
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, **options)
+    save_file(vit.state_dict(), folder / "model.safetensors")
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 1000,
+        "pretrained_cfg": {
+            "input_size": [3, 32, 32], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "num_classes": 1000,
+            "first_conv": "patch_embed.proj", "classifier": "head", "interpolation": "bicubic",
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return vit.eval()
+
+
+def test_published_image_weights_and_normalisation_are_loaded(tmp_path, vocab_file, pixels):
+    published = published_vit(tmp_path / "vit", depth=1)
+    config = tiny_config(vocab_file)
+    config.image = ImageTower(f"local-dir:{tmp_path / 'vit'}", True, 32, options={"depth": 1})
+    stair = Stair(config).eval()
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]))
+    with torch.no_grad():
+        want = published.forward_features((pixels / 255 - mean) / std)[:, 1:]
+        torch.testing.assert_close(stair.image_encoder(pixels), want, atol=1e-5, rtol=1e-5)
+    stair.save_pretrained(tmp_path / "saved")
+    loaded = Stair.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(loaded.encode_image(pixels), stair.encode_image(pixels))
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "message"),
+    [
+        (ImageTower("no_such_model", False, 32), None, "timm cannot build.*no_such_model"),
+        (ImageTower("resnet18", False, 32), None, "resnet18"),
+        (None, TextTower("no-such-type", False, 12), "no model type 'no-such-type'"),
+        (None, TextTower("bert", False, 99, TEXT_OPTIONS), "max_tokens is 99.*16 positions"),
+        (None, TextTower("bert", False, 12, {**TEXT_OPTIONS, "vocab_size": 7}), "knows 7 words"),
+    ],
+)
+def test_towers_that_cannot_be_built_are_named(vocab_file, image, text, message):
+    config = tiny_config(vocab_file)
+    config.image, config.text = image or config.image, text or config.text
+    with pytest.raises(ValueError, match=message):
+        Stair(config)
