@@ -1,0 +1,159 @@
+"""The same few validation images at every validation, with the words the model says of them: what figures hide.
+
+A word that is in the image's captions is drawn in colour, so that grounding can be seen and not only counted.
+
+B images and C captions of a batch, K words shown, V words.
+"""
+
+import html
+import math
+import re
+import textwrap
+import warnings
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from callbacks.sparsity_monitor import words_of
+from stair.batch import Batch
+from stair.vocabulary import Vocabulary
+
+_COLUMNS = 4
+_FOUND, _OTHER = "tab:green", "tab:gray"
+
+
+class _Panel(NamedTuple):
+    """One image: (H, W, 3) uint8 pixels, captions, and words as (word, weight, whether a caption has it)."""
+
+    pixels: np.ndarray
+    captions: list[str]
+    words: list[tuple[str, float, bool]]
+
+
+class RetrievalPanels(L.Callback):
+    """Shows validation images with their strongest words in TensorBoard: `val/<set>/panels` (picture, text).
+
+    The images are the first of the first validation set on rank 0, so they stay the same from step to step. Does
+    nothing without a TensorBoard logger, or for a model without a vocabulary.
+
+    Args:
+        images: how many; 0 for none.
+        words: K, how many words of each, strongest first; fewer where fewer are active. At least 1.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(self, images: int = 16, words: int = 10) -> None:
+        if images < 0 or words < 1:
+            raise ValueError(f"images={images}, words={words}: wanted images of at least 0 and words of at least 1")
+        self.images, self.words = images, words
+        self._panels: list[_Panel] = []
+        self._said = False
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins anew."""
+        self._panels = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: dict[str, Tensor],
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps the first images of the first set."""
+        wanted = self.images - len(self._panels)
+        if trainer.sanity_checking or not trainer.is_global_zero or dataloader_idx != 0 or wanted <= 0:
+            return
+        vocabulary = words_of(pl_module, outputs["image_BV"])
+        if vocabulary is None or not _tensorboards(trainer):
+            if not self._said:
+                self._said = True
+                rank_zero_info("RetrievalPanels: no panels without a TensorBoard logger and a model with a vocabulary")
+            return
+        rows = (batch["image_id"] >= 0).nonzero().flatten().tolist()[:wanted]
+        self._panels += [_panel(row, outputs["image_BV"], batch, vocabulary, self.words) for row in rows]
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draws what was kept."""
+        if not self._panels:
+            return
+        tag, picture, table = f"val/{trainer.datamodule.val_names[0]}/panels", _draw(self._panels), _table(self._panels)
+        for board in _tensorboards(trainer):
+            board.add_image(tag, picture, trainer.global_step, dataformats="HWC")
+            board.add_text(tag, table, trainer.global_step)
+        self._panels = []
+
+
+def _tensorboards(trainer: L.Trainer) -> list[Any]:
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _panel(row: int, image_BV: Tensor, batch: Batch, vocabulary: Vocabulary, k: int) -> _Panel:
+    own_C = batch["caption_image"] == batch["image_id"][row]
+    ids, mask = batch["ids"][own_C], batch["mask"][own_C]
+    held_V = vocabulary.own_words(ids, mask).any(0)
+    top_K = image_BV[row].float().topk(min(k, image_BV.shape[1]))
+    words = [
+        (vocabulary.tokens[v], weight, bool(held_V[v]))
+        for weight, v in zip(top_K.values.tolist(), top_K.indices.tolist(), strict=True)
+        if weight > 0
+    ]
+    never = set(vocabulary.never_active)
+    captions = [
+        " ".join(vocabulary.words(i for i in caption[real].tolist() if i not in never)).replace(" ##", "")
+        for caption, real in zip(ids, mask, strict=True)
+    ]
+    return _Panel(batch["pixels"][row].permute(1, 2, 0).cpu().numpy(), captions, words)
+
+
+def _draw(panels: list[_Panel]) -> np.ndarray:
+    """(H, W, 3) uint8: for each image its picture under its first caption, and bars for its words."""
+    columns = min(_COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.2 * columns, 2.4 * rows), dpi=80, layout="constrained")
+    axes = figure.subplots(rows, 2 * columns, squeeze=False).reshape(-1, 2)
+    for (left, right), panel in zip(axes, panels, strict=False):
+        left.imshow(panel.pixels)
+        # captions and words are anybody's text: a dollar sign must not start a formula
+        title = textwrap.shorten(next(iter(panel.captions), ""), 60, placeholder=" …")
+        left.set_title(textwrap.fill(title, 30), fontsize=7, parse_math=False)
+        names, weights, found = zip(*panel.words, strict=True) if panel.words else ((), (), ())
+        places = range(len(names))
+        right.barh(places, weights, color=[_FOUND if f else _OTHER for f in found])
+        right.set_yticks(places, names, fontsize=7, parse_math=False)
+        right.invert_yaxis()
+        right.tick_params(axis="x", labelsize=6)
+        right.set_frame_on(False)
+    for axis in (*axes[:, 0], *axes[len(panels) :, 1]):
+        axis.set_axis_off()
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the vocabulary has Chinese, the font has not
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def _table(panels: list[_Panel]) -> str:
+    """Markdown: captions and words of each image with their weights, bold where a caption has the word."""
+    lines = ["| captions | words |", "|---|---|"]
+    for panel in panels:
+        words = [
+            f"**{_escape(word)}** {w:.2f}" if found else f"{_escape(word)} {w:.2f}" for word, w, found in panel.words
+        ]
+        lines.append(f"| {'<br>'.join(map(_escape, panel.captions))} | {', '.join(words)} |")
+    return "\n".join(lines)
+
+
+def _escape(text: str) -> str:
+    """Text that is neither markup nor markdown: both are drawn by the browser of whoever looks."""
+    return re.sub(r"([\\`*_{}\[\]()#+\-.!|~$])", r"\\\1", html.escape(text))

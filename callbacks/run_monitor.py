@@ -1,0 +1,87 @@
+"""How fast the run goes, what it waits for, and what it leaves out. Loss, λ, scale and rates belong to the stage.
+
+Figures are those of all ranks: ranks move in lock step, so the slowest one is the pace of all.
+"""
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+
+from stair.batch import Batch
+
+
+def logs_now(trainer: L.Trainer, batch_idx: int) -> bool:
+    """True in `on_train_batch_end` of the batches after which the loggers write: elsewhere a figure would be lost."""
+    stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+    return stepped and trainer.log_every_n_steps > 0 and trainer.global_step % trainer.log_every_n_steps == 0
+
+
+class RunMonitor(L.Callback):
+    """Logs the pace of training at every `trainer.log_every_n_steps`, over the steps since the last time.
+
+    - `run/pairs_per_second`: pairs of all ranks a second; validation and what follows it are left out.
+    - `run/seconds_per_step`, `run/seconds_waiting`: a step, and the part of it between the end of one step and the
+      start of the next, on the slowest rank: input that is not ready (and checkpoints, when one was written).
+    - `run/max_memory_gib`: greatest memory PyTorch has held on a CUDA device since the start, largest over ranks.
+    - `run/skipped/<cause>`: samples left out since the start (`datamodule.skipped`), all ranks together.
+    """
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self._pairs, self._steps, self._seconds, self._waiting = 0, 0, 0.0, 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock: loaders that take long to start count as waiting."""
+        self._last = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock again."""
+        self._last = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Takes the time since the last step's end."""
+        self._waiting += time.perf_counter() - self._last
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Counts the step, and logs where it is time to."""
+        now = time.perf_counter()
+        self._seconds += now - self._last
+        self._last = now
+        self._steps += 1
+        self._pairs += len(batch["pixels"])
+        if logs_now(trainer, batch_idx):
+            pl_module.log_dict(self._figures(trainer, pl_module.device), batch_size=1)
+            self._clear()
+
+    def _figures(self, trainer: L.Trainer, device: torch.device) -> dict[str, float]:
+        mine = {
+            "pairs": self._pairs,
+            "seconds": self._seconds,
+            "waiting": self._waiting / self._steps,
+            "memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+            "skipped": dict(getattr(trainer.datamodule, "skipped", {})),
+        }
+        ranks = [mine]
+        if trainer.world_size > 1:
+            # as objects: ranks meet different causes of skipping, and it is one exchange for everything
+            ranks = [{} for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(ranks, mine)
+        slowest = max(rank["seconds"] for rank in ranks)
+        figures = {
+            "run/pairs_per_second": sum(rank["pairs"] for rank in ranks) / slowest,
+            "run/seconds_per_step": slowest / self._steps,
+            "run/seconds_waiting": max(rank["waiting"] for rank in ranks),
+        }
+        if device.type == "cuda":
+            figures["run/max_memory_gib"] = max(rank["memory"] for rank in ranks) / 2**30
+        for cause in {cause for rank in ranks for cause in rank["skipped"]}:
+            figures[f"run/skipped/{cause}"] = float(sum(rank["skipped"].get(cause, 0) for rank in ranks))
+        return figures

@@ -1,0 +1,127 @@
+"""Are the embeddings sparse, do both sides light up the same words, and do the words mean what they say?
+
+The three ways a sparse model goes wrong without the loss telling: too many words active, the same words always active
+on both sides, words that have nothing to do with the image. Everything is exact over ranks (stair/metrics.py).
+
+V words.
+"""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from callbacks.run_monitor import logs_now
+from stair.batch import Batch
+from stair.metrics import Grounding, SparsityStats
+from stair.vocabulary import Vocabulary
+
+_TRAIN = ("image/active_words", "text/active_words", "products_per_pair")
+
+
+def vocabulary_of(pl_module: L.LightningModule) -> Vocabulary | None:
+    """The vocabulary of a STAIR module; None for a dense one."""
+    return getattr(getattr(pl_module, "stair", None), "vocabulary", None)
+
+
+def words_of(pl_module: L.LightningModule, image_BV: Tensor) -> Vocabulary | None:
+    """The vocabulary whose words the columns of an embedding are; None if they are no words."""
+    vocabulary = vocabulary_of(pl_module)
+    return vocabulary if vocabulary is not None and image_BV.shape[1] == len(vocabulary) else None
+
+
+class SparsityMonitor(L.Callback):
+    """Logs sparsity in training, sparsity and grounding at each validation and test. Does nothing for dense models.
+
+    - At every `trainer.log_every_n_steps`, of the global batch: `train/image/active_words`,
+      `train/text/active_words`, `train/products_per_pair`.
+    - Of each evaluation set: `val/<set>/sparsity/<figure>` (the figures of `SparsityStats`), `val/<set>/grounding@10`,
+      `grounding@1` and `grounding@10_frequent`, the same for the commonest caption words, which is the figure to beat.
+      Under `test/` in a test run.
+
+    Args:
+        words: K of grounding@K, the words of an image that are compared with its captions; 1 to V.
+    """
+
+    def __init__(self, words: int = 10) -> None:
+        self.words = words
+        self._sets: dict[str, tuple[SparsityStats, Grounding]] = {}
+        self._said = False
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: dict[str, Any],
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Logs the sparsity of this step's batch, all ranks together."""
+        if not logs_now(trainer, batch_idx) or (vocabulary := self._words(pl_module, outputs["image_BV"])) is None:
+            return
+        stats = SparsityStats(len(vocabulary)).to(pl_module.device)
+        stats.update(outputs["image_BV"], outputs["text_CV"])
+        figures = stats.compute()
+        pl_module.log_dict({f"train/{name}": figures[name] for name in _TRAIN}, batch_size=1)
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins every validation set anew."""
+        self._begin([] if trainer.sanity_checking else trainer.datamodule.val_names, pl_module)
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins every test set anew."""
+        self._begin(trainer.datamodule.test_names, pl_module)
+
+    def _begin(self, names: list[str], pl_module: L.LightningModule) -> None:
+        # on every rank for every set, before a batch is seen: a rank without a batch still has to take part in the sums
+        vocabulary = vocabulary_of(pl_module)
+        self._sets = {
+            name: (
+                SparsityStats(len(vocabulary)).to(pl_module.device),
+                Grounding(len(vocabulary), self.words).to(pl_module.device),
+            )
+            for name in (names if vocabulary is not None else [])
+        }
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: dict[str, Tensor],
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Adds a batch to the figures of its set."""
+        vocabulary = self._words(pl_module, outputs["image_BV"])
+        if vocabulary is None or trainer.sanity_checking:
+            return
+        stats, grounding = list(self._sets.values())[dataloader_idx]
+        ids = batch["image_id"], batch["caption_image"]
+        stats.update(outputs["image_BV"], outputs["text_CV"], *ids)
+        grounding.update(outputs["image_BV"], vocabulary.own_words(batch["ids"], batch["mask"]), *ids)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs the figures of every validation set."""
+        self._log("val", pl_module)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs the figures of every test set."""
+        self._log("test", pl_module)
+
+    def _log(self, prefix: str, pl_module: L.LightningModule) -> None:
+        for name, (stats, grounding) in self._sets.items():
+            figures = {f"sparsity/{key}": value for key, value in stats.compute().items()} | grounding.compute()
+            if not figures["sparsity/image/active_words"].isnan():  # NaN: no rank had an embedding made of words
+                pl_module.log_dict({f"{prefix}/{name}/{key}": value for key, value in figures.items()}, batch_size=1)
+        self._sets = {}
+
+    def _words(self, pl_module: L.LightningModule, image_BV: Tensor) -> Vocabulary | None:
+        vocabulary = words_of(pl_module, image_BV)
+        if vocabulary is None and not self._said:
+            self._said = True
+            rank_zero_info("SparsityMonitor: the embeddings have no vocabulary; nothing is measured of words")
+        return vocabulary
