@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.synthetic import BACKGROUNDS, COLOURS, SHAPES, SIZES, write_scenes
+from datamodules.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES
+from datamodules.synthetic import write_scenes
 from stair.vocabulary import Vocabulary
 
 TRAIN, VAL = 600, 100
