@@ -14,7 +14,7 @@ from callbacks.sparsity_monitor import SparsityMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from callbacks.stage_transition import StageTransition
-from datamodules import ImageTextShards
+from datamodules.shards import ImageTextShards
 from lightning_modules.stage import StairStage
 
 BASE = Path(__file__).parent / "configs" / "base.yaml"
@@ -77,6 +77,7 @@ def main(args: list[str] | None = None) -> StairCLI:
         StairStage,
         ImageTextShards,
         subclass_mode_model=True,
+        auto_configure_optimizers=False,
         args=args,
         save_config_kwargs={"overwrite": True},  # else a requeued run is refused its own folder
         parser_kwargs={

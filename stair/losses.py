@@ -74,7 +74,9 @@ class _GlobalInfoNCE(torch.autograd.Function):
         image_GV, text_GV = _gather(image_BV), _gather(text_BV)
         G, first = len(image_GV), (dist.get_rank() * B if ranks() > 1 else 0)
         own = torch.arange(first, first + B, device=image_BV.device), torch.arange(B, device=image_BV.device)
-        from_image_BG, from_text_BG = scale * (image_BV @ text_GV.T), scale * (text_BV @ image_GV.T)
+        from_image_BG = scale * (image_BV @ text_GV.T)
+        # one process holds all pairs: both directions read the same products
+        from_text_BG = from_image_BG.T if ranks() == 1 else scale * (text_BV @ image_GV.T)
         image_lse_B, text_lse_B = from_image_BG.logsumexp(1), from_text_BG.logsumexp(1)
         image_lse_G, text_lse_G = _gather(image_lse_B), _gather(text_lse_B)
         diagonal_B = from_image_BG[own[1], own[0]]
@@ -97,7 +99,8 @@ class _GlobalInfoNCE(torch.autograd.Function):
         A_BG = gradient(from_image_BG, image_lse_B, text_lse_G)
         scale_gradient = (A_BG * from_image_BG).sum() / scale
         image_gradient_BV = scale * (A_BG @ text_GV)
-        text_gradient_BV = scale * (gradient(from_text_BG, text_lse_B, image_lse_G) @ image_GV)
+        text_A_BG = A_BG.T if ranks() == 1 else gradient(from_text_BG, text_lse_B, image_lse_G)
+        text_gradient_BV = scale * (text_A_BG @ image_GV)
         ctx.save_for_backward(image_gradient_BV, text_gradient_BV, scale_gradient.reshape(scale.shape))
         ctx.mark_non_differentiable(logit_std)
         return moments[0], logit_std

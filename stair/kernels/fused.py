@@ -56,15 +56,19 @@ def _chunks(words: Sequence[tuple[int, int]], width: int) -> Iterator[slice]:
 def _running_max(logits_NC: Tensor, alive: list[int]) -> tuple[Tensor, Tensor]:
     """Maximum over the slots of each row, and the first slot that reached it.
 
-    Slot by slot on the CPU: there `max(dim)` with indices is about 20 times slower than this.
+    Slot by slot on the CPU: there `max(dim)` with indices is about 20 times slower, and writing the slot under a mask
+    (`masked_fill_`) 10 times slower than multiply and maximum, which are vectorised.
     """
     rows, width = alive[0], logits_NC.shape[1]
     best_BC = logits_NC[:rows].clone()
-    slot_BC = torch.zeros(rows, width, dtype=_slot_type(len(alive)), device=logits_NC.device)
+    kind = _slot_type(len(alive))
+    slot_BC = torch.zeros(rows, width, dtype=kind, device=logits_NC.device)
+    better_BC = torch.empty_like(slot_BC)
     start = rows
     for t, n in enumerate(alive[1:], start=1):
         now_BC = logits_NC[start : start + n]
-        slot_BC[:n].masked_fill_(now_BC > best_BC[:n], t)
+        torch.gt(now_BC, best_BC[:n], out=better_BC[:n])
+        torch.maximum(slot_BC[:n], better_BC[:n].mul_(t), out=slot_BC[:n])
         torch.maximum(best_BC[:n], now_BC, out=best_BC[:n])
         start += n
     return best_BC, slot_BC
@@ -138,68 +142,74 @@ class _VocabularyMax(torch.autograd.Function):
         refuse_second_derivative()
         packed_ND, weight_VD, embedding_BV, slot_BV, order_B, source_N, start_T = ctx.saved_tensors
         B, T, D = ctx.shape
-        # no branch for inactive words: their factor is zero, as ReLU's is
-        grad_BV = grad_BV * torch.exp(-embedding_BV) * (embedding_BV > 0)
         rank_B = torch.empty_like(order_B)
         rank_B[order_B] = torch.arange(B, device=order_B.device)
-        active = int(torch.count_nonzero(grad_BV))
+        won = _Won(grad_BV.contiguous(), embedding_BV, slot_BV, rank_B, start_T)
+        active = int(torch.count_nonzero(embedding_BV))
         if active * _GATHER_COST < len(packed_ND) * weight_VD.shape[0]:
-            grads = _sparse_backward(grad_BV, slot_BV, rank_B, start_T, packed_ND, weight_VD)
+            grads = _sparse_backward(won, packed_ND, weight_VD)
         else:
-            chunks = list(_chunks(ctx.words, ctx.width))
-            grads = _dense_backward(grad_BV, slot_BV, rank_B, start_T, packed_ND, weight_VD, chunks, ctx.compute)
-        grad_packed_ND, grad_weight_VD = grads
+            grads = _dense_backward(won, packed_ND, weight_VD, list(_chunks(ctx.words, ctx.width)), ctx.compute)
         hidden_type, weight_type, bias_type = ctx.dtypes
         grad_hidden = torch.zeros(B * T, D, dtype=hidden_type, device=grad_BV.device)
-        grad_hidden[source_N] = grad_packed_ND.to(hidden_type)
-        return grad_hidden.view(B, T, D), None, grad_weight_VD.to(weight_type), grad_BV.sum(0).to(bias_type), None, None
+        grad_hidden[source_N] = grads[0].to(hidden_type)
+        return grad_hidden.view(B, T, D), None, grads[1].to(weight_type), grads[2].to(bias_type), None, None
 
 
-def _sparse_backward(
-    grad_BV: Tensor, slot_BV: Tensor, rank_B: Tensor, start_T: Tensor, packed_ND: Tensor, weight_VD: Tensor
-) -> tuple[Tensor, Tensor]:
+class _Won(NamedTuple):
+    """Incoming gradients, and which packed position won each word."""
+
+    grad_BV: Tensor
+    embedding_BV: Tensor
+    slot_BV: Tensor
+    rank_B: Tensor  # row -> packed row
+    start_T: Tensor
+
+
+def _sparse_backward(won: _Won, packed_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Two products with the N × V matrix of gradients, which has one entry for every active (row, word)."""
     N, V = len(packed_ND), len(weight_VD)
-    word_A, row_A = grad_BV.T.nonzero(as_tuple=True)  # A active entries, ordered by word
-    value_A = grad_BV[row_A, word_A]
-    position_A = start_T[slot_BV[row_A, word_A].long()] + rank_B[row_A]
-    grad_weight_VD = _csr(word_A, position_A, value_A, (V, N)) @ packed_ND.to(value_A.dtype)
+    word_A, row_A = won.embedding_BV.T.nonzero(as_tuple=True)  # A active entries, ordered by word
+    value_A = won.grad_BV[row_A, word_A] * torch.exp(-won.embedding_BV[row_A, word_A])
+    position_A = won.start_T[won.slot_BV[row_A, word_A].long()] + won.rank_B[row_A]
+    by_word = _csr(word_A, position_A, value_A, (V, N))
+    grad_weight_VD = by_word @ packed_ND.to(value_A.dtype)
+    grad_bias_V = (by_word @ torch.ones(N, 1, dtype=value_A.dtype, device=value_A.device))[:, 0]
     by_position = position_A.argsort(stable=True)
     position_A, word_A, value_A = position_A[by_position], word_A[by_position], value_A[by_position]
     grad_packed_ND = _csr(position_A, word_A, value_A, (N, V)) @ weight_VD.to(value_A.dtype)
-    return grad_packed_ND, grad_weight_VD
+    return grad_packed_ND, grad_weight_VD, grad_bias_V
+
+
+def _dense_backward(
+    won: _Won, packed_ND: Tensor, weight_VD: Tensor, chunks: Sequence[slice], compute: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by matrix products, a chunk of words at a time: faster while most words are active."""
+    N = len(packed_ND)
+    result = {"dtype": won.grad_BV.dtype, "device": won.grad_BV.device}
+    grad_packed_ND = torch.zeros(packed_ND.shape, **result)
+    grad_weight_VD = torch.zeros(weight_VD.shape, **result)
+    grad_bias_V = torch.zeros(len(weight_VD), **result)
+    # a row without any real position has no gradient, and no place to scatter a zero to
+    filled = int(won.start_T[1]) if len(won.start_T) > 1 else N
+    rows_B = (won.rank_B < filled).nonzero(as_tuple=True)[0]
+    for chunk in chunks if filled else ():
+        embedding_BC = won.embedding_BV[rows_B, chunk]
+        # the factor of ReLU: nothing for words that are not active
+        grad_BC = torch.exp(-embedding_BC).mul_(won.grad_BV[rows_B, chunk]).mul_(embedding_BC > 0)
+        position_BC = won.start_T[won.slot_BV[rows_B, chunk].long()] + won.rank_B[rows_B, None]
+        scattered_NC = torch.zeros(N, position_BC.shape[1], dtype=compute, device=grad_BC.device)
+        scattered_NC.scatter_(0, position_BC, grad_BC.to(compute))
+        grad_packed_ND += scattered_NC @ weight_VD[chunk].to(compute)
+        grad_weight_VD[chunk] = (scattered_NC.T @ packed_ND).to(grad_BC.dtype)
+        grad_bias_V[chunk] = grad_BC.sum(0)
+    return grad_packed_ND, grad_weight_VD, grad_bias_V
 
 
 def _csr(row_A: Tensor, column_A: Tensor, value_A: Tensor, size: tuple[int, int]) -> Tensor:
     edge_R = torch.zeros(size[0] + 1, dtype=torch.int64, device=row_A.device)
     edge_R[1:] = torch.bincount(row_A, minlength=size[0]).cumsum(0)
     return torch.sparse_csr_tensor(edge_R, column_A, value_A, size, check_invariants=False)
-
-
-def _dense_backward(
-    grad_BV: Tensor,
-    slot_BV: Tensor,
-    rank_B: Tensor,
-    start_T: Tensor,
-    packed_ND: Tensor,
-    weight_VD: Tensor,
-    chunks: Sequence[slice],
-    compute: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The same by matrix products, a chunk of words at a time: faster while most words are active."""
-    N = len(packed_ND)
-    grad_packed_ND = torch.zeros(packed_ND.shape, dtype=grad_BV.dtype, device=grad_BV.device)
-    grad_weight_VD = torch.zeros(weight_VD.shape, dtype=grad_BV.dtype, device=grad_BV.device)
-    # a row without any real position has no gradient, and no place to scatter a zero to
-    filled = int(start_T[1]) if len(start_T) > 1 else N
-    rows_B = (rank_B < filled).nonzero(as_tuple=True)[0]
-    for chunk in chunks if filled else ():
-        position_BC = start_T[slot_BV[rows_B, chunk].long()] + rank_B[rows_B, None]
-        scattered_NC = torch.zeros(N, position_BC.shape[1], dtype=compute, device=grad_BV.device)
-        scattered_NC.scatter_(0, position_BC, grad_BV[rows_B, chunk].to(compute))
-        grad_packed_ND += scattered_NC @ weight_VD[chunk].to(compute)
-        grad_weight_VD[chunk] = (scattered_NC.T @ packed_ND).to(grad_BV.dtype)
-    return grad_packed_ND, grad_weight_VD
 
 
 def vocabulary_max(
