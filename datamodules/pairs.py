@@ -88,7 +88,7 @@ class EvaluationPairs(Dataset[Pair]):
 def _index(shard: str) -> Iterator[Entry]:
     if is_remote(shard):
         raise ValueError(f"evaluation reads by position, which {shard!r} does not allow: copy it to a local path")
-    for key, members in walk(shard):
+    for key, members in list(walk(shard)):  # a tar that is cut short is named as such, not by its last sample
         for types in (IMAGE_TYPES, CAPTION_TYPES):
             if not members.keys() & set(types):
                 raise ValueError(f"evaluation sample {key!r} of {shard} has members {list(members)}, wanted {types}")

@@ -34,7 +34,7 @@ from stair.images import box_pixels, decode_image, eval_pixels
 
 logger = logging.getLogger(__name__)
 
-# the shares of bad samples in fewer than these are too rough to stop a run for
+# the share of bad samples among fewer than these is too rough to stop a run for
 _ENOUGH = 200
 
 # what happened to a sample: cause, where, detail, how many samples it stands for
@@ -169,25 +169,30 @@ class Tally:
     news: list[Skip] = field(default_factory=list)
 
     def skip(self, shard: str, where: str, reason: str, samples: int = 1) -> None:
-        """Counts bad samples that have been counted as seen; `reason` begins with its cause and a colon.
-
-        Raises:
-            RuntimeError: if they have become too many.
-        """
+        """Counts bad samples among those seen; `reason` begins with its cause and a colon."""
         cause = reason.partition(":")[0]
         self.bad[cause, shard] += samples
         self.news.append((cause, where, reason, samples))
+
+    def judge(self) -> None:
+        """Stops the run if the data are too bad.
+
+        Raises:
+            RuntimeError: naming the worst shard and the causes.
+        """
         total = self.bad.total()
-        if self.seen >= self.enough and total > self.limit * self.seen:
-            causes, shards = Counter(), Counter()
-            for (cause, shard), count in self.bad.items():
-                causes[cause] += count
-                shards[shard] += count
-            worst, count = shards.most_common(1)[0]
-            raise RuntimeError(
-                f"{total} of {self.seen} samples are bad, more than max_bad_share={self.limit}: {dict(causes)}; "
-                f"worst shard {worst} with {count}, last {where}: {reason}. Repair the shards or raise max_bad_share"
-            )
+        if self.seen < self.enough or total <= self.limit * self.seen:
+            return
+        causes: Counter[str] = Counter()
+        shards: Counter[str] = Counter()
+        for (cause, shard), count in self.bad.items():
+            causes[cause] += count
+            shards[shard] += count
+        worst, count = shards.most_common(1)[0]
+        raise RuntimeError(
+            f"{total} of {self.seen} samples are bad, more than max_bad_share={self.limit}: {dict(causes)}; "
+            f"worst shard {worst} with {count}. Repair the shards or raise max_bad_share"
+        )
 
     def report(self) -> list[Skip]:
         """What was skipped since the last report."""
@@ -229,7 +234,7 @@ class ShardStream(IterableDataset[tuple[Batch, list[Skip]]]):
         if not turns:
             return
         part = self.plan.part(self.epoch, self.rank, worker)
-        tally = Tally(self.max_bad_share, min(_ENOUGH, sum(piece.length for piece in part)))
+        tally = Tally(self.max_bad_share, min(_ENOUGH, len(turns) * self.plan.batch_size))
         done = sum(turn < self.handed for turn in turns)
         drawn = itertools.islice(self._drawn(part, worker, tally), done * self.plan.batch_size, None)
         for pairs in self._filled(drawn, len(turns) - done, tally):
@@ -276,17 +281,23 @@ class ShardStream(IterableDataset[tuple[Batch, list[Skip]]]):
             lost = max(piece.length - read, 1)
             tally.seen += lost
             tally.skip(shard, shard, f"shard broken: {errors[0]}", lost)
+            tally.judge()
 
     def _read(self, sample: dict[str, Any], tally: Tally) -> Pair | None:
-        shard = sample["__url__"]
-        key = f"{Path(shard).name.removesuffix('.tar')}/{sample['__key__']}"
         tally.seen += 1
         try:
-            texts = [text for text in captions(sample) if text]
-            image = decode_image(image_bytes(sample), self.max_pixels)
+            return self._pair(sample)
         except ValueError as error:
+            shard = sample["__url__"]
             tally.skip(shard, f"{sample['__key__']!r} in {shard}", str(error))
             return None
+        finally:
+            tally.judge()
+
+    def _pair(self, sample: dict[str, Any]) -> Pair:
+        texts = [text for text in captions(sample) if text]
+        image = decode_image(image_bytes(sample), self.max_pixels)
+        key = f"{Path(sample['__url__']).name.removesuffix('.tar')}/{sample['__key__']}"
         rng = seeded(self.plan.seed, self.epoch, key)
         return Pair(self.augment(image, rng), [rng.choice(texts)], 0, key)
 

@@ -1,0 +1,498 @@
+"""The data road: what reaches the model, in which order, on which rank, and what happens to what cannot be read."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+from torchvision.transforms import v2
+
+from datamodules.pairs import CollatePairs, EvaluationPairs, evaluation_loader
+from datamodules.shards import ImageTextShards
+from datamodules.stream import ShardLoader
+from stair.images import decode_image, eval_pixels
+from stair.vocabulary import Vocabulary
+
+WORDS = [f"word{i}" for i in range(64)]
+
+
+@pytest.fixture
+def vocab(tmp_path: Path) -> str:
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
+    return str(path)
+
+
+def encode(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, form, **options)
+    return out.getvalue()
+
+
+def picture(number: int, size: tuple[int, int] = (20, 16)) -> bytes:
+    noise = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return encode(Image.fromarray(noise))
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def good(number: int) -> dict[str, bytes]:
+    texts = [f"{WORDS[number % 64]} {WORDS[k]}" for k in range(3)]
+    return {f"{number:05d}.png": picture(number), f"{number:05d}.json": json.dumps({"captions": texts}).encode()}
+
+
+def write_shards(folder: Path, sizes: list[int], bad: dict[str, bytes] | None = None) -> str:
+    """Shards with these many samples, numbered through; the members in `bad` replace good ones of the same name."""
+    first = 0
+    for i, size in enumerate(sizes):
+        members = {k: v for n in range(first, first + size) for k, v in good(n).items()}
+        write_tar(folder / f"train-{i:04d}.tar", {k: (bad or {}).get(k, v) for k, v in members.items()})
+        first += size
+    return str(folder / "train-*.tar")
+
+
+def shards(train, vocab: str, **options) -> ImageTextShards:
+    given = {"val": None, "test": None, "image_size": 8, "max_tokens": 8, "global_batch_size": 4, "workers": 0}
+    return ImageTextShards(train=train, vocabulary=vocab, **{**given, "shuffle": 8, **options})
+
+
+def loader(train, vocab: str, rank: int = 0, ranks: int = 1, **options) -> ShardLoader:
+    data = shards(train, vocab, **options)
+    data._place = lambda: (rank, ranks)
+    data.setup("fit")
+    return data.train_dataloader()
+
+
+def digest(batch: dict) -> list[tuple[str, str, str]]:
+    """Key, caption and pixels of each row."""
+    rows = zip(batch["key"], batch["ids"], batch["mask"], batch["pixels"], strict=True)
+    return [
+        (k, str(i[m].tolist()), hashlib.md5(p.contiguous().numpy().tobytes()).hexdigest()[:8]) for k, i, m, p in rows
+    ]
+
+
+def keys(batches) -> list[str]:
+    return [key for batch in batches for key in batch["key"]]
+
+
+# ---- what reaches the model
+
+
+def test_a_training_batch_is_what_the_contract_says(tmp_path, vocab):
+    batch = next(iter(loader(write_shards(tmp_path, [10]), vocab)))
+    assert batch["pixels"].shape == (4, 3, 8, 8) and batch["pixels"].dtype == torch.uint8
+    assert batch["ids"].shape == batch["mask"].shape == (4, 4) and batch["mask"].dtype == torch.bool
+    assert batch["image_id"].tolist() == batch["caption_image"].tolist() == [0, 1, 2, 3]
+    word = Vocabulary(vocab).tokens[int(batch["ids"][0, 1])]
+    assert batch["key"][0] == f"train-0000/{int(word.removeprefix('word')):05d}"
+
+
+def test_evaluation_pixels_agree_with_torchvisions_resize_and_centre_crop():
+    ramp = np.linspace(0, 255, 90, dtype=np.uint8)
+    image = Image.fromarray(np.stack([np.tile(ramp, (50, 1))] * 3, -1))
+    oracle = v2.Compose(
+        [v2.Resize(25, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(25), v2.PILToTensor()]
+    )
+    difference = (eval_pixels(image, 25).int() - oracle(image).int()).abs()
+    assert difference.max() <= 3
+
+
+def test_an_image_of_extreme_shape_costs_no_more_than_its_square():
+    assert eval_pixels(Image.new("RGB", (60_000, 1), "red"), 8)[:, 4, 4].tolist() == [255, 0, 0]
+
+
+GRAY_16 = Image.fromarray(np.full((4, 4), 128 * 257, dtype=np.uint16))
+EXIF_TURNED = Image.Exif()
+EXIF_TURNED[0x0112] = 6
+HALF_RED = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+PALETTE = Image.new("P", (4, 4), 1)
+PALETTE.putpalette([0, 0, 0, 0, 0, 255])
+
+
+@pytest.mark.parametrize(
+    ("data", "colour"),
+    [
+        (encode(Image.new("L", (4, 4), 77)), (77, 77, 77)),
+        (encode(GRAY_16), (128, 128, 128)),
+        (encode(HALF_RED), (255, 255, 255)),
+        (encode(PALETTE), (0, 0, 255)),
+        (encode(PALETTE, transparency=1), (255, 255, 255)),
+        (encode(Image.new("CMYK", (4, 4), (0, 0, 0, 0)), "JPEG"), (255, 255, 255)),
+        (encode(Image.new("1", (4, 4), 1)), (255, 255, 255)),
+        (encode(Image.new("RGB", (4, 4), (9, 9, 9)), "WEBP", lossless=True), (9, 9, 9)),
+    ],
+    ids=["gray", "gray16", "rgba over white", "palette", "transparent palette", "cmyk", "one bit", "webp"],
+)
+def test_every_kind_of_image_becomes_the_rgb_a_viewer_shows(data, colour):
+    assert decode_image(data).getpixel((1, 1)) == colour
+
+
+def test_a_photo_that_its_camera_marked_as_turned_is_turned():
+    assert decode_image(encode(Image.new("RGB", (8, 4)), "JPEG", exif=EXIF_TURNED)).size == (4, 8)
+
+
+def test_an_image_over_the_limit_is_refused_before_it_is_decoded():
+    header = bytearray(encode(Image.new("L", (1, 1))))
+    header[16:24] = (50_000).to_bytes(4, "big") * 2
+    header[29:33] = __import__("zlib").crc32(header[12:29]).to_bytes(4, "big")
+    with pytest.raises(ValueError, match="image too large"):
+        decode_image(bytes(header))
+    with pytest.raises(ValueError, match=r"image too large: 4 x 4 pixels, the limit is 15"):
+        decode_image(encode(Image.new("L", (4, 4))), max_pixels=15)
+
+
+def test_all_captions_of_an_image_are_drawn_in_time(tmp_path, vocab):
+    train = loader(write_shards(tmp_path, [4]), vocab)
+    drawn = {caption for _ in range(20) for batch in train for _, caption, _ in digest(batch)}
+    assert len(drawn) == 4 * 3
+
+
+def test_img2dataset_members_are_read(tmp_path, vocab):
+    members = {}
+    for n in range(4):
+        members |= {f"{n}.jpg": encode(Image.new("RGB", (9, 9)), "JPEG"), f"{n}.txt": b"word1 word2"}
+        members |= {f"{n}.json": json.dumps({"caption": "word1 word2", "width": 9}).encode()}
+    (batch,) = loader(str(write_tar(tmp_path / "00000.tar", members)), vocab)
+    assert batch["ids"].tolist() == [[2, 6, 7, 3]] * 4
+
+
+# ---- who sees what
+
+
+@pytest.mark.parametrize("sizes", [[40], [30, 10], [7, 1, 12, 5, 15]], ids=str)
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (2, 2), (1, 3), (4, 1)])
+def test_no_sample_comes_twice_in_an_epoch_and_all_ranks_step_alike(tmp_path, vocab, sizes, ranks, workers):
+    spec = write_shards(tmp_path, sizes)
+    plans = [loader(spec, vocab, rank, ranks, workers=workers) for rank in range(ranks)]
+    seen = []
+    for train in plans:
+        assert len(train) == 10
+        # each worker's share in this process: what a worker does is a function of its number alone
+        for worker in range(workers):
+            train.stream.handed = worker
+            part = train.stream.plan.part(0, train.stream.rank, worker)
+            seen += [(p.shard, i) for p in part for i in range(p.start, p.start + p.length)]
+            assert sum(p.length for p in part) >= len(train.stream.plan.turns(worker)) * 4 // ranks
+    assert len(seen) == len(set(seen)) == 40
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_worker_processes_hand_out_each_sample_of_one_shard_once(tmp_path, vocab, ranks):
+    spec = write_shards(tmp_path, [24])
+    found = [keys(loader(spec, vocab, rank, ranks, workers=2)) for rank in range(ranks)]
+    assert [len(k) for k in found] == [24 // ranks] * ranks
+    assert len({key for k in found for key in k}) == 24
+
+
+def test_epochs_differ_and_the_same_epoch_is_the_same_whatever_the_global_state(tmp_path, vocab):
+    spec = write_shards(tmp_path, [9, 9])
+    torch.manual_seed(1)
+    one = loader(spec, vocab, flip=True, crop_scale=(0.3, 1.0))
+    first, second = ([row for batch in one for row in digest(batch)] for _ in range(2))
+    torch.manual_seed(2)
+    before = torch.random.get_rng_state()
+    other = loader(spec, vocab, flip=True, crop_scale=(0.3, 1.0))
+    other.set_epoch(1)
+    assert [row for batch in other for row in digest(batch)] == second != first
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert {row[0] for row in first} != set() and [row[0] for row in first] != [row[0] for row in second]
+
+
+def test_img2dataset_counts_are_used_where_they_lie_beside_the_shard(tmp_path, vocab):
+    spec = write_shards(tmp_path, [8])
+    (tmp_path / "train-0000_stats.json").write_text(json.dumps({"successes": 12}))
+    train = loader(spec, vocab)
+    assert len(train) == 3
+    assert len(keys(train)) == 12  # fewer are there than was said: the worker goes round again, and no rank waits
+
+
+def test_a_pipe_is_streamed_and_its_length_must_be_given(tmp_path, vocab):
+    write_shards(tmp_path, [6, 6])
+    spec = f"pipe:cat {tmp_path}/train-{{0000..0001}}.tar"
+    with pytest.raises(ValueError, match="train_samples"):
+        loader(spec, vocab)
+    assert len(set(keys(loader(spec, vocab, train_samples=12)))) == 12
+
+
+# ---- where a run goes on
+
+
+class Recorder(pl.LightningModule):
+    """Writes down what it was given; stops with an error at a step, as a lost node would."""
+
+    def __init__(self, stop_at: int = -1) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.stop_at, self.rows = stop_at, []
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == self.stop_at:
+            raise InterruptedError
+        self.rows.append((self.global_step, digest(batch)))
+        return self.weight * 1.0
+
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", self.weight.detach())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(folder: Path, spec, vocab, stop_at=-1, ckpt=None, workers=0, checkpoint=None, trainer=None, **options):
+    module = Recorder(stop_at)
+    saver = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **(checkpoint or {"every_n_train_steps": 1}))
+    runs = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[saver],
+        num_sanity_val_steps=0, default_root_dir=folder, **{"max_epochs": 3, **(trainer or {})},
+    )  # fmt: skip
+    data = shards(spec, vocab, workers=workers, global_batch_size=4, **options)
+    try:
+        runs.fit(module, datamodule=data, ckpt_path=ckpt)
+    except InterruptedError:
+        assert stop_at >= 0
+    return module.rows
+
+
+EVERY_STEP = {"every_n_train_steps": 1}
+EPOCH_END = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+AFTER_VALIDATION = {"every_n_epochs": 1, "save_on_train_epoch_end": False}
+
+
+@pytest.mark.parametrize(
+    ("saved_at", "checkpoint", "trainer", "workers"),
+    [
+        (3, EVERY_STEP, {}, 0),
+        (3, EVERY_STEP, {}, 2),
+        (5, EVERY_STEP, {}, 0),
+        (7, EVERY_STEP, {"max_steps": 12, "max_epochs": -1}, 2),
+        (10, EVERY_STEP, {"max_steps": 14, "max_epochs": -1}, 0),
+        (5, EPOCH_END, {}, 0),
+        (10, EPOCH_END, {}, 2),
+        (10, EPOCH_END, {"max_steps": 14, "max_epochs": -1}, 0),
+        (5, AFTER_VALIDATION, {}, 0),
+        (10, AFTER_VALIDATION, {"max_steps": 14, "max_epochs": -1}, 0),
+        (3, EVERY_STEP, {"limit_train_batches": 3}, 0),
+        (4, EVERY_STEP, {"limit_train_batches": 3, "max_steps": 8, "max_epochs": -1}, 0),
+        (3, EPOCH_END, {"limit_train_batches": 0.6}, 0),
+        (7, EVERY_STEP, {"reload_dataloaders_every_n_epochs": 1}, 0),
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_a_resumed_run_sees_what_the_uninterrupted_run_sees(tmp_path, vocab, saved_at, checkpoint, trainer, workers):
+    spec = write_shards(tmp_path, [9, 12], bad={"00005.png": b"no picture"})
+    val = {"val": str(tmp_path / "train-0001.tar")} if checkpoint == AFTER_VALIDATION else None
+    common = {"workers": workers, "checkpoint": checkpoint, "trainer": trainer, "val": val}
+    whole = fit(tmp_path / "a", spec, vocab, **common)
+    fit(tmp_path / "b", spec, vocab, stop_at=saved_at + 1, **common)
+    again = fit(tmp_path / "b2", spec, vocab, ckpt=str(tmp_path / "b" / f"step={saved_at}.ckpt"), **common)
+    assert again == whole[saved_at:] and len(again) > 1
+
+
+def test_a_state_from_another_split_is_refused_by_both_its_sides(tmp_path, vocab):
+    spec = write_shards(tmp_path, [16])
+    state = loader(spec, vocab).state_dict()
+    with pytest.raises(ValueError, match=r"'ranks': \(1, 2\).*resume with"):
+        loader(spec, vocab, 0, 2).load_state_dict(state)
+    (tmp_path / "train-0000.tar").rename(tmp_path / "train-0009.tar")
+    with pytest.raises(ValueError, match=r"shards"):
+        loader(spec, vocab).load_state_dict(state)
+
+
+# ---- what cannot be read
+
+
+BAD = {
+    "00001.png": b"",
+    "00002.png": b"no picture",
+    "00003.png": picture(3)[:200],
+    "00004.json": b"{}",
+    "00005.json": b'{"captions": ["  "]}',
+    "00006.json": b"\xff\xfe",
+    "00007.json": b"[" * 100_000,
+    "00008.json": b'{"captions": [1]}',
+}
+CAUSES = {"image empty": 1, "image undecodable": 2, "no caption": 2, "caption unreadable": 3}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_left_out_and_counted_by_cause_across_processes(tmp_path, vocab, caplog, workers):
+    data = shards(write_shards(tmp_path, [40], BAD), vocab, workers=workers, max_bad_share=0.5)
+    data.setup("fit")
+    train = data.train_dataloader()
+    batches = list(train)
+    assert len(batches) == len(train) == 10 and all(len(set(b["key"])) == 4 for b in batches)
+    assert not {f"train-0000/0000{i}" for i in range(1, 9)} & set(keys(batches))
+    assert data.skipped == CAUSES
+    assert "'00001' in" in caplog.text and f"skipped 8 samples: {data.skipped}" in caplog.text
+
+
+def test_too_many_bad_samples_stop_the_run_and_name_the_worst_shard(tmp_path, vocab):
+    spec = write_shards(tmp_path, [40], BAD)
+    with pytest.raises(RuntimeError, match=r"max_bad_share=0.1.*worst shard .*train-0000.tar with"):
+        list(loader(spec, vocab))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_without_one_usable_sample_stop_the_run(tmp_path, vocab, workers):
+    spec = write_shards(tmp_path, [8, 20], {f"{n:05d}.png": b"x" for n in range(28)})
+    with pytest.raises(RuntimeError, match="image undecodable"):
+        list(loader(spec, vocab, workers=workers, max_bad_share=0.99))
+
+
+def test_a_shard_that_is_cut_short_is_counted_and_the_rest_of_the_epoch_still_comes(tmp_path, vocab, caplog):
+    spec = write_shards(tmp_path, [10, 10])
+    path = tmp_path / "train-0000.tar"
+    os.truncate(path, 9_000)
+    data = shards(spec, vocab, max_bad_share=0.5)
+    data.setup("fit")
+    assert len(keys(data.train_dataloader())) == 4 * len(data.train_dataloader()) >= 12
+    assert data.skipped["shard broken"] >= 1 and "train-0000.tar is cut short" in caplog.text
+
+
+def test_a_file_that_is_no_tar_is_counted_while_others_hold_samples(tmp_path, vocab):
+    spec = write_shards(tmp_path, [8])
+    (tmp_path / "train-0001.tar").write_bytes(b"not a tar" * 200)
+    (tmp_path / "train-0002.tar").write_bytes(b"")
+    data = shards(spec, vocab)
+    data.setup("fit")
+    assert len(set(keys(data.train_dataloader()))) == 8
+    assert data.skipped == {"shard broken": 2}
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tar" * 200, None], ids=["zero bytes", "no tar", "empty tar"])
+def test_training_shards_without_samples_are_refused_before_the_first_step(tmp_path, vocab, content):
+    path = write_tar(tmp_path / "a.tar", {}) if content is None else tmp_path / "a.tar"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"none of 1 training shards holds a sample.*a\.tar"):
+        loader(str(path), vocab)
+
+
+def test_members_of_other_names_are_refused_with_what_was_seen_and_what_is_wanted(tmp_path, vocab):
+    names = {f"{n}.{kind}": b"word1" for n in range(8) for kind in ("gif", "txt")}
+    with pytest.raises(ValueError, match=r"'jpg', 'jpeg', 'png', 'webp'.*members seen: \['0.gif', '0.txt'"):
+        loader(str(write_tar(tmp_path / "a.tar", names)), vocab)
+    images = {f"{n}.png": picture(n) for n in range(8)}
+    with pytest.raises(ValueError, match=r"'json', 'txt'.*members seen: \['0.png'"):
+        loader(str(write_tar(tmp_path / "b.tar", images)), vocab)
+
+
+def test_a_spec_that_matches_nothing_and_a_set_below_one_batch_are_refused(tmp_path, vocab):
+    with pytest.raises(FileNotFoundError, match=r"nothing-\*\.tar"):
+        loader(str(tmp_path / "nothing-*.tar"), vocab)
+    spec = write_shards(tmp_path, [3])
+    with pytest.raises(FileNotFoundError, match=r"train-0001.tar"):
+        loader(str(tmp_path / "train-{0000..0001}.tar"), vocab)
+    with pytest.raises(ValueError, match=r"hold 3 pairs, fewer than global_batch_size=4"):
+        loader(spec, vocab)
+    with pytest.raises(ValueError, match=r"global_batch_size=4 cannot be shared by 3 ranks"):
+        loader(spec, vocab, 0, 3)
+    with pytest.raises(ValueError, match=r"crop_scale=\(0.0, 1.0\)"):
+        shards(spec, vocab, crop_scale=(0.0, 1.0))
+
+
+def test_pickles_in_a_shard_are_never_opened(tmp_path, vocab):
+    members = {k: v for n in range(4) for k, v in ({f"{n:05d}.pyd": b"cos\nsystem\n(S'false'\ntR."} | good(n)).items()}
+    assert len(keys(loader(str(write_tar(tmp_path / "a.tar", members)), vocab))) == 4
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize(("images", "ranks"), [(7, 1), (7, 2), (9, 4), (1, 3)])
+def test_evaluation_sees_each_image_once_and_all_ranks_make_the_same_batches(tmp_path, vocab, images, ranks):
+    write_shards(tmp_path, [images])
+    pairs = EvaluationPairs(str(tmp_path / "*.tar"), 8, 10_000)
+    collate = CollatePairs(Vocabulary(vocab), 8)
+    found = [list(evaluation_loader(pairs, collate, 2, 0, rank, ranks)) for rank in range(ranks)]
+    assert len({tuple(len(batch["pixels"]) for batch in batches) for batches in found}) == 1
+    ids = torch.cat([batch["image_id"] for batches in found for batch in batches])
+    owners = torch.cat([batch["caption_image"] for batches in found for batch in batches])
+    assert sorted(ids[ids >= 0].tolist()) == list(range(images))
+    assert sorted(owners[owners >= 0].tolist()) == [i for i in range(images) for _ in range(3)]
+    assert all(
+        i % ranks == rank for rank in range(ranks) for b in found[rank] for i in b["image_id"].tolist() if i >= 0
+    )
+
+
+def test_evaluation_pixels_are_those_of_the_public_function(tmp_path, vocab):
+    write_shards(tmp_path, [3])
+    data = shards(None, vocab, val={"a": str(tmp_path / "*.tar"), "b": str(tmp_path / "*.tar")}, workers=2)
+    data.setup("validate")
+    assert data.val_names == ["a", "b"] and len(data.val_dataloader()) == 2
+    (batch,) = data.val_dataloader()[1]
+    assert batch["key"] == [f"train-0000/0000{n}" for n in range(3)]
+    assert torch.equal(batch["pixels"][1], eval_pixels(decode_image(picture(1)), 8))
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"00001.png": b"no picture"}, "image undecodable"),
+        ({"00001.json": b'{"captions": ["word1", " "]}'}, "one of the 2 is blank"),
+        ({"00001.json": b"{}"}, "no caption"),
+    ],
+    ids=["image", "one caption", "captions"],
+)
+def test_a_bad_evaluation_sample_stops_the_run_by_file_and_key(tmp_path, vocab, bad, reason):
+    write_shards(tmp_path, [3], bad)
+    with pytest.raises(ValueError, match=rf"evaluation sample '00001' of .*train-0000.tar: .*{reason}"):
+        EvaluationPairs(str(tmp_path / "*.tar"), 8, 10_000)[1]
+
+
+def test_an_evaluation_tar_that_cannot_be_indexed_in_full_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="copy it to a local path"):
+        EvaluationPairs("https://example.org/a.tar", 8, 10_000)
+    path = write_tar(tmp_path / "a.tar", good(1) | {"00002.png": picture(2)})
+    with pytest.raises(ValueError, match=r"'00002' of .*a.tar has members \['png'\]"):
+        EvaluationPairs(str(path), 8, 10_000)
+    whole = write_tar(tmp_path / "b.tar", good(1) | good(2)).read_bytes()
+    for length in (len(whole) // 10, 4_096, 3_000):
+        (tmp_path / "c.tar").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="cut short"):
+            EvaluationPairs(str(tmp_path / "c.tar"), 8, 10_000)
+
+
+def test_the_trainer_runs_validation_test_and_prediction_loaders(tmp_path, vocab):
+    class Counts(Recorder):
+        seen = ()
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.seen += ((dataloader_idx, len(batch["image_id"])),)
+
+        test_step = predict_step = validation_step
+
+    write_shards(tmp_path, [5])
+    spec = str(tmp_path / "*.tar")
+    data = shards(None, vocab, val={"a": spec, "b": spec}, test={"c": spec}, eval_batch_size=3)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    module = Counts()
+    trainer.validate(module, datamodule=data)
+    trainer.test(module, datamodule=data)
+    trainer.predict(module, datamodule=data)
+    assert module.seen == ((0, 3), (0, 2), (1, 3), (1, 2), (0, 3), (0, 2), (0, 3), (0, 2))
+
+
+@pytest.mark.shared
+def test_flickr8k_streams_in_full_without_a_bad_sample(vocab):
+    root = Path(os.environ.get("STAIR_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (root / "flickr8k").is_dir():
+        pytest.skip(f"no real images under {root}")
+    data = shards(str(root / "flickr8k" / "train-{0000..0004}.tar"), vocab, global_batch_size=500, workers=2)
+    data.setup("fit")
+    assert len(set(keys(data.train_dataloader()))) == 6_000 and data.skipped == {}
