@@ -131,6 +131,7 @@ def _draw(panels: list[_Panel]) -> np.ndarray:
         places = range(len(names))
         right.barh(places, weights, color=[_FOUND if f else _OTHER for f in found])
         right.set_yticks(places, names, fontsize=7, parse_math=False)
+        right.set_xlim(0, max(weights, default=1))
         right.invert_yaxis()
         right.tick_params(axis="x", labelsize=6)
         right.set_frame_on(False)

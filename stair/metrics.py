@@ -244,15 +244,15 @@ class SparsityStats(Metric):
     """
 
     full_state_update = False
-    image_active: Tensor
-    text_active: Tensor
+    image_active_V: Tensor
+    text_active_V: Tensor
     images: Tensor
     texts: Tensor
 
     def __init__(self, vocabulary_size: int) -> None:
         super().__init__()
         for side in ("image", "text"):
-            self.add_state(f"{side}_active", torch.zeros(vocabulary_size, dtype=torch.int64), dist_reduce_fx="sum")
+            self.add_state(f"{side}_active_V", torch.zeros(vocabulary_size, dtype=torch.int64), dist_reduce_fx="sum")
             self.add_state(f"{side}s", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(
@@ -272,16 +272,19 @@ class SparsityStats(Metric):
         """
         active_BV = image_BV != 0 if image_id is None else image_BV[image_id >= 0] != 0
         active_CV = text_CV != 0 if caption_image is None else text_CV[caption_image >= 0] != 0
-        self.image_active += active_BV.sum(0)
-        self.text_active += active_CV.sum(0)
+        self.image_active_V += active_BV.sum(0)
+        self.text_active_V += active_CV.sum(0)
         self.images += len(active_BV)
         self.texts += len(active_CV)
 
     def compute(self) -> dict[str, Tensor]:
         """The figures of the class docstring, those of a side as `image/...` and `text/...`."""
-        share_V = {"image": self.image_active / self.images, "text": self.text_active / self.texts}
+        share_V = {"image": self.image_active_V / self.images, "text": self.text_active_V / self.texts}
         figures = {"products_per_pair": share_V["image"] @ share_V["text"]}
-        for side, active_V, rows in (("image", self.image_active, self.images), ("text", self.text_active, self.texts)):
+        for side, active_V, rows in (
+            ("image", self.image_active_V, self.images),
+            ("text", self.text_active_V, self.texts),
+        ):
             figures |= {
                 f"{side}/active_words": active_V.sum() / rows,
                 f"{side}/dead_words": (active_V == 0).sum().float(),
@@ -314,7 +317,7 @@ class Grounding(Metric):
     higher_is_better = True
     share: Tensor
     share_first: Tensor
-    held: Tensor
+    held_V: Tensor
     images: Tensor
 
     def __init__(self, vocabulary_size: int, k: int = 10) -> None:
@@ -324,7 +327,7 @@ class Grounding(Metric):
         self.k = k
         self.add_state("share", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("share_first", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("held", torch.zeros(vocabulary_size, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("held_V", torch.zeros(vocabulary_size, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, image_BV: Tensor, own_words_CV: Tensor, image_id: Tensor, caption_image: Tensor) -> None:
@@ -352,7 +355,7 @@ class Grounding(Metric):
         hit_BK = held_BV.gather(1, top_BK.indices) & active_BK
         self.share += (hit_BK.sum(1) / active_BK.sum(1).clamp(min=1)).sum()
         self.share_first += hit_BK[:, 0].sum()
-        self.held += held_BV.sum(0)
+        self.held_V += held_BV.sum(0)
         self.images += len(held_BV)
 
     def compute(self) -> dict[str, Tensor]:
@@ -360,5 +363,5 @@ class Grounding(Metric):
         return {
             f"grounding@{self.k}": self.share / self.images,
             "grounding@1": self.share_first / self.images,
-            f"grounding@{self.k}_frequent": self.held.topk(self.k).values.sum() / (self.k * self.images),
+            f"grounding@{self.k}_frequent": self.held_V.topk(self.k).values.sum() / (self.k * self.images),
         }
