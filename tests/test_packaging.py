@@ -1,0 +1,117 @@
+"""What is installed: a wheel of `stair/` alone, two commands, and a `--help` that does not wait for torch."""
+
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STAIR, LIGHTNING = "from stair.cli import main; main()", "from stair.cli import lightning_main; lightning_main()"
+
+
+def run(code: str, *words: str, path: Path = ROOT, options: tuple[str, ...] = (), cwd: Path = ROOT):
+    """Runs code as a console script would run it: `sys.argv` is the command's name and its words."""
+    argv = f"import sys; sys.argv = {['stair', *words]!r}; "
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    command = [sys.executable, *options, "-c", argv + code]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("hatchling", reason="builds the wheel; part of the dev extra")
+    folder = tmp_path_factory.mktemp("wheel")
+    code = f"from hatchling.build import build_wheel; build_wheel({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def members(wheel: Path, name: str) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(next(n for n in archive.namelist() if n.endswith(f".dist-info/{name}"))).decode()
+
+
+def test_the_wheel_holds_the_package_and_nothing_else_of_the_checkout(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    packaged = {name for name in names if name.startswith("stair/")}
+    assert packaged == {str(path.relative_to(ROOT)) for path in (ROOT / "stair").rglob("*.py")}
+    assert {name.split("/")[0] for name in set(names) - packaged} == {wheel.name.rsplit("-", 3)[0] + ".dist-info"}
+
+
+def test_the_wheel_gives_the_two_commands(wheel: Path):
+    lines = set(members(wheel, "entry_points.txt").splitlines())
+    assert {"stair = stair.cli:main", "lightning = stair.cli:lightning_main"} <= lines
+
+
+def test_using_a_model_does_not_need_the_trainer(wheel: Path):
+    metadata = Parser().parsestr(members(wheel, "METADATA"))
+    needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    assert any(line.startswith("torch>") for line in needed)
+    assert not any(line.startswith(("lightning", "webdataset", "tensorboard")) for line in needed)
+
+
+def test_training_without_a_checkout_is_refused_with_what_to_do(wheel: Path, tmp_path: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    # -S leaves out site-packages, and with them an editable install of this checkout
+    done = run(STAIR, "fit", path=tmp_path / "site", options=("-S",), cwd=tmp_path)
+    assert done.returncode != 0 and "make setup" in done.stderr
+
+
+@pytest.mark.parametrize("words", [("--help",), ("--version",), ("nonsense",)])
+def test_words_that_do_not_train_import_neither_torch_nor_lightning(words: tuple[str, ...]):
+    seen = (
+        "import atexit; atexit.register(lambda: print('LOADED', *sorted({'torch', 'lightning'} & set(sys.modules))));"
+    )
+    done = run(seen + STAIR, *words)
+    assert done.stdout.splitlines()[-1] == "LOADED"
+
+
+def test_help_answers_at_once():
+    # wanted: under half a second; a machine that is busy with other tests gets a whole one
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert "usage: stair" in run(STAIR, "--help").stdout
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1.0
+
+
+def test_an_unknown_word_of_stair_is_refused_with_the_known_ones():
+    done = run(STAIR, "train")
+    assert done.returncode == 1 and "no word 'train'" in done.stderr and "fit, validate" in done.stderr
+
+
+@pytest.fixture
+def sdk(tmp_path: Path) -> Path:
+    """A folder with a package that owns the `lightning` command, as lightning-sdk does."""
+    folder = tmp_path / "lightning_sdk" / "cli"
+    folder.mkdir(parents=True)
+    for package in (folder.parent, folder):
+        (package / "__init__.py").touch()
+    (folder / "entrypoint.py").write_text("import sys\ndef main_cli():\n    print('sdk got', *sys.argv[1:])\n")
+    return tmp_path
+
+
+def test_lightning_hands_words_that_are_not_ours_on_to_their_owner(sdk: Path):
+    path = Path(f"{ROOT}{os.pathsep}{sdk}")
+    assert run(LIGHTNING, "login", "--api-key", "x", path=path).stdout == "sdk got login --api-key x\n"
+
+
+def test_lightning_keeps_the_trainers_words_whoever_else_is_installed(sdk: Path):
+    path = Path(f"{ROOT}{os.pathsep}{sdk}")
+    assert "usage: stair" in run(LIGHTNING, "--help", path=path).stdout
+    assert "sdk got" not in run(LIGHTNING, "fit", path=path, options=("-S",), cwd=sdk).stdout
+
+
+def test_lightning_without_another_owner_refuses_unknown_words():
+    if __import__("importlib.util").util.find_spec("lightning_sdk"):
+        pytest.skip("lightning-sdk is installed here")
+    done = run(LIGHTNING, "login")
+    assert done.returncode == 1 and "no word 'login'" in done.stderr
