@@ -1,7 +1,7 @@
 """Image-text pairs for the trainer: WebDataset shards streamed for training, evaluation sets read exactly.
 
 What is checked is checked in `setup`, before the first step: a run fails with a reason rather than waiting for samples
-that never come. `stream.py` says who sees what when, `pairs.py` how evaluation stays exact.
+that never come. `plan.py` and `stream.py` say who sees what when, `pairs.py` how evaluation stays exact.
 """
 
 import itertools
@@ -16,7 +16,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from datamodules.pairs import CollatePairs, EvaluationPairs, evaluation_loader
-from datamodules.stream import Augment, Plan, ShardLoader, ShardStream
+from datamodules.plan import Plan
+from datamodules.stream import Augment, ShardLoader, ShardStream
 from datamodules.tars import (
     CAPTION_TYPES,
     IMAGE_TYPES,
@@ -63,8 +64,8 @@ class ImageTextShards(LightningDataModule):
             aspect ratio is 3/4 to 4/3. (1, 1) is evaluation's centre crop.
         flip: mirror half of the training images; wrong where captions say left and right.
         max_pixels: largest width × height that is decoded; larger images count as bad.
-        max_bad_share: greatest share of bad samples a worker skips, in [0, 1), judged from 200 samples on (or from its
-            part of the epoch, where that is smaller).
+        max_bad_share: greatest share of bad samples that are skipped, in [0, 1); judged on each rank, from 200 samples on
+            or from an epoch on where that is smaller.
         seed: of shard order, shuffling, caption draws and crops.
         train_samples: pairs in all training shards together, taken to be spread evenly. Needed where `train` has URLs;
             for local shards it replaces counting them (by `NNNNN_stats.json` of img2dataset, else by their headers).

@@ -1,15 +1,10 @@
 """The training stream: which pair is seen when, as a function of (seed, epoch, rank, worker) and of nothing else.
 
-An epoch lays its N samples on a line, shard after shard in a permuted order, and cuts the line into one part for each
-worker of each rank, in proportion to the batches that worker has to make. So no sample comes twice in an epoch,
-whatever the number of shards, and every rank makes the same number of batches.
-
-A batch takes the next b samples of its worker's shuffled part, bad ones too; a bad one is replaced by one that is due
-in a later batch, which will then be seen twice. Batch j therefore always begins at sample j·b, and a run is resumed by
-counting: no decoding, nothing to save but the epoch and the number of batches.
+`plan.py` gives each worker its part of an epoch. A batch takes the next b samples of that part, shuffled, bad ones
+too; a bad one is replaced by one that is due in a later batch, which will then be seen twice. Batch j therefore always
+begins at sample j·b, and a run is resumed by counting: no decoding, nothing to save but epoch and number of batches.
 """
 
-import hashlib
 import itertools
 import logging
 import math
@@ -28,7 +23,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
 from datamodules.pairs import CollatePairs, Pair, serial_tokenizer
-from datamodules.tars import captions, image_bytes, is_remote, stream
+from datamodules.plan import Piece, Plan, seeded
+from datamodules.tars import captions, image_bytes, stream
 from stair.batch import Batch
 from stair.images import box_pixels, decode_image, eval_pixels
 
@@ -37,82 +33,10 @@ logger = logging.getLogger(__name__)
 # the share of bad samples among fewer than these is too rough to stop a run for
 _ENOUGH = 200
 
-# what happened to a sample: cause, where, detail, how many samples it stands for
-Skip = tuple[str, str, str, int]
-
-
-def seeded(*parts: object) -> random.Random:
-    """A generator that depends on these values alone."""
-    return random.Random(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest())
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of samples in one shard, `stop` None for up to its end."""
-
-    shard: int
-    start: int
-    stop: int | None
-    length: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Who sees what in each epoch.
-
-    Attributes:
-        shards: paths or URLs.
-        counts: samples in each shard.
-        seed: of everything that is random.
-        ranks: processes that train.
-        workers: reading processes a rank, at least 1.
-        batch_size: pairs a rank.
-    """
-
-    shards: tuple[str, ...]
-    counts: tuple[int, ...]
-    seed: int
-    ranks: int
-    workers: int
-    batch_size: int
-
-    @property
-    def steps(self) -> int:
-        """Batches of each rank in an epoch."""
-        return sum(self.counts) // (self.ranks * self.batch_size)
-
-    def turns(self, worker: int) -> range:
-        """Which of its rank's batches a worker makes."""
-        return range(worker, self.steps, self.workers)
-
-    def part(self, epoch: int, rank: int, worker: int) -> list[Piece]:
-        """The part of the epoch's line that a worker reads: at least as many samples as its batches take."""
-        before = rank * self.steps + sum(len(self.turns(other)) for other in range(worker))
-        total, batches = sum(self.counts), self.ranks * self.steps
-        low, high = (done * total // batches for done in (before, before + len(self.turns(worker))))
-        order = seeded(self.seed, epoch, "shards").sample(range(len(self.shards)), len(self.shards))
-        ends = itertools.accumulate(self.counts[shard] for shard in order)
-        pieces = []
-        for shard, end in zip(order, ends, strict=True):
-            count = self.counts[shard]
-            start, stop = max(low - end + count, 0), min(high - end + count, count)
-            if start < stop:
-                # a shard may hold more than was said: whoever reads its last sample reads on
-                pieces.append(Piece(shard, start, None if stop == count else stop, stop - start))
-        return pieces
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What a position in the stream means something under."""
-        # folders may differ between machines
-        names = [shard if is_remote(shard) else Path(shard).name for shard in self.shards]
-        digest = hashlib.sha256(repr((names, self.counts)).encode()).hexdigest()[:12]
-        return {
-            "seed": self.seed,
-            "ranks": self.ranks,
-            "workers": self.workers,
-            "global_batch_size": self.ranks * self.batch_size,
-            "shards": f"{len(self.shards)} shards, {sum(self.counts)} samples, {digest}",
-        }
+# of bad samples: cause, shard, place, reason, how many there are
+Skip = tuple[str, str, str, str, int]
+# from a worker since its last report: samples seen, and which of them were bad
+Report = tuple[int, list[Skip]]
 
 
 @dataclass(frozen=True)
@@ -155,7 +79,7 @@ def _random_box(
 
 @dataclass
 class Tally:
-    """What one worker met: decides when a data set is too bad, and reports to the main process with each batch.
+    """Samples seen and skipped: by a worker, and over all workers of a rank.
 
     Attributes:
         limit: greatest share of bad samples.
@@ -167,12 +91,33 @@ class Tally:
     seen: int = 0
     bad: Counter[tuple[str, str]] = field(default_factory=Counter)
     news: list[Skip] = field(default_factory=list)
+    told: int = 0
 
-    def skip(self, shard: str, where: str, reason: str, samples: int = 1) -> None:
+    def skip(self, shard: str, place: str, reason: str, samples: int = 1) -> None:
         """Counts bad samples among those seen; `reason` begins with its cause and a colon."""
         cause = reason.partition(":")[0]
         self.bad[cause, shard] += samples
-        self.news.append((cause, where, reason, samples))
+        self.news.append((cause, shard, place, reason, samples))
+
+    def report(self) -> Report:
+        """What was seen and skipped since the last report."""
+        seen, self.told = self.seen - self.told, self.seen
+        news, self.news = self.news, []
+        return seen, news
+
+    def add(self, report: Report) -> None:
+        """Takes in what a worker reports."""
+        seen, news = report
+        self.seen += seen
+        for cause, shard, _, _, samples in news:
+            self.bad[cause, shard] += samples
+
+    def by_cause(self) -> Counter[str]:
+        """Bad samples of all shards."""
+        causes: Counter[str] = Counter()
+        for (cause, _), count in self.bad.items():
+            causes[cause] += count
+        return causes
 
     def judge(self) -> None:
         """Stops the run if the data are too bad.
@@ -183,25 +128,18 @@ class Tally:
         total = self.bad.total()
         if self.seen < self.enough or total <= self.limit * self.seen:
             return
-        causes: Counter[str] = Counter()
         shards: Counter[str] = Counter()
-        for (cause, shard), count in self.bad.items():
-            causes[cause] += count
+        for (_, shard), count in self.bad.items():
             shards[shard] += count
         worst, count = shards.most_common(1)[0]
         raise RuntimeError(
-            f"{total} of {self.seen} samples are bad, more than max_bad_share={self.limit}: {dict(causes)}; "
+            f"{total} of {self.seen} samples are bad, more than max_bad_share={self.limit}: {dict(self.by_cause())}; "
             f"worst shard {worst} with {count}. Repair the shards or raise max_bad_share"
         )
 
-    def report(self) -> list[Skip]:
-        """What was skipped since the last report."""
-        news, self.news = self.news, []
-        return news
-
 
 @dataclass(eq=False)
-class ShardStream(IterableDataset[tuple[Batch, list[Skip]]]):
+class ShardStream(IterableDataset[tuple[Batch, Report]]):
     """What a worker runs: its batches of one epoch, each with a report of what was skipped.
 
     Attributes:
@@ -226,7 +164,7 @@ class ShardStream(IterableDataset[tuple[Batch, list[Skip]]]):
     epoch: int = 0
     handed: int = 0
 
-    def __iter__(self) -> Iterator[tuple[Batch, list[Skip]]]:
+    def __iter__(self) -> Iterator[tuple[Batch, Report]]:
         info = get_worker_info()
         # the loader always asks its first process first, which after a resume must be the one whose turn it is
         worker = ((info.id if info else 0) + self.handed) % self.plan.workers
@@ -234,7 +172,8 @@ class ShardStream(IterableDataset[tuple[Batch, list[Skip]]]):
         if not turns:
             return
         part = self.plan.part(self.epoch, self.rank, worker)
-        tally = Tally(self.max_bad_share, min(_ENOUGH, len(turns) * self.plan.batch_size))
+        # alone, a worker judges only by a good number: its part may be small, and one bad sample a great share of it
+        tally = Tally(self.max_bad_share, _ENOUGH)
         done = sum(turn < self.handed for turn in turns)
         drawn = itertools.islice(self._drawn(part, worker, tally), done * self.plan.batch_size, None)
         for pairs in self._filled(drawn, len(turns) - done, tally):
@@ -267,7 +206,7 @@ class ShardStream(IterableDataset[tuple[Batch, list[Skip]]]):
             if empty:
                 names = [self.plan.shards[piece.shard] for piece in part]
                 raise RuntimeError(
-                    f"no sample could be read from {names[:3]} (of {len(names)}): {tally.report()[:3]}; "
+                    f"no sample could be read from {names[:3]} (of {len(names)}): {tally.news[:3]}; "
                     "check the files, and train_samples if it was given"
                 )
 
@@ -302,7 +241,7 @@ class ShardStream(IterableDataset[tuple[Batch, list[Skip]]]):
         return Pair(self.augment(image, rng), [rng.choice(texts)], 0, key)
 
 
-def _as_is(made: tuple[Batch, list[Skip]]) -> tuple[Batch, list[Skip]]:
+def _as_is(made: tuple[Batch, Report]) -> tuple[Batch, Report]:
     return made
 
 
@@ -316,15 +255,12 @@ class ShardLoader:
         stream: what the workers run.
         processes: reading processes; 0 reads in this one.
         epoch_batches: batches after which an epoch counts as complete, where a trainer stops earlier than `len`.
-
-    Attributes:
-        skipped: bad samples met so far on this rank, by cause.
     """
 
     def __init__(self, stream: ShardStream, processes: int, epoch_batches: int) -> None:
         self.stream, self.epoch_batches = stream, epoch_batches
         self.epoch = self.handed = 0
-        self.skipped: Counter[str] = Counter()
+        self._tally = Tally(stream.max_bad_share, min(_ENOUGH, epoch_batches * stream.plan.batch_size))
         self._moved = False
         self._loader = DataLoader(
             stream,
@@ -349,20 +285,28 @@ class ShardLoader:
     def _batches(self) -> Iterator[Batch]:
         self.stream.epoch, self.stream.handed = self.epoch, self.handed
         self._iterator = iter(self._loader)
-        before = self.skipped.copy()
-        for batch, news in self._iterator:
+        before = self.skipped
+        for batch, report in self._iterator:
             self.handed += 1
             self._moved = True
-            self._note(news)
+            self._note(report)
             if self.handed == self.epoch_batches and (fresh := self.skipped - before):
                 logger.warning("epoch %d: skipped %d samples: %s", self.epoch, fresh.total(), dict(fresh))
             yield batch
 
-    def _note(self, news: list[Skip]) -> None:
-        for cause, where, reason, samples in news:
-            if cause not in self.skipped:
-                logger.warning("skipped %s: %s; more of this cause are only counted", where, reason)
-            self.skipped[cause] += samples
+    def _note(self, report: Report) -> None:
+        known = set(self.skipped)
+        for cause, _, place, reason, _ in report[1]:
+            if cause not in known:
+                logger.warning("skipped %s: %s; more of this cause are only counted", place, reason)
+                known.add(cause)
+        self._tally.add(report)
+        self._tally.judge()
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Bad samples met so far on this rank, by cause."""
+        return self._tally.by_cause()
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next iteration begin this epoch, unless it is the one under way."""
