@@ -1,0 +1,150 @@
+"""Every settings file reads through the front door, alone and with each overlay, and mistakes are refused.
+
+The real recipe is only parsed: building it would fetch published weights. The same road builds the small towers.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+import main
+
+CONFIGS = Path(main.__file__).parent / "configs"
+STAGES = (1, 2, 3)
+SHARDS = "--data.train=shards/{0000..0009}.tar"
+
+
+def files(*names: str) -> list[str]:
+    return [word for name in names for word in ("--config", str(CONFIGS / f"{name}.yaml"))]
+
+
+def overlays() -> list[str]:
+    """Everything but the stages themselves and what is laid over one stage."""
+    names = (str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+    return sorted(name for name in names if name != "base" and "stage" not in name)
+
+
+def of_one_stage() -> list[tuple[int, str]]:
+    """Overlays of one stage, `demo/stage2` of stage 2."""
+    found = [(k, path) for k in STAGES for path in CONFIGS.glob(f"*/stage{k}.yaml")]
+    return [(k, str(path.relative_to(CONFIGS).with_suffix(""))) for k, path in found]
+
+
+@pytest.fixture
+def parsed(capsys: pytest.CaptureFixture[str]):
+    """Resolves a command line to its settings, without building anything."""
+
+    def parse(*words: str) -> dict:
+        with pytest.raises(SystemExit) as end:
+            main.main(["fit", *words, "--print_config"])
+        out, err = capsys.readouterr()
+        assert end.value.code == 0, err
+        return yaml.safe_load(out)
+
+    return parse
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vocab_file: Path):
+    """Builds all classes of a command line of small towers, and stops where training would begin."""
+    monkeypatch.setattr(main.StairCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.chdir(tmp_path)
+
+    def build(*words: str) -> main.StairCLI:
+        small = ["--model.init_args.stair.vocabulary", str(vocab_file), "--data.workers=0", SHARDS]
+        return main.main(["fit", *words, *small])
+
+    return build
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_needs_no_file_but_its_own(parsed, stage: int):
+    settings = parsed(*files(f"stage{stage}"), SHARDS)
+    assert settings["model"]["class_path"] == f"lightning_modules.Stage{stage}"
+    towers = settings["model"]["init_args"]["stair"]
+    assert towers["vocabulary"] == towers["text"]["name"] == "bert-base-uncased"
+    assert towers["image"]["name"].startswith("vit_base_patch16_224") and towers["image"]["pretrained"]
+    assert settings["trainer"]["max_steps"] > settings["model"]["init_args"]["optimizer"]["warmup_steps"]
+    assert settings["seed_everything"] == 0  # of base.yaml, which nobody has to name
+
+
+@pytest.mark.parametrize("overlay", overlays())
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_overlay_goes_over_every_stage(parsed, stage: int, overlay: str):
+    settings = parsed(*files(f"stage{stage}", overlay), SHARDS)
+    assert settings["model"]["class_path"] == f"lightning_modules.Stage{stage}"
+    assert settings["model"]["init_args"]["optimizer"]["name"] == "adamw"  # what the overlay does not name stays
+
+
+@pytest.mark.parametrize(("stage", "overlay"), of_one_stage())
+def test_an_overlay_of_one_stage_goes_over_that_stage(parsed, stage: int, overlay: str):
+    settings = parsed(*files(f"stage{stage}", "model/tiny", overlay), SHARDS)
+    assert settings["trainer"]["max_steps"] > settings["model"]["init_args"]["optimizer"]["warmup_steps"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_demo_validates_the_weights_it_hands_over(parsed, stage: int):
+    trainer = parsed(*files(f"stage{stage}", "model/tiny", "demo/scenes", f"demo/stage{stage}"))["trainer"]
+    assert trainer["max_steps"] % trainer["val_check_interval"] == 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_build_with_settings_that_agree_everywhere(built, stage: int):
+    cli = built(*files(f"stage{stage}", "model/tiny"), "--run", "runs/x")
+    assert cli.model.stage == stage
+    assert cli.datamodule.augment.size == cli.model.stair.config.image.image_size == 64
+    assert cli.datamodule.collate.max_tokens == cli.model.stair.config.text.max_tokens
+    assert cli.datamodule.collate.vocabulary.fingerprint == cli.model.stair.vocabulary.fingerprint
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_has_a_folder_for_each_stage_and_starts_from_the_one_before(built, stage: int):
+    cli = built(*files(f"stage{stage}", "model/tiny"), "--run", "runs/x")
+    assert cli.trainer.default_root_dir == f"runs/x/stage{stage}"
+    assert Path(cli.trainer.logger.log_dir) == Path(f"runs/x/stage{stage}/tensorboard")
+    transition = next(c for c in cli.trainer.callbacks if type(c).__name__ == "StageTransition")
+    assert transition.start_from == (None if stage == 1 else f"runs/x/stage{stage - 1}/stair")
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--model.init_args.objective.flops_imagine=1", "--data.trian=x", "--trainer.maximum_steps=3", "--rum=x"]
+)
+def test_an_unknown_setting_is_refused_by_name(capsys: pytest.CaptureFixture[str], wrong: str):
+    with pytest.raises(SystemExit) as end:
+        main.main(["fit", *files("stage1"), wrong, "--print_config"])
+    assert end.value.code != 0
+    assert wrong.split("=")[0].split(".")[-1].strip("-") in capsys.readouterr().err
+
+
+def test_an_unknown_key_in_a_file_is_refused_by_name(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model:\n  init_args:\n    objective: {flops_imagine: 1.0}\n")
+    with pytest.raises(SystemExit) as end:
+        main.main(["fit", *files("stage1"), "--config", str(overlay), "--print_config"])
+    assert end.value.code != 0
+    assert "flops_imagine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml")))
+def test_data_files_follow_the_folder_named_by_the_environment(parsed, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setenv("STAIR_SHARED_DATA", os.path.join("elsewhere", "sets"))
+    elsewhere = parsed(*files("stage1", f"data/{name}"))
+    monkeypatch.delenv("STAIR_SHARED_DATA")
+    near = parsed(*files("stage1", f"data/{name}"))
+    for settings, folder in ((elsewhere, "elsewhere/sets/"), (near, "../shared/data/")):
+        places = [settings["data"]["train"], *settings["data"]["val"].values()]
+        assert all(place.startswith(folder) for place in places)
+
+
+def test_no_settings_file_names_a_place_on_one_machine():
+    for path in CONFIGS.rglob("*.yaml"):
+        assert not any(word in path.read_text() for word in ("/home/", "/work/", "/root/", "/mnt/", "/data/stair")), (
+            path
+        )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_file_holds_only_what_differs(stage: int):
+    assert len((CONFIGS / f"stage{stage}.yaml").read_text().splitlines()) <= 25
