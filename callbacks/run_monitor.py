@@ -34,8 +34,8 @@ class RunMonitor(L.Callback):
     def _clear(self) -> None:
         self._pairs, self._steps, self._seconds, self._waiting = 0, 0, 0.0, 0.0
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock: loaders that take long to start count as waiting."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock: loaders that take long to start count as waiting. (A resumed epoch has no start.)"""
         self._last = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

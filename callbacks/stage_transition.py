@@ -58,6 +58,8 @@ class StageTransition(L.Callback):
                     f"RUN/stage{module.stage - 1}/stair, or --run RUN where both stages live"
                 )
             return
+        if module.stage == 1:
+            raise ValueError(f"stage 1 is the first, but --transition.start_from {self.start_from} says it starts from another")
         folder = Path(self.start_from)
         if not folder.is_dir():
             raise FileNotFoundError(

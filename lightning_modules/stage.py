@@ -6,6 +6,7 @@ B images, C captions (C = B in training), V words.
 """
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -115,6 +116,11 @@ class StairStage(L.LightningModule):
     def _set_scale(self, value: float) -> None:
         with torch.no_grad():
             self.stair.log_scale.fill_(math.log(min(value, 100.0)))
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Makes dropout a function of seed, step and rank, so that a resumed run draws what it would have drawn."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        torch.manual_seed(seed + 1 + self.trainer.global_step * self.trainer.world_size + self.trainer.global_rank)
 
     def encode(self, batch: Batch) -> dict[str, Tensor]:
         """Encodes the batch, by micro-batches if so set.

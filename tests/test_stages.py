@@ -1,0 +1,280 @@
+"""The three stages through the front door: one after the other, taking over, handing over, resuming, on two ranks."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from datamodules.synthetic import write_scenes
+from lightning_modules import Stage1, Stage3
+from lightning_modules.optimizer import Optimizer
+from lightning_modules.stage import Objective
+from main import main
+from stair import Stair
+from tests.conftest import tiny_config
+
+ROOT = Path(__file__).parents[1]
+SMALL = """
+model:
+  init_args:
+    stair:
+      image: {image_size: 32, options: {patch_size: 16, embed_dim: 16, depth: 1, num_heads: 2}}
+      text: {options: {hidden_size: 16, num_attention_heads: 2, intermediate_size: 32}}
+    optimizer: {warmup_steps: 1}
+    objective: {flops_ramp_steps: 2}
+data: {global_batch_size: 16, workers: 0, eval_batch_size: 8}
+trainer: {max_steps: 4, val_check_interval: 2, log_every_n_steps: 1, enable_progress_bar: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder, train=64, val=12, image_size=32)
+    (folder / "small.yaml").write_text(SMALL)
+    return folder
+
+
+def words(scenes, stage, run, *more, subcommand="fit"):
+    return [
+        subcommand,
+        *("--config", str(ROOT / f"configs/stage{stage}.yaml")),
+        *("--config", str(ROOT / "configs/model/tiny.yaml")),
+        *("--config", str(scenes / "small.yaml")),
+        *("--run", str(run)),
+        *("--data.train", str(scenes / "train-*.tar")),
+        *("--data.val", f"{{scenes: {scenes}/val-*.tar}}"),
+        *("--model.init_args.stair.vocabulary", str(scenes / "vocab.txt")),
+        *more,
+    ]
+
+
+def weights(run, stage):
+    return load_file(run / f"stage{stage}" / "stair" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(scenes, tmp_path_factory):
+    """A run of all three stages."""
+    run = tmp_path_factory.mktemp("runs") / "r"
+    for stage in (1, 2, 3):
+        main(words(scenes, stage, run))
+    return run
+
+
+def scalars(run, stage):
+    log = EventAccumulator(str(run / f"stage{stage}" / "tensorboard"))
+    log.Reload()
+    return {tag: [event.value for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+
+
+def test_three_stages_log_what_people_watch(finished):
+    for stage in (1, 2, 3):
+        seen = scalars(finished, stage)
+        for way in ("t2i", "i2t"):
+            assert all(0 <= seen[f"val/scenes/{way}/recall@{k}"][-1] <= 1 for k in (1, 5, 10))
+        wanted = {"train/contrastive", "train/flops_image", "train/lambda_text", "train/scale", "val/recall"}
+        assert wanted <= seen.keys() and any(tag.startswith("lr-") for tag in seen)
+        assert {
+            "val/scenes/sparsity/image/active_words",
+            "val/scenes/grounding@10",
+            "run/pairs_per_second",
+        } <= seen.keys()
+
+
+def test_lambda_rises_quadratically_with_the_step(finished):
+    # 2 ramp steps towards 1e-3: steps 0, 1, 2, 3
+    assert scalars(finished, 1)["train/lambda_image"] == pytest.approx([0, 2.5e-4, 1e-3, 1e-3])
+
+
+def test_stage_2_leaves_the_image_side_bitwise_unchanged_while_text_moves(finished):
+    before, after = weights(finished, 1), weights(finished, 2)
+    image = [name for name in before if name.startswith("image_")]
+    text = [name for name in before if name.startswith("text_head.")]
+    assert image and all(torch.equal(before[name], after[name]) for name in image)
+    assert text and all(not torch.equal(before[name], after[name]) for name in text)
+
+
+def test_stage_3_moves_both_sides(finished):
+    before, after = weights(finished, 2), weights(finished, 3)
+    assert all(not torch.equal(before[n], after[n]) for n in ("image_head.dense.weight", "text_head.dense.weight"))
+
+
+def test_the_release_can_be_loaded_and_asked(finished):
+    model = Stair.from_pretrained(finished / "stage3" / "stair")
+    assert model.config.similarity == "cosine" and model.config.text_words == "all"
+    text = model.encode_text(["a red circle", "two boats"])
+    image = model.encode_image(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
+    assert model.score(image, text).shape == (3, 2)
+
+
+def test_validate_gives_the_recall_that_the_hand_over_was_logged_with(finished, scenes):
+    cli = main(words(scenes, 3, finished, subcommand="validate"))
+    got = cli.trainer.callback_metrics
+    seen = scalars(finished, 3)
+    for tag in ("val/scenes/t2i/recall@5", "val/scenes/i2t/recall@10", "val/scenes/t2i/median_rank"):
+        assert float(got[tag]) == pytest.approx(seen[tag][-1])
+
+
+def test_predict_gives_the_embeddings_of_every_test_image_once(finished, scenes):
+    cli = main(words(scenes, 3, finished, "--data.test", f"{{t: {scenes}/val-*.tar}}", subcommand="predict"))
+    out = cli.trainer.predict_loop.predictions
+    ids = torch.cat([batch["image_id"] for batch in out])
+    assert sorted(ids[ids >= 0].tolist()) == list(range(12))
+
+
+# ------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "message"),
+    [
+        (3, ["--transition.start_from", "{run}/stage1/stair"], "stage 3 starts from stage 2.*by stage 1"),
+        (2, ["--transition.start_from", "{run}/nowhere"], "no hand-over of stage 1 at"),
+        (1, ["--transition.start_from", "{run}/stage1/stair"], "stage 1 .*starts from"),
+        (
+            2,
+            ["--model.init_args.stair.image.options.depth", "2"],
+            "image.options: .*'depth': 1.*there.*'depth': 2.*here",
+        ),
+        (2, ["--trainer.accumulate_grad_batches", "2"], "micro_batch_size"),
+        (2, ["--model.init_args.optimizer.warmup_steps", "9"], "warmup_steps is 9 but the run has 4"),
+        (2, ["--data.global_batch_size", "1000"], "64.*1000|1000.*64"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_the_first_step(finished, scenes, stage, more, message, tmp_path):
+    more = [word.format(run=finished) for word in more]
+    if "--transition.start_from" not in more:
+        more += ["--transition.start_from", str(finished / f"stage{stage - 1}" / "stair")]
+    with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):
+        main(words(scenes, stage, tmp_path / "new", *more))
+
+
+def test_another_vocabulary_is_refused_naming_both(finished, scenes, tmp_path):
+    lines = (scenes / "vocab.txt").read_text().splitlines()
+    other = tmp_path / "vocab.txt"
+    other.write_text("\n".join([*lines[:-2], lines[-1], lines[-2]]) + "\n")
+    start = ("--transition.start_from", str(finished / "stage1" / "stair"))
+    with pytest.raises(ValueError, match="every dimension would mean another word"):
+        main(words(scenes, 2, tmp_path / "new", "--model.init_args.stair.vocabulary", str(other), *start))
+
+
+def test_stage_2_without_a_stage_1_says_what_to_give(scenes, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match="stage 1"):
+        main(words(scenes, 2, tmp_path / "new"))
+
+
+def test_a_stage_stopped_before_its_planned_end_hands_nothing_over(scenes, tmp_path):
+    main(words(scenes, 1, tmp_path / "r", "--trainer.max_steps", "5000", "--trainer.max_time", "00:00:00:02"))
+    assert not (tmp_path / "r" / "stage1" / "stair").exists()
+
+
+def test_an_objective_that_cannot_train_is_refused():
+    for bad in ({"scale_start": 0}, {"scale_start": 101.0}, {"scale_start": "warm"}, {"flops_text": -1.0}):
+        with pytest.raises(ValueError, match="objective"):
+            Objective(**bad)
+
+
+# ------------------------------------------------------------------ micro-batches
+
+
+def module(vocab_file, micro, cls=Stage1, dropout=0.0):
+    torch.manual_seed(0)
+    config = tiny_config(vocab_file)
+    config.text.options |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return cls(config, Objective(), Optimizer(), micro).train()
+
+
+def embeddings_and_gradient(stage, batch, seed=5):
+    torch.manual_seed(seed)
+    out = stage.encode(batch)
+    loss = sum((value * torch.linspace(0, 1, value.numel()).view_as(value)).sum() for value in out.values())
+    loss.backward()
+    return out, {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def batch(tiny_stair, captions, pixels):
+    ids, mask = tiny_stair.vocabulary.tokenize(captions, 12)
+    return {"pixels": pixels, "ids": ids, "mask": mask}
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+@pytest.mark.parametrize("cls", [Stage1, Stage3])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(vocab_file, batch, micro, cls):
+    got, want = (embeddings_and_gradient(module(vocab_file, m, cls), batch) for m in (micro, None))
+    assert got[1].keys() == want[1].keys()
+    for part in (0, 1):
+        for name in want[part]:
+            torch.testing.assert_close(got[part][name], want[part][name], rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_replay_their_dropout(vocab_file, batch):
+    got = embeddings_and_gradient(module(vocab_file, 2, dropout=0.5), batch)
+    stage = module(vocab_file, None, dropout=0.5)
+    torch.manual_seed(5)
+    # the same two forward passes, kept in memory instead of replayed
+    pieces = [stage.encode({key: value[half] for key, value in batch.items()}) for half in (slice(0, 2), slice(2, 4))]
+    out = {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
+    sum((value * torch.linspace(0, 1, value.numel()).view_as(value)).sum() for value in out.values()).backward()
+    for name, p in stage.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(got[1][name], p.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_batch_sets_the_scale_that_gives_the_wanted_spread(finished):
+    assert scalars(finished, 1)["train/logit_std"][0] == pytest.approx(1.0, abs=1e-3)
+
+
+# ------------------------------------------------------------------ other processes
+
+
+def start(arguments):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_run_killed_hard_resumes_to_the_same_weights_as_one_never_interrupted(scenes, tmp_path):
+    more = ["--trainer.max_steps", "14", "--trainer.val_check_interval", "2"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = start(words(scenes, 1, killed, *more))
+    checkpoint = killed / "stage1" / "tensorboard" / "checkpoints" / "last.ckpt"
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    output = process.communicate()[0]
+    assert process.returncode == -signal.SIGKILL, output[-2000:]
+    assert not (killed / "stage1" / "stair").exists()
+    resumed = start(words(scenes, 1, killed, *more, "--ckpt_path", "last"))
+    output = resumed.communicate(timeout=200)[0]
+    assert resumed.returncode == 0 and "Restored all states" in output, output[-2000:]
+    main(words(scenes, 1, whole, *more))
+    for (name, a), b in zip(weights(killed, 1).items(), weights(whole, 1).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_two_ranks_run_all_three_stages(scenes, tmp_path, precision):
+    for stage in (1, 2, 3):
+        more = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.precision", precision]
+        process = start(words(scenes, stage, tmp_path / "r", *more, "--data.workers", "1"))
+        output = process.communicate(timeout=250)[0]
+        assert process.returncode == 0, output[-3000:]
+        assert re.search("MEMBER: 2/2", output)
+    assert scalars(tmp_path / "r", 3)["val/recall"]
+    before, after = weights(tmp_path / "r", 1), weights(tmp_path / "r", 2)
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("image_"))
