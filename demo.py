@@ -116,7 +116,7 @@ def _table(rows: Sequence[StageRow]) -> Table:
     table.add_column("", no_wrap=True)
     for head in ("t→i\n@1", "t→i\n@5", "t→i\n@10", "i→t\n@1", "i→t\n@5", "i→t\n@10", "image\nwords", "text\nwords"):
         table.add_column(head, justify="right")
-    table.add_column("gr.@10", justify="right")
+    table.add_column("gr.\n@10", justify="right")
     for row in rows:
         table.add_row(row.name, *(_cell(metric, row.metrics.get(metric)) for metric in map(_short, METRICS)))
     return table
