@@ -155,7 +155,7 @@ def _write_page(path: Path, rows: Sequence[StageRow]) -> None:
         notes=(
             f"{len(pairs)} held-out scenes, none of which occurs in training, with {len(pairs[0].captions)} captions "
             f"each; {' + '.join(map(str, steps))} training steps from scratch, one seed, no pretrained weights.",
-            "Most captions leave out most of a scene, so several images fit: text → image cannot reach 100 %.",
+            "Most captions leave out most of a scene, so several images fit: text → image cannot reach 100%.",
             f"Few words describe every scene, so always naming the {SHOWN_WORDS} commonest caption words gives the "
             "grounding of the first line: compare with that, not with 0.",
             f"The vocabulary has {len(model.vocabulary)} pieces: the words of the training captions, and letters. The "
