@@ -4,18 +4,28 @@ Names the families (stages, data, callbacks that are always on) and joins the se
 Lightning's own command line: `--print_config`, `--help`, overlays by further `--config`.
 """
 
+import importlib
+import warnings
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from callbacks.health import Health
 from callbacks.retrieval_panels import RetrievalPanels
 from callbacks.run_monitor import RunMonitor
 from callbacks.sparsity_monitor import SparsityMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-
 from callbacks.stage_transition import StageTransition
 from datamodules.shards import ImageTextShards
 from lightning_modules.stage import StairStage
+
+# said by the libraries to each other, once a run and rank; nothing a user could act on
+for notice in (
+    r".*treespec, LeafSpec.*is deprecated",
+    r".*It is recommended to use `self.log\(.*sync_dist=True",  # ours are reduced over ranks before they are logged
+    r"Found \d+ module\(s\) in eval mode",  # the frozen side of stage 2, meant so
+):
+    warnings.filterwarnings("ignore", notice)
 
 BASE = Path(__file__).parent / "configs" / "base.yaml"
 
@@ -53,14 +63,15 @@ class StairCLI(LightningCLI):
         for logger in loggers:
             if hasattr(logger, "init_args") and "save_dir" in logger.init_args:
                 logger.init_args.save_dir = str(home)
-        if config.transition.start_from is None and getattr(config, "ckpt_path", None) in (None, "last"):
-            source = home if self.subcommand != "fit" else home.with_name(f"stage{stage - 1}") if stage > 1 else None
+        if config.transition.start_from is None:
+            if self.subcommand == "fit":
+                source = home.with_name(f"stage{stage - 1}") if stage > 1 else None
+            else:  # a checkpoint that is named wins over the hand-over
+                source = home if getattr(config, "ckpt_path", None) is None else None
             config.transition.start_from = str(source / "stair") if source else None
 
 
 def _stage_of(class_path: str) -> int:
-    import importlib
-
     module, name = class_path.rsplit(".", 1)
     family: Any = getattr(importlib.import_module(module), name)
     return int(family.stage)
@@ -72,7 +83,6 @@ def main(args: list[str] | None = None) -> StairCLI:
     Args:
         args: the words after the command; those of the process if None.
     """
-    parser_kwargs = {"parser_mode": "omegaconf+"}
     return StairCLI(
         StairStage,
         ImageTextShards,
@@ -81,7 +91,8 @@ def main(args: list[str] | None = None) -> StairCLI:
         args=args,
         save_config_kwargs={"overwrite": True},  # else a requeued run is refused its own folder
         parser_kwargs={
-            **parser_kwargs,
+            "parser_mode": "omegaconf+",
+            "allow_abbrev": False,
             **{word: {"default_config_files": [str(BASE)]} for word in ("fit", "validate", "test", "predict")},
         },
     )

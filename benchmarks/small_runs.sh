@@ -12,9 +12,11 @@ export MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 for stage in 1 2 3; do
     [ -e "$run/stage$stage/stair" ] && continue
-    started=$SECONDS
+    started=$SECONDS own=()
+    [ -e "configs/small/$data.stage$stage.yaml" ] && own=(--config "configs/small/$data.stage$stage.yaml")
     "${PYTHON:-.venv/bin/python}" main.py fit --config "configs/stage$stage.yaml" --config configs/model/tiny.yaml \
         --config "configs/data/$data.yaml" --config configs/small/base.yaml --config "configs/small/stage$stage.yaml" \
+        "${own[@]}" \
         --run "$run" --ckpt_path last "$@"
     echo "stage $stage: $((SECONDS - started)) s"
 done

@@ -59,7 +59,9 @@ class StageTransition(L.Callback):
                 )
             return
         if module.stage == 1:
-            raise ValueError(f"stage 1 is the first, but --transition.start_from {self.start_from} says it starts from another")
+            raise ValueError(
+                f"stage 1 is the first, but --transition.start_from says it starts from {self.start_from}; leave it out"
+            )
         folder = Path(self.start_from)
         if not folder.is_dir():
             raise FileNotFoundError(

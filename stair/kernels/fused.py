@@ -10,11 +10,15 @@ Done plainly, 256 images of 197 patches against 30,522 words are 1.5 billion num
 B rows, T positions, N = real positions of all rows, packed without padding, D width, V words, C words of a chunk.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+# torch's notice that CSR is young would greet every user in the first step
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
 _CHUNK_NUMBERS = 1 << 21  # logits alive at a time on the CPU (8 MB in fp32): a chunk should stay near the cache
 _CHUNK_NUMBERS_GPU = 1 << 27  # on a GPU the matrix product wants a wide chunk
@@ -63,12 +67,14 @@ def _running_max(logits_NC: Tensor, alive: list[int]) -> tuple[Tensor, Tensor]:
     best_BC = logits_NC[:rows].clone()
     kind = _slot_type(len(alive))
     slot_BC = torch.zeros(rows, width, dtype=kind, device=logits_NC.device)
-    better_BC = torch.empty_like(slot_BC)
+    better_BC = torch.empty(rows, width, dtype=torch.bool, device=logits_NC.device)
+    # the same bytes, 0 or 1, where a slot is a byte: no conversion
+    better_as_number = better_BC.view(torch.uint8)
     start = rows
     for t, n in enumerate(alive[1:], start=1):
         now_BC = logits_NC[start : start + n]
         torch.gt(now_BC, best_BC[:n], out=better_BC[:n])
-        torch.maximum(slot_BC[:n], better_BC[:n].mul_(t), out=slot_BC[:n])
+        torch.maximum(slot_BC[:n], better_as_number[:n].to(kind).mul_(t), out=slot_BC[:n])
         torch.maximum(best_BC[:n], now_BC, out=best_BC[:n])
         start += n
     return best_BC, slot_BC
@@ -186,10 +192,9 @@ def _dense_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same by matrix products, a chunk of words at a time: faster while most words are active."""
     N = len(packed_ND)
-    result = {"dtype": won.grad_BV.dtype, "device": won.grad_BV.device}
-    grad_packed_ND = torch.zeros(packed_ND.shape, **result)
-    grad_weight_VD = torch.zeros(weight_VD.shape, **result)
-    grad_bias_V = torch.zeros(len(weight_VD), **result)
+    grad_packed_ND = won.grad_BV.new_zeros(packed_ND.shape)
+    grad_weight_VD = won.grad_BV.new_zeros(weight_VD.shape)
+    grad_bias_V = won.grad_BV.new_zeros(len(weight_VD))
     # a row without any real position has no gradient, and no place to scatter a zero to
     filled = int(won.start_T[1]) if len(won.start_T) > 1 else N
     rows_B = (won.rank_B < filled).nonzero(as_tuple=True)[0]
