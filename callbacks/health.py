@@ -141,6 +141,6 @@ class Health(L.Callback):
         if spread > _WIDE_LOGITS:
             rank_zero_warn(
                 f"the first batch's logits spread by {spread:.1f}, wanted 0.3 to 1.5: above {_WIDE_LOGITS:.0f} runs "
-                "collapse. Set objective.scale_start to 'measure', which takes the scale from the first batch; at the start "
-                "of stage 2 it means that texts are almost dense: give stage 1 a higher objective.flops_text"
+                "collapse. Set objective.scale_start to 'measure', which takes the scale from the first batch; at the "
+                "start of stage 2 it means that texts are almost dense: give stage 1 a higher objective.flops_text"
             )
