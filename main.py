@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from callbacks.health import Health
+from callbacks.requeue import Requeue
 from callbacks.retrieval_panels import RetrievalPanels
 from callbacks.run_monitor import RunMonitor
 from callbacks.sparsity_monitor import SparsityMonitor
@@ -47,6 +48,7 @@ class StairCLI(LightningCLI):
         parser.add_lightning_class_args(RetrievalPanels, "panels")
         parser.add_lightning_class_args(RunMonitor, "monitor")
         parser.add_lightning_class_args(Health, "health")
+        parser.add_lightning_class_args(Requeue, "requeue")  # last: what it saves holds what the others noted
         parser.link_arguments("model.init_args.stair.vocabulary", "data.vocabulary")
         parser.link_arguments("model.init_args.stair.image.image_size", "data.image_size")
         parser.link_arguments("model.init_args.stair.text.max_tokens", "data.max_tokens")

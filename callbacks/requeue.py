@@ -1,0 +1,167 @@
+"""Leaving in time: a signal becomes one checkpoint between two batches, and under SLURM the same job once more.
+
+Lightning's own requeueing saves inside the signal handler, with a barrier. A rank that sits in an all-reduce meanwhile
+never gets there, and both wait until the time limit (upstream issue 21406). Here a handler only notes the signal.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from lightning_modules.stage import planned_steps
+
+log = logging.getLogger(__name__)
+
+#: the greatest over all ranks counts: a job that is being ended is not queued again
+_ORDER = (signal.SIGUSR1, signal.SIGTERM)
+
+
+class Requeue(L.Callback):
+    """Saves and leaves on SIGUSR1 and SIGTERM.
+
+    All ranks agree between batches, save `last.ckpt` where the run keeps its checkpoints (so `--ckpt_path last` finds it),
+    and leave before the next batch without validating or handing over. Then
+
+    - SIGUSR1 under SLURM (`#SBATCH --signal=SIGUSR1@300`, without `B:`): the job is requeued. If SLURM refuses, training
+      goes on: the minutes left are not thrown away, and SIGTERM at the time limit saves again.
+    - any other: the process ends with 128 + the signal's number, so that nothing takes the stage for finished.
+
+    A signal that comes where a validation is due, or during it, waits for its end: a checkpoint from just before would
+    make the resumed run leave it out. So the lead of the signal must be longer than a validation. After the last planned
+    step it is ignored, the run is about to end.
+
+    Args:
+        every: steps between two agreements of the ranks, at least 1; a signal is acted on at most that much late. A
+            single process needs none.
+
+    Raises:
+        ValueError: if `every` is out of range.
+    """
+
+    def __init__(self, every: int = 5) -> None:
+        if every < 1:
+            raise ValueError(f"every={every}: wanted at least 1")
+        self.every = every
+        self._previous: dict[int, Any] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._noted = 0  # on this rank: 0, or 1 + the place in _ORDER
+        self._agreed = 0  # on all ranks
+        self._waited = False  # for a validation
+        self._saved: Path | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Takes the signals over, before workers are forked and before Lightning would."""
+        self._clear()
+        self._pid = os.getpid()
+        if stage == "fit" and threading.current_thread() is threading.main_thread():
+            self._previous = {signum: signal.signal(signum, self._note) for signum in _ORDER}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes SIGTERM over from Lightning, whose handler waits for other ranks."""
+        if self._previous:
+            signal.signal(signal.SIGTERM, self._note)
+            self._give_back(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Sees that the handlers found are put back, also before training has begun."""
+        self._give_back(trainer)
+
+    def _give_back(self, trainer: L.Trainer) -> None:
+        # at every end of a fit Lightning puts back the handlers it found. It found ours: tell it what was there before
+        trainer._signal_connector._original_handlers.update(self._previous)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() == self._pid:  # forked workers have the handler too
+            self._noted = max(self._noted, 1 + _ORDER.index(signal.Signals(signum)))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Agrees, and saves. The step's figures are logged after this."""
+        if not self._agreed and (trainer.world_size == 1 or trainer.global_step % self.every == 0):
+            noted = torch.tensor(self._noted, device=trainer.strategy.root_device)
+            self._agreed = int(trainer.strategy.reduce(noted, reduce_op="max"))
+        if not self._agreed or trainer.global_step >= planned_steps(trainer):
+            return
+        loop = trainer.fit_loop
+        due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        if trainer.strategy.reduce_boolean_decision(due, all=False) and not self._waited:
+            self._waited = True
+            return
+        self._saved = _save(trainer)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Leaves, if the state is saved.
+
+        Raises:
+            SystemExit: to leave; the status is that of the first rank, 0 on others (their launcher would kill the first).
+        """
+        if self._saved is None:
+            return
+        signum, where = _ORDER[self._agreed - 1], f"step {trainer.global_step}, saved in {self._saved}"
+        if signum == signal.SIGUSR1 and SLURMEnvironment.detect():
+            refusal = trainer.strategy.broadcast(_requeue() if trainer.is_global_zero else "")
+            if not refusal:
+                _say(trainer, logging.WARNING, f"SIGUSR1: this SLURM job goes on later from {where}")
+                raise SystemExit(0)
+            _say(
+                trainer,
+                logging.ERROR,
+                f"SIGUSR1, but SLURM does not requeue this job: {refusal}. Training goes on until the time limit, and this "
+                f"job will NOT come back by itself: submit it again, with --requeue. The state is that of {where}",
+            )
+            later = self._noted if self._noted > self._agreed else 0  # SIGTERM, meanwhile
+            self._clear()
+            self._noted = later
+            return
+        _say(
+            trainer,
+            logging.WARNING,
+            f"{signum.name}: stopped at {where}. To go on, give the same command with --ckpt_path last",
+        )
+        raise SystemExit(128 + signum if trainer.is_global_zero else 0)
+
+
+def _save(trainer: L.Trainer) -> Path:
+    """Writes beside `last.ckpt`, then renames: whoever is killed meanwhile has the old state or the new one."""
+    keeper: Any = trainer.checkpoint_callback
+    folder = Path(getattr(keeper, "dirpath", None) or Path(trainer.default_root_dir) / "checkpoints")
+    target, fresh = folder / "last.ckpt", folder / "requeue.ckpt.new"
+    trainer.save_checkpoint(fresh)
+    if trainer.is_global_zero:
+        fresh.replace(target)
+    trainer.strategy.barrier("requeue")
+    return target
+
+
+def _requeue() -> str:
+    """Asks SLURM to run this job again. Returns why not, empty if it will."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"`scontrol requeue {job}`: {error}"
+    if done.returncode in (0, -signal.SIGTERM):  # requeueing ends the job's processes, scontrol among them
+        return ""
+    said = (done.stderr + done.stdout).strip()
+    return f"`scontrol requeue {job}` ended with {done.returncode}" + (f", saying: {said}" if said else "")
+
+
+def _say(trainer: L.Trainer, level: int, message: str) -> None:
+    if trainer.is_global_zero:
+        log.log(level, message)

@@ -1,0 +1,89 @@
+# The body of stage1.sh, stage2.sh and stage3.sh, which say only what they ask of SLURM and which STAGE they are.
+#
+# RUN         the run's folder; stage k works in RUN/stagek and starts from RUN/stage(k-1)/stair. Needed.
+# DATA_TRAIN  shard spec of the training data. Needed (site.sh may set it).
+# DATA_VAL    '{name: spec, ...}', or one spec. Needed (site.sh may set it).
+# STRATEGY    ddp.
+# Words after the script go to the command: sbatch slurm/stage2.sh --data.workers 12
+# In an array job (sbatch --array=0-4) the task's number is the seed, and RUN/seedN the run's folder.
+set -u
+
+refuse() {
+    echo "stair, stage $STAGE: $*" >&2
+    exit 2
+}
+
+# before srun, and for its tasks below: a signal that comes before Python listens is harmless
+trap '' USR1
+export STAIR_HOME
+cd "$STAIR_HOME" || refuse "no checkout at STAIR_HOME=$STAIR_HOME"
+source slurm/site.sh
+
+# ---- what was asked for
+
+[ -n "${RUN:-}" ] || refuse "RUN is not set: give the run's folder, RUN=runs/mine sbatch slurm/stage$STAGE.sh"
+[ -n "${DATA_TRAIN:-}" ] || refuse "DATA_TRAIN is not set: give a shard spec such as 'shards/{0000..0999}.tar', here or in slurm/site.sh"
+[ -n "${DATA_VAL:-}" ] || refuse "DATA_VAL is not set: give '{coco: val/*.tar}', here or in slurm/site.sh"
+case "$DATA_VAL" in
+    "{"*:*) ;;
+    *) DATA_VAL="{val: '$DATA_VAL'}" ;;
+esac
+STRATEGY="${STRATEGY:-ddp}"
+case "$STRATEGY" in
+    ddp) ;;
+    fsdp*) refuse "STRATEGY=$STRATEGY: sharded training is not there yet, the stages do not say how to shard themselves. Use STRATEGY=ddp; where memory is short, --model.init_args.micro_batch_size" ;;
+    *) refuse "STRATEGY=$STRATEGY: known is ddp" ;;
+esac
+own_start=""
+for word in "$@"; do
+    case "$word" in
+        --trainer.devices* | --trainer.num_nodes* | --trainer.strategy* | --run | --run=*)
+            refuse "$word: the job says that itself. Give --nodes and --ntasks-per-node to sbatch, RUN and STRATEGY in the environment" ;;
+        --transition.start_from*) own_start=yes ;;
+    esac
+done
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    RUN="$RUN/seed$SLURM_ARRAY_TASK_ID"
+    set -- --seed_everything "$SLURM_ARRAY_TASK_ID" --data.seed "$SLURM_ARRAY_TASK_ID" "$@"
+fi
+
+# ---- whether it can work; each of these would otherwise fail on every rank, or wait for ever
+
+[ -n "${SLURM_JOB_ID:-}" ] || refuse "this is no SLURM job: sbatch slurm/stage$STAGE.sh. Without SLURM: lightning fit --config configs/stage$STAGE.yaml --run $RUN ..."
+[ -n "${SLURM_NTASKS_PER_NODE:-}" ] || refuse "no tasks per node given: sbatch --ntasks-per-node=N, one for each GPU of a node"
+[ "${SLURM_NTASKS:-0}" -eq $((SLURM_NNODES * SLURM_NTASKS_PER_NODE)) ] ||
+    refuse "$SLURM_NTASKS tasks on $SLURM_NNODES nodes, wanted $SLURM_NTASKS_PER_NODE on each: give --nodes and --ntasks-per-node, not --ntasks"
+if [ -n "${SLURM_GPUS_ON_NODE:-}" ] && [ "$SLURM_GPUS_ON_NODE" -ne "$SLURM_NTASKS_PER_NODE" ]; then
+    [ "$SLURM_GPUS_ON_NODE" -gt "$SLURM_NTASKS_PER_NODE" ] ||
+        refuse "$SLURM_NTASKS_PER_NODE tasks but $SLURM_GPUS_ON_NODE GPUs on a node, and each task drives one: give --ntasks-per-node and --gpus-per-node the same number"
+    echo "stair, stage $STAGE: only $SLURM_NTASKS_PER_NODE of the $SLURM_GPUS_ON_NODE GPUs of a node are used: give --ntasks-per-node and --gpus-per-node the same number" >&2
+fi
+case "${SLURM_JOB_NAME:-}" in
+    bash | interactive) refuse "a job named $SLURM_JOB_NAME is not taken for a SLURM job by Lightning: every task would train alone. Give another --job-name" ;;
+esac
+before="$RUN/stage$((STAGE - 1))/stair"
+if [ "$STAGE" -gt 1 ] && [ -z "$own_start" ] && [ ! -f "$before/config.json" ]; then
+    refuse "no hand-over of stage $((STAGE - 1)) at $before: it is written when that stage has finished its planned steps. Finish it, or correct RUN=$RUN; all three in turn: slurm/pipeline.sh"
+fi
+mkdir -p "$RUN/stage$STAGE" && touch "$RUN/stage$STAGE/.writable" && rm "$RUN/stage$STAGE/.writable" ||
+    refuse "cannot write to $RUN/stage$STAGE: correct RUN, or its rights"
+command -v lightning > /dev/null || refuse "no command 'lightning': run \`make setup\` in the checkout, and let slurm/site.sh activate it"
+python -c 'import sys, yaml; from datamodules.tars import expand
+train, val = sys.argv[1:]
+try:
+    print(len(expand(yaml.safe_load(train) if train.startswith("[") else train)), "training shards")
+    expand(list(yaml.safe_load(val).values()))
+except FileNotFoundError as error: sys.exit(str(error))' "$DATA_TRAIN" "$DATA_VAL" ||
+    refuse "DATA_TRAIN=$DATA_TRAIN, DATA_VAL=$DATA_VAL: not found, or not shard specs, or Python lacks what make setup installs; see above"
+
+# ---- train
+
+command=(
+    lightning fit --config "configs/stage$STAGE.yaml" --ckpt_path last "$@"
+    --run "$RUN" --data.train "$DATA_TRAIN" --data.val "$DATA_VAL"
+    --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" --trainer.strategy "$STRATEGY"
+)
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun has not inherited it since SLURM 22.05
+echo "stair, stage $STAGE: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), ${SLURM_JOB_NODELIST:-}:"
+echo "srun ${command[*]@Q}"
+exec srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$@"' stage "${command[@]}"

@@ -1,0 +1,17 @@
+#!/bin/bash
+# Stage 1 as a SLURM job, from the checkout's root:
+#   RUN=runs/mine DATA_TRAIN='shards/{0000..0999}.tar' DATA_VAL='{coco: val/*.tar}' sbatch slurm/stage1.sh [words for the command]
+# Other sizes: sbatch --nodes=13 slurm/stage1.sh. A task drives a GPU: --ntasks-per-node and --gpus-per-node go together.
+#SBATCH --job-name=stair-stage1
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=SIGUSR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+STAGE=1
+source "${STAIR_HOME:=$SLURM_SUBMIT_DIR}/slurm/run_stage.sh"
