@@ -31,7 +31,7 @@ def main(run: Path) -> None:
         tags = set(log.Tags()["scalars"])
         steps = log.Scalars("train/loss")
         minutes = (steps[-1].wall_time - log.FirstEventTimestamp()) / 60
-        last = {tag: log.Scalars(tag)[-1] for tag in tags if tag.startswith("val/") and tag.count("/") > 2}
+        last = {tag: log.Scalars(tag)[-1] for tag in tags if tag.startswith("val/") and tag.count("/") >= 2}
         head = f"{folder.name} ({steps[-1].step + 1}, {minutes:.0f})"
         for name in dict.fromkeys(tag.split("/")[1] for tag in sorted(last)):
             cells = [_cell([last.get(f"val/{name}/{key}") for key in keys], keys) for keys in COLUMNS.values()]
