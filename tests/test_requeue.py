@@ -1,0 +1,265 @@
+"""Leaving on a signal and coming back: a running process, a Trainer of one's own, and what SLURM would be asked."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from callbacks import requeue
+from callbacks.requeue import Requeue
+from datamodules.synthetic import write_scenes
+from tests.test_stages import SMALL, start, weights, words
+
+ROOT = Path(__file__).parents[1]
+
+
+class Line(L.LightningModule):
+    """A weight that counts the steps; sends itself a signal in step `when`."""
+
+    def __init__(self, when=None, signum=signal.SIGTERM):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(1))
+        self.when, self.signum, self.validated = when, signum, []
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == self.when:
+            os.kill(os.getpid(), self.signum)
+        return -self.w.sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.validated.append(self.trainer.global_step)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    def train_dataloader(self):
+        return DataLoader(torch.zeros(10, 1))
+
+    def val_dataloader(self):
+        return DataLoader(torch.zeros(1, 1))
+
+
+@pytest.fixture
+def fit(tmp_path):
+    def run(module, steps=8, **more):
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            max_epochs=-1,
+            default_root_dir=tmp_path,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            check_val_every_n_epoch=None,
+            callbacks=[ModelCheckpoint(dirpath=tmp_path / "checkpoints", save_last=True, save_top_k=0), Requeue()],
+            **{"val_check_interval": 100, **more},
+        )
+        before = [signal.getsignal(signum) for signum in (signal.SIGUSR1, signal.SIGTERM)]
+        status = None
+        try:
+            trainer.fit(module, ckpt_path="last")
+        except SystemExit as leaving:
+            status = leaving.code
+        assert [signal.getsignal(signum) for signum in (signal.SIGUSR1, signal.SIGTERM)] == before
+        return status, trainer
+
+    return run
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_saves_once_after_the_batch_and_ends_with_its_number(fit, tmp_path, signum):
+    status, trainer = fit(Line(when=3, signum=signum))
+    assert status == 128 + signum and trainer.global_step == 4
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    resumed = Line()
+    status, trainer = fit(resumed)
+    assert status is None and trainer.global_step == 8 and float(resumed.w) == 8
+
+
+def test_handlers_are_put_back_after_a_fit_and_after_a_broken_one(fit):
+    assert fit(Line())[0] is None
+
+    class Broken(Line):
+        def training_step(self, batch, batch_idx):
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        fit(Broken())
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL == signal.getsignal(signal.SIGTERM)
+
+
+def test_a_validation_that_is_due_is_not_lost(fit):
+    first, second = Line(when=3), Line()
+    assert fit(first, val_check_interval=4)[0] and fit(second, val_check_interval=4)[0] is None
+    # due after the step of the signal: done first, and the state saved is that after the next batch
+    assert first.validated == [4] and second.validated == [8]
+
+
+def test_where_every_batch_is_validated_it_leaves_all_the_same(fit):
+    assert fit(Line(when=3), val_check_interval=1)[1].global_step == 5
+
+
+def test_a_signal_in_the_last_step_lets_the_run_finish(fit):
+    status, trainer = fit(Line(when=7))
+    assert status is None and trainer.global_step == 8
+
+
+def test_forked_workers_note_nothing():
+    callback = Requeue()
+    callback._pid = os.getpid() + 1
+    callback._note(signal.SIGUSR1, None)
+    assert callback._noted == 0
+    callback._pid = os.getpid()
+    callback._note(signal.SIGTERM, None)
+    callback._note(signal.SIGUSR1, None)
+    assert callback._noted == 2  # a job that is being ended is not queued again
+
+
+def test_out_of_range_arguments_are_refused():
+    with pytest.raises(ValueError, match=r"every=0.*at least 1"):
+        Requeue(0)
+
+
+# ------------------------------------------------------------------ SLURM, asked through a stand-in for scontrol
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """Writes down what it is asked, and ends as told."""
+
+    def make(ends_with):
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        (folder / "scontrol").write_text(
+            f'#!/bin/sh\necho "$@" >> {folder}/asked\necho not today >&2\nexit {ends_with}\n'
+        )
+        (folder / "scontrol").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        monkeypatch.setenv("SLURM_JOB_ID", "17")
+        monkeypatch.setattr(requeue, "SLURMEnvironment", SimpleNamespace(detect=lambda: True))
+        return folder / "asked"
+
+    return make
+
+
+def test_sigusr1_requeues_the_job_and_leaves(fit, scontrol):
+    asked = scontrol(0)
+    status, trainer = fit(Line(when=3, signum=signal.SIGUSR1))
+    assert status == 0 and trainer.global_step == 4 and asked.read_text() == "requeue 17\n"
+
+
+def test_a_task_of_an_array_is_requeued_and_not_the_array(scontrol, monkeypatch):
+    asked = scontrol(0)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "15")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert requeue._requeue() == "" and asked.read_text() == "requeue 15_2\n"
+
+
+def test_sigterm_under_slurm_is_not_requeued(fit, scontrol):
+    asked = scontrol(0)
+    assert fit(Line(when=3))[0] == 128 + signal.SIGTERM and not asked.exists()
+
+
+def test_where_slurm_refuses_training_goes_on_and_says_so(fit, scontrol, caplog, tmp_path):
+    scontrol(1)
+    module = Line(when=3, signum=signal.SIGUSR1)
+    status, trainer = fit(module)
+    assert status is None and trainer.global_step == 8 and float(module.w) == 8
+    assert "not today" in caplog.text and "submit it again" in caplog.text and (tmp_path / "checkpoints").exists()
+
+
+# ------------------------------------------------------------------ a real run
+
+
+def test_sigterm_saves_ends_with_its_status_and_resumes_to_the_same_weights(tmp_path):
+    write_scenes(tmp_path, train=64, val=12, image_size=32)
+    (tmp_path / "small.yaml").write_text(SMALL)
+    more = ["--trainer.max_steps", "30", "--trainer.val_check_interval", "1000", "--data.workers", "1"]
+    told, whole = tmp_path / "told", tmp_path / "whole"
+    process = start(words(tmp_path, 1, told, *more, "--trainer.max_steps", "100000"))
+    events = told / "stage1" / "tensorboard"
+    while process.poll() is None and not any(path.stat().st_size > 5000 for path in events.glob("events*")):
+        time.sleep(0.05)
+    process.terminate()
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output[-3000:]
+    assert "SIGTERM: stopped at step" in output and "--ckpt_path last" in output and "Traceback" not in output
+    assert not (told / "stage1" / "stair").exists()
+    step = torch.load(events / "checkpoints" / "last.ckpt", weights_only=False)["global_step"]
+    more[1] = str(step + 6)
+    for run in (told, whole):
+        process = start(words(tmp_path, 1, run, *more, "--ckpt_path", "last"))
+        output = process.communicate(timeout=200)[0]
+        assert process.returncode == 0 and ("Restored all states" in output) == (run == told), output[-3000:]
+    for (name, a), b in zip(weights(told, 1).items(), weights(whole, 1).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+# ------------------------------------------------------------------ the jobs' scripts, without SLURM
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)
+def test_the_scripts_are_bash(script):
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_stages_jobs_differ_in_nothing_but_the_stage(stage):
+    one, this = ((ROOT / "slurm" / f"stage{k}.sh").read_text() for k in (1, stage))
+    assert this == one.replace("stage1", f"stage{stage}").replace("Stage 1", f"Stage {stage}").replace(
+        "STAGE=1", f"STAGE={stage}"
+    )
+    # to the steps and not to the batch shell (B:), which could not save; and the log of the first start is kept
+    for line in ("--signal=SIGUSR1@300", "--requeue", "--open-mode=append"):
+        assert f"#SBATCH {line}\n" in this
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"RUN": ""}, "RUN is not set.*RUN=runs/mine"),
+        ({"DATA_TRAIN": ""}, "DATA_TRAIN is not set"),
+        ({"DATA_VAL": ""}, "DATA_VAL is not set"),
+        ({"STRATEGY": "fsdp"}, "STRATEGY=fsdp: sharded training is not there yet"),
+        ({"STRATEGY": "magic"}, "STRATEGY=magic: known is ddp"),
+        ({"words": "--trainer.devices 2"}, "--trainer.devices: the job says that itself"),
+        ({"SLURM_JOB_ID": ""}, "this is no SLURM job"),
+        ({"SLURM_NTASKS_PER_NODE": ""}, "no tasks per node"),
+        ({"SLURM_NTASKS": "3"}, "3 tasks on 2 nodes, wanted 2 on each"),
+        ({"SLURM_GPUS_ON_NODE": "1"}, "2 tasks but 1 GPUs on a node"),
+        ({"SLURM_JOB_NAME": "bash"}, "a job named bash"),
+        ({"STAGE": "2"}, "stage 2: no hand-over of stage 1 at .*/r/stage1/stair.*pipeline"),
+        ({"SLURM_ARRAY_TASK_ID": "4", "STAGE": "3"}, "at .*/r/seed4/stage2/stair"),
+        ({"RUN": "/proc/nowhere"}, "cannot write to /proc/nowhere/stage1"),
+        ({}, "no shard matches '/nowhere/a.tar'(?s:.*)DATA_TRAIN=/nowhere/a.tar"),
+    ],
+)
+def test_a_job_that_cannot_train_is_refused_with_a_reason(tmp_path, change, wanted):
+    job = {
+        "STAGE": "1",
+        "RUN": str(tmp_path / "r"),
+        "DATA_TRAIN": "/nowhere/a.tar",
+        "DATA_VAL": "/nowhere/b.tar",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": "1",
+        "SLURM_NNODES": "2",
+        "SLURM_NTASKS": "4",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **change,
+    }
+    line = f'set -- {job.pop("words", "")}; source "${{STAIR_HOME:=$SLURM_SUBMIT_DIR}}/slurm/run_stage.sh"'
+    done = subprocess.run(["bash", "-c", line], env=job, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.search(wanted, done.stderr), done.stderr
