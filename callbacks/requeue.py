@@ -64,6 +64,9 @@ class Requeue(L.Callback):
         """Takes the signals over, before workers are forked and before Lightning would."""
         self._clear()
         self._pid = os.getpid()
+        environment: Any = trainer._accelerator_connector.cluster_environment
+        if hasattr(environment, "auto_requeue"):
+            environment.auto_requeue = False
         if stage == "fit" and threading.current_thread() is threading.main_thread():
             self._previous = {signum: signal.signal(signum, self._note) for signum in _ORDER}
 

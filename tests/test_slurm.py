@@ -1,0 +1,151 @@
+"""The jobs under a real SLURM of two nodes, on CPUs: the chain, requeueing, and what stops the chain.
+
+Needs a tool that starts a throw-away cluster: `TOOL up DIR NODES`, `TOOL env DIR` (prints exports), `TOOL down DIR`. It is
+STAIR_SLURM_CLUSTER, or ../shared/tools/slurm-cluster.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from datamodules.synthetic import write_scenes
+from stair import Stair
+from tests.test_stages import SMALL, weights
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
+
+ROOT = Path(__file__).parents[1]
+TOOL = Path(os.environ.get("STAIR_SLURM_CLUSTER", ROOT.parent / "shared" / "tools" / "slurm-cluster"))
+SHAPE = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
+LIVING = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """The environment in which sbatch and its like talk to a cluster; jobs there may be requeued only if they ask for it."""
+    if not TOOL.exists():
+        pytest.skip(f"no SLURM to be had: no tool at {TOOL}; name one in STAIR_SLURM_CLUSTER")
+    folder = tmp_path_factory.mktemp("slurm")
+    asked = {**os.environ, "SLURM_CLUSTER_EXTRA": "JobRequeue=0"}
+    up = subprocess.run([TOOL, "up", folder, "2"], env=asked, capture_output=True, text=True)
+    if up.returncode:
+        pytest.skip(f"no SLURM to be had: {TOOL} up ended with {up.returncode}: {(up.stdout + up.stderr)[-500:]}")
+    try:
+        out = subprocess.run([TOOL, "env", folder], check=True, capture_output=True, text=True).stdout
+        new = dict(line.removeprefix("export ").split("=", 1) for line in out.splitlines())
+        old = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "MASTER_"))}
+        bin_folder = str(Path(sys.executable).parent)
+        yield {**old, **new, "PATH": f"{bin_folder}:{old['PATH']}", "OMP_NUM_THREADS": "1", "STAIR_HOME": str(ROOT)}
+    finally:
+        subprocess.run([TOOL, "down", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder, train=64, val=12, image_size=32)
+    (folder / "small.yaml").write_text(SMALL)
+    return folder
+
+
+def words(scenes):
+    overlays = ("--config", "configs/model/tiny.yaml", "--config", str(scenes / "small.yaml"))
+    long = ("--trainer.max_steps", "100", "--trainer.val_check_interval", "20", "--data.workers", "1")
+    return [*overlays, *long, "--model.init_args.stair.vocabulary", str(scenes / "vocab.txt")]
+
+
+@pytest.fixture
+def submit(cluster, scenes, tmp_path):
+    """Runs a script of the project's on the cluster, from a folder of its own, and returns what it printed."""
+
+    def run(*command, run, **changes):
+        env = {**cluster, "RUN": str(run), "SBATCH_OPTIONS": " ".join(SHAPE)}
+        env |= {"DATA_TRAIN": str(scenes / "train-*.tar"), "DATA_VAL": f"{{scenes: {scenes}/val-*.tar}}"}
+        done = subprocess.run(
+            [*command, *words(scenes)], cwd=tmp_path, env=env | changes, check=True, capture_output=True, text=True
+        )
+        return done.stdout
+
+    return run
+
+
+def state(cluster, job):
+    command = ["squeue", "-h", "-t", "all", "-j", job, "-o", "%T"]
+    return subprocess.run(command, env=cluster, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def wait(cluster, job, limit=200):
+    end = time.monotonic() + limit
+    while (now := state(cluster, job)) in LIVING or not now:
+        assert time.monotonic() < end, f"job {job} is {now} after {limit} s"
+        time.sleep(0.2)
+    return now
+
+
+def log_of(folder, job):
+    return "".join(path.read_text() for path in folder.glob(f"*-{job}.out"))
+
+
+def jobs(printed):
+    return [line.split("job ")[1] for line in printed.splitlines() if line.startswith("stage ")]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    return tmp_path_factory.mktemp("chain") / "r"
+
+
+def test_the_chain_trains_three_stages_on_two_nodes_up_to_a_release(submit, cluster, chain, tmp_path):
+    queued = jobs(submit(ROOT / "slurm" / "pipeline.sh", run=chain))
+    assert len(queued) == 3
+    for job in queued:
+        assert wait(cluster, job) == "COMPLETED", log_of(tmp_path, job)[-3000:]
+        assert "MEMBER: 2/2" in log_of(tmp_path, job) and "srun 'lightning' 'fit'" in log_of(tmp_path, job)
+    model = Stair.from_pretrained(chain / "stage3" / "stair")
+    assert model.encode_text(["a red circle"]).shape[0] == 1
+
+
+def test_a_requeued_job_ends_with_the_weights_of_one_never_interrupted(submit, cluster, chain, tmp_path):
+    if not (chain / "stage1" / "stair").exists():
+        pytest.skip("compares with stage 1 of the chain, which is not there")
+    run = tmp_path / "told"
+    job = submit("sbatch", "--parsable", *SHAPE, ROOT / "slurm" / "stage1.sh", run=run).strip()
+    checkpoints = run / "stage1" / "tensorboard" / "checkpoints"
+    while not (checkpoints / "best.ckpt").exists() and state(cluster, job) in LIVING:
+        time.sleep(0.02)
+    subprocess.run(["scancel", "--signal=USR1", job], env=cluster, check=True)
+    assert wait(cluster, job) == "COMPLETED", log_of(tmp_path, job)[-3000:]
+    log = log_of(tmp_path, job)
+    assert "start 1, node" in log and "start 2, node" in log  # one log for both
+    assert "SIGUSR1: this SLURM job goes on later from step" in log and "Restored all states" in log
+    for (name, a), b in zip(weights(run, 1).items(), weights(chain, 1).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_signal_while_python_starts_is_harmless(submit, cluster, tmp_path):
+    job = submit("sbatch", "--parsable", *SHAPE, ROOT / "slurm" / "stage1.sh", run=tmp_path / "r").strip()
+    while "srun 'lightning'" not in log_of(tmp_path, job) and state(cluster, job) in LIVING:
+        time.sleep(0.05)
+    time.sleep(1)
+    subprocess.run(["scancel", "--signal=USR1", job], env=cluster, check=True)
+    time.sleep(2)
+    assert state(cluster, job) == "RUNNING", log_of(tmp_path, job)[-3000:]
+    subprocess.run(["scancel", "-f", job], env=cluster, check=True)
+
+
+def test_a_failed_stage_does_not_start_the_next(submit, cluster, tmp_path):
+    queued = jobs(submit(ROOT / "slurm" / "pipeline.sh", run=tmp_path / "r", DATA_TRAIN=str(tmp_path / "none-*.tar")))
+    assert [wait(cluster, job) for job in queued] == ["FAILED", "CANCELLED", "CANCELLED"]
+    assert "no shard matches" in log_of(tmp_path, queued[0])
+    assert not (tmp_path / "r" / "stage2").exists()
+
+
+def test_stage_2_alone_fails_with_what_is_missing(submit, cluster, tmp_path):
+    job = submit("sbatch", "--parsable", *SHAPE, ROOT / "slurm" / "stage2.sh", run=tmp_path / "r").strip()
+    assert wait(cluster, job) == "FAILED"
+    assert f"no hand-over of stage 1 at {tmp_path}/r/stage1/stair" in log_of(tmp_path, job)
