@@ -27,7 +27,7 @@ LIVING = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"}
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """The environment in which sbatch and its like talk to a cluster; jobs there may be requeued only if they ask for it."""
+    """The environment in which sbatch and its like talk to a cluster that requeues only jobs that ask for it."""
     if not TOOL.exists():
         pytest.skip(f"no SLURM to be had: no tool at {TOOL}; name one in STAIR_SLURM_CLUSTER")
     folder = tmp_path_factory.mktemp("slurm")
