@@ -29,7 +29,9 @@ def main(model_folder: str, specs: list[str]) -> None:
             recall.update(model.comparable(image_BV), model.comparable(text_BV), place, place)
         values = recall.compute()
         for way in ("i2t", "t2i"):
-            print(f"{spec} {way} R@1/5/10: " + " / ".join(f"{100 * values[f'{way}/recall@{k}']:.1f}" for k in (1, 5, 10)))
+            print(
+                f"{spec} {way} R@1/5/10: " + " / ".join(f"{100 * values[f'{way}/recall@{k}']:.1f}" for k in (1, 5, 10))
+            )
 
 
 if __name__ == "__main__":
