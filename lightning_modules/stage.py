@@ -34,8 +34,10 @@ class Objective:
         flops_image: λ of the image embeddings.
         flops_text: λ of the text embeddings.
         flops_ramp_steps: optimiser steps over which λ grows quadratically from 0; 0 for none.
-        flops_on_unmasked_text: in the masked stage, regularise the text's weights over *all* words, so that words
-            outside the mask have a gradient and stage 2 does not start almost dense. Costs a full text head.
+        flops_text_words: which of a text's words λ_text weighs on in the masked stage. `own`: what the mask lets through,
+            the paper's form. `all`: as if there were no mask, so that words outside it have a gradient and stage 2 does
+            not start almost dense; costs a full text head. `others`: only those outside the mask; own words, which the
+            mask bounds already, stay on. For long captions, whose own words `all` switches off.
     """
 
     similarity: Literal["dot", "cosine"] = "dot"
@@ -44,7 +46,7 @@ class Objective:
     flops_image: float = 1e-3
     flops_text: float = 1e-3
     flops_ramp_steps: int = 0
-    flops_on_unmasked_text: bool = True
+    flops_text_words: Literal["own", "all", "others"] = "all"
 
     def __post_init__(self) -> None:
         """Refuses values that cannot train."""
@@ -128,7 +130,7 @@ class StairStage(L.LightningModule):
         Each micro-batch is a checkpointed segment: forwards only its embeddings are kept, backwards it is encoded again
         with the same random state. So one loss sees the whole batch while memory holds one micro-batch.
         """
-        unmasked = self.training and self.text_words == "own" and self.objective.flops_on_unmasked_text
+        unmasked = self.training and self.text_words == "own" and self.objective.flops_text_words != "own"
         parts = batch["pixels"], batch["ids"], batch["mask"]
         if not self.training or self.micro_batch_size is None or self.micro_batch_size >= len(parts[0]):
             return self.stair(*parts, unmasked)
@@ -148,7 +150,7 @@ class StairStage(L.LightningModule):
         contrastive = info_nce(image_BV, text_BV, self.stair.scale)
         rising = ramp(self.trainer.global_step, self.objective.flops_ramp_steps)
         flops_image = flops(encoded["image_BV"])
-        flops_text = flops(encoded.get("text_unmasked_CV", encoded["text_CV"]))
+        flops_text = flops(self._regularised_text(encoded))
         lambda_image, lambda_text = rising * self.objective.flops_image, rising * self.objective.flops_text
         loss = contrastive.loss + lambda_image * flops_image + lambda_text * flops_text
         logged = {
@@ -170,6 +172,15 @@ class StairStage(L.LightningModule):
             "image_BV": encoded["image_BV"].detach(),
             "text_CV": encoded["text_CV"].detach(),
         }
+
+    def _regularised_text(self, encoded: dict[str, Tensor]) -> Tensor:
+        """The (C, V) weights that λ_text acts on."""
+        if "text_unmasked_CV" not in encoded:
+            return encoded["text_CV"]
+        if self.objective.flops_text_words == "others":
+            # the mask multiplies by 0 or 1, so the difference is exactly what it hides
+            return encoded["text_unmasked_CV"] - encoded["text_CV"]
+        return encoded["text_unmasked_CV"]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser, and its schedule over the planned steps of the run."""
