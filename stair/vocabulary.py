@@ -53,7 +53,8 @@ class Vocabulary:
         if missing or not dense or len(self.tokens) < 8:
             raise ValueError(
                 f"{source} is no WordPiece vocabulary: {len(self.tokens)} pieces, missing {missing or 'none'}, "
-                f"ids {'dense' if dense else 'with holes'}; give a BERT vocab.txt, a folder with one, or a hub name"
+                f"ids {'dense' if dense else 'with holes'}; give a BERT vocab.txt, a folder with one, or a "
+                "hub name (which needs the network once, or HF_HUB_CACHE with a copy)"
             )
         self.pad_id: int = by_token["[PAD]"]
         special = set(self._tokenizer.all_special_ids)
