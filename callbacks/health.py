@@ -31,9 +31,11 @@ class Health(L.Callback):
     - The loss is not finite: stops, naming the step and the batch's keys.
     - Dead, `patience` steps on end (contrastive loss within 0.01 of log N, and on either side less than one active
       word an embedding): stops.
+    - At chance, `patience` steps on end (contrastive loss within 0.01 of log N, though words are active): warns once, and
+      `health/alarm`, logged at every `trainer.log_every_n_steps`, is 1 for as long.
     - The first batch's scaled logits spread by more than 3 (standard deviation): warns.
-    - Dense (more than half of V active on either side, after `dense_after` steps): warns once, and `health/alarm`,
-      logged at every `trainer.log_every_n_steps`, is 1 for as long; otherwise it is 0.
+    - Dense (more than half of V active on either side, after `dense_after` steps): warns once, and
+      `health/alarm` is 1 for as long; otherwise it is 0.
 
     The figures wait on the device and are read, over all ranks, every few steps: reading each step would make the host
     wait for the device, and all ranks must come to the same decision or the others hang.
@@ -54,12 +56,13 @@ class Health(L.Callback):
                 "least 1, dense_after of at least 0"
             )
         self.patience, self.dense_after, self.every = patience, dense_after, every
-        self._warned_dense = False
+        self._warned_dense = self._warned_chance = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins anew; a resumed run's first batch is not the first batch of the run."""
         self._first_batch = trainer.global_step == 0
         self._dead_steps = torch.zeros((), device=pl_module.device)
+        self._chance_steps = torch.zeros((), device=pl_module.device)
         self._share = torch.zeros((), device=pl_module.device)  # of V, active in the last step; 0 for dense models
         self._alarm = 0.0
         #: since the last reading: finite or not, the step, the batch's keys
@@ -83,6 +86,7 @@ class Health(L.Callback):
         active = torch.stack([outputs[side].count_nonzero() / len(outputs[side]) for side in ("image_BV", "text_CV")])
         at_chance = (outputs["contrastive"] - math.log(outputs["pairs"])).abs() < _NEAR_CHANCE
         self._dead_steps = (self._dead_steps + 1) * (at_chance & (active < 1).any())
+        self._chance_steps = (self._chance_steps + 1) * at_chance
         if self._first_batch:
             self._first_batch = False
             self._warn_of_wide_logits(float(outputs["logit_std"]))
@@ -101,8 +105,9 @@ class Health(L.Callback):
     def _read(self, trainer: L.Trainer) -> None:
         broken = ~torch.stack([finite for finite, _, _ in self._recent]).all()
         # the greatest over ranks: one broken rank breaks the run, but all must be dead
-        figures = torch.stack([broken.float(), -self._dead_steps, self._share])
-        anywhere_broken, dead_steps, greatest_share = trainer.strategy.reduce(figures, reduce_op="max").tolist()
+        figures = torch.stack([broken.float(), -self._dead_steps, self._share, -self._chance_steps])
+        figures = trainer.strategy.reduce(figures, reduce_op="max")
+        anywhere_broken, dead_steps, greatest_share, chance_steps = figures.tolist()
         if anywhere_broken:
             raise RuntimeError(self._what_broke(trainer))
         if -dead_steps >= self.patience:
@@ -114,7 +119,16 @@ class Health(L.Callback):
                 "within the first steps, set objective.scale_start to 'measure'"
             )
         dense = greatest_share > _DENSE and trainer.global_step > self.dense_after
-        self._alarm = float(dense)
+        at_chance = -chance_steps >= self.patience
+        self._alarm = float(dense or at_chance)
+        if at_chance and not self._warned_chance:
+            self._warned_chance = True
+            rank_zero_warn(
+                f"the loss has been log N for {-chance_steps:.0f} steps, up to step {trainer.global_step}: all images, or all "
+                "texts, say the same, and the run has learned nothing it could use. Start again with a lower "
+                "objective.flops_image and objective.flops_text or a longer objective.flops_ramp_steps; in stages 2 "
+                "and 3 look first at whether the stage before learned enough"
+            )
         if dense and not self._warned_dense:
             self._warned_dense = True
             rank_zero_warn(

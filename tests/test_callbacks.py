@@ -340,6 +340,16 @@ def test_empty_embeddings_alone_or_chance_alone_are_not_dead(vocabulary, tmp_pat
         fit(vocabulary, tmp_path / name, Health(patience=1, every=1), lambda step, output=output: output)
 
 
+def test_a_run_stuck_at_chance_with_words_on_is_warned_of_once_and_alarmed(vocabulary, tmp_path):
+    def says(step):
+        return {"contrastive": torch.tensor(math.log(PAIRS))} if step < 6 else {}
+
+    with pytest.warns(UserWarning, match="loss has been log N for 3 steps, up to step 3") as seen:
+        logged = fit(vocabulary, tmp_path, Health(patience=3, every=1), says, batches=8)
+    assert logged["health/alarm"] == {1: 0, 3: 1, 5: 1, 7: 0}
+    assert len([w for w in seen if "log N" in str(w.message)]) == 1
+
+
 def test_wide_first_logits_are_warned_of_once_and_only_on_the_first_step(vocabulary, tmp_path):
     with pytest.warns(UserWarning, match=r"spread by 11\.0.*objective\.scale_start to 'measure'"):
         fit(vocabulary, tmp_path / "a", Health(), lambda step: {"logit_std": torch.tensor(11.0 if step == 0 else 1.0)})
