@@ -124,8 +124,8 @@ class Health(L.Callback):
         if at_chance and not self._warned_chance:
             self._warned_chance = True
             rank_zero_warn(
-                f"the loss has been log N for {-chance_steps:.0f} steps, up to step {trainer.global_step}: all images, or all "
-                "texts, say the same, and the run has learned nothing it could use. Start again with a lower "
+                f"the loss has been log N for {-chance_steps:.0f} steps, up to step {trainer.global_step}: all images, or "
+                "all texts, say the same, and the run has learned nothing it could use. Start again with a lower "
                 "objective.flops_image and objective.flops_text or a longer objective.flops_ramp_steps; in stages 2 "
                 "and 3 look first at whether the stage before learned enough"
             )
