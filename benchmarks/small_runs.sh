@@ -6,8 +6,8 @@ set -euo pipefail
 data=$1 run=$2
 shift 2
 cd "$(dirname "$0")/.."
-# glibc gives blocks above 32 MB back at once, and a B × V embedding has 31: without these lines a step spends about a
-# third of its time on fresh pages
+# glibc gives blocks above 32 MB back at once, and a B × V embedding has 31: without these lines a step spends much of
+# its time on fresh pages (seen once, on a busy machine)
 export MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 for stage in 1 2 3; do

@@ -23,7 +23,8 @@ warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 _CHUNK_NUMBERS = 1 << 21  # logits alive at a time on the CPU (8 MB in fp32): a chunk should stay near the cache
 _CHUNK_NUMBERS_GPU = 1 << 27  # on a GPU the matrix product wants a wide chunk
 # A gathered multiply-add costs about this many times one inside a matrix product: on one CPU core in fp32 (B 128, T 16,
-# D 192, V 30,522) the sparse and the dense backward took equal time at ratios of 38 to 48 (benchmarks/head.py).
+# D 192, V 30,522) the sparse and the dense backward took equal time at ratios of about 40. One reading;
+# no benchmark in the repository repeats it yet.
 _GATHER_COST = 40
 
 
