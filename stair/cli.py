@@ -4,8 +4,10 @@ Nothing heavy is imported before it is needed: `stair --help` answers at once. T
 not in the wheel, which is for using trained models.
 """
 
+import importlib
 import importlib.util
 import sys
+from typing import NamedTuple
 
 _TRAINER_WORDS = {
     "fit": "train a stage:           stair fit --config configs/stage1.yaml --data.train 'shards/train-{0000..0099}.tar'",
@@ -13,18 +15,30 @@ _TRAINER_WORDS = {
     "test": "recall on test sets",
     "predict": "embeddings of the test sets, through the trainer",
 }
+
+
+class _Word(NamedTuple):
+    """A word of the command that is a function; its signature and docstring are the command line (jsonargparse)."""
+
+    does: str
+    module: str
+    function: str
+
+
+_FUNCTIONS: dict[str, _Word] = {}
 _HELP = """usage: stair WORD ...
 
 STAIR: sparse, readable image and text embeddings.
 
 {words}
 
-`stair WORD --help` tells the settings of a word. `lightning WORD ...` does the same for these words.
+`stair WORD --help` tells the settings of a word. `lightning fit|validate|test|predict ...` does the same for these four.
 """
 
 
 def _help() -> str:
-    return _HELP.format(words="\n".join(f"  {word:10}{what}" for word, what in _TRAINER_WORDS.items()))
+    words = _TRAINER_WORDS | {word: function.does for word, function in _FUNCTIONS.items()}
+    return _HELP.format(words="\n".join(f"  {word:10}{what}" for word, what in words.items()))
 
 
 def main() -> None:
@@ -38,8 +52,11 @@ def main() -> None:
         print(__version__)
     elif words[0] in _TRAINER_WORDS:
         _train()
+    elif words[0] in _FUNCTIONS:
+        _call(_FUNCTIONS[words[0]], words[0], words[1:])
     else:
-        sys.exit(f"stair: no word {words[0]!r}; known are {', '.join(_TRAINER_WORDS)}. `stair --help` explains them")
+        known = ", ".join([*_TRAINER_WORDS, *_FUNCTIONS])
+        sys.exit(f"stair: no word {words[0]!r}; known are {known}. `stair --help` explains them")
 
 
 def lightning_main() -> None:
@@ -61,6 +78,19 @@ def lightning_main() -> None:
         _main()
     else:
         main()
+
+
+def _call(word: _Word, name: str, arguments: list[str]) -> None:
+    """Runs a function with the arguments that its signature describes; what a user did wrong is one line, no trace."""
+    if importlib.util.find_spec(word.module.partition(".")[0]) is None:
+        sys.exit(f"stair: `{name}` needs the project's checkout. Clone the repository and run `make setup` there")
+    from jsonargparse import auto_cli
+
+    function = getattr(importlib.import_module(word.module), word.function)
+    try:
+        auto_cli(function, args=arguments, prog=f"stair {name}", as_positional=True)
+    except (ValueError, OSError) as error:
+        sys.exit(f"stair {name}: {error}")
 
 
 def _train() -> None:
