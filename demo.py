@@ -24,8 +24,9 @@ from torch import Tensor
 from datamodules.pairs import EvaluationPairs, Pair
 from datamodules.synthetic import write_scenes
 from stair.images import MAX_PIXELS
-from stair.model import Stair, read_description
+from stair.model import Stair
 from stair.report import Hit, Picture, Search, StageRow, encode_png, shared_words, top_words, write_page
+from stair.towers import read_description
 from stair.vocabulary import Vocabulary
 
 HOME = Path(__file__).parent

@@ -14,7 +14,8 @@ import lightning as L
 from safetensors.torch import load_model
 
 from lightning_modules.stage import StairStage, planned_steps, sides
-from stair.model import StairConfig, read_description
+from stair.model import StairConfig
+from stair.towers import read_description
 
 log = logging.getLogger(__name__)
 

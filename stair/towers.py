@@ -1,0 +1,238 @@
+"""Two towers over one vocabulary: what every model here can do, whatever its embeddings mean.
+
+Encode, compare, save, load. `stair.model.Stair` says what an embedding is made of words, `stair.clip.DenseClip` of 512
+nameless numbers; the two differ in nothing else.
+
+B images, C captions, T positions, V words (or the width of a dense embedding).
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from PIL.Image import Image
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from stair.encoders import ImageEncoder, ImageTower, TextEncoder, TextTower
+from stair.images import as_rgb, eval_pixels
+from stair.vocabulary import Vocabulary
+
+_WEIGHTS, _CONFIG, _FORMAT = "model.safetensors", "config.json", 1
+
+
+@dataclass
+class TowersConfig:
+    """What every model is made of.
+
+    Args:
+        vocabulary: a BERT `vocab.txt`, a folder with one, or a hub name.
+        image: the image tower.
+        text: the text tower.
+    """
+
+    vocabulary: str = "bert-base-uncased"
+    image: ImageTower = field(default_factory=ImageTower)
+    text: TextTower = field(default_factory=TextTower)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Reads what `asdict` wrote.
+
+        Raises:
+            ValueError: on fields we do not know.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown fields {unknown} in a {cls.__name__}; known are {sorted(known)}")
+        return cls(**{**values, "image": ImageTower(**values["image"]), "text": TextTower(**values["text"])})
+
+
+class TwoTowers(nn.Module):
+    """What models of images and texts share.
+
+    Attributes:
+        family: what `config.json` calls the kind of model; also the name of a run's hand-over folder.
+        config_class: what the model is built from.
+        log_scale: (1,), logarithm of the similarity's scale (inverse temperature). Not a scalar: FSDP2 refuses those.
+    """
+
+    family: ClassVar[str]
+    config_class: ClassVar[type[TowersConfig]]
+    config: Any
+    vocabulary: Vocabulary
+    image_encoder: ImageEncoder
+    text_encoder: TextEncoder
+    log_scale: nn.Parameter
+
+    @property
+    def similarity(self) -> Literal["dot", "cosine"]:
+        """How embeddings are compared: `dot` of the weights, or `cosine`."""
+        raise NotImplementedError
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """(B, V) fp32 embeddings of (B, 3, H, W) uint8 pixels, with gradients where parameters require them."""
+        raise NotImplementedError
+
+    def embed_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(C, V) fp32 embeddings of (C, T) word-piece ids, True in `mask` at real tokens, with gradients."""
+        raise NotImplementedError
+
+    def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Embeds a batch: `image_BV` (B, V) and `text_CV` (C, V), with gradients where parameters require them."""
+        return {"image_BV": self.embed_pixels(pixels), "text_CV": self.embed_tokens(ids, mask)}
+
+    @torch.no_grad()
+    def encode_image(self, images: Sequence[Image] | Tensor) -> Tensor:
+        """Embeds images. Put the model in `eval()` mode first; `from_pretrained` returns it so.
+
+        Args:
+            images: pictures, cropped and resized as in evaluation; or (B, 3, H, W) uint8 pixels of the model's size.
+
+        Returns:
+            (B, V) fp32; of a `Stair` not negative, the weight of every word.
+        """
+        if not isinstance(images, Tensor):
+            images = torch.stack([eval_pixels(as_rgb(image), self.config.image.image_size) for image in images])
+        return self.embed_pixels(images.to(self.log_scale.device))
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Embeds texts. Put the model in `eval()` mode first; `from_pretrained` returns it so.
+
+        Returns:
+            (C, V) fp32; of a `Stair` not negative, and after stage 1 only a text's own words are non-zero, as it was
+            trained.
+        """
+        ids, mask = self.vocabulary.tokenize(texts, self.config.text.max_tokens)
+        return self.embed_tokens(ids.to(self.log_scale.device), mask.to(self.log_scale.device))
+
+    def comparable(self, embedding: Tensor) -> Tensor:
+        """Embeddings ready for the dot product: as they are for `dot`, of length 1 for `cosine` (empty stay empty)."""
+        return nn.functional.normalize(embedding, dim=-1) if self.similarity == "cosine" else embedding
+
+    def score(self, image: Tensor, text: Tensor) -> Tensor:
+        """Similarity of every image with every text.
+
+        Args:
+            image: (B, V).
+            text: (C, V).
+
+        Returns:
+            (B, C).
+        """
+        return self.comparable(image) @ self.comparable(text).T
+
+    @property
+    def scale(self) -> Tensor:
+        """(1,) the similarity's scale, at most 100."""
+        return self.log_scale.clamp(max=math.log(100)).exp()
+
+    def save_pretrained(self, folder: str | Path, facts: dict[str, Any] | None = None) -> None:
+        """Writes the model: weights as safetensors, configuration as json, the tokenizer's files. No pickle.
+
+        The folder appears whole or not at all: it is written beside its place and renamed.
+
+        Args:
+            folder: replaced if it exists.
+            facts: plain values about the training, kept in `config.json` under `training`.
+        """
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+        for leftover in (fresh, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        fresh.mkdir()
+        save_model(self, str(fresh / _WEIGHTS))
+        self.vocabulary.save(fresh)
+        content = {
+            "format": _FORMAT,
+            "family": self.family,
+            "model": self.portable_config(),
+            "vocabulary_fingerprint": self.vocabulary.fingerprint,
+            "training": facts or {},
+        }
+        (fresh / _CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def portable_config(self) -> dict[str, Any]:
+        """The configuration without any name that would have to be looked up elsewhere."""
+        values = asdict(self.config)
+        values["vocabulary"] = "."
+        values["image"].update(name=self.image_encoder.architecture, pretrained=False)
+        text = self.text_encoder.config.to_diff_dict()
+        text_options = {
+            k: v for k, v in text.items() if k not in ("model_type", "transformers_version", "architectures")
+        }
+        values["text"].update(name=self.text_encoder.config.model_type, pretrained=False, options=text_options)
+        return values
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Self:
+        """Loads what `save_pretrained` wrote, in `eval()` mode, on the CPU.
+
+        Args:
+            source: a folder, or the name of a repository on the hub.
+
+        Raises:
+            FileNotFoundError: if the folder lacks a file.
+            ValueError: if the files are not a model of this class in a format we know, or contradict each other.
+            OSError: if the hub name can neither be found in the cache nor fetched.
+        """
+        folder = folder_of(source)
+        content = read_description(folder)
+        if content["family"] != cls.family:
+            raise ValueError(
+                f"{folder} holds a model of family {content['family']!r}; {cls.__name__} reads {cls.family!r}"
+            )
+        config = cls.config_class.from_dict(content["model"])
+        if ":" in config.image.name or config.image.pretrained or config.text.pretrained:
+            raise ValueError(f"{folder / _CONFIG} wants weights from elsewhere; a saved model holds its own")
+        config.vocabulary = str(folder)
+        model = cls(config)
+        if model.vocabulary.fingerprint != content["vocabulary_fingerprint"]:
+            raise ValueError(f"{folder}: vocab.txt is not the vocabulary the model was saved with")
+        load_model(model, str(folder / _WEIGHTS), strict=True)
+        return model.eval()
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Reads and checks the `config.json` of a saved model: `family`, `model`, `vocabulary_fingerprint`, `training`.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the format is not ours.
+    """
+    if missing := [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} is no saved model: {missing} missing")
+    try:
+        content: dict[str, Any] = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / _CONFIG} is no json: {error}") from error
+    if content.get("format") != _FORMAT:
+        raise ValueError(f"{folder / _CONFIG} has format {content.get('format')!r}; this version reads {_FORMAT}")
+    return {"family": "stair", **content}
+
+
+def folder_of(source: str | Path) -> Path:
+    """The folder of a saved model: the source itself, or what the hub has under that name.
+
+    Raises:
+        FileNotFoundError: if the source looks like a path and there is no such folder.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if str(source).count("/") > 1 or str(source).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{source}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(source), allow_patterns=[_WEIGHTS, "*.json", "vocab.txt"]))
