@@ -7,7 +7,8 @@ not in the wheel, which is for using trained models.
 import importlib
 import importlib.util
 import sys
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 _TRAINER_WORDS = {
     "fit": "train a stage:           stair fit --config configs/stage1.yaml --data.train 'shards/train-{0000..0099}.tar'",
@@ -18,7 +19,10 @@ _TRAINER_WORDS = {
 
 
 class _Word(NamedTuple):
-    """A word of the command that is a function; its signature and docstring are the command line (jsonargparse)."""
+    """A word of the command that is a function, or a table of them by a second word.
+
+    Signature and docstring are the command line (jsonargparse).
+    """
 
     does: str
     module: str
@@ -87,10 +91,31 @@ def _call(word: _Word, name: str, arguments: list[str]) -> None:
     from jsonargparse import auto_cli
 
     function = getattr(importlib.import_module(word.module), word.function)
+    description = word.does if isinstance(function, dict) else None  # a function's docstring describes it
+    words = _spelled_out(function, arguments)
     try:
-        auto_cli(function, args=arguments, prog=f"stair {name}", as_positional=True)
+        auto_cli(function, args=words, prog=f"stair {name}", as_positional=True, description=description)
     except (ValueError, OSError) as error:
         sys.exit(f"stair {name}: {error}")
+
+
+def _spelled_out(function: Callable[..., Any] | dict[str, Callable[..., Any]], arguments: list[str]) -> list[str]:
+    """Arguments as jsonargparse takes them: it wants `--json=true` for a flag, and a list as one word."""
+    import inspect
+    import json
+
+    functions = list(function.values()) if isinstance(function, dict) else [function]
+    parameters = [parameter for each in functions for parameter in inspect.signature(each).parameters.values()]
+    flags = {f"--{parameter.name}" for parameter in parameters if parameter.annotation is bool}
+    following = [*arguments[1:], "--"]
+    words = [
+        f"{word}=true" if word in flags and after.startswith("--") else word
+        for word, after in zip(arguments, following, strict=False)
+    ]
+    if not isinstance(function, dict) and parameters and parameters[0].annotation == list[str]:
+        count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+        words = [json.dumps(words[:count]), *words[count:]] if count else words
+    return words
 
 
 def _train() -> None:
