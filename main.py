@@ -7,7 +7,6 @@ Lightning's own command line: `--print_config`, `--help`, overlays by further `-
 import importlib
 import warnings
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -16,9 +15,9 @@ from callbacks.requeue import Requeue
 from callbacks.retrieval_panels import RetrievalPanels
 from callbacks.run_monitor import RunMonitor
 from callbacks.sparsity_monitor import SparsityMonitor
-from callbacks.stage_transition import StageTransition
+from callbacks.stage_transition import StageTransition, stage_before
 from datamodules.shards import ImageTextShards
-from lightning_modules.stage import StairStage
+from lightning_modules.contrastive import ContrastiveModule
 
 # said by the libraries to each other, once a run and rank; nothing a user could act on
 for notice in (
@@ -41,7 +40,7 @@ class StairCLI(LightningCLI):
             type=str | None,
             default=None,
             help="folder of a run. Stage k then works in RUN/stagek and starts from RUN/stage(k-1)/stair; "
-            "validate, test and predict load RUN/stagek/stair",
+            "validate, test and predict load RUN/stagek/stair. The dense baseline works in RUN/clip",
         )
         parser.add_lightning_class_args(StageTransition, "transition")
         parser.add_lightning_class_args(SparsityMonitor, "sparsity")
@@ -58,8 +57,8 @@ class StairCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.run is None:
             return
-        stage = _stage_of(config.model.class_path)
-        home = Path(config.run) / f"stage{stage}"
+        family = _family_of(config.model.class_path)
+        home = Path(config.run) / family.home()
         config.trainer.default_root_dir = str(home)
         loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
         for logger in loggers:
@@ -67,16 +66,17 @@ class StairCLI(LightningCLI):
                 logger.init_args.save_dir = str(home)
         if config.transition.start_from is None:
             if self.subcommand == "fit":
-                source = home.with_name(f"stage{stage - 1}") if stage > 1 else None
+                previous = stage_before(family, config.transition.after)
+                source = home.with_name(f"stage{previous}") if previous > 0 else None
             else:  # a checkpoint that is named wins over the hand-over
                 source = home if getattr(config, "ckpt_path", None) is None else None
-            config.transition.start_from = str(source / "stair") if source else None
+            config.transition.start_from = str(source / family.hand_over) if source else None
 
 
-def _stage_of(class_path: str) -> int:
+def _family_of(class_path: str) -> type[ContrastiveModule]:
     module, name = class_path.rsplit(".", 1)
-    family: Any = getattr(importlib.import_module(module), name)
-    return int(family.stage)
+    family: type[ContrastiveModule] = getattr(importlib.import_module(module), name)
+    return family
 
 
 def main(args: list[str] | None = None) -> StairCLI:
@@ -86,7 +86,7 @@ def main(args: list[str] | None = None) -> StairCLI:
         args: the words after the command; those of the process if None.
     """
     return StairCLI(
-        StairStage,
+        ContrastiveModule,
         ImageTextShards,
         subclass_mode_model=True,
         auto_configure_optimizers=False,

@@ -33,7 +33,7 @@ class Health(L.Callback):
       word an embedding): stops.
     - At chance, `patience` steps on end (contrastive loss within 0.01 of log N, though words are active): warns once, and
       `health/alarm`, logged at every `trainer.log_every_n_steps`, is 1 for as long.
-    - The first batch's scaled logits spread by more than 3 (standard deviation): warns.
+    - The first batch's scaled logits of a model of words spread by more than 3 (standard deviation): warns.
     - Dense (more than half of V active on either side, after `dense_after` steps): warns once, and
       `health/alarm` is 1 for as long; otherwise it is 0.
 
@@ -89,7 +89,8 @@ class Health(L.Callback):
         self._chance_steps = (self._chance_steps + 1) * at_chance
         if self._first_batch:
             self._first_batch = False
-            self._warn_of_wide_logits(float(outputs["logit_std"]))
+            if words:  # dense models train from wider ones
+                self._warn_of_wide_logits(float(outputs["logit_std"]))
         if words:
             self._share = active.max() / outputs["image_BV"].shape[1]
         if len(self._recent) == self.every:

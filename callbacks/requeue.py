@@ -17,7 +17,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from lightning_modules.stage import planned_steps
+from lightning_modules.contrastive import planned_steps
 
 log = logging.getLogger(__name__)
 

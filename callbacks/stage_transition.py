@@ -13,25 +13,28 @@ from typing import Any
 import lightning as L
 from safetensors.torch import load_model
 
-from lightning_modules.stage import StairStage, planned_steps, sides
-from stair.model import StairConfig
-from stair.towers import read_description
+from lightning_modules.contrastive import ContrastiveModule, planned_steps, sides
+from stair.towers import TowersConfig, read_description
 
 log = logging.getLogger(__name__)
 
 
 class StageTransition(L.Callback):
-    """Takes over from the previous stage and hands over to the next.
+    """Takes over from the previous stage and hands over to the next. The dense baseline only hands over.
 
     Args:
         start_from: the previous stage's hand-over, the folder `stair` in its run. Stage 1 has none; stages 2 and 3
             need one.
-        hand_over: where the hand-over is written when the planned steps are done; `<default_root_dir>/stair` if null.
+        hand_over: where the hand-over is written when the planned steps are done; if null, the folder `stair` (`clip` for
+            the dense baseline) in `default_root_dir`.
+        after: which stage to start from instead of the one before, to measure what a stage is for: 1 lets stage 3
+            follow stage 1, 0 lets any stage begin from nothing.
     """
 
-    def __init__(self, start_from: str | None = None, hand_over: str | None = None) -> None:
+    def __init__(self, start_from: str | None = None, hand_over: str | None = None, after: int | None = None) -> None:
         self.start_from = start_from
         self.hand_over = hand_over
+        self.after = after
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Takes over and freezes.
@@ -40,7 +43,7 @@ class StageTransition(L.Callback):
             FileNotFoundError: if there is no hand-over at `start_from`.
             ValueError: if it is not the previous stage's, unfinished, of another model or vocabulary; naming both sides.
         """
-        if not isinstance(pl_module, StairStage):
+        if not isinstance(pl_module, ContrastiveModule):
             return
         if stage == "fit":
             self._take_over(pl_module)
@@ -48,67 +51,87 @@ class StageTransition(L.Callback):
             # evaluating a hand-over: its own stage, not the one before
             _load(pl_module, Path(self.start_from), read_description(Path(self.start_from)))
         for side in pl_module.frozen:
-            for module in sides(pl_module.stair)[side]:
+            for module in sides(pl_module.towers)[side]:
                 module.requires_grad_(False).eval()
 
-    def _take_over(self, module: StairStage) -> None:
+    def _take_over(self, module: ContrastiveModule) -> None:
+        previous = stage_before(module, self.after)
         if self.start_from is None:
-            if module.stage > 1:
+            if previous > 0:
                 raise ValueError(
-                    f"stage {module.stage} starts from stage {module.stage - 1}: give --transition.start_from "
-                    f"RUN/stage{module.stage - 1}/stair, or --run RUN where both stages live"
+                    f"stage {module.stage} starts from stage {previous}: give --transition.start_from "
+                    f"RUN/stage{previous}/stair, or --run RUN where both stages live"
                 )
             return
-        if module.stage == 1:
-            raise ValueError(
-                f"stage 1 is the first, but --transition.start_from says it starts from {self.start_from}; leave it out"
-            )
+        if previous == 0:
+            what = "stage 1 is the first" if module.stage == 1 else f"{module.home()} begins from nothing"
+            raise ValueError(f"{what}, but --transition.start_from says it starts from {self.start_from}; leave it out")
         folder = Path(self.start_from)
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"no hand-over of stage {module.stage - 1} at {folder}: it is written when that stage has finished its "
+                f"no hand-over of stage {previous} at {folder}: it is written when that stage has finished its "
                 "planned steps. Finish it, or correct --transition.start_from"
             )
         description = read_description(folder)
-        _check_order(module, folder, description["training"])
+        _check_order(module, previous, folder, description["training"])
         _load(module, folder, description)
         log.info("stage %d takes over from %s", module.stage, folder)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hands over, if the planned steps are done: this is also called when a time limit stopped the run."""
-        if not isinstance(pl_module, StairStage):
+        if not isinstance(pl_module, ContrastiveModule):
             return
         planned = planned_steps(trainer)
         if trainer.global_step < planned:
             log.warning("no hand-over: %d of %d planned steps are done; resume the run", trainer.global_step, planned)
             return
-        target = Path(self.hand_over or Path(trainer.default_root_dir) / "stair")
+        target = Path(self.hand_over or Path(trainer.default_root_dir) / pl_module.hand_over)
         if trainer.is_global_zero:
             facts = {"stage": pl_module.stage, "steps": trainer.global_step, "finished": True}
-            pl_module.stair.save_pretrained(target, facts)
-            log.info("stage %d hands over at %s", pl_module.stage, target)
+            pl_module.towers.save_pretrained(target, facts)
+            log.info("%s hands over at %s", pl_module.home(), target)
         trainer.strategy.barrier("hand-over")
 
 
-def _check_order(module: StairStage, folder: Path, training: dict[str, Any]) -> None:
-    if training.get("stage") != module.stage - 1:
+def stage_before(module: ContrastiveModule | type[ContrastiveModule], after: int | None) -> int:
+    """The stage that a module starts from, 0 for none.
+
+    Raises:
+        ValueError: if `after` is no earlier stage.
+    """
+    if module.stage is None:
+        return 0
+    if after is not None and not 0 <= after < module.stage:
         raise ValueError(
-            f"stage {module.stage} starts from stage {module.stage - 1}, but {folder} was handed over by stage "
+            f"--transition.after is {after}: stage {module.stage} can start from 0 (nothing) to {module.stage - 1}"
+        )
+    return module.stage - 1 if after is None else after
+
+
+def _check_order(module: ContrastiveModule, previous: int, folder: Path, training: dict[str, Any]) -> None:
+    if training.get("stage") != previous:
+        raise ValueError(
+            f"stage {module.stage} starts from stage {previous}, but {folder} was handed over by stage "
             f"{training.get('stage')}; correct --transition.start_from"
         )
     if not training.get("finished"):
         raise ValueError(f"{folder} comes from a stage {training.get('stage')} that did not finish; finish it first")
 
 
-def _load(module: StairStage, folder: Path, description: dict[str, Any]) -> None:
+def _load(module: ContrastiveModule, folder: Path, description: dict[str, Any]) -> None:
     """Strict: every weight must be there and fit, and both models must be one design over one vocabulary."""
-    theirs, ours = description["vocabulary_fingerprint"], module.stair.vocabulary.fingerprint
+    if description["family"] != module.towers.family:
+        raise ValueError(
+            f"{folder} holds a model of family {description['family']!r}, this run is {module.towers.family!r}"
+        )
+    theirs, ours = description["vocabulary_fingerprint"], module.towers.vocabulary.fingerprint
     if theirs != ours:
         raise ValueError(
-            f"{folder} has vocabulary {theirs[:12]}…, this run has {ours[:12]}… ({module.stair.config.vocabulary}): every "
+            f"{folder} has vocabulary {theirs[:12]}…, this run has {ours[:12]}… ({module.towers.config.vocabulary}): every "
             "dimension would mean another word. Use the same stair.vocabulary in all stages"
         )
-    theirs, ours = (_design(values) for values in (description["model"], module.stair.portable_config()))
+    family = module.towers.config_class
+    theirs, ours = (_design(family, values) for values in (description["model"], module.towers.portable_config()))
     if theirs != ours:
         keys = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
         raise ValueError(
@@ -116,13 +139,13 @@ def _load(module: StairStage, folder: Path, description: dict[str, Any]) -> None
             + "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in keys)
             + ". Use the same stair settings in all stages"
         )
-    load_model(module.stair, str(folder / "model.safetensors"), strict=True)
+    load_model(module.towers, str(folder / "model.safetensors"), strict=True)
 
 
-def _design(values: dict[str, Any]) -> dict[str, Any]:
+def _design(family: type[TowersConfig], values: dict[str, Any]) -> dict[str, Any]:
     """What must be equal between stages: not the settings a stage makes for itself, nor how weights were started."""
     flat: dict[str, Any] = {}
-    for key, value in asdict(StairConfig.from_dict(values)).items():
+    for key, value in asdict(family.from_dict(values)).items():
         if key in ("image", "text"):
             flat.update({f"{key}.{inner}": v for inner, v in value.items() if inner != "pretrained"})
     options = flat.pop("text.options")

@@ -110,6 +110,11 @@ class ImageEncoder(nn.Module):
         return patches_BTD
 
     @property
+    def has_class_token(self) -> bool:
+        """Whether the first of all positions is a class token."""
+        return getattr(self.vit, "cls_token", None) is not None
+
+    @property
     def architecture(self) -> str:
         """The timm name from which this tower can be built again without its source."""
         return str(self.vit.pretrained_cfg["architecture"])

@@ -1,0 +1,60 @@
+"""The dense baseline: same towers, pairs, loss, batch, schedule and evaluation as the stages, in one run without words."""
+
+from typing import Any, Literal
+
+from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.optimizer import Optimizer
+from stair.batch import Batch
+from stair.clip import ClipConfig, DenseClip
+from stair.losses import info_nce
+from stair.model import StairConfig
+
+
+class Clip(ContrastiveModule):
+    """Dense CLIP (Radford et al. 2021): symmetric InfoNCE of pooled and projected towers, by cosine.
+
+    Args:
+        stair: the towers and the vocabulary, read from the same files as those of the stages; what it says of words
+            (`similarity`, `text_words`, start of biases) does not concern a dense model.
+        optimizer: how parameters move.
+        width: numbers in an embedding.
+        pooling: `mean` of the positions, or the `class` token.
+        scale_start: start of the learnable scale (inverse temperature), in (0, 100]; CLIP's 1/0.07.
+        micro_batch_size: pairs encoded at a time on a device, None for all; see `ContrastiveModule`.
+
+    Raises:
+        ValueError: if an argument is out of range, or a tower cannot be built so.
+    """
+
+    hand_over = "clip"
+
+    def __init__(
+        self,
+        stair: StairConfig,
+        optimizer: Optimizer,
+        width: int = 512,
+        pooling: Literal["mean", "class"] = "mean",
+        scale_start: float = 1 / 0.07,
+        micro_batch_size: int | None = None,
+    ) -> None:
+        if not 0 < scale_start <= 100:
+            raise ValueError(f"scale_start is {scale_start}; the scale lies in (0, 100]")
+        super().__init__(optimizer, scale_start, micro_batch_size)
+        self.clip = DenseClip(ClipConfig(stair.vocabulary, stair.image, stair.text, width, pooling))
+
+    @classmethod
+    def home(cls) -> str:
+        """`clip`."""
+        return "clip"
+
+    @property
+    def towers(self) -> DenseClip:
+        """The dense model."""
+        return self.clip
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """One step: encode, compare with all ranks. Returns and logs the parts by name."""
+        encoded = self.encode(batch)
+        image_BV, text_BV = self.clip.comparable(encoded["image_BV"]), self.clip.comparable(encoded["text_CV"])
+        contrastive = info_nce(image_BV, text_BV, self.clip.scale)
+        return self.report({"loss": contrastive.loss}, contrastive, encoded)

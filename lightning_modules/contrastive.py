@@ -1,0 +1,205 @@
+"""What every contrastive run shares, of words or dense: one batch, one evaluation, one optimiser.
+
+The stages of STAIR (stage.py) and the dense baseline (clip.py) say only what differs: the model and the loss.
+
+B images, C captions (C = B in training), V words (or the width of a dense embedding).
+"""
+
+import math
+import os
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lightning_modules.optimizer import Optimizer
+from stair.batch import Batch
+from stair.losses import Contrastive
+from stair.metrics import RetrievalRecall
+from stair.towers import TwoTowers
+
+
+class ContrastiveModule(L.LightningModule):
+    """Trains two towers on pairs, and measures them.
+
+    A subclass names its model (`towers`) and has a `training_step` that ends in `report`.
+
+    Args:
+        optimizer: how parameters move.
+        scale_start: start of the learnable scale (inverse temperature), in (0, 100]; None leaves it as it is.
+        micro_batch_size: pairs encoded at a time on a device, None for all. Smaller needs less memory and costs a second
+            forward pass; the loss and its gradient stay those of the whole batch (as in GradCache, Gao et al. 2021).
+    """
+
+    #: place in the order of stages; None is no stage, and starts from nothing
+    stage: ClassVar[int | None] = None
+    #: folder in RUN/home that the finished model is handed over in
+    hand_over: ClassVar[str]
+    #: which sides stay as they are: their parameters get no gradient and their modules stay in eval mode
+    frozen: ClassVar[tuple[Literal["image", "text"], ...]] = ()
+
+    def __init__(
+        self, optimizer: Optimizer, scale_start: float | None = None, micro_batch_size: int | None = None
+    ) -> None:
+        super().__init__()
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(
+                f"micro_batch_size is {micro_batch_size}; give a number of pairs from 1 up, or null for all"
+            )
+        self.optimizer, self.scale_start, self.micro_batch_size = optimizer, scale_start, micro_batch_size
+        self.retrieval = torch.nn.ModuleDict()
+
+    @classmethod
+    def home(cls) -> str:
+        """Where a run of this module works: RUN/home of `--run RUN`."""
+        raise NotImplementedError
+
+    @property
+    def towers(self) -> TwoTowers:
+        """The model that trains."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ training
+
+    def train(self, mode: bool = True) -> "ContrastiveModule":
+        """As in torch, but frozen sides stay in eval mode: no dropout moves what they say."""
+        super().train(mode)
+        for side in self.frozen:
+            for module in sides(self.towers)[side]:
+                module.eval()
+        return self
+
+    def on_fit_start(self) -> None:
+        """Sets the scale's start.
+
+        Raises:
+            ValueError: if the trainer accumulates gradients, which would cut the contrastive batch into pieces.
+        """
+        if self.trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}: each piece would be compared "
+                "with itself only. Set model.micro_batch_size instead, which keeps the whole batch in one loss"
+            )
+        if self.scale_start is not None and self.trainer.global_step == 0:
+            self.set_scale(self.scale_start)
+
+    def set_scale(self, value: float) -> None:
+        """Sets the similarity's scale, at most 100."""
+        with torch.no_grad():
+            self.towers.log_scale.fill_(math.log(min(value, 100.0)))
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Makes dropout a function of seed, step and rank, so that a resumed run draws what it would have drawn."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        torch.manual_seed(seed + 1 + self.trainer.global_step * self.trainer.world_size + self.trainer.global_rank)
+
+    def embed(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Embeds one micro-batch: `image_BV`, `text_CV`, and whatever else the loss wants."""
+        return self.towers(pixels, ids, mask)
+
+    def encode(self, batch: Batch) -> dict[str, Tensor]:
+        """Encodes the batch, by micro-batches if so set.
+
+        Each micro-batch is a checkpointed segment: forwards only its embeddings are kept, backwards it is encoded again
+        with the same random state. So one loss sees the whole batch while memory holds one micro-batch.
+        """
+        parts = batch["pixels"], batch["ids"], batch["mask"]
+        if not self.training or self.micro_batch_size is None or self.micro_batch_size >= len(parts[0]):
+            return self.embed(*parts)
+        pieces = [
+            checkpoint(self.embed, *piece, use_reentrant=False)
+            for piece in zip(*(part.split(self.micro_batch_size) for part in parts), strict=True)
+        ]
+        return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
+
+    def report(self, logged: dict[str, Any], contrastive: Contrastive, encoded: dict[str, Tensor]) -> dict[str, Any]:
+        """Logs the parts of a step by name, and returns them with what callbacks read.
+
+        Args:
+            logged: `loss` and its parts, already of the global batch on every rank.
+            contrastive: of this step.
+            encoded: of this step.
+        """
+        logged = {**logged, "contrastive": contrastive.loss, "logit_std": contrastive.logit_std}
+        logged["scale"] = self.towers.scale[0]
+        self.log_dict({f"train/{k}": v for k, v in logged.items() if k not in ("loss", "scale")}, batch_size=1)
+        self.log_dict({f"train/{k}": logged[k] for k in ("loss", "scale")}, prog_bar=True, batch_size=1)
+        return {
+            **{k: v.detach() if isinstance(v, Tensor) and k != "loss" else v for k, v in logged.items()},
+            "pairs": contrastive.pairs,
+            "image_BV": encoded["image_BV"].detach(),
+            "text_CV": encoded["text_CV"].detach(),
+        }
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimiser, and its schedule over the planned steps of the run."""
+        optimizer = self.optimizer.build(self)
+        factor = self.optimizer.schedule(planned_steps(self.trainer))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ---------------------------------------------------------------- evaluation
+
+    def setup(self, stage: str) -> None:
+        """Makes a retrieval metric for every evaluation set."""
+        names = self._set_names("test" if stage == "test" else "val") if stage != "predict" else []
+        self.retrieval = torch.nn.ModuleDict({name: RetrievalRecall() for name in names})
+
+    def _set_names(self, kind: str) -> list[str]:
+        return list(getattr(self.trainer.datamodule, f"{kind}_names"))
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Encodes a batch of an evaluation set and hands it to the set's metric."""
+        encoded = self.encode(batch)
+        metric = list(self.retrieval.values())[dataloader_idx]
+        image_BV, text_CV = (self.towers.comparable(encoded[key]) for key in ("image_BV", "text_CV"))
+        metric.update(image_BV, text_CV, batch["image_id"], batch["caption_image"])
+        return encoded
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """As validation."""
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Embeddings of a batch with the ids that say whose they are."""
+        encoded = self.encode(batch)
+        return {**encoded, **{k: batch[k] for k in ("image_id", "caption_image", "key")}}  # type: ignore[literal-required]
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs recall of every set, and `val/recall`, the mean over both directions of the first set."""
+        self._log_retrieval("val")
+
+    def on_test_epoch_end(self) -> None:
+        """As validation, under `test/`."""
+        self._log_retrieval("test")
+
+    def _log_retrieval(self, prefix: str) -> None:
+        for place, (name, metric) in enumerate(self.retrieval.items()):
+            values = metric.compute()
+            metric.reset()
+            self.log_dict({f"{prefix}/{name}/{key}": value.float() for key, value in values.items()})
+            if place == 0:
+                recalls = [value.float() for key, value in values.items() if "recall@" in key]
+                self.log(f"{prefix}/recall", torch.stack(recalls).mean(), prog_bar=True)
+
+
+def sides(towers: TwoTowers) -> dict[str, tuple[torch.nn.Module, ...]]:
+    """The modules of each side of a model, as stages freeze them."""
+    return {
+        side: tuple(module for name, module in towers.named_children() if name.startswith(side))
+        for side in ("image", "text")
+    }
+
+
+def planned_steps(trainer: L.Trainer) -> int:
+    """Optimiser steps the run is planned for.
+
+    Raises:
+        ValueError: if nothing bounds the run.
+    """
+    steps = trainer.estimated_stepping_batches
+    if math.isinf(steps):
+        raise ValueError("the run has no end: set trainer.max_steps (schedules and λ follow it)")
+    return int(steps)

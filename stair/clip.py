@@ -1,0 +1,94 @@
+"""The dense baseline: CLIP (Radford et al. 2021) with the towers, the vocabulary and the loss of STAIR.
+
+What sparse, readable embeddings cost or gain can only be said against a dense model trained by the same code on the same
+pairs. All that differs from `Stair` is what stands at the end of a tower: one pooled vector and a projection.
+
+B images, C captions, T positions, D width of a tower, V width of the embedding.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from stair.encoders import ImageEncoder, TextEncoder
+from stair.towers import TowersConfig, TwoTowers
+from stair.vocabulary import Vocabulary
+
+
+@dataclass
+class ClipConfig(TowersConfig):
+    """What a dense model is made of.
+
+    Args:
+        vocabulary: a BERT `vocab.txt`, a folder with one, or a hub name; here it only cuts texts into pieces.
+        image: the image tower.
+        text: the text tower.
+        width: numbers in an embedding.
+        pooling: what becomes the embedding: the `mean` of all positions that `image.positions` chooses (of texts: of all
+            real ones), or the `class` token, [CLS] of texts.
+    """
+
+    width: int = 512
+    pooling: Literal["mean", "class"] = "mean"
+
+
+class DenseClip(TwoTowers):
+    """Image and text encoders that end in one vector each, compared by cosine.
+
+    `z = P · pool(h_1 … h_T)` with a bias-free projection P (V, D) for each side.
+
+    Args:
+        config: what to build.
+
+    Attributes:
+        image_projection, text_projection: P of each side.
+
+    Raises:
+        ValueError: if a tower cannot be built, does not fit the vocabulary, or has no class token to pool.
+        OSError: if published weights are neither in the cache nor to be fetched.
+    """
+
+    family = "clip"
+    config_class = ClipConfig
+    config: ClipConfig
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        if config.width < 1:
+            raise ValueError(f"width is {config.width}; give the numbers of an embedding, 512 as in CLIP")
+        if config.pooling == "class":
+            config.image = replace(config.image, positions="all")  # else the class token is left out
+        self.config = config
+        self.vocabulary = Vocabulary(config.vocabulary)
+        self.image_encoder = ImageEncoder(config.image)
+        if config.pooling == "class" and not self.image_encoder.has_class_token:
+            raise ValueError(f"{config.image.name!r} has no class token to pool; set pooling to 'mean'")
+        self.text_encoder, _ = TextEncoder.build(config.text, len(self.vocabulary))
+        self.image_projection = nn.Linear(self.image_encoder.width, config.width, bias=False)
+        self.text_projection = nn.Linear(self.text_encoder.width, config.width, bias=False)
+        self.log_scale = nn.Parameter(torch.zeros(1))
+
+    @property
+    def similarity(self) -> Literal["dot", "cosine"]:
+        """Cosine, as in CLIP."""
+        return "cosine"
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Embeds images, with gradients; see `TwoTowers`."""
+        hidden_BTD = self.image_encoder(pixels)
+        pooled_BD = hidden_BTD[:, 0] if self.config.pooling == "class" else hidden_BTD.mean(1)
+        image_BV: Tensor = self.image_projection(pooled_BD).float()
+        return image_BV
+
+    def embed_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Embeds texts, with gradients; see `TwoTowers`."""
+        hidden_CTD = self.text_encoder(ids, mask)
+        if self.config.pooling == "class":
+            pooled_CD = hidden_CTD[:, 0]
+        else:
+            real_CT1 = mask[..., None].to(hidden_CTD.dtype)
+            pooled_CD = (hidden_CTD * real_CT1).sum(1) / real_CT1.sum(1)
+        text_CV: Tensor = self.text_projection(pooled_CD).float()
+        return text_CV
