@@ -80,16 +80,19 @@ class _GlobalInfoNCE(torch.autograd.Function):
         image_lse_B, text_lse_B = from_image_BG.logsumexp(1), from_text_BG.logsumexp(1)
         image_lse_G, text_lse_G = _gather(image_lse_B), _gather(text_lse_B)
         diagonal_B = from_image_BG[own[1], own[0]]
+        # in fp64: of a spread far below the mean, fp32 leaves few digits, others on another number of ranks
+        mean = from_image_BG.mean(dtype=torch.float64)
+        variance = (from_image_BG - mean.to(scale.dtype)).square().mean(dtype=torch.float64)
         moments = _sum(
             torch.stack(
                 [
-                    (image_lse_B + text_lse_B - 2 * diagonal_B).sum() / (2 * G),
-                    from_image_BG.sum() / G**2,
-                    from_image_BG.square().sum() / G**2,
+                    (image_lse_B + text_lse_B - 2 * diagonal_B).sum(dtype=torch.float64) / (2 * G),
+                    mean * B / G,
+                    (variance + mean.square()) * B / G,
                 ]
             )
         )
-        logit_std = (moments[2] - moments[1].square()).clamp(min=0).sqrt()
+        logit_std = (moments[2] - moments[1].square()).clamp(min=0).sqrt().to(scale.dtype)
 
         def gradient(logits_BG: Tensor, lse_B: Tensor, other_lse_G: Tensor) -> Tensor:
             A_BG = (logits_BG - lse_B[:, None]).exp_().add_((logits_BG - other_lse_G).exp_()).div_(2 * G)
@@ -103,7 +106,7 @@ class _GlobalInfoNCE(torch.autograd.Function):
         text_gradient_BV = scale * (text_A_BG @ image_GV)
         ctx.save_for_backward(image_gradient_BV, text_gradient_BV, scale_gradient.reshape(scale.shape))
         ctx.mark_non_differentiable(logit_std)
-        return moments[0], logit_std
+        return moments[0].to(scale.dtype), logit_std
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, ...]:

@@ -40,6 +40,13 @@ def test_info_nce_and_its_gradient_equal_cross_entropy_both_ways():
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+def test_the_spread_is_right_where_it_is_far_below_the_mean():
+    torch.manual_seed(0)
+    parts = [0.5 + 0.001 * torch.rand(16, 400) for _ in range(2)]
+    want = (parts[0].double() @ parts[1].double().T).std(correction=0)
+    assert float(info_nce(*parts, torch.ones(1)).logit_std) == pytest.approx(float(want), rel=1e-2)
+
+
 def test_flops_of_a_worked_example():
     z = torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, 0.0]], requires_grad=True)
     value = flops(z)
@@ -83,9 +90,9 @@ def batch(pairs=8):
     )
 
 
-def objective(model, images, texts, scale, wrong=1.0):
+def objective(model, images, texts, scale, wrong=(1.0, 1.0)):
     image, text = (torch.log1p(torch.relu(model[k](x))) for k, x in (("image", images), ("text", texts)))
-    return info_nce(image, text, scale).loss + wrong * (0.1 * flops(image) + 0.2 * flops(text))
+    return wrong[0] * info_nce(image, text, scale).loss + wrong[1] * (0.1 * flops(image) + 0.2 * flops(text))
 
 
 def on_rank(rank, ranks, file, results, wrong, uneven):
@@ -108,7 +115,7 @@ def on_rank(rank, ranks, file, results, wrong, uneven):
         torch.distributed.destroy_process_group()
 
 
-def run_ranks(ranks, tmp_path, wrong=1.0, uneven=False):
+def run_ranks(ranks, tmp_path, wrong=(1.0, 1.0), uneven=False):
     results = mp.get_context("fork").SimpleQueue()
     mp.start_processes(
         on_rank, (ranks, str(tmp_path / "store"), results, wrong, uneven), nprocs=ranks, start_method="fork"
@@ -139,9 +146,11 @@ def test_loss_and_gradients_on_ranks_equal_one_process(ranks, tmp_path):
         assert worst(grads, want) < 1e-12
 
 
-def test_a_wrong_scaling_between_ranks_is_noticed(tmp_path):
+@pytest.mark.parametrize("wrong", [(0.5, 1.0), (1.0, 0.5)], ids=["info_nce", "flops"])
+def test_a_part_without_the_factor_of_ranks_is_noticed(tmp_path, wrong):
     _, want = one_process()
-    assert worst(run_ranks(2, tmp_path, wrong=1.01)[0][2], want) > 1e-4
+    # half of a part on 2 ranks: its gradient as it would be had the factor been forgotten
+    assert worst(run_ranks(2, tmp_path, wrong)[0][2], want) > 1e-3
 
 
 def test_uneven_ranks_are_refused_on_every_rank(tmp_path):
