@@ -14,7 +14,8 @@ from torch import Tensor
 
 from callbacks.run_monitor import logs_now
 from stair.batch import Batch
-from stair.metrics import Grounding, SparsityStats
+from stair.grounding import Expansion, Grounding
+from stair.metrics import SparsityStats
 from stair.vocabulary import Vocabulary
 
 _TRAIN = ("image/active_words", "text/active_words", "products_per_pair")
@@ -37,7 +38,8 @@ class SparsityMonitor(L.Callback):
     - At every `trainer.log_every_n_steps`, of the global batch: `train/image/active_words`,
       `train/text/active_words`, `train/products_per_pair`.
     - Of each evaluation set: `val/<set>/sparsity/<figure>` (the figures of `SparsityStats`), `val/<set>/grounding@10`,
-      `grounding@1` and `grounding@10_frequent`, the same for the commonest caption words, which is the figure to beat.
+      `grounding@1` and `grounding@10_frequent`, the same for the commonest caption words, which is the figure to beat;
+      `val/<set>/expansion/<figure>` (the figures of `Expansion`).
       Under `test/` in a test run.
 
     Args:
@@ -46,7 +48,7 @@ class SparsityMonitor(L.Callback):
 
     def __init__(self, words: int = 10) -> None:
         self.words = words
-        self._sets: dict[str, tuple[SparsityStats, Grounding]] = {}
+        self._sets: dict[str, tuple[SparsityStats, Grounding, Expansion]] = {}
         self._said = False
 
     def on_train_batch_end(
@@ -80,6 +82,7 @@ class SparsityMonitor(L.Callback):
             name: (
                 SparsityStats(len(vocabulary)).to(pl_module.device),
                 Grounding(len(vocabulary), self.words).to(pl_module.device),
+                Expansion(len(vocabulary)).to(pl_module.device),
             )
             for name in (names if vocabulary is not None else [])
         }
@@ -97,10 +100,12 @@ class SparsityMonitor(L.Callback):
         vocabulary = self._words(pl_module, outputs["image_BV"])
         if vocabulary is None or trainer.sanity_checking:
             return
-        stats, grounding = list(self._sets.values())[dataloader_idx]
+        stats, grounding, expansion = list(self._sets.values())[dataloader_idx]
         ids = batch["image_id"], batch["caption_image"]
         stats.update(outputs["image_BV"], outputs["text_CV"], *ids)
-        grounding.update(outputs["image_BV"], vocabulary.own_words(batch["ids"], batch["mask"]), *ids)
+        own_words_CV = vocabulary.own_words(batch["ids"], batch["mask"])
+        grounding.update(outputs["image_BV"], own_words_CV, *ids)
+        expansion.update(outputs["text_CV"], own_words_CV, *ids)
 
     on_test_batch_end = on_validation_batch_end
 
@@ -113,8 +118,9 @@ class SparsityMonitor(L.Callback):
         self._log("test", pl_module)
 
     def _log(self, prefix: str, pl_module: L.LightningModule) -> None:
-        for name, (stats, grounding) in self._sets.items():
+        for name, (stats, grounding, expansion) in self._sets.items():
             figures = {f"sparsity/{key}": value for key, value in stats.compute().items()} | grounding.compute()
+            figures |= {f"expansion/{key}": value for key, value in expansion.compute().items()}
             if not figures["sparsity/image/active_words"].isnan():  # NaN: no rank had an embedding made of words
                 pl_module.log_dict({f"{prefix}/{name}/{key}": value for key, value in figures.items()}, batch_size=1)
         self._sets = {}

@@ -1,18 +1,16 @@
-"""What is measured of a whole evaluation set: retrieval, sparsity, grounding, each exact over any number of ranks.
+"""What is measured of a whole evaluation set: retrieval and sparsity, exact over any number of ranks.
 
 Averaging the recalls of ranks or batches gives another number than the recall of the set, so states are gathered or
 summed and the figure is computed once. Rows whose id is -1 are padding that evens out ranks, and count nowhere.
 
-torchmetrics has a RetrievalRecall, not used here: it wants one flat entry per (image, caption) pair in memory
-(5,000 x 25,000 for COCO, in each direction) and leaves the order of ties to the sort.
+torchmetrics has retrieval metrics, not used here: they want one flat entry per (image, caption) pair in memory
+(5,000 x 25,000 for COCO, in each direction) and leave the order of ties to the sort. The tests compare with them.
 
-Shapes: B images of an update, C captions of it, N images in all, M rows ranked against each other, Q queries of a
-block, V words (or the width of a dense embedding), K words shown.
+Shapes: B images of an update, C captions of it, N images in all, V words (or the width of a dense embedding).
 """
 
-import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +18,12 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-_QUERIES = 256  # rows made dense at a time: 31 MB at V = 30,522
+from stair.ranking import SparseRows, retrieval_figures
+
 _ALWAYS_ON = 0.9
 
 
-def _row_of_caption(image_id_B: Tensor, caption_image_C: Tensor) -> Tensor:
+def row_of_caption(image_id_B: Tensor, caption_image_C: Tensor) -> Tensor:
     """(C,) int64: the row of a caption's image in the batch, -1 for padding.
 
     Raises:
@@ -41,72 +40,8 @@ def _row_of_caption(image_id_B: Tensor, caption_image_C: Tensor) -> Tensor:
     return match_CB.int().argmax(1).masked_fill(~real_C, -1) if match_CB.numel() else caption_image_C.long()
 
 
-class _Rows(NamedTuple):
-    """Rows of an embedding matrix without their zeros.
-
-    Attributes:
-        entries: (N,) int64, how many a row has.
-        column: (sum of entries,) int32, their columns, row after row.
-        weight: (sum of entries,) fp32, their values.
-    """
-
-    entries: Tensor
-    column: Tensor
-    weight: Tensor
-
-    @classmethod
-    def of(cls, rows_NV: Tensor) -> "_Rows":
-        row, column = rows_NV.nonzero(as_tuple=True)
-        return cls(torch.bincount(row, minlength=len(rows_NV)), column.int(), rows_NV[row, column].float())
-
-    def only(self, keep_N: Tensor) -> "_Rows":
-        keep = keep_N.repeat_interleave(self.entries)
-        return _Rows(self.entries[keep_N], self.column[keep], self.weight[keep])
-
-    def matrix(self, width: int) -> Tensor:
-        """(N, width) sparse CSR."""
-        start = torch.cat([self.entries.new_zeros(1), self.entries.cumsum(0)])
-        size = (len(self.entries), width)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            return torch.sparse_csr_tensor(start, self.column.long(), self.weight, size=size, check_invariants=False)
-
-    def columns(self, first: int, last: int, width: int) -> Tensor:
-        """(width, last - first) dense: the rows `first` to `last` stood upright."""
-        entries_Q = self.entries[first:last]
-        begin = int(self.entries[:first].sum())
-        here = slice(begin, begin + int(entries_Q.sum()))
-        row = torch.arange(len(entries_Q), device=entries_Q.device).repeat_interleave(entries_Q)
-        dense_VQ = self.weight.new_zeros(width, len(entries_Q))
-        dense_VQ[self.column[here].long(), row] = self.weight[here]
-        return dense_VQ
-
-    def to(self, device: torch.device) -> "_Rows":
-        return _Rows(*(part.to(device) for part in self))
-
-
-def _ranks(query: _Rows, owner_N: Tensor, gallery: _Rows, owner_M: Tensor, width: int) -> Tensor:
-    """Rank of each query's best own row among the rows of other owners; queries that own no row are left out.
-
-    Both directions are ranked by this one product, gallery times block, so that equal rows get bitwise equal scores
-    and tie; reusing one score matrix for both would save half the work and lose that.
-    """
-    ranks: list[Tensor] = [owner_N[:0]]
-    if len(owner_M):
-        gallery_MV = gallery.matrix(width)
-        for first in range(0, len(owner_N), _QUERIES):
-            last = min(first + _QUERIES, len(owner_N))
-            score_MQ = gallery_MV @ query.columns(first, last, width)
-            own_MQ = owner_M[:, None] == owner_N[None, first:last]
-            best_Q = score_MQ.masked_fill(~own_MQ, -torch.inf).amax(0)
-            # "not below" instead of "at least": a NaN then ranks last, and not first
-            ahead_Q = (~(score_MQ < best_Q) & ~own_MQ).sum(0)
-            ranks.append((ahead_Q + 1)[own_MQ.any(0)])
-    return torch.cat(ranks)
-
-
 class RetrievalRecall(Metric):
-    """Recall@k and median rank of image-to-text (i2t) and text-to-image (t2i) retrieval over a whole set.
+    """Recall@k, ranks and gain of image-to-text (i2t) and text-to-image (t2i) retrieval over a whole set.
 
     rank(query) = 1 + number of competitors whose score is at least that of the query's best own row, where
 
@@ -116,8 +51,9 @@ class RetrievalRecall(Metric):
     - t2i: the own row is the caption's image, competitors are all other images.
 
     Ties count against: an embedding that is all zero, or NaN, ranks last. recall@k is the share of queries with
-    rank <= k. An image seen twice (a sampler that evens out ranks by repeating) counts once, with the captions it came
-    with first. With no query at all every figure is NaN.
+    rank <= k, mrr the mean of 1/rank, ndcg@10 counts all of an image's captions (`stair.ranking.rank`). An image seen
+    twice (a sampler that evens out ranks by repeating) counts once, with the captions it came with first. With no query
+    at all every figure is NaN.
 
     Embeddings are kept without their zeros, 8 bytes an active word, in CPU memory: a set of 30,000 rows takes 25 MB at
     100 active words but 7 GB when a run has gone dense, which must not take the GPU down. Gathering and ranking happen
@@ -168,7 +104,7 @@ class RetrievalRecall(Metric):
             raise ValueError(
                 f"image embeddings are {image_BV.shape[1]} wide, text embeddings {text_CV.shape[1]}: wanted one width"
             )
-        row_C = _row_of_caption(image_id, caption_image)
+        row_C = row_of_caption(image_id, caption_image)
         # captions in the order of their images; padding has sorted to the front and is cut off
         order_C = row_C.argsort(stable=True)[int((row_C < 0).sum()) :]
         real_B = image_id >= 0
@@ -176,8 +112,8 @@ class RetrievalRecall(Metric):
         new = (
             image_id[real_B],
             captions_B[real_B],
-            *_Rows.of(image_BV.detach()[real_B]),
-            *_Rows.of(text_CV.detach()[order_C]),
+            *SparseRows.of(image_BV.detach()[real_B]),
+            *SparseRows.of(text_CV.detach()[order_C]),
         )
         for name, rows in zip(self._STATES, new, strict=True):
             getattr(self, name).append(rows)
@@ -199,8 +135,12 @@ class RetrievalRecall(Metric):
         """Ranks every image and every caption.
 
         Returns:
-            `i2t/recall@k` and `t2i/recall@k` for each k, in 0 to 1, `i2t/median_rank` and `t2i/median_rank`, from 1.
+            For `i2t` and `t2i`: `recall@k` for each k, `mrr` and `ndcg@10`, in 0 to 1; `median_rank`, from 1.
         """
+        return retrieval_figures(*self.embeddings(), self.ks)
+
+    def embeddings(self) -> tuple[SparseRows, SparseRows, Tensor]:
+        """Images in the order of their ids, their captions, and (C,) int64 the place of each caption's image."""
         image_id_N, captions_N, *parts = (dim_zero_cat(getattr(self, name)) for name in self._STATES)
         ordered_N, order_N = image_id_N.sort(stable=True)
         is_new_N = torch.ones_like(ordered_N, dtype=torch.bool)
@@ -209,20 +149,9 @@ class RetrievalRecall(Metric):
 
         # sparse products exist on CPU and CUDA only
         device = self.device if self.device.type == "cuda" else torch.device("cpu")
-        images = _Rows(*parts[:3]).only(first_N).to(device)
-        texts = _Rows(*parts[3:]).only(first_N.repeat_interleave(captions_N)).to(device)
-        image_owner = torch.arange(len(images.entries), device=device)
-        text_owner = image_owner.repeat_interleave(captions_N[first_N].to(device))
-        width = 1 + max((int(rows.column.max()) for rows in (images, texts) if len(rows.column)), default=0)
-        figures: dict[str, Tensor] = {}
-        for name, ranks in (
-            ("i2t", _ranks(images, image_owner, texts, text_owner, width)),
-            ("t2i", _ranks(texts, text_owner, images, image_owner, width)),
-        ):
-            figures |= {f"{name}/recall@{k}": (ranks <= k).float().mean() for k in self.ks}
-            # torch.median takes the lower of two middle ranks; none at all gives NaN
-            figures[f"{name}/median_rank"] = (ranks.float().median() - (-ranks.float()).median()) / 2
-        return figures
+        images = SparseRows(*parts[:3]).only(first_N).to(device)
+        texts = SparseRows(*parts[3:]).only(first_N.repeat_interleave(captions_N)).to(device)
+        return images, texts, torch.arange(len(images.entries)).repeat_interleave(captions_N[first_N])
 
 
 class SparsityStats(Metric):
@@ -230,7 +159,8 @@ class SparsityStats(Metric):
 
     With P(v) the share of rows in which word v is active (non-zero), over all rows of all ranks:
 
-    - active_words = Σ_v P(v), the mean number of active words of a row, 0 to V;
+    - active_words = Σ_v P(v), the mean number of active words of a row, 0 to V; active_words_p50 and active_words_p95,
+      the smallest number that 50 % and 95 % of the rows do not exceed;
     - dead_words = words with P(v) = 0, those that can never be active included; always_on_words = words with
       P(v) > 0.9; max_share = max_v P(v);
     - products_per_pair = Σ_v P_image(v) · P_text(v), the multiplications a pair of rows costs an inverted index, and
@@ -246,6 +176,8 @@ class SparsityStats(Metric):
     full_state_update = False
     image_active_V: Tensor
     text_active_V: Tensor
+    image_rows: Tensor
+    text_rows: Tensor
     images: Tensor
     texts: Tensor
 
@@ -253,6 +185,8 @@ class SparsityStats(Metric):
         super().__init__()
         for side in ("image", "text"):
             self.add_state(f"{side}_active_V", torch.zeros(vocabulary_size, dtype=torch.int64), dist_reduce_fx="sum")
+            # how many rows have 0, 1, … V active words: percentiles that are exact over ranks
+            self.add_state(f"{side}_rows", torch.zeros(vocabulary_size + 1, dtype=torch.int64), dist_reduce_fx="sum")
             self.add_state(f"{side}s", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(
@@ -274,6 +208,8 @@ class SparsityStats(Metric):
         active_CV = text_CV != 0 if caption_image is None else text_CV[caption_image >= 0] != 0
         self.image_active_V += active_BV.sum(0)
         self.text_active_V += active_CV.sum(0)
+        self.image_rows += torch.bincount(active_BV.sum(1), minlength=len(self.image_rows))
+        self.text_rows += torch.bincount(active_CV.sum(1), minlength=len(self.text_rows))
         self.images += len(active_BV)
         self.texts += len(active_CV)
 
@@ -281,12 +217,14 @@ class SparsityStats(Metric):
         """The figures of the class docstring, those of a side as `image/...` and `text/...`."""
         share_V = {"image": self.image_active_V / self.images, "text": self.text_active_V / self.texts}
         figures = {"products_per_pair": share_V["image"] @ share_V["text"]}
-        for side, active_V, rows in (
-            ("image", self.image_active_V, self.images),
-            ("text", self.text_active_V, self.texts),
+        for side, active_V, rows, counts in (
+            ("image", self.image_active_V, self.images, self.image_rows),
+            ("text", self.text_active_V, self.texts, self.text_rows),
         ):
             figures |= {
                 f"{side}/active_words": active_V.sum() / rows,
+                f"{side}/active_words_p50": _percentile(counts, rows, 0.5),
+                f"{side}/active_words_p95": _percentile(counts, rows, 0.95),
                 f"{side}/dead_words": (active_V == 0).sum().float(),
                 f"{side}/always_on_words": (share_V[side] > _ALWAYS_ON).sum().float(),
                 f"{side}/max_share": share_V[side].max(),
@@ -294,74 +232,7 @@ class SparsityStats(Metric):
         return figures
 
 
-class Grounding(Metric):
-    """Do an image's strongest words occur in its captions?
-
-    grounding@k = mean over images of |top-k(image) ∩ words of its captions| / |top-k(image)|, where top-k holds the k
-    words of greatest weight, only active ones (> 0): with fewer than k active the share is of those there are, with
-    none it is 0. Ties in weight are broken arbitrarily. Images without a caption do not count.
-
-    grounding@k_frequent is what an answer that never looks at the image gets: always the k words that occur in the
-    captions of most images of this set. With n(v) the images whose captions hold v, it is the sum of the k largest
-    n(v) over k times the number of images.
-
-    Args:
-        vocabulary_size: V.
-        k: words of an image that are looked at, at least 1.
-
-    Raises:
-        ValueError: if k is not in 1 to V.
-    """
-
-    full_state_update = False
-    higher_is_better = True
-    share: Tensor
-    share_first: Tensor
-    held_V: Tensor
-    images: Tensor
-
-    def __init__(self, vocabulary_size: int, k: int = 10) -> None:
-        super().__init__()
-        if not 1 <= k <= vocabulary_size:
-            raise ValueError(f"k is {k}: wanted 1 to {vocabulary_size}, the size of the vocabulary")
-        self.k = k
-        self.add_state("share", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("share_first", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("held_V", torch.zeros(vocabulary_size, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, image_BV: Tensor, own_words_CV: Tensor, image_id: Tensor, caption_image: Tensor) -> None:
-        """Adds images with the words of their captions.
-
-        Args:
-            image_BV: (B, V) image embeddings, at least 0.
-            own_words_CV: (C, V) bool, the words of each caption (`Vocabulary.own_words`).
-            image_id: (B,) int64, -1 for padding.
-            caption_image: (C,) int64, the `image_id` of a caption's image, which must be in the same update; -1 for
-                padding.
-
-        Raises:
-            ValueError: if a caption's image is missing from the update or in it twice.
-        """
-        row_C = _row_of_caption(image_id, caption_image)
-        real_C = row_C >= 0
-        held_BV = torch.zeros_like(image_BV, dtype=torch.int32)
-        held_BV.index_add_(0, row_C[real_C], own_words_CV[real_C].int())
-        captioned_B = torch.bincount(row_C[real_C], minlength=len(image_id)) > 0
-        held_BV = held_BV[captioned_B] > 0
-
-        top_BK = image_BV[captioned_B].topk(self.k)
-        active_BK = top_BK.values > 0
-        hit_BK = held_BV.gather(1, top_BK.indices) & active_BK
-        self.share += (hit_BK.sum(1) / active_BK.sum(1).clamp(min=1)).sum()
-        self.share_first += hit_BK[:, 0].sum()
-        self.held_V += held_BV.sum(0)
-        self.images += len(held_BV)
-
-    def compute(self) -> dict[str, Tensor]:
-        """`grounding@k`, `grounding@1` and `grounding@k_frequent`, in 0 to 1; NaN without images."""
-        return {
-            f"grounding@{self.k}": self.share / self.images,
-            "grounding@1": self.share_first / self.images,
-            f"grounding@{self.k}_frequent": self.held_V.topk(self.k).values.sum() / (self.k * self.images),
-        }
+def _percentile(counts: Tensor, rows: Tensor, share: float) -> Tensor:
+    """The smallest number that at least `share` of the rows do not exceed; NaN without rows."""
+    reached = counts.cumsum(0) >= share * rows
+    return torch.where(rows > 0, reached.int().argmax().float(), torch.nan)

@@ -1,5 +1,6 @@
 """The metrics against slow, obvious oracles, and two ranks against one process."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,11 @@ import torch
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchmetrics.functional.retrieval import retrieval_normalized_dcg
 
-from stair.metrics import Grounding, RetrievalRecall, SparsityStats
+from stair.grounding import Expansion, Grounding
+from stair.metrics import RetrievalRecall, SparsityStats
+from stair.ranking import SparseRows
 
 KS = (1, 2, 5)
 
@@ -28,11 +32,25 @@ def oracle_ranks(image, text, owner) -> tuple[list[int], list[int]]:
     return i2t, t2i
 
 
+def oracle_gain(scores: np.ndarray, own: np.ndarray) -> float:
+    """nDCG@10 of one query with the pessimistic order: of equal scores, wrong answers first."""
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], own[i]))
+    gain = sum(own[i] / math.log2(2 + place) for place, i in enumerate(order[:10]))
+    return gain / sum(1 / math.log2(2 + place) for place in range(min(10, own.sum())))
+
+
 def oracle(image, text, owner, ks=KS) -> dict[str, float]:
     figures = {}
-    for name, ranks in zip(("i2t", "t2i"), oracle_ranks(image, text, owner), strict=True):
+    score, own = image @ text.T, np.arange(len(image))[:, None] == owner[None, :]
+    gains = (
+        [oracle_gain(score[i], own[i]) for i in range(len(image)) if own[i].any()],
+        [oracle_gain(score[:, c], own[:, c]) for c in range(len(text))],
+    )
+    for name, ranks, gain in zip(("i2t", "t2i"), oracle_ranks(image, text, owner), gains, strict=True):
         figures |= {f"{name}/recall@{k}": np.mean([r <= k for r in ranks]) for k in ks}
         figures[f"{name}/median_rank"] = np.median(ranks)
+        figures[f"{name}/mrr"] = np.mean([1 / r for r in ranks])
+        figures[f"{name}/ndcg@10"] = np.mean(gain)
     return figures
 
 
@@ -91,6 +109,11 @@ def test_retrieval_by_hand():
             "t2i/recall@1": 1 / 4,
             "t2i/recall@2": 3 / 4,
             "t2i/median_rank": 2,
+            "t2i/mrr": (1 + 1 / 2 + 1 / 2 + 1 / 3) / 4,
+            "t2i/ndcg@10": (1 + 2 / math.log2(3) + 1 / 2) / 4,
+            "i2t/mrr": (1 + 1 / 2 + 1 / 4) / 3,
+            # image 0: a first, c above b: places 1 and 3 of two
+            "i2t/ndcg@10": ((1 + 1 / 2) / (1 + 1 / math.log2(3)) + 1 / math.log2(3) + 1 / math.log2(5)) / 3,
         },
     )
 
@@ -116,6 +139,11 @@ def test_blocks_of_queries_equal_the_full_score_matrix(width, share):
     t2i = 1 + ((score >= score[owner, torch.arange(len(owner))][None, :]) & ~own).sum(0)
     wanted = {f"{n}/recall@{k}": np.mean(r.numpy() <= k) for n, r in (("i2t", i2t), ("t2i", t2i)) for k in (1, 5, 10)}
     wanted |= {"i2t/median_rank": np.median(i2t), "t2i/median_rank": np.median(t2i)}
+    wanted |= {"i2t/mrr": (1 / i2t.numpy()).mean(), "t2i/mrr": (1 / t2i.numpy()).mean()}
+    # no ties here, so torchmetrics' order is ours
+    for way, scores, right in (("i2t", score, own), ("t2i", score.T, own.T)):
+        gains = [float(retrieval_normalized_dcg(s, r, top_k=10)) for s, r in zip(scores, right, strict=True)]
+        wanted[f"{way}/ndcg@10"] = np.mean(gains)
     same(metric.compute(), wanted)
 
 
@@ -192,6 +220,10 @@ def test_sparsity_by_hand():
         {
             "products_per_pair": 1 * 0.5,  # word 0: always in images, in half of the texts
             "image/active_words": 1.5,
+            "image/active_words_p50": 1,
+            "image/active_words_p95": 2,
+            "text/active_words_p50": 1,
+            "text/active_words_p95": 1,
             "image/dead_words": 2,
             "image/always_on_words": 1,
             "image/max_share": 1,
@@ -251,6 +283,55 @@ def test_the_frequent_baseline_is_the_grounding_of_an_image_that_always_says_tho
         Grounding(25, k=26)
 
 
+@given(st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_percentiles_of_active_words_are_those_of_the_rows(seed):
+    image, text, _ = _set(23, 30, 0.4, seed)
+    metric = SparsityStats(30)
+    for part in (slice(0, 9), slice(9, None)):
+        metric.update(image[part], text[part])
+    figures = metric.compute()
+    for side, rows in (("image", image), ("text", text)):
+        counts = (rows != 0).sum(1).numpy()
+        for p in (50, 95):
+            assert float(figures[f"{side}/active_words_p{p}"]) == np.percentile(counts, p, method="inverted_cdf")
+
+
+def test_expansion_by_hand():
+    metric = Expansion(5)
+    text = torch.tensor(
+        [
+            [1.0, 1, 0, 1, 0],  # own 0; added 1 (sister has it), 3 (nobody has it)
+            [0.0, 2, 0, 0, 2],  # own 1; added 4, nobody
+            [0.0, 0, 3, 0, 3],  # alone at its image: own 2, added 4, cannot be tested
+            [9.0, 9, 9, 9, 9],  # padding
+        ]
+    )
+    own = torch.zeros(4, 5, dtype=torch.bool)
+    own[[0, 1, 2], [0, 1, 2]] = True
+    metric.update(text, own, torch.tensor([7, 8, -1]), torch.tensor([7, 7, 8, -1]))
+    # by chance: image 7 holds words 0 and 1, image 8 holds 2; of the added 1, 3, 4 only 1 is held, by one image of two
+    same(
+        metric.compute(),
+        {"added_words": 4 / 3, "added_share": 4 / 7, "added_confirmed": 1 / 3, "added_confirmed_any": 1 / 6},
+    )
+
+
+@given(st.integers(0, 1000), st.integers(0, 12), st.floats(0, 1))
+@settings(max_examples=30, deadline=None)
+def test_pruned_rows_are_those_of_a_pruned_matrix(seed, k, share):
+    image, _, _ = _set(12, 15, 0.5, seed)
+    image[3] = 0
+    rows = SparseRows.of(image)
+    largest = torch.zeros_like(image).scatter(1, image.topk(min(k, 15)).indices, 1) * image
+    above = torch.where(image >= share * image.amax(1, keepdim=True), image, 0)
+    for got, wanted in ((rows.largest(k), largest), (rows.above(share), above)):
+        torch.testing.assert_close(got.columns(0, 12, 15).T, wanted)
+    unit = torch.nn.functional.normalize(image, dim=1)
+    torch.testing.assert_close(rows.unit().columns(0, 12, 15).T, unit)
+    torch.testing.assert_close(SparseRows.cat([rows, rows]).columns(12, 24, 15).T, image)
+
+
 def _updates(parts: list[list[int]]):
     """The evaluation set cut into updates, given as lists of image ids; -1 is padding."""
     image, text, owner = _set(10, 40, 0.3)
@@ -261,12 +342,13 @@ def _updates(parts: list[list[int]]):
 
 
 def _measure(parts: list[list[int]]) -> dict[str, torch.Tensor]:
-    recall, stats, grounding = RetrievalRecall(KS), SparsityStats(40), Grounding(40, 3)
+    recall, stats, grounding, expansion = RetrievalRecall(KS), SparsityStats(40), Grounding(40, 3), Expansion(40)
     for image, text, ids, owner in _updates(parts):
         recall.update(image, text, ids, owner)
         stats.update(image, text, ids, owner)
         grounding.update(image, text > 0.5, ids, owner)
-    return {**recall.compute(), **stats.compute(), **grounding.compute()}
+        expansion.update(text, text > 0.5, ids, owner)
+    return {**recall.compute(), **stats.compute(), **grounding.compute(), **expansion.compute()}
 
 
 RANKS = {

@@ -1,0 +1,160 @@
+"""Do words mean what they say? An image's words against its captions', a text's added words against its sisters'.
+
+Words are word pieces, as the vocabulary cuts them: no lemmas, so `dog` in an image and `dogs` in its caption agree only
+where the vocabulary writes the latter `dog ##s`. Exact over any number of ranks, like `stair.metrics`.
+
+B images of an update, C captions of it, V words, K words shown.
+"""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from stair.metrics import row_of_caption
+
+
+class Grounding(Metric):
+    """Do an image's strongest words occur in its captions?
+
+    grounding@k = mean over images of |top-k(image) ∩ words of its captions| / |top-k(image)|, where top-k holds the k
+    words of greatest weight, only active ones (> 0): with fewer than k active the share is of those there are, with
+    none it is 0. Ties in weight are broken arbitrarily. Images without a caption do not count.
+
+    grounding@k_frequent is what an answer that never looks at the image gets: always the k words that occur in the
+    captions of most images of this set. With n(v) the images whose captions hold v, it is the sum of the k largest
+    n(v) over k times the number of images.
+
+    Args:
+        vocabulary_size: V.
+        k: words of an image that are looked at, at least 1.
+
+    Raises:
+        ValueError: if k is not in 1 to V.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    share: Tensor
+    share_first: Tensor
+    held_V: Tensor
+    images: Tensor
+
+    def __init__(self, vocabulary_size: int, k: int = 10) -> None:
+        super().__init__()
+        if not 1 <= k <= vocabulary_size:
+            raise ValueError(f"k is {k}: wanted 1 to {vocabulary_size}, the size of the vocabulary")
+        self.k = k
+        self.add_state("share", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("share_first", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("held_V", torch.zeros(vocabulary_size, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, image_BV: Tensor, own_words_CV: Tensor, image_id: Tensor, caption_image: Tensor) -> None:
+        """Adds images with the words of their captions.
+
+        Args:
+            image_BV: (B, V) image embeddings, at least 0.
+            own_words_CV: (C, V) bool, the words of each caption (`Vocabulary.own_words`).
+            image_id: (B,) int64, -1 for padding.
+            caption_image: (C,) int64, the `image_id` of a caption's image, which must be in the same update; -1 for
+                padding.
+
+        Raises:
+            ValueError: if a caption's image is missing from the update or in it twice.
+        """
+        row_C = row_of_caption(image_id, caption_image)
+        real_C = row_C >= 0
+        held_BV = torch.zeros_like(image_BV, dtype=torch.int32)
+        held_BV.index_add_(0, row_C[real_C], own_words_CV[real_C].int())
+        captioned_B = torch.bincount(row_C[real_C], minlength=len(image_id)) > 0
+        held_BV = held_BV[captioned_B] > 0
+
+        top_BK = image_BV[captioned_B].topk(self.k)
+        active_BK = top_BK.values > 0
+        hit_BK = held_BV.gather(1, top_BK.indices) & active_BK
+        self.share += (hit_BK.sum(1) / active_BK.sum(1).clamp(min=1)).sum()
+        self.share_first += hit_BK[:, 0].sum()
+        self.held_V += held_BV.sum(0)
+        self.images += len(held_BV)
+
+    def compute(self) -> dict[str, Tensor]:
+        """`grounding@k`, `grounding@1` and `grounding@k_frequent`, in 0 to 1; NaN without images."""
+        return {
+            f"grounding@{self.k}": self.share / self.images,
+            "grounding@1": self.share_first / self.images,
+            f"grounding@{self.k}_frequent": self.held_V.topk(self.k).values.sum() / (self.k * self.images),
+        }
+
+
+class Expansion(Metric):
+    """What does a text say beyond its own words, and is it true of the image?
+
+    A text's added words are its active words that are not pieces of the text itself.
+
+    - added_words: mean number of added words of a text;
+    - added_share: their share of all active words, over all texts together;
+    - added_confirmed: the share of added words that occur in *other* captions of the same image, over all texts whose
+      image has another caption. NaN where none has;
+    - added_confirmed_any: what the same words get beside another image, the mean over all images of the set: the share
+      that a model reaches whose added words do not depend on the text.
+
+    Args:
+        vocabulary_size: V.
+    """
+
+    full_state_update = False
+    added: Tensor
+    active: Tensor
+    texts: Tensor
+    tested: Tensor
+    confirmed: Tensor
+    added_V: Tensor
+    held_V: Tensor
+    images: Tensor
+
+    def __init__(self, vocabulary_size: int) -> None:
+        super().__init__()
+        for name in ("added", "active", "texts", "tested", "confirmed", "images"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        for name in ("added_V", "held_V"):
+            self.add_state(name, torch.zeros(vocabulary_size, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, text_CV: Tensor, own_words_CV: Tensor, image_id: Tensor, caption_image: Tensor) -> None:
+        """Adds texts; all captions of an image come in one update.
+
+        Args:
+            text_CV: (C, V) text embeddings, at least 0.
+            own_words_CV: (C, V) bool, the words of each caption (`Vocabulary.own_words`).
+            image_id: (B,) int64, -1 for padding.
+            caption_image: (C,) int64, the `image_id` of a caption's image, which must be in the same update; -1 for
+                padding.
+
+        Raises:
+            ValueError: if a caption's image is missing from the update or in it twice.
+        """
+        row_C = row_of_caption(image_id, caption_image)
+        real_C = row_C >= 0
+        row_C, own_CV, active_CV = row_C[real_C], own_words_CV[real_C], text_CV[real_C] > 0
+        added_CV = active_CV & ~own_CV
+        held_BV = torch.zeros(len(image_id), own_CV.shape[1], dtype=torch.int32, device=own_CV.device)
+        held_BV.index_add_(0, row_C, own_CV.int())
+        has_other_C = torch.bincount(row_C, minlength=len(image_id))[row_C] > 1
+        self.added += added_CV.sum()
+        self.active += active_CV.sum()
+        self.texts += len(row_C)
+        self.tested += added_CV[has_other_C].sum()
+        # an added word is not in the text itself, so whoever holds it is another caption
+        self.confirmed += (added_CV & (held_BV[row_C] > 0))[has_other_C].sum()
+        self.added_V += added_CV[has_other_C].sum(0)
+        self.held_V += (held_BV[row_C.unique()] > 0).sum(0)
+        self.images += len(row_C.unique())
+
+    def compute(self) -> dict[str, Tensor]:
+        """The figures of the class docstring; NaN without texts."""
+        by_chance = (self.added_V.double() @ self.held_V.double() / (self.tested * self.images)).float()
+        return {
+            "added_words": self.added / self.texts,
+            "added_share": self.added / self.active,
+            "added_confirmed": self.confirmed / self.tested,
+            "added_confirmed_any": by_chance,
+        }
