@@ -53,22 +53,30 @@ class VocabularyHead(nn.Module):
             self.norm.eps = masked_lm.norm.eps
             self.bias.copy_(masked_lm.bias_V)
 
-    def forward(self, hidden: Tensor, mask: Tensor, own_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, mask: Tensor, own_ids: Tensor | None = None, others_behind: float | None = None
+    ) -> Tensor:
         """Weighs the words.
 
         Args:
             hidden: (B, T, D).
             mask: (B, T) bool, True at real positions.
-            own_ids: (B, W) int64: only these words may be non-zero (stage 1), and only they are computed: exact, and the
-                cost of the head falls from V to W words a row. Doubles and never-active words are harmless.
+            own_ids: (B, W) int64: words of the row itself. Doubles and never-active words are harmless.
+            others_behind: how far the logits of all other words are lowered; None: others are zero (stage 1) and not
+                even computed, so that the cost of the head falls from V to W words a row.
 
         Returns:
             (B, V) in fp32, not negative.
         """
         hidden_BTE = self.norm(torch.nn.functional.gelu(self.dense(hidden)))
-        if own_ids is None:
+        if own_ids is None or others_behind == 0:
             return vocabulary_max(hidden_BTE, mask, self.words, self.bias, self._active)
-        return self._own_words(hidden_BTE, mask, own_ids)
+        own_BV = self._own_words(hidden_BTE, mask, own_ids)
+        if others_behind is None:
+            return own_BV
+        others_BV = vocabulary_max(hidden_BTE, mask, self.words, self.bias - others_behind, self._active)
+        # logits lowered for all, then own words written over: where an own word is zero, the lowered one is zero too
+        return others_BV.scatter(1, own_ids, 0.0) + own_BV
 
     def _own_words(self, hidden_BTE: Tensor, mask_BT: Tensor, own_BW: Tensor) -> Tensor:
         own_BW = own_BW.sort(dim=1).values

@@ -31,13 +31,27 @@ class StairConfig(TowersConfig):
         image_bias_start: start of the image head's bias, where no published head gives one. Below 0 costs recall.
         text_bias_start: the same for text. Above 0 keeps a caption's own words on while training starts from scratch.
         similarity: how images and texts are compared: `dot` of the weights, or `cosine`. A stage sets it.
+        own_word_lead: what a text's own words have in front of all others, in logits, where others may be active; a fixed
+            part of the model. A text side from scratch wants about 3: its other words never had a gradient in stage 1,
+            all of them would be active in stage 2, and what stage 1 learned would be lost. BERT's head should need none,
+            as it is peaked at the word it reads (not measured).
+        similarity: how images and texts are compared: `dot` of the weights, or `cosine`. A stage sets it.
         text_words: which words a text may light up: its `own` (stage 1) or `all`. A stage sets it.
+
+    Raises:
+        ValueError: if `own_word_lead` is negative.
     """
 
     image_bias_start: float = 0.0
     text_bias_start: float = 0.0
+    own_word_lead: float = 0.0
     similarity: Literal["dot", "cosine"] = "dot"
     text_words: Literal["own", "all"] = "all"
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be meant."""
+        if self.own_word_lead < 0:
+            raise ValueError(f"stair.own_word_lead is {self.own_word_lead}; it is 0 (none) or positive, in logits")
 
 
 class Stair(TwoTowers):
@@ -101,7 +115,7 @@ class Stair(TwoTowers):
         """
         if not unmasked:
             return super().forward(pixels, ids, mask)
-        text_CV: Tensor = self.text_head(self.text_encoder(ids, mask), mask)
+        text_CV = self._weigh(ids, mask, own_only=False)
         out = {"image_BV": self.embed_pixels(pixels), "text_CV": text_CV, "text_unmasked_CV": text_CV}
         if self.config.text_words == "own":
             out["text_CV"] = text_CV * self.vocabulary.own_words(ids, mask)
@@ -121,6 +135,11 @@ class Stair(TwoTowers):
 
     def embed_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Weighs the words of texts, with gradients; see `TwoTowers`."""
-        own = ids if self.config.text_words == "own" else None  # padding's id is never active, so it needs no mask
-        text_CV: Tensor = self.text_head(self.text_encoder(ids, mask), mask, own_ids=own)
+        return self._weigh(ids, mask, own_only=self.config.text_words == "own")
+
+    def _weigh(self, ids_CT: Tensor, mask_CT: Tensor, own_only: bool) -> Tensor:
+        behind = None if own_only else self.config.own_word_lead
+        # padding's id is never active, so it needs no mask
+        hidden_CTD = self.text_encoder(ids_CT, mask_CT)
+        text_CV: Tensor = self.text_head(hidden_CTD, mask_CT, own_ids=ids_CT, others_behind=behind)
         return text_CV

@@ -219,3 +219,21 @@ def test_towers_that_cannot_be_built_are_named(vocab_file, image, text, message)
     config.image, config.text = image or config.image, text or config.text
     with pytest.raises(ValueError, match=message):
         Stair(config)
+
+
+def test_own_words_lead_by_what_others_are_lowered(vocab_file, captions):
+    torch.manual_seed(0)
+    plain = Stair(tiny_config(vocab_file, text_bias_start=0.7)).eval()
+    leading = Stair(tiny_config(vocab_file, text_bias_start=0.7, own_word_lead=0.7)).eval()
+    leading.load_state_dict(plain.state_dict())
+    whole_CV, own_CV = plain.encode_text(captions), plain.vocabulary.own_words(*plain.vocabulary.tokenize(captions, 12))
+    with torch.no_grad():
+        plain.text_head.bias -= 0.7
+    lowered_CV = plain.encode_text(captions)
+    assert (lowered_CV > 0).any() and ((whole_CV > 0) & ~own_CV).any(), "the test would say nothing"
+    torch.testing.assert_close(leading.encode_text(captions), torch.where(own_CV, whole_CV, lowered_CV))
+
+
+def test_a_negative_lead_of_own_words_is_refused(vocab_file):
+    with pytest.raises(ValueError, match="own_word_lead is -1"):
+        tiny_config(vocab_file, own_word_lead=-1.0)
