@@ -7,9 +7,15 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Stair", "StairConfig", "Vocabulary", "__version__"]
+__all__ = ["Embeddings", "SparseIndex", "Stair", "StairConfig", "Vocabulary", "__version__"]
 
-_HOME = {"Stair": "stair.model", "StairConfig": "stair.model", "Vocabulary": "stair.vocabulary"}
+_HOME = {
+    "Embeddings": "stair.embeddings",
+    "SparseIndex": "stair.index",
+    "Stair": "stair.model",
+    "StairConfig": "stair.model",
+    "Vocabulary": "stair.vocabulary",
+}
 
 
 def __getattr__(name: str) -> Any:

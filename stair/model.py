@@ -4,20 +4,31 @@
     image_BV = model.encode_image([picture])
     text_BV = model.encode_text(["two red circles above a boat"])
     model.score(image_BV, text_BV)
+    model.encode(images=folder_of_pictures.glob("*.jpg"))     # a sparse matrix, for many
 
-B images, C captions, T positions, V words.
+B images, C captions, N of either, T positions, V words.
 """
 
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from stair.encoders import ImageEncoder, TextEncoder
 from stair.head import VocabularyHead
+from stair.images import decode_image
 from stair.towers import TowersConfig, TwoTowers
 from stair.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from stair.embeddings import Space
 
 
 @dataclass
@@ -143,3 +154,84 @@ class Stair(TwoTowers):
         hidden_CTD = self.text_encoder(ids_CT, mask_CT)
         text_CV: Tensor = self.text_head(hidden_CTD, mask_CT, own_ids=ids_CT, others_behind=behind)
         return text_CV
+
+    def encode(
+        self,
+        images: Iterable[Image | str | Path] | None = None,
+        texts: Iterable[str] | None = None,
+        *,
+        output: Literal["scipy", "torch"] = "scipy",
+        batch_size: int = 64,
+    ) -> Any:
+        """Weighs the words of any number of images or texts, and keeps only what is not zero.
+
+        Args:
+            images: pictures, or paths of files; read batch by batch.
+            texts: sentences. Give images or texts, not both.
+            output: `scipy` for CSR, `torch` for a sparse CSR tensor.
+            batch_size: how many are encoded at a time.
+
+        Returns:
+            (N, V) `scipy.sparse.csr_matrix` or sparse CSR `Tensor`, fp32, not negative: the rows of `encode_image` or
+            `encode_text`.
+
+        Raises:
+            ValueError: if not one of both is given, or a picture cannot be decoded.
+        """
+        if (images is None) == (texts is None):
+            raise ValueError("give images or texts, one of both")
+        if isinstance(texts, str) or isinstance(images, (str, Path, Image)):
+            raise ValueError("give a list, also for one: encode(texts=[text])")
+        from scipy import sparse
+
+        from stair.embeddings import to_csr
+
+        rows = [sparse.csr_matrix((0, len(self.vocabulary)), dtype="float32")]
+        if images is not None:
+            rows += [to_csr(self.encode_image([_opened(i) for i in few])) for few in _batches(images, batch_size)]
+        if texts is not None:
+            rows += [to_csr(self.encode_text(few)) for few in _batches(texts, batch_size)]
+        csr = sparse.vstack(rows, format="csr")
+        if output == "scipy":
+            return csr
+        if output != "torch":
+            raise ValueError(f"output is {output!r}; give 'scipy' or 'torch'")
+        start, words, weights = (torch.from_numpy(part) for part in (csr.indptr, csr.indices, csr.data))
+        return torch.sparse_csr_tensor(start, words, weights, csr.shape)
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 of all that makes an embedding: weights, words, sizes. Two models are one if theirs agree.
+
+        Reads every weight: keep the value rather than asking for it again.
+        """
+        image, text = self.config.image, self.config.text
+        sizes = [image.image_size, image.positions, text.max_tokens, self.config.text_words]
+        digest = hashlib.sha256(json.dumps([self.vocabulary.fingerprint, *sizes]).encode())
+        for name, value in sorted(self.state_dict().items()):
+            if name != "log_scale":  # scales scores, not embeddings
+                digest.update(f"{name}{tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().float().contiguous().numpy())
+        return digest.hexdigest()
+
+    @property
+    def space(self) -> "Space":
+        """What this model's embeddings are comparable with; see `fingerprint`."""
+        from stair.embeddings import Space
+
+        return Space(self.fingerprint, self.similarity, tuple(self.vocabulary.tokens))
+
+
+def _batches(items: Iterable[Any], size: int) -> Iterator[Sequence[Any]]:
+    rest = iter(items)
+    while few := list(islice(rest, size)):
+        yield few
+
+
+def _opened(image: Image | str | Path) -> Image:
+    if isinstance(image, Image):
+        return image
+    try:
+        return decode_image(Path(image).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{image}: {error}") from error

@@ -1,0 +1,67 @@
+"""What a search returns: documents, and the words that explain each score."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from stair.index.scoring import Query
+from stair.index.segment import Segment
+
+
+@dataclass(frozen=True)
+class SharedWord:
+    """What one word adds to a score.
+
+    Attributes:
+        word: the piece.
+        query: its weight in the query.
+        document: its weight in the document.
+    """
+
+    word: str
+    query: float
+    document: float
+
+    @property
+    def contribution(self) -> float:
+        """The product of both weights; exact, as both are float32."""
+        return self.query * self.document
+
+
+@dataclass(frozen=True, repr=False)
+class Hit:
+    """A document found.
+
+    Attributes:
+        id: as it was added.
+        score: dot product of query and document: the contributions of `words`, added up in the order of the vocabulary
+            in float64.
+    """
+
+    id: str
+    score: float
+    _segment: Segment
+    _document: int
+    _query: Query
+    _tokens: Sequence[str]
+
+    def __repr__(self) -> str:
+        return f"Hit(id={self.id!r}, score={self.score:.6g})"
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """What was added with it."""
+        return self._segment.columns.row(self._document)
+
+    @cached_property
+    def words(self) -> list[SharedWord]:
+        """The words that query and document share, largest contribution first, equal ones in the vocabulary's order."""
+        dense_V = self._query.dense()
+        words, weights = self._segment.row(self._document)
+        shared = [
+            SharedWord(self._tokens[v], float(dense_V[v]), float(weight))
+            for v, weight in zip(words, weights, strict=True)
+            if dense_V[v] != 0
+        ]
+        return sorted(shared, key=lambda word: -word.contribution)

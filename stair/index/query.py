@@ -1,0 +1,66 @@
+"""What people type into a word search: `dog:2 beach -people`, words with weights, without any encoder."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stair.embeddings import Space
+from stair.index.scoring import Query
+
+
+def parse_words(text: str) -> dict[str, float]:
+    """Reads weighted words.
+
+    Args:
+        text: words between spaces; `word:2` weighs 2, `word` 1, `-word` -1, `-word:0.5` -0.5. Twice the same word adds up.
+
+    Raises:
+        ValueError: if there is no word, or a weight is no number.
+    """
+    weights: dict[str, float] = {}
+    for part in text.split():
+        sign, rest = (-1.0, part[1:]) if part.startswith("-") and len(part) > 1 else (1.0, part)
+        word, colon, number = rest.rpartition(":")
+        if not (colon and word):
+            word, number = rest, "1"
+        try:
+            weights[word] = weights.get(word, 0.0) + sign * float(number)
+        except ValueError as error:
+            raise ValueError(f"weighted word {part!r}: {number!r} is no number; write it as word:1.5") from error
+    if not weights:
+        raise ValueError("no words; write some as `dog:2 beach -people`")
+    return weights
+
+
+def words_query(words: Mapping[str, float], space: Space, pieces: Any) -> Query:
+    """The query of weighted words.
+
+    Args:
+        words: weights by word. A word that is a piece of the vocabulary is that piece, another one its word pieces.
+        space: of the index.
+        pieces: gives the word pieces of a text, by id.
+
+    Raises:
+        ValueError: if a word has no piece that can be active, or a weight is not finite.
+    """
+    weights: dict[int, float] = {}
+    for word, weight in words.items():
+        if not np.isfinite(weight):
+            raise ValueError(f"weight {weight} of {word!r} is not finite")
+        own = [space.place[word.lower()]] if word.lower() in space.place else pieces(word)
+        if not own:
+            raise ValueError(f"the vocabulary has no piece of {word!r}")
+        for v in own:
+            weights[v] = weights.get(v, 0.0) + weight
+    return weights_query(list(weights), list(weights.values()), space)
+
+
+def weights_query(words: Sequence[int], weights: Sequence[float], space: Space) -> Query:
+    """A query of words by id, scaled to length 1 where the space compares by cosine; weights of 0 are left out."""
+    word_Q, weight_Q = np.asarray(words, np.int64), np.asarray(weights, np.float32)
+    word_Q, weight_Q = word_Q[weight_Q != 0], weight_Q[weight_Q != 0]
+    if space.similarity == "cosine" and len(weight_Q):
+        weight_Q = weight_Q / np.float32(np.sqrt(np.sum(weight_Q.astype(np.float64) ** 2)))
+    order = np.argsort(word_Q)
+    return Query(word_Q[order], weight_Q[order], len(space.tokens))

@@ -1,0 +1,255 @@
+"""The k best documents of a segment, exactly.
+
+Block by block, every posting of the query's words adds its rounded weight to an integer bound of its document. The bound
+is never below the true score, so a document whose bound does not reach the k-th best score so far is out, with proof;
+each other one is scored exactly from its row, in float64, in the order of the vocabulary. (The product of two float32 is
+exact in float64.) Words of negative weight round the other way: down, so that the bound stays one.
+
+Equal scores rank by the order of addition. numba compiles the loops where it is installed; without it, numpy runs the
+same plan, some ten times slower.
+
+Q words of the query, U words of the segment, R blocks, K wanted.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stair.index.postings import BLOCK, Arrays
+
+Array = NDArray[Any]
+Arrays3 = tuple[Array, Array, Array]
+
+
+@dataclass(frozen=True)
+class Query:
+    """Words and weights.
+
+    Attributes:
+        words: (Q,) int64, ascending.
+        weights: (Q,) float32; negative ones keep documents away.
+        size: V.
+    """
+
+    words: Array
+    weights: Array
+    size: int
+
+    def dense(self) -> Array:
+        """(V,) float32."""
+        dense_V = np.zeros(self.size, np.float32)
+        dense_V[self.words] = self.weights
+        return dense_V
+
+
+class Best:
+    """The best documents so far, over all segments: scores falling, equal ones in the order of addition.
+
+    Args:
+        k: how many at most.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.scores = np.full(k, -np.inf)
+        self.documents = np.full(k, -1, np.int64)
+        self.count = np.zeros(1, np.int64)
+
+
+def search_segment(arrays: Arrays, query: Query, dense_V: Array, allowed: Array, first: int, best: Best) -> None:
+    """Adds a segment's documents to the best.
+
+    Args:
+        arrays: of the segment, as `invert` made them.
+        query: what to look for.
+        dense_V: `query.dense()`, made once for all segments.
+        allowed: (N,) bool, or empty where all documents are.
+        first: number of the segment's first document.
+        best: grows in place. Only scores above 0 enter.
+    """
+    words_U = arrays["words"]
+    rank_Q = np.searchsorted(words_U, query.words)
+    rank_Q[rank_Q == len(words_U)] = 0
+    found_Q = words_U[rank_Q] == query.words if len(words_U) else np.zeros(len(rank_Q), np.bool_)
+    rank_Q = rank_Q[found_Q]
+    if not len(rank_Q):
+        return
+    value_Q = query.weights[found_Q].astype(np.float64) * arrays["scale"][rank_Q]
+    # one unit of the integer bound: all words at 255 stay within 31 bits
+    unit = float(np.abs(value_Q).sum()) * 255 / (1 << 30)
+    if unit == 0:
+        return
+    # ceil: up for what adds, towards 0 for what takes away
+    factor_Q = np.ceil(value_Q / unit).astype(np.int32)
+    _search(
+        rank_Q,
+        factor_Q,
+        unit,
+        (arrays["run_start"], arrays["documents"], arrays["bytes"]),
+        (arrays["row_start"], arrays["row_words"], arrays["row_weights"]),
+        dense_V,
+        allowed,
+        first,
+        (best.scores, best.documents, best.count),
+    )
+
+
+def _floor(score: float, unit: float) -> int:
+    # a bound up to this cannot belong to a score above `score`, float rounding of unit and factors included
+    return int(score / unit * (1 - 1e-9)) - 1
+
+
+def _insert(score: float, document: int, scores: Array, documents: Array, count: Array) -> None:
+    """Puts a document in its place; the worst falls out when there are more than k."""
+    k = len(scores)
+    if count[0] < k:
+        place = count[0]
+        count[0] += 1
+    elif score > scores[k - 1] or (score == scores[k - 1] and document < documents[k - 1]):
+        place = k - 1
+    else:
+        return
+    while place > 0 and (scores[place - 1] < score or (scores[place - 1] == score and documents[place - 1] > document)):
+        scores[place], documents[place] = scores[place - 1], documents[place - 1]
+        place -= 1
+    scores[place], documents[place] = score, document
+
+
+def _exact(document: int, rows: Arrays3, dense_V: Array) -> float:
+    row_start, row_words, row_weights = rows
+    score = 0.0
+    for i in range(row_start[document], row_start[document + 1]):
+        score += np.float64(dense_V[row_words[i]]) * np.float64(row_weights[i])
+    return score
+
+
+def _compiled_search(
+    rank_Q: Array,
+    factor_Q: Array,
+    unit: float,
+    postings: Arrays3,
+    rows: Arrays3,
+    dense_V: Array,
+    allowed: Array,
+    first: int,
+    best: Arrays3,
+) -> None:
+    run_start, documents, bytes_P = postings
+    scores, found, count = best
+    total, k = len(rows[0]) - 1, len(scores)
+    blocks = (total + BLOCK - 1) // BLOCK
+    floor = _floor(scores[k - 1], unit) if count[0] == k else 0
+    # a true score is less than this below its bound: one step of each byte, one of each factor
+    slack = np.abs(factor_Q).sum() + 256 * len(factor_Q) + 1
+    highest_K = np.full(k, _LOWEST, np.int64)
+    candidates, bounds, waiting = np.empty(1024, np.int64), np.empty(1024, np.int64), 0
+    bound = np.zeros(min(total, BLOCK) + _CHUNK, np.int32)
+    for block in range(blocks):
+        for q in range(len(rank_Q)):
+            run, factor = rank_Q[q] * blocks + block, factor_Q[q]
+            down = factor if factor < 0 else np.int32(0)
+            for i in range(run_start[run], run_start[run + 1]):
+                # of a negative factor only byte - 1 is certain
+                bound[documents[i]] += factor * np.int32(bytes_P[i]) - down
+        size = min(BLOCK, total - block * BLOCK)
+        for begin in range(0, size, _CHUNK):
+            highest = np.int32(0)
+            for i in range(begin, begin + _CHUNK):
+                highest = max(highest, bound[i])
+            if highest <= floor:
+                continue
+            for i in range(begin, min(begin + _CHUNK, size)):
+                document = block * BLOCK + i
+                if bound[i] > floor and (len(allowed) == 0 or allowed[document]):
+                    if waiting == len(candidates):
+                        candidates, bounds, waiting = _room(candidates, bounds, floor)
+                    candidates[waiting], bounds[waiting] = document, bound[i]
+                    waiting += 1
+                    if bound[i] > highest_K[k - 1]:
+                        _raise(highest_K, bound[i])
+                        # k documents score at least this
+                        floor = max(floor, highest_K[k - 1] - slack)
+        bound[:] = 0
+    for i in range(waiting):
+        if bounds[i] > floor:
+            score = _exact(candidates[i], rows, dense_V)
+            if score > 0:
+                _insert(score, first + candidates[i], scores, found, count)
+                if count[0] == k:
+                    floor = max(floor, _floor(scores[k - 1], unit))
+
+
+def _raise(highest_K: Array, bound: int) -> None:
+    """Puts a bound among the k highest, which are falling."""
+    place = len(highest_K) - 1
+    while place > 0 and highest_K[place - 1] < bound:
+        highest_K[place] = highest_K[place - 1]
+        place -= 1
+    highest_K[place] = bound
+
+
+def _room(candidates: Array, bounds: Array, floor: int) -> tuple[Array, Array, int]:
+    """Drops candidates that the floor has overtaken, and makes room for as many again."""
+    keep = bounds > floor
+    kept = keep.sum()
+    more_candidates, more_bounds = np.empty(2 * kept + 1024, np.int64), np.empty(2 * kept + 1024, np.int64)
+    more_candidates[:kept], more_bounds[:kept] = candidates[keep], bounds[keep]
+    return more_candidates, more_bounds, kept
+
+
+def _numpy_search(
+    rank_Q: Array,
+    factor_Q: Array,
+    unit: float,
+    postings: Arrays3,
+    rows: Arrays3,
+    dense_V: Array,
+    allowed: Array,
+    first: int,
+    best: Arrays3,
+) -> None:
+    run_start, documents, bytes_P = postings
+    scores, found, count = best
+    total, k = len(rows[0]) - 1, len(scores)
+    blocks = -(-total // BLOCK)
+    for block in range(blocks):
+        start = block * BLOCK
+        bound = np.zeros(min(BLOCK, total - start), np.int32)
+        for run, factor in zip(rank_Q * blocks + block, factor_Q, strict=True):
+            there: Any = slice(run_start[run], run_start[run + 1])
+            # a document occurs once in a run, so the sum by index is right
+            bound[documents[there]] += factor * bytes_P[there].astype(np.int32) - min(factor, 0)
+        if len(allowed):
+            bound[~allowed[start : start + len(bound)]] = 0
+        candidates = np.flatnonzero(bound > (_floor(scores[k - 1], unit) if count[0] == k else 0))
+        for i in candidates[np.argsort(-bound[candidates], kind="stable")]:
+            if count[0] == k and bound[i] <= _floor(scores[k - 1], unit):
+                break
+            score = _exact_row(start + i, rows, dense_V)
+            if score > 0:
+                _insert(score, first + start + i, scores, found, count)
+
+
+def _exact_row(document: int, rows: Arrays3, dense_V: Array) -> float:
+    row_start, row_words, row_weights = rows
+    row: Any = slice(row_start[document], row_start[document + 1])
+    products = dense_V[row_words[row]].astype(np.float64) * row_weights[row]
+    # cumsum adds one after another, as the compiled loop does; sum would add by pairs
+    return float(products.cumsum()[-1]) if len(products) else 0.0
+
+
+_CHUNK = 64
+_LOWEST = -(1 << 40)  # far below any bound
+compiled = importlib.util.find_spec("numba") is not None
+_search: Any = _numpy_search
+if compiled:
+    from numba import njit
+
+    _floor = njit(cache=True)(_floor)
+    _insert = njit(cache=True)(_insert)
+    _exact = njit(cache=True)(_exact)
+    _raise = njit(cache=True)(_raise)
+    _room = njit(cache=True)(_room)
+    _search = njit(cache=True, nogil=True)(_compiled_search)

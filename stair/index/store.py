@@ -1,0 +1,107 @@
+"""What lies in an index's folder, read: the manifest, the words, the segments it names."""
+
+from pathlib import Path
+from typing import Any
+
+from stair.embeddings import Space
+from stair.index.files import Record, check, read_manifest
+from stair.index.segment import Segment, records_of
+
+FORMAT = 1
+MANIFEST, WORDS = "manifest.json", "vocab.txt"
+
+
+class Store:
+    """One state of an index, as it was when it was opened.
+
+    Args:
+        folder: of the index.
+
+    Attributes:
+        manifest: what the folder's manifest said.
+        segments: in the order of addition.
+        space: what its vectors are comparable with.
+
+    Raises:
+        FileNotFoundError: if there is no index.
+        ValueError: if it is damaged, or of a format we do not know.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / MANIFEST).is_file():
+            raise FileNotFoundError(f"{folder} is no index; `stair index` or SparseIndex.build makes one")
+        self.manifest, self.segments = _opened(folder)
+        check(folder / WORDS, self.manifest["words"], content=True)
+        tokens = (folder / WORDS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        about = self.manifest["space"]
+        self.space = Space(about["model"], about["similarity"], tuple(tokens))
+
+    def find(self, name: str) -> tuple[Segment, int] | None:
+        """Segment and place of a document; None if there is none of that id."""
+        for segment in self.segments:
+            document = segment.find(name)
+            if document is not None:
+                return segment, document
+        return None
+
+    def document(self, name: str) -> tuple[Segment, int]:
+        """As `find`.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        found = self.find(name)
+        if found is None:
+            raise ValueError(f"{self.folder} has no document {name!r}")
+        return found
+
+    def __len__(self) -> int:
+        return sum(segment.alive for segment in self.segments)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Size and make: documents, deleted ones, segments, non-zeros, bytes on disk, model, similarity."""
+        files = [file for segment in self.manifest["segments"] for file in records_of(segment).values()]
+        return {
+            "documents": len(self),
+            "deleted": sum(len(segment) for segment in self.segments) - len(self),
+            "segments": len(self.segments),
+            "nonzeros": sum(len(segment.arrays["row_words"]) for segment in self.segments),
+            "bytes": sum(file["bytes"] for file in [*files, self.manifest["words"]]),
+            "model": self.space.model,
+            "similarity": self.space.similarity,
+        }
+
+    def verify(self) -> None:
+        """Reads every file and compares its checksum.
+
+        Raises:
+            ValueError: naming the first that differs.
+        """
+        for segment in self.manifest["segments"]:
+            for path, record in records_of(segment).items():
+                check(self.folder / path, record, content=True)
+
+
+def _opened(folder: Path) -> tuple[Record, list[Segment]]:
+    manifest = read_manifest(folder / MANIFEST)
+    while True:
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"{folder} has format {manifest.get('format')!r}; this version reads {FORMAT}")
+        try:
+            return manifest, _segments(folder, manifest)
+        except (ValueError, FileNotFoundError):
+            # a writer may have replaced segments since the manifest was read
+            newer = read_manifest(folder / MANIFEST)
+            if newer == manifest:
+                raise
+            manifest = newer
+
+
+def _segments(folder: Path, manifest: Record) -> list[Segment]:
+    segments: list[Segment] = []
+    for record in manifest["segments"]:
+        first = segments[-1].first + len(segments[-1]) if segments else 0
+        segments.append(Segment(folder, record, first))
+    return segments

@@ -1,0 +1,442 @@
+"""The index: exact against the plain product, whole on disk whatever happens, and closed to other models' vectors."""
+
+import json
+import math
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+import stair.index.files as files
+import stair.index.scoring as scoring
+import stair.index.writing as writing
+from stair.embeddings import Embeddings, Space, to_csr
+from stair.index import SparseIndex
+from stair.index.query import parse_words
+
+V = 300
+TOKENS = tuple(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "dog", "beach", "people", "##s", *(f"w{v}" for v in range(8, V))])
+SPACE = Space("m" * 64, "dot", TOKENS)
+
+
+def rows(count, seed=0, density=0.05, words=V):
+    """Random sparse rows; few distinct weights, so that scores tie."""
+    generator = np.random.default_rng(seed)
+    dense = (generator.random((count, words)) < density) * generator.integers(1, 9, (count, words)) / 4
+    return sparse.csr_matrix(dense.astype(np.float32))
+
+
+def embeddings(count, seed=0, prefix="d", space=SPACE, **extra):
+    return Embeddings(rows(count, seed), [f"{prefix}{n}" for n in range(count)], space, **extra)
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def way(request, monkeypatch):
+    """Both implementations of the search."""
+    if request.param == "numpy":
+        monkeypatch.setattr(scoring, "_search", scoring._numpy_search)
+    elif not scoring.compiled:
+        pytest.skip("numba is not installed")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Segments of 40 documents, so that few documents make many."""
+    monkeypatch.setattr(writing, "SEGMENT", 40)
+
+
+def oracle(vectors, query, k, allowed=None):
+    """All scores in float64, ranked by score and then by place."""
+    score_N = vectors.astype(np.float64).toarray() @ np.asarray(query.todense(), np.float64).ravel()
+    order = [n for n in np.lexsort((np.arange(len(score_N)), -score_N)) if score_N[n] > 0]
+    return [(int(n), score_N[n]) for n in order if allowed is None or allowed[n]][:k]
+
+
+def found(hits):
+    return [int(hit.id.lstrip("d")) for hit in hits], [hit.score for hit in hits]
+
+
+@pytest.mark.parametrize("k", [1, 7, 500])
+def test_search_equals_the_plain_product(tmp_path, way, small_blocks, k):
+    documents = embeddings(130)
+    index = SparseIndex.build(tmp_path / "i", documents)
+    for query in rows(12, seed=5):
+        ids, scores = found(index.search(query, k))
+        wanted = oracle(documents.vectors, query, k)
+        assert ids == [n for n, _ in wanted]
+        np.testing.assert_allclose(scores, [score for _, score in wanted], rtol=1e-14)
+
+
+def test_search_is_exact_for_weights_of_any_size_and_sign(tmp_path, way):
+    generator = np.random.default_rng(3)
+    documents = rows(400, seed=1, density=0.2)
+    documents.data = np.exp(generator.normal(0, 4, len(documents.data))).astype(np.float32)
+    index = SparseIndex.build(tmp_path / "i", Embeddings(documents, [f"d{n}" for n in range(400)], SPACE))
+    for seed in range(10):
+        query = rows(1, seed=seed, density=0.3)
+        query.data = (generator.normal(0, 1, len(query.data)) * 10.0 ** generator.integers(-6, 6)).astype(np.float32)
+        ids, scores = found(index.search(query, 10))
+        wanted = oracle(documents, query, 10)
+        assert ids == [n for n, _ in wanted]
+        np.testing.assert_allclose(scores, [score for _, score in wanted], rtol=1e-9)
+
+
+def test_search_is_exact_over_more_documents_than_a_block_holds(tmp_path, way):
+    count = 66_000
+    documents = sparse.random(count, V, 0.01, "csr", np.float32, np.random.default_rng(0))
+    index = SparseIndex.build(tmp_path / "i", Embeddings(documents, [f"d{n}" for n in range(count)], SPACE))
+    for seed in range(3):
+        query = rows(1, seed=seed)
+        ids, scores = found(index.search(query, 20))
+        wanted = oracle(documents, query, 20)
+        assert ids == [n for n, _ in wanted]
+        np.testing.assert_allclose(scores, [score for _, score in wanted], rtol=1e-13)
+
+
+def test_the_contributions_of_a_hit_make_its_score(tmp_path, way):
+    index = SparseIndex.build(tmp_path / "i", embeddings(50))
+    for hit in index.search(rows(1, seed=9, density=0.4), 10):
+        in_order = sorted(hit.words, key=lambda word: SPACE.place[word.word])
+        assert sum(word.contribution for word in in_order) == hit.score
+        assert hit.words == sorted(hit.words, key=lambda word: -word.contribution)
+        assert all(index.vector(hit.id)[word.word] == word.document for word in hit.words)
+
+
+def test_nothing_shared_means_no_hit(tmp_path, way):
+    index = SparseIndex.build(tmp_path / "i", Embeddings(rows(3), ["a", "b", "c"], SPACE))
+    assert index.search(sparse.csr_matrix((1, V), dtype=np.float32)) == []
+    assert index.search(words={"w299": -1.0}) == []
+    assert SparseIndex.build(tmp_path / "empty", Embeddings(rows(0), [], SPACE)).search(rows(1)) == []
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_scores_are_those_of_the_model(tmp_path, tiny_stair, captions, similarity):
+    tiny_stair.config.similarity = similarity
+    index = SparseIndex.build(tmp_path / "i", tiny_stair.encode(texts=captions), captions, model=tiny_stair)
+    query = "a blue bird and two dogs"
+    wanted = tiny_stair.score(tiny_stair.encode_text(captions), tiny_stair.encode_text([query]))[:, 0]
+    scores = {hit.id: hit.score for hit in index.search(query)}
+    for caption, score in zip(captions, wanted.tolist(), strict=True):
+        assert scores.get(caption, 0) == pytest.approx(score, rel=1e-5)
+
+
+def test_an_image_finds_texts_and_a_text_images(tmp_path, tiny_stair, captions, pixels):
+    from PIL import Image
+
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+    texts = SparseIndex.build(tmp_path / "t", tiny_stair.encode(texts=captions), captions, model=tiny_stair)
+    images = SparseIndex.build(tmp_path / "i", tiny_stair.encode(images=pictures), model=tiny_stair)
+    score = tiny_stair.score(tiny_stair.encode_image(pixels), tiny_stair.encode_text(captions))
+    assert texts.search(pictures[2], 1)[0].id == captions[int(score[2].argmax())]
+    assert images.search(captions[0], 1)[0].id == str(int(score[:, 0].argmax()))
+    assert images.search(pictures[1], 1)[0].score == pytest.approx(
+        float(tiny_stair.encode_image(pixels)[1].pow(2).sum())
+    )
+
+
+def test_weighted_words_are_a_query(tmp_path, way):
+    index = SparseIndex.build(tmp_path / "i", embeddings(200))
+    query = sparse.lil_matrix((1, V), dtype=np.float32)
+    query[0, 4], query[0, 5], query[0, 6] = 2, 1, -1
+    wanted = [(hit.id, hit.score) for hit in index.search(query.tocsr(), 20)]
+    assert [(hit.id, hit.score) for hit in index.search(words="Dog:2 beach -people", k=20)] == wanted
+    assert [(hit.id, hit.score) for hit in index.search(words={"dog": 2, "beach": 1, "people": -1}, k=20)] == wanted
+
+
+def test_weighted_words_read_signs_weights_and_colons():
+    assert parse_words("dog:2 beach -people -sea:.5 dog") == {"dog": 3, "beach": 1, "people": -1, "sea": -0.5}
+    assert parse_words(": - ::2") == {":": 3, "-": 1}
+    with pytest.raises(ValueError, match="'x' is no number"):
+        parse_words("dog:x")
+    with pytest.raises(ValueError, match="no words"):
+        parse_words("  ")
+
+
+def test_a_word_that_is_no_piece_is_its_pieces(tmp_path):
+    index = SparseIndex.build(tmp_path / "i", embeddings(5))
+    assert index.query(words="dogs").words.tolist() == [4, 7]
+    with pytest.raises(ValueError, match="no piece of 'qqq'"):
+        index.query(words="qqq")
+
+
+def test_like_finds_neighbours_without_the_document_itself(tmp_path):
+    documents = embeddings(60)
+    hits = SparseIndex.build(tmp_path / "i", documents).search(like="d7", k=5)
+    wanted = [n for n, _ in oracle(documents.vectors, documents.vectors[7], 61) if n != 7]
+    assert found(hits)[0] == wanted[:5]
+
+
+METADATA = [
+    {"n": n, "half": n / 2, "split": "test" if n % 3 else "train", "tags": [f"t{n % 4}", "all"]} for n in range(90)
+]
+
+
+@pytest.mark.parametrize(
+    ("where", "holds"),
+    [
+        ("split=test", lambda row: row["split"] == "test"),
+        ("split != test", lambda row: row["split"] != "test"),
+        ("n>=40", lambda row: row["n"] >= 40),
+        (
+            ["n<70", "half > 11.5", "split=train"],
+            lambda row: row["n"] < 70 and row["half"] > 11.5 and row["n"] % 3 == 0,
+        ),
+        ("tags=t2", lambda row: "t2" in row["tags"]),
+        ("split=nothing", lambda row: False),
+    ],
+)
+def test_filters_leave_exactly_what_they_say(tmp_path, way, small_blocks, where, holds):
+    documents = embeddings(90, metadata=METADATA)
+    index = SparseIndex.build(tmp_path / "i", documents)
+    query = rows(1, seed=8, density=0.5)
+    ids, _ = found(index.search(query, 15, where=where))
+    assert ids == [n for n, _ in oracle(documents.vectors, query, 15, [holds(row) for row in METADATA])]
+    assert [hit.metadata for hit in index.search(query, 3)] == [
+        METADATA[n] for n, _ in oracle(documents.vectors, query, 3)
+    ]
+
+
+def test_filters_that_cannot_be_read_are_refused(tmp_path):
+    index = SparseIndex.build(tmp_path / "i", embeddings(90, metadata=METADATA))
+    for where, complaint in [("split", "KEY=VALUE"), ("color=red", "'n'"), ("n=many", "holds numbers")]:
+        with pytest.raises(ValueError, match=complaint):
+            index.search(rows(1), where=where)
+
+
+def test_a_document_without_a_key_matches_only_unequal(tmp_path):
+    index = SparseIndex.build(tmp_path / "i", embeddings(2, metadata=[{"a": 1, "b": "x"}, {}]))
+    for where, ids in [("a=1", [0]), ("a<9", [0]), ("a!=1", [1]), ("b=x", [0]), ("b!=x", [1])]:
+        assert sorted(found(index.search(np.ones((1, V)), where=where))[0]) == ids, where
+
+
+# ------------------------------------------------------------------ changes
+
+
+def test_adding_deleting_and_compacting_equal_building_anew(tmp_path, way, small_blocks):
+    rest = [n for n in range(100) if n % 7]
+    documents = embeddings(100, metadata=[{"n": n} for n in range(100)])
+    index = SparseIndex.build(tmp_path / "i", _some(documents, range(30)))
+    for begin in range(30, 100, 10):
+        index.add(_some(documents, range(begin, begin + 10)))
+    index.delete([f"d{n}" for n in range(0, 100, 7)])
+    anew = SparseIndex.build(tmp_path / "anew", _some(documents, rest))
+    for _ in ("with deletions", "compacted", "opened again"):
+        assert len(index) == len(anew) == len(list(index.ids)) and list(index.ids) == list(anew.ids)
+        assert "d7" not in index and "d8" in index
+        for query in rows(5, seed=4, density=0.3):
+            a, b = index.search(query, 12, where="n<80"), anew.search(query, 12, where="n<80")
+            assert [(x.id, x.score, x.metadata) for x in a] == [(x.id, x.score, x.metadata) for x in b]
+        index.compact()
+        index = SparseIndex.open(tmp_path / "i")
+    assert index.facts["deleted"] == 0 and index.facts["segments"] < 8
+    index.verify()
+
+
+def _some(documents, places):
+    places = list(places)
+    metadata = [documents.metadata[n] for n in places]
+    return Embeddings(documents.vectors[places], [documents.ids[n] for n in places], documents.space, metadata)
+
+
+def test_a_deleted_id_can_be_added_again(tmp_path):
+    index = SparseIndex.build(tmp_path / "i", embeddings(3)).delete(["d1"])
+    index.add(Embeddings(rows(1, seed=7), ["d1"], SPACE))
+    assert list(index.ids) == ["d0", "d2", "d1"]
+    index.delete("d1").delete(["d0", "d2"]).compact()
+    assert len(index) == 0 and index.search(np.ones((1, V))) == []
+
+
+def test_an_open_index_outlives_changes_by_others(tmp_path):
+    reader = SparseIndex.build(tmp_path / "i", embeddings(50))
+    before = [(hit.id, hit.score) for hit in reader.search(np.ones((1, V)))]
+    SparseIndex.open(tmp_path / "i").delete([f"d{n}" for n in range(25)]).compact()
+    assert [(hit.id, hit.score) for hit in reader.search(np.ones((1, V)))] == before
+
+
+CHANGES = {
+    "add": lambda index: index.add(embeddings(9, seed=2, prefix="e")),
+    "delete": lambda index: index.delete(["d1", "d20"]),
+    "compact": lambda index: index.compact(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_kill_at_any_write_leaves_the_old_index_or_the_new(tmp_path, change):
+    def make(name):
+        return SparseIndex.build(tmp_path / name, embeddings(30)).add(embeddings(5, seed=1, prefix="x")).delete(["x2"])
+
+    def state(index):
+        names = sorted(path.name for path in index.folder.glob("segment-*"))
+        return list(index.ids), [(hit.id, hit.score) for hit in index.search(np.ones((1, V)), 50)], len(names)
+
+    whole = make("whole")
+    syncs = _syncs_until_killed(None, lambda: CHANGES[change](whole))
+    old, new = state(make("old")), state(SparseIndex.open(tmp_path / "whole"))
+    assert old != new and syncs >= 4
+    for step in sorted({0, syncs // 2, *range(max(0, syncs - 4), syncs)}):
+        index = make(str(step))
+        assert _syncs_until_killed(step, lambda index=index: CHANGES[change](index)) == step
+        left = SparseIndex.open(tmp_path / str(step))
+        left.verify()
+        # the last wait is for the folder's name of the new manifest: from there on it is the new one
+        assert state(left)[:2] == (new if step == syncs - 1 else old)[:2], step
+        # the next writer can go on, and clears what the killed one left
+        left.delete(["d3"])
+        assert state(left)[2] == (new if step == syncs - 1 else old)[2]
+
+
+def _syncs_until_killed(step, change):
+    """Runs a change in a child that dies at the step-th wait for the disk; how many waits there were before its end."""
+    child = os.fork()
+    if child == 0:
+        count, sync = [0], os.fsync
+
+        def dying_sync(handle):
+            if count[0] == step:
+                os._exit(step)
+            count[0] += 1
+            sync(handle)
+
+        files.os.fsync = dying_sync
+        try:
+            change()
+            os._exit(count[0])
+        finally:
+            os._exit(255)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_change_that_is_refused_changes_nothing(tmp_path):
+    index = SparseIndex.build(tmp_path / "i", embeddings(4))
+    manifest = (tmp_path / "i" / "manifest.json").read_bytes()
+    bad = rows(1)
+    bad.data[:] = -1
+    for complaint, change in [
+        ("'d2' is in", lambda: index.add(embeddings(3))),
+        ("occurs twice", lambda: index.add(Embeddings(rows(2), ["x", "x"], SPACE))),
+        ("no document 'd9'", lambda: index.delete(["d1", "d9"])),
+        ("not negative", lambda: index.add(Embeddings(bad, ["x"], SPACE))),
+        ("2\\^53", lambda: index.add(Embeddings(rows(1), ["x"], SPACE, [{"n": 1 << 60}]))),
+        ("whose vectors", lambda: index.add(rows(1), ["x"])),
+    ]:
+        with pytest.raises(ValueError, match=complaint.replace("'d2'", "'d0'")):
+            change()
+        assert (tmp_path / "i" / "manifest.json").read_bytes() == manifest
+    with pytest.raises(FileExistsError, match="already"):
+        SparseIndex.build(tmp_path / "i", embeddings(2))
+
+
+def test_one_writer_at_a_time(tmp_path):
+    index = SparseIndex.build(tmp_path / "i", embeddings(4))
+    with files.one_writer(tmp_path / "i"), pytest.raises(ValueError, match="another process is writing"):
+        index.delete(["d1"])
+    index.delete(["d1"])
+
+
+@pytest.mark.parametrize("field", ["model", "similarity", "tokens"])
+def test_vectors_of_another_model_are_refused(tmp_path, field):
+    index = SparseIndex.build(tmp_path / "i", embeddings(4))
+    other = {"model": "n" * 64, "similarity": "cosine", "tokens": tuple(reversed(TOKENS))}[field]
+    space = Space(**{**{"model": SPACE.model, "similarity": "dot", "tokens": TOKENS}, field: other})
+    with pytest.raises(ValueError, match="vocabulary" if field == "tokens" else field):
+        index.add(embeddings(2, prefix="x", space=space))
+
+
+def test_a_model_with_other_weights_is_another_model(tmp_path, tiny_stair, captions):
+    SparseIndex.build(tmp_path / "i", tiny_stair.encode(texts=captions), captions, model=tiny_stair)
+    tiny_stair.log_scale.data += 1  # no weight of an embedding
+    SparseIndex.open(tmp_path / "i", model=tiny_stair)
+    with torch.no_grad():
+        tiny_stair.text_head.bias[7] += 1e-3
+    with pytest.raises(ValueError, match="model is"):
+        SparseIndex.open(tmp_path / "i", model=tiny_stair)
+
+
+def test_damage_is_found(tmp_path):
+    SparseIndex.build(tmp_path / "i", embeddings(50))
+    weights = next((tmp_path / "i").glob("segment-*/row_weights.npy"))
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"row_weights\.npy.*sha256"):
+        SparseIndex.open(tmp_path / "i").verify()
+    weights.write_bytes(content[:-4])
+    with pytest.raises(ValueError, match=r"row_weights\.npy has"):
+        SparseIndex.open(tmp_path / "i")
+    manifest = tmp_path / "i" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('d\\"', 'e\\"', 1))
+    with pytest.raises(ValueError, match="manifest"):
+        SparseIndex.open(tmp_path / "i")
+    with pytest.raises(FileNotFoundError, match="no index"):
+        SparseIndex.open(tmp_path)
+
+
+def test_opening_takes_no_longer_for_a_large_index(tmp_path):
+    def seconds(folder):
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            SparseIndex.open(folder)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    small = SparseIndex.build(tmp_path / "small", embeddings(10))
+    ids = [str(n) for n in range(50_000)]
+    large = SparseIndex.build(tmp_path / "large", Embeddings(rows(50_000, density=0.1), ids, SPACE))
+    assert large.facts["bytes"] > 100 * small.facts["bytes"]
+    assert seconds(tmp_path / "large") < 5 * seconds(tmp_path / "small") + 0.01
+
+
+@pytest.mark.parametrize(
+    "query", [dict(), dict(query="a", words="a"), dict(words="dog", k=0), dict(query=np.ones((1, 3)))]
+)
+def test_queries_that_make_no_sense_are_refused(tmp_path, query):
+    with pytest.raises(ValueError, match=r"give|wanted"):
+        SparseIndex.build(tmp_path / "i", embeddings(4)).search(**query)
+
+
+def test_a_text_without_a_model_is_refused_with_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"SparseIndex\.open"):
+        SparseIndex.build(tmp_path / "i", embeddings(4)).search("red bicycle")
+
+
+# --------------------------------------------------------------- embeddings
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "parquet"])
+def test_embeddings_come_back_as_they_were_written(tmp_path, kind):
+    written = embeddings(7, metadata=[{"caption": f'<"{n}">', "n": n} for n in range(7)])
+    written.save(tmp_path / f"part-0.{kind}", {"top": 3})
+    for read in (Embeddings.load(tmp_path), Embeddings.load(tmp_path / f"part-0.{kind}")):
+        assert (read.vectors != written.vectors).nnz == 0 and read.vectors.dtype == np.float32
+        assert (list(read.ids), list(read.metadata), read.space) == (written.ids, written.metadata, SPACE)
+
+
+def test_files_that_are_no_embeddings_are_refused(tmp_path):
+    (tmp_path / "x.safetensors").write_text("no")
+    with pytest.raises(ValueError, match="cannot be read"):
+        Embeddings.load(tmp_path / "x.safetensors")
+    with pytest.raises(FileNotFoundError, match="stair embed"):
+        Embeddings.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="ends in"):
+        embeddings(1).save(tmp_path / "x.csv")
+
+
+def test_pruning_keeps_the_heaviest_words():
+    dense = torch.tensor([[0.0, 3, 1, 2, 2], [0, 0, 0, 0, 0], [5, 0.5, 0, 0, 0]])
+    assert to_csr(dense, top=2).toarray().tolist() == [[0, 3, 0, 2, 0], [0] * 5, [5, 0.5, 0, 0, 0]]
+    assert to_csr(dense, threshold=1.5).toarray().tolist() == [[0, 3, 0, 2, 2], [0] * 5, [5, 0, 0, 0, 0]]
+    assert (to_csr(dense).toarray() == dense.numpy()).all()
+
+
+def test_cosine_rows_have_length_one():
+    vectors = sparse.csr_matrix(np.float32([[3, 4, 0], [0, 0, 0], [0, 0, 2]]))
+    scaled = Space("m", "cosine", ("a", "b", "c")).comparable(vectors).toarray()
+    np.testing.assert_allclose(
+        scaled, torch.nn.functional.normalize(torch.tensor(vectors.toarray())).numpy(), rtol=1e-6
+    )
+    assert math.isclose(scaled[0] @ scaled[0], 1, rel_tol=1e-6)
+    assert json.dumps(scaled.tolist())
