@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from datamodules.tars import CAPTION_TYPES, IMAGE_TYPES, captions, expand, image_bytes, is_remote, walk
+from datamodules.workers import begin
 from stair.batch import Batch
 from stair.images import decode_image, eval_pixels
 from stair.vocabulary import Vocabulary
@@ -139,11 +140,6 @@ class CollatePairs:
         )
 
 
-def serial_tokenizer(worker: int) -> None:
-    """For `worker_init_fn`: a tokenizer that starts threads in a forked worker can lock up."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
 def evaluation_loader(
     pairs: EvaluationPairs, collate: CollatePairs, batch_size: int, workers: int, rank: int, ranks: int
 ) -> DataLoader[Pair]:
@@ -163,7 +159,7 @@ def evaluation_loader(
         sampler=RankShare(pairs, ranks, rank, shuffle=False),
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=serial_tokenizer,
+        worker_init_fn=begin,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # the default one would draw from the global state
     )

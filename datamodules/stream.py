@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
-from datamodules.pairs import CollatePairs, Pair, serial_tokenizer
+from datamodules.pairs import CollatePairs, Pair
 from datamodules.plan import Piece, Plan, seeded
 from datamodules.tars import captions, image_bytes, stream
+from datamodules.workers import begin
 from stair.batch import Batch
 from stair.images import box_pixels, decode_image, eval_pixels
 
@@ -267,7 +268,7 @@ class ShardLoader:
             batch_size=None,
             num_workers=processes,
             collate_fn=_as_is,
-            worker_init_fn=serial_tokenizer,
+            worker_init_fn=begin,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # the default one would draw from the global state
         )
