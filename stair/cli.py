@@ -29,7 +29,11 @@ class _Word(NamedTuple):
     function: str
 
 
-_FUNCTIONS: dict[str, _Word] = {}
+_FUNCTIONS: dict[str, _Word] = {
+    "prepare": _Word(
+        "make shards of images and captions, COCO, Flickr, Hugging Face data, ...", "datamodules.prepare", "SOURCES"
+    ),
+}
 _HELP = """usage: stair WORD ...
 
 STAIR: sparse, readable image and text embeddings.

@@ -1,0 +1,58 @@
+"""A folder of images for each class: inputs of `write_shards`, for zero-shot evaluation."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from datamodules.prepare.shard import Refused
+from datamodules.prepare.shards import Source
+from datamodules.prepare.tables import ImageFiles
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_NUMBER = re.compile(r"^\d+[._-]\s*")  # 001.Black_footed_Albatross
+
+
+def class_source(images: Path, split: str, names: Path | None, template: str) -> Source:
+    """Images in `images/CLASS/`, at any depth below it; a class's label is its place among the sorted folders.
+
+    Raises:
+        ValueError: if there is no folder of a class, or `names` does not name each.
+    """
+    folders = sorted(path.name for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders:
+        raise ValueError(f"{images} holds no folder; wanted one for each class, with its images")
+    spoken = _spoken(names, folders) if names else [_NUMBER.sub("", name).replace("_", " ").strip() for name in folders]
+    references: list[Any] = []
+    refused: list[Refused] = []
+    for label, (folder, name) in enumerate(zip(folders, spoken, strict=True)):
+        files = sorted(path for path in (images / folder).rglob("*") if path.is_file() and path.name[0] != ".")
+        if not files:
+            refused.append(Refused("class without images", folder, f"nothing in {images / folder}"))
+        for path in files:
+            place = str(path.relative_to(images))
+            if path.suffix.lower() in _SUFFIXES:
+                references.append(((place,), (template.format(name),), (("class", name), ("label", label))))
+            else:
+                refused.append(Refused("not an image by its name", place, f"wanted {', '.join(_SUFFIXES)}"))
+    return Source(str(images), {split: references}, ImageFiles(images.resolve()), {split: refused}, classnames=spoken)
+
+
+def _spoken(names: Path, folders: list[str]) -> list[str]:
+    """Names of the folders from a file: JSON of {folder: name} or [name, ...], or lines `folder name` or `name`."""
+    text = names.read_text(encoding="utf-8")
+    found: Any = json.loads(text) if names.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
+    if names.suffix != ".json" and all(line.split(maxsplit=1)[0] in folders for line in found):
+        # ImageNet's LOC_synset_mapping.txt gives synonyms, the first one is the usual name
+        pairs = [line.strip().partition(" ") for line in found]
+        found = {folder: name.partition(",")[0].strip() or folder for folder, _, name in pairs}
+    if isinstance(found, list) and len(found) == len(folders):
+        found = dict(zip(folders, found, strict=True))
+    if not isinstance(found, dict) or (missing := [folder for folder in folders if not found.get(folder)]):
+        what = (
+            f"{len(found)} names for {len(folders)} folders"
+            if isinstance(found, list)
+            else f"no name for {missing[:5]}"
+        )
+        raise ValueError(f"{names}: {what}; wanted a name for each folder, as {{folder: name}} or in sorted order")
+    return [str(found[folder]) for folder in folders]

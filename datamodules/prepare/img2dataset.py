@@ -1,0 +1,167 @@
+"""Shards that img2dataset made (CC3M, CC12M, LAION, ...): they are what training reads, so they are checked and indexed.
+
+Nothing is rewritten but, where asked for, shards with samples that cannot be read.
+"""
+
+import importlib.util
+import io
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from datamodules.prepare.jobs import STATE, Job, alone_in, count, read_json, run, sha256_of, write_json
+from datamodules.prepare.shard import Hashed, Refused, add_member
+from datamodules.prepare.shards import REPORT, Tally, listed, write_index
+from datamodules.tars import captions, image_bytes, stream, types_of
+
+
+def index_folder(folder: Path, mend: bool, max_bad_share: float, workers: int) -> None:
+    """Checks each shard, writes `index.json` and a report.
+
+    Raises:
+        ValueError: if it is no such folder, or too much of it is bad.
+    """
+    if folder.is_file():
+        raise ValueError(_command_for(folder))
+    shards = sorted(folder.glob("*.tar"))
+    if not shards or not any(_stats_of(shard).is_file() for shard in shards):
+        raise ValueError(
+            f"{folder} holds {len(shards)} tars and no NNNNN_stats.json: img2dataset writes both with "
+            "--output_format webdataset. Shards of other origin: `stair doctor --write_index`"
+        )
+    with alone_in(folder) as state:
+        jobs = [Job(shard.name, _stated(shard), (shard, mend)) for shard in shards]
+        for job, shard in zip(jobs, shards, strict=True):
+            known = read_json(state / f"{job.name}.json")
+            if known.get("mtime") != shard.stat().st_mtime_ns or (mend and known.get("left_out")):
+                (state / f"{job.name}.json").unlink(missing_ok=True)
+        tally = Tally(max_bad_share, sum(job.inputs for job in jobs), state / "left_out.json")
+        records = run(jobs, check_shard, state, workers or len(os.sched_getaffinity(0)), folder.name, tally.add)
+        tally.judge(0)
+        kept = {name: record for name, record in records.items() if record["samples"]}
+        write_index(folder, {n: {key: r[key] for key in ("samples", "bytes", "sha256")} for n, r in kept.items()})
+        report = {
+            "source": "img2dataset",
+            "samples": sum(record["samples"] for record in kept.values()),
+            "mended": [name for name, record in records.items() if record["mended"]],
+            "left_out" if mend else "bad": dict(tally.causes),
+            "left_out_inputs" if mend else "bad_inputs": [bad._asdict() for bad in tally.left_out],
+        }
+        write_json(folder / REPORT, {"format": 1, "splits": {"all": report}})
+        for name in (*(f"{name}.json" for name in records), "left_out.json"):
+            (state / name).unlink(missing_ok=True)
+    print(
+        f"{folder}: {len(kept)} shards with {report['samples']} samples, indexed; {len(report['mended'])} written anew"
+    )
+    if tally.causes:
+        todo = "" if mend else "; training skips them, `--mend` rewrites their shards without them"
+        print(f"  bad: {listed(tally.causes)}{todo}; which ones: {REPORT}")
+
+
+def _command_for(table: Path) -> str:
+    with open(table, encoding="utf-8", errors="replace") as file:
+        first = file.readline().split("\t")
+    if any(cell.strip() == "url" for cell in first):
+        header = ""
+    else:
+        order = r"url\tcaption" if first[0].startswith("http") else r"caption\turl"
+        header = f"sed -i '1s/^/{order}\\n/' {table} && "
+    return (
+        f"{table} lists addresses of images. Fetch them first, then give the folder of the result:\n  {header}img2dataset "
+        f"--url_list {table} --input_format tsv --url_col url --caption_col caption --output_format webdataset "
+        f"--output_folder {table.with_suffix('')} --image_size 256 --processes_count 16 --thread_count 64"
+    )
+
+
+def _stats_of(shard: Path) -> Path:
+    return shard.with_name(f"{shard.stem}_stats.json")
+
+
+def _stated(shard: Path) -> int:
+    stated = read_json(_stats_of(shard)).get("successes")
+    return stated if isinstance(stated, int) else 0
+
+
+def check_shard(shard: Path, mend: bool) -> dict[str, Any]:
+    """Reads a shard from front to end.
+
+    Args:
+        shard: the tar; `NNNNN_stats.json` and `NNNNN.parquet` beside it say what it should hold.
+        mend: write it anew if it has bad samples or is cut short.
+
+    Returns:
+        `inputs`, `samples`, `bytes`, `sha256`, `mtime`, `mended`, `left_out`.
+    """
+    errors: list[Exception] = []
+    bad: dict[str, Refused] = {}
+    keys: list[str] = []
+    for sample in stream(str(shard), lambda error: errors.append(error) or True):
+        key = str(sample["__key__"])
+        keys.append(key)
+        try:
+            captions(sample)
+            _check_header(image_bytes(sample))
+        except ValueError as error:
+            bad[key] = Refused(str(error).partition(":")[0], f"{shard.name}:{key}", str(error)[:300])
+        count()
+    left_out = [*bad.values()]
+    left_out += [Refused("shard cut short", shard.name, str(error)[:300]) for error in errors]
+    if errors or len(keys) != _stated(shard):
+        left_out += [Refused("sample missing", f"{shard.name}:{key}", why) for key, why in _missing(shard, keys)]
+    mended = mend and bool(bad or errors) and len(bad) < len(keys)
+    if mended:
+        _rewrite(shard, set(bad))
+    digest = sha256_of(shard)
+    there = shard.stat()
+    return {
+        "inputs": max(len(keys), _stated(shard)),
+        "samples": len(keys) - len(bad) * mended,
+        "bytes": there.st_size,
+        "sha256": digest,
+        "mtime": there.st_mtime_ns,
+        "mended": mended,
+        "left_out": left_out,
+    }
+
+
+def _check_header(data: bytes) -> None:
+    # img2dataset has decoded and encoded each image itself; what can be wrong came later
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            image.size  # noqa: B018
+    except Exception as error:  # as in stair.images: a decoder raises whatever its parser met
+        raise ValueError(f"image undecodable: {type(error).__name__}: {error}") from error
+
+
+def _missing(shard: Path, keys: list[str]) -> list[tuple[str, str]]:
+    """Samples that were fetched, as the files beside a shard say, and are not in it."""
+    table = shard.with_suffix(".parquet")
+    if table.is_file() and importlib.util.find_spec("pyarrow"):
+        from datamodules.prepare.arrow import pyarrow_module
+
+        rows = pyarrow_module("parquet").read_table(table, columns=["key", "status"]).to_pylist()
+        wanted = [row["key"] for row in rows if row["status"] == "success"]
+        return [(key, f"{table.name} lists it as fetched") for key in wanted if key not in set(keys)]
+    lost = _stated(shard) - len(keys)
+    return [
+        (f"{i}", f"{_stats_of(shard).name} counts {_stated(shard)}, the tar holds {len(keys)}") for i in range(lost)
+    ]
+
+
+def _rewrite(shard: Path, bad: set[str]) -> None:
+    temporary = shard.parent / STATE / f"{shard.name}.{os.getpid()}.part"
+    samples = 0
+    with open(temporary, "wb") as file:
+        with tarfile.open(fileobj=Hashed(file), mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in stream(str(shard), lambda error: True):
+                if sample["__key__"] not in bad:
+                    samples += 1
+                    for kind in types_of(sample):
+                        add_member(tar, f"{sample['__key__']}.{kind}", sample[kind])
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(shard)
+    write_json(_stats_of(shard), {**read_json(_stats_of(shard)), "successes": samples})

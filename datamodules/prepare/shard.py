@@ -1,0 +1,164 @@
+"""Makes one tar of samples: KEY.jpg|png|webp, KEY.json with `captions`, KEY.txt with the first of them.
+
+Original bytes of images are kept where training can read them; each is decoded once here, so that it can be. Tars carry
+no time and no owner.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from datamodules.prepare.jobs import STATE, count
+from stair.images import decode_image
+
+
+class Raw(NamedTuple):
+    """An input as a source gives it: bytes of an image file, captions, and what else goes into the JSON."""
+
+    image: bytes
+    captions: list[str]
+    fields: dict[str, Any]
+
+
+class Refused(NamedTuple):
+    """An input that is left out: why, in a word or two; where; and in detail."""
+
+    cause: str
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is kept as it is: images of at most `max_side` pixels (0: any), decoded only up to `max_pixels`."""
+
+    max_side: int
+    max_pixels: int
+
+
+def make_shard(path: Path, keyed: list[tuple[str, Any]], read: Callable[[Any], Raw], limits: Limits) -> dict[str, Any]:
+    """Writes one shard beside its place and renames it.
+
+    Args:
+        path: the tar.
+        keyed: key and reference of each input.
+        read: of the source.
+        limits: of images.
+
+    Returns:
+        `inputs`, `samples`, `captions`, `bytes`, `sha256`, `written_anew` by reason, `left_out`. Without a sample, there
+        is no tar.
+    """
+    temporary = path.parent / STATE / f"{path.name}.{os.getpid()}.part"
+    left_out: list[Refused] = []
+    anew: Counter[str] = Counter()
+    samples = captions = 0
+    try:
+        with open(temporary, "wb") as file:
+            hashed = Hashed(file)
+            with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+                for key, reference in keyed:
+                    try:
+                        raw, kind, image, why = _made(read, reference, limits)
+                    except ValueError as error:
+                        reason = printable(str(error))[:300]
+                        left_out.append(Refused(reason.partition(":")[0], printable(str(reference))[:300], reason))
+                    else:
+                        _add(tar, key, raw, kind, image)
+                        samples, captions, anew[why] = samples + 1, captions + len(raw.captions), anew[why] + 1
+                    count()
+            file.flush()
+            os.fsync(file.fileno())
+        if samples:
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    del anew[""]
+    made = {"samples": samples, "captions": captions, "bytes": hashed.bytes, "sha256": hashed.digest.hexdigest()}
+    return {"inputs": len(keyed), **made, "written_anew": dict(anew), "left_out": left_out}
+
+
+class Hashed:
+    """A file to write to that knows its length and checksum."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.bytes, self.digest = file, 0, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """Writes on."""
+        self.digest.update(data)
+        self.bytes += len(data)
+        return int(self.file.write(data))
+
+
+def printable(text: str) -> str:
+    """Text that can be written as UTF-8: bytes of a name or a table that are not become question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _made(read: Callable[[Any], Raw], reference: Any, limits: Limits) -> tuple[Raw, str, bytes, str]:
+    raw = read(reference)
+    texts = [text.strip() for text in raw.captions]
+    if not texts or not all(texts):
+        raise ValueError("caption empty: the input has no caption, or one of white space alone")
+    for text in texts:
+        if not text.isascii() and printable(text) != text:
+            raise ValueError(f"caption not UTF-8: {printable(text)[:80]!r}")
+    return (raw._replace(captions=texts), *stored(raw.image, limits))
+
+
+def stored(data: bytes, limits: Limits) -> tuple[str, bytes, str]:
+    """How an image goes into a shard: as it is where it is a JPEG, PNG or WebP within the limits.
+
+    Returns:
+        Its type, its bytes, and why they are not the original ones (empty if they are).
+
+    Raises:
+        ValueError: as `decode_image`, which is what training will do.
+    """
+    image = decode_image(data, limits.max_pixels)
+    kind = _kind(data)
+    if limits.max_side and max(image.size) > limits.max_side:
+        image.thumbnail((limits.max_side, limits.max_side), Image.Resampling.LANCZOS)
+        why = f"with more than {limits.max_side} pixels a side"
+    elif kind:
+        return kind, data, ""
+    else:
+        why = "of another format than JPEG, PNG, WebP"
+    buffer = io.BytesIO()
+    if kind in ("jpg", "webp"):  # lossy already
+        image.save(buffer, "JPEG", quality=95)
+        return "jpg", buffer.getvalue(), why
+    image.save(buffer, "PNG")
+    return "png", buffer.getvalue(), why
+
+
+def _kind(data: bytes) -> str:
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
+
+
+def _add(tar: tarfile.TarFile, key: str, raw: Raw, kind: str, image: bytes) -> None:
+    facts = json.dumps({**raw.fields, "captions": raw.captions}, ensure_ascii=False, sort_keys=True)
+    add_member(tar, f"{key}.{kind}", image)
+    add_member(tar, f"{key}.json", facts.encode())
+    add_member(tar, f"{key}.txt", raw.captions[0].encode())
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Adds a file with nothing in its header that changes from one run to the next."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
