@@ -31,9 +31,8 @@ class Objective:
         flops_text: λ of the text embeddings.
         flops_ramp_steps: optimiser steps over which λ grows quadratically from 0; 0 for none.
         flops_text_words: which of a text's words λ_text weighs on in the masked stage. `own`: what the mask lets through,
-            the paper's form. `all`: as if there were no mask, so that words outside it have a gradient and stage 2 does
-            not start almost dense; costs a full text head. `others`: only those outside the mask; own words, which the
-            mask bounds already, stay on. For long captions, whose own words `all` switches off.
+            the paper's form. `all`: as if there were no mask, so that words outside it have a gradient; costs a full text
+            head, and learned sentences far more slowly (docs/results.md).
     """
 
     similarity: Literal["dot", "cosine"] = "dot"
@@ -42,7 +41,7 @@ class Objective:
     flops_image: float = 1e-3
     flops_text: float = 1e-3
     flops_ramp_steps: int = 0
-    flops_text_words: Literal["own", "all", "others"] = "all"
+    flops_text_words: Literal["own", "all"] = "own"
 
     def __post_init__(self) -> None:
         """Refuses values that cannot train."""
@@ -106,7 +105,7 @@ class StairStage(ContrastiveModule):
         contrastive = info_nce(image_BV, text_BV, self.stair.scale)
         rising = ramp(self.trainer.global_step, self.objective.flops_ramp_steps)
         flops_image = flops(encoded["image_BV"])
-        flops_text = flops(self._regularised_text(encoded))
+        flops_text = flops(encoded.get("text_unmasked_CV", encoded["text_CV"]))
         lambda_image, lambda_text = rising * self.objective.flops_image, rising * self.objective.flops_text
         loss = contrastive.loss + lambda_image * flops_image + lambda_text * flops_text
         logged = {
@@ -117,12 +116,3 @@ class StairStage(ContrastiveModule):
             "lambda_text": lambda_text,
         }
         return self.report(logged, contrastive, encoded)
-
-    def _regularised_text(self, encoded: dict[str, Tensor]) -> Tensor:
-        """The (C, V) weights that λ_text acts on."""
-        if "text_unmasked_CV" not in encoded:
-            return encoded["text_CV"]
-        if self.objective.flops_text_words == "others":
-            # the mask multiplies by 0 or 1, so the difference is exactly what it hides
-            return encoded["text_unmasked_CV"] - encoded["text_CV"]
-        return encoded["text_unmasked_CV"]
