@@ -13,7 +13,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 for stage in 1 2 3; do
     [ -e "$run/stage$stage/stair" ] && continue
     started=$SECONDS own=()
-    [ -e "configs/small/$data.stage$stage.yaml" ] && own=(--config "configs/small/$data.stage$stage.yaml")
+    for file in "configs/small/$data.yaml" "configs/small/$data.stage$stage.yaml"; do
+        [ -e "$file" ] && own+=(--config "$file")
+    done
     "${PYTHON:-.venv/bin/python}" main.py fit --config "configs/stage$stage.yaml" --config configs/model/tiny.yaml \
         --config "configs/data/$data.yaml" --config configs/small/base.yaml --config "configs/small/stage$stage.yaml" \
         "${own[@]}" \
