@@ -4,37 +4,24 @@ What is checked is checked in `setup`, before the first step: a run fails with a
 that never come. `plan.py` and `stream.py` say who sees what when, `pairs.py` how evaluation stays exact.
 """
 
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import closing
 from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from datamodules.inspection import Needs, probe
 from datamodules.pairs import CollatePairs, EvaluationPairs, evaluation_loader
 from datamodules.plan import Plan
 from datamodules.stream import Augment, ShardLoader, ShardStream
-from datamodules.tars import (
-    CAPTION_TYPES,
-    IMAGE_TYPES,
-    captions,
-    count_samples,
-    expand,
-    image_bytes,
-    is_remote,
-    stream,
-    types_of,
-)
+from datamodules.tars import count_samples, expand, is_remote
 from stair.images import MAX_PIXELS
 from stair.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
-
-_PROBED = 20  # samples of a source that are looked at before training
 
 
 class ImageTextShards(LightningDataModule):
@@ -160,7 +147,7 @@ class ImageTextShards(LightningDataModule):
                 f"{self.global_batch_size}: an epoch would have no step. Lower it or give more shards"
             )
         for source in sources:
-            _probe(source)
+            self._check(source, rank)
         plan = Plan(
             tuple(shards), tuple(counts), self.seed, ranks, max(self.workers, 1), self.global_batch_size // ranks
         )
@@ -170,6 +157,15 @@ class ImageTextShards(LightningDataModule):
             plan, rank, self.augment, self.collate, self.shuffle, self.max_pixels, self.max_bad_share
         )
         return ShardLoader(shard_stream, self.workers, self._epoch_batches(plan.steps))
+
+    def _check(self, source: list[str], rank: int) -> None:
+        collate, augment = self.collate, self.augment
+        bounds = (self.max_pixels, self.max_bad_share, augment.flip)
+        for finding in probe(source[0], source, Needs(collate.vocabulary, collate.max_tokens, augment.size, *bounds)):
+            if finding.severity == "stops":
+                raise ValueError(f"{finding.source}: {finding.what}; {finding.mend}")
+            if finding.severity == "warns" and rank == 0:
+                logger.warning("%s: %s; mended by %s", finding.source, finding.what, finding.mend)
 
     def _counts(self, shards: list[str]) -> list[int]:
         if self.train_samples is not None:
@@ -239,34 +235,3 @@ class ImageTextShards(LightningDataModule):
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
         raise ValueError(f"{name}={value!r}: wanted {wanted}")
-
-
-def _probe(source: list[str]) -> None:
-    """Looks at the first samples of a source: wrong names would otherwise be skipped one by one, for an epoch.
-
-    Raises:
-        ValueError: if none has an image, or none a caption.
-    """
-    for shard in source:
-        with closing(stream(shard, lambda error: True, select=None)) as samples:
-            first = list(itertools.islice(samples, _PROBED))
-        if first:
-            break
-    else:
-        raise ValueError(f"no sample in {source[0]!r} and its {len(source) - 1} neighbours: not a tar, or empty")
-    for wanted, read in ((IMAGE_TYPES, image_bytes), (CAPTION_TYPES, captions)):
-        reasons = [_failure(read, sample) for sample in first]
-        if all(reasons):
-            names = [f"{sample['__key__']}.{kind}" for sample in first[:5] for kind in types_of(sample)]
-            raise ValueError(
-                f"none of the first {len(first)} samples of {shard!r} has a usable member of {list(wanted)}: "
-                f"{reasons[0]}; members seen: {names}"
-            )
-
-
-def _failure(read: Any, sample: dict[str, Any]) -> str:
-    try:
-        read(sample)
-    except ValueError as error:
-        return str(error)
-    return ""

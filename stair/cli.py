@@ -30,6 +30,7 @@ class _Word(NamedTuple):
 
 
 _FUNCTIONS: dict[str, _Word] = {
+    "doctor": _Word("what is wrong with shards, and the setting that mends it", "datamodules.doctor", "doctor"),
     "prepare": _Word(
         "make shards of images and captions, COCO, Flickr, Hugging Face data, ...", "datamodules.prepare", "SOURCES"
     ),

@@ -8,7 +8,7 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit: 256 MiB of RGB
@@ -16,13 +16,26 @@ MAX_PIXELS = 89_478_485  # Pillow's own warning limit: 256 MiB of RGB
 # what the web serves; Pillow's other formats include some that start external programs
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
+_ORIENTATION = 0x0112  # EXIF: how a camera was held
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, enough: int | None = None) -> Image.Image:
     """Decodes a picture as a viewer would show it: upright, on white, eight bits a channel.
 
     Args:
         data: the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file.
         max_pixels: largest width × height that is decoded; checked on the header, before any pixel is.
+        enough: pixels that suffice for the shorter side. A JPEG is then decoded at 1/2, 1/4 or 1/8 of its size if no side
+            becomes shorter than that. None for full size.
 
     Returns:
         An RGB image. The EXIF orientation has been applied, transparency laid over white; grayscale, palette, CMYK and
@@ -38,12 +51,38 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
             if width * height <= max_pixels:
-                return as_rgb(ImageOps.exif_transpose(image))
+                if enough:
+                    _decode_smaller(image, enough)
+                image.load()
+                return _upright(as_rgb(image), image.getexif().get(_ORIENTATION))
     except Image.DecompressionBombError as error:
         raise ValueError(f"image too large: {error}") from error
     except Exception as error:  # Pillow's decoders raise whatever their parser met: OSError, SyntaxError, struct.error
         raise ValueError(f"image undecodable: {type(error).__name__}: {error}") from error
     raise ValueError(f"image too large: {width} x {height} pixels, the limit is {max_pixels} (max_pixels)")
+
+
+def image_format(data: bytes) -> str:
+    """The format of an image file by its first bytes, whatever its name says: `jpg`, `png`, `webp`, or `` for others."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
+
+
+def _decode_smaller(image: Image.Image, enough: int) -> None:
+    # its own choice of scale would be held by one side only
+    for scale in (8, 4, 2):
+        width, height = -(-image.width // scale), -(-image.height // scale)
+        if min(width, height) >= enough:
+            image.draft(None, (width, height))  # of JPEG files; the others have no such thing, and ignore it
+            return
+
+
+def _upright(image: Image.Image, orientation: int | None) -> Image.Image:
+    turn = _TURNS.get(orientation or 1)
+    return image.transpose(turn) if turn is not None else image
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -55,7 +94,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
         over = image.convert("RGBA")
         image = Image.new("RGBA", over.size, "white")
         image.alpha_composite(over)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def box_pixels(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Tensor:

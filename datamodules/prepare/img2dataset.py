@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from datamodules.prepare.jobs import STATE, Job, alone_in, count, read_json, run, sha256_of, write_json
+from datamodules.prepare.jobs import STATE, Job, alone_in, cores, read_json, run, sha256_of, tell_done, write_json
 from datamodules.prepare.shard import Hashed, Refused, add_member
 from datamodules.prepare.shards import REPORT, Tally, listed, write_index
 from datamodules.tars import captions, image_bytes, stream, types_of
@@ -39,7 +39,7 @@ def index_folder(folder: Path, mend: bool, max_bad_share: float, workers: int) -
             if known.get("mtime") != shard.stat().st_mtime_ns or (mend and known.get("left_out")):
                 (state / f"{job.name}.json").unlink(missing_ok=True)
         tally = Tally(max_bad_share, sum(job.inputs for job in jobs), state / "left_out.json")
-        records = run(jobs, check_shard, state, workers or len(os.sched_getaffinity(0)), folder.name, tally.add)
+        records = run(jobs, check_shard, state, workers or cores(), folder.name, tally.add)
         tally.judge(0)
         kept = {name: record for name, record in records.items() if record["samples"]}
         write_index(folder, {n: {key: r[key] for key in ("samples", "bytes", "sha256")} for n, r in kept.items()})
@@ -106,7 +106,7 @@ def check_shard(shard: Path, mend: bool) -> dict[str, Any]:
             _check_header(image_bytes(sample))
         except ValueError as error:
             bad[key] = Refused(str(error).partition(":")[0], f"{shard.name}:{key}", str(error)[:300])
-        count()
+        tell_done()
     left_out = [*bad.values()]
     left_out += [Refused("shard cut short", shard.name, str(error)[:300]) for error in errors]
     if errors or len(keys) != _stated(shard):

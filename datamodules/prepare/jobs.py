@@ -43,7 +43,7 @@ class Job:
     arguments: tuple[Any, ...] = field(repr=False)
 
 
-def count(inputs: int = 1) -> None:
+def tell_done(inputs: int = 1) -> None:
     """To be called in a job for each input that is finished."""
     if _done is not None:
         with _done.get_lock():
@@ -56,6 +56,11 @@ def _start(done: "Synchronized[int]") -> None:
     if parent := multiprocessing.parent_process():
         # a worker whose parent is killed would wait for ever, and hold the lock
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_whole(path: Path, content: bytes) -> None:

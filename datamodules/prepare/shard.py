@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from datamodules.prepare.jobs import STATE, count
-from stair.images import decode_image
+from datamodules.prepare.jobs import STATE, tell_done
+from stair.images import decode_image, image_format
 
 
 class Raw(NamedTuple):
@@ -75,7 +75,7 @@ def make_shard(path: Path, keyed: list[tuple[str, Any]], read: Callable[[Any], R
                     else:
                         _add(tar, key, raw, kind, image)
                         samples, captions, anew[why] = samples + 1, captions + len(raw.captions), anew[why] + 1
-                    count()
+                    tell_done()
             file.flush()
             os.fsync(file.fileno())
         if samples:
@@ -126,7 +126,7 @@ def stored(data: bytes, limits: Limits) -> tuple[str, bytes, str]:
         ValueError: as `decode_image`, which is what training will do.
     """
     image = decode_image(data, limits.max_pixels)
-    kind = _kind(data)
+    kind = image_format(data)
     if limits.max_side and max(image.size) > limits.max_side:
         image.thumbnail((limits.max_side, limits.max_side), Image.Resampling.LANCZOS)
         why = f"with more than {limits.max_side} pixels a side"
@@ -140,14 +140,6 @@ def stored(data: bytes, limits: Limits) -> tuple[str, bytes, str]:
         return "jpg", buffer.getvalue(), why
     image.save(buffer, "PNG")
     return "png", buffer.getvalue(), why
-
-
-def _kind(data: bytes) -> str:
-    if data[:3] == b"\xff\xd8\xff":
-        return "jpg"
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return "png"
-    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
 
 
 def _add(tar: tarfile.TarFile, key: str, raw: Raw, kind: str, image: bytes) -> None:

@@ -7,7 +7,6 @@ run that was killed and run again leaves the same bytes as one that was not.
 import hashlib
 import itertools
 import math
-import os
 import random
 import re
 from collections import Counter
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datamodules.prepare.jobs import Job, alone_in, read_json, run, write_json
+from datamodules.prepare.jobs import Job, alone_in, cores, read_json, run, write_json
 from datamodules.prepare.shard import Limits, Raw, Refused, make_shard
 from stair.images import MAX_PIXELS
 
@@ -88,7 +87,7 @@ def write_shards(
             if not references and not source.refused.get(split):
                 continue
             plan = Plan(out, split, seed if source.mixed else None, shard_samples, Limits(max_side, max_pixels))
-            _write_split(plan, source, references, state, max_bad_share, workers or len(os.sched_getaffinity(0)))
+            _write_split(plan, source, references, state, max_bad_share, workers or cores())
 
 
 @dataclass(frozen=True)

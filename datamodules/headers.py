@@ -1,0 +1,149 @@
+"""What index files and tar headers say of shards: how many samples, which are broken, which keys come twice.
+
+No member is read. Indices are made here too: `index.json` beside the shards, which spares every later run the counting.
+"""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datamodules.prepare.jobs import Job, alone_in, cores, read_json, run, sha256_of, tell_done
+from datamodules.prepare.shards import INDEX, write_index
+from datamodules.tars import CAPTION_TYPES, IMAGE_TYPES, is_remote, walk
+
+_HASHED_SHARDS, _HASHED_BYTES = 8, 1 << 29  # whose checksums are compared
+
+
+@dataclass
+class Count:
+    """What headers and index files say of a source.
+
+    Attributes:
+        shards: paths or URLs.
+        samples: in each shard that could be counted, by its path.
+        sizes: bytes of the local ones.
+        broken: what is wrong with shards, by path.
+        repeated: keys that come twice in one shard.
+        incomplete: samples without image or caption member, in shards whose headers were read.
+        walked: shards whose headers were read.
+        stale: shards of which the index says something else than the file.
+    """
+
+    shards: list[str]
+    samples: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    repeated: Counter[str] = field(default_factory=Counter)
+    incomplete: int = 0
+    walked: list[str] = field(default_factory=list)
+    stale: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Samples in all shards, those not counted taken to be like the others."""
+        return round(sum(self.samples.values()) * len(self.shards) / max(len(self.samples), 1))
+
+
+def spread(shards: list[str], count: int) -> list[str]:
+    """So many of the shards, from all over the source."""
+    return [shards[round(i)] for i in np.linspace(0, len(shards) - 1, min(count, len(shards)))]
+
+
+def count(shards: list[str], seconds: float) -> Count:
+    """Counts a source: by index files, by `NNNNN_stats.json` of img2dataset, and by headers.
+
+    Args:
+        shards: local ones and URLs; the latter cannot be counted.
+        seconds: for reading headers; those of one shard are read in any case.
+    """
+    found = Count(shards)
+    local = [shard for shard in shards if not is_remote(shard)]
+    indices = {
+        folder: read_json(folder / INDEX).get("shards", {}) for folder in {Path(shard).parent for shard in local}
+    }
+    for shard in shards:
+        path = Path(shard)
+        entry = indices[path.parent].get(path.name) if shard in local else None
+        stated = read_json(path.with_name(f"{path.stem}_stats.json")).get("successes") if shard in local else None
+        if shard in local:
+            found.sizes[shard] = path.stat().st_size
+        if entry:
+            found.samples[shard] = entry["samples"]
+            if entry["bytes"] != found.sizes[shard]:
+                found.stale[shard] = f"{entry['bytes']} bytes in {INDEX}, {found.sizes[shard]} on disk"
+        elif isinstance(stated, int):
+            found.samples[shard] = stated
+    _compare_checksums(found, indices)
+    start = time.monotonic()
+    order = spread(local, len(local))
+    # those without a number first, and at least one in any case
+    for shard in sorted(order, key=lambda shard: shard in found.samples):
+        if found.walked and time.monotonic() - start > seconds * (0.3 if shard in found.samples else 1):
+            break
+        _walk(found, shard)
+    return found
+
+
+def _compare_checksums(count: Count, indices: dict[Path, dict[str, Any]]) -> None:
+    left = _HASHED_BYTES
+    for shard in spread(list(count.sizes), _HASHED_SHARDS) if count.sizes else []:
+        entry = indices[Path(shard).parent].get(Path(shard).name)
+        left -= count.sizes[shard]
+        if entry and left > 0 and shard not in count.stale and sha256_of(Path(shard)) != entry["sha256"]:
+            count.stale[shard] = f"other content than {INDEX} says (sha256)"
+
+
+def _walk(count: Count, shard: str) -> None:
+    keys: set[int] = set()
+    samples = 0
+    count.walked.append(shard)
+    try:
+        for key, members in walk(shard, "r:*"):
+            samples += 1
+            count.repeated[shard] += hash(key) in keys
+            keys.add(hash(key))
+            lacking = not members.keys() & set(IMAGE_TYPES) or not members.keys() & set(CAPTION_TYPES)
+            count.incomplete += lacking
+    except ValueError as error:
+        count.broken[shard] = str(error)
+    if count.samples.get(shard, samples) != samples and shard not in count.stale:
+        count.stale[shard] = f"{count.samples[shard]} samples by its index, {samples} in the tar"
+    count.samples[shard] = samples
+
+
+def write_indices(shards: list[str]) -> None:
+    """Reads local shards from front to end and writes `index.json` into each of their folders.
+
+    Raises:
+        ValueError: if one cannot be read to its end: an index would make its loss official.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for shard in dict.fromkeys(shards):
+        folders.setdefault(Path(shard).parent, []).append(Path(shard))
+    for folder, paths in folders.items():
+        with alone_in(folder) as state:
+            jobs = [Job(path.name, 1, (path,)) for path in paths]
+            for job, path in zip(jobs, paths, strict=True):
+                if read_json(state / f"{job.name}.json").get("mtime") != path.stat().st_mtime_ns:
+                    (state / f"{job.name}.json").unlink(missing_ok=True)
+            found = run(jobs, index_entry, state, cores(), folder.name, lambda entry: None)
+            entries = {n: {key: e[key] for key in ("samples", "bytes", "sha256")} for n, e in found.items()}
+            write_index(folder, {**read_json(folder / INDEX).get("shards", {}), **entries})
+            for job in jobs:
+                (state / f"{job.name}.json").unlink()
+
+
+def index_entry(shard: Path) -> dict[str, Any]:
+    """A shard's `samples`, `bytes`, `sha256` and `mtime`.
+
+    Raises:
+        ValueError: if it cannot be read to its end.
+    """
+    samples = sum(1 for _ in walk(shard, "r:*"))
+    tell_done()
+    about = shard.stat()
+    return {"samples": samples, "bytes": about.st_size, "sha256": sha256_of(shard), "mtime": about.st_mtime_ns}

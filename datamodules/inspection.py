@@ -1,0 +1,297 @@
+"""What a few samples of a source are like, and what of it would stop, slow or mislead a run.
+
+Used before every fit, on a few samples, and by `stair doctor`, on more. A finding names the setting that mends it.
+"""
+
+import hashlib
+import itertools
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from datamodules.tars import CAPTION_TYPES, IMAGE_TYPES, captions, image_bytes, stream, types_of
+from stair.images import MAX_PIXELS, decode_image, eval_pixels, image_format
+from stair.vocabulary import Vocabulary
+
+PROBED = 20  # samples of a source that are looked at before a fit
+_CERTAIN = 200  # among fewer samples, a share of bad ones is too rough to stop for
+
+_SIDE = re.compile(r"\b(left|right)(?:most|hand)?\b", re.IGNORECASE)
+
+
+class Finding(NamedTuple):
+    """Something about a source that a user should know.
+
+    Attributes:
+        severity: `stops` a run, `warns` of a worse or slower one, `notes` a fact.
+        source: its name.
+        what: is so.
+        mend: the setting or the step that changes it.
+    """
+
+    severity: Literal["stops", "warns", "notes"]
+    source: str
+    what: str
+    mend: str
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run wants of its data, by the names of the settings.
+
+    Attributes:
+        vocabulary: makes tokens; None leaves captions unmeasured.
+        max_tokens: longest caption kept.
+        image_size: side of the square the model takes, in pixels.
+        max_pixels: largest width × height that is decoded.
+        max_bad_share: greatest share of bad samples.
+        flip: whether training mirrors images.
+    """
+
+    vocabulary: Vocabulary | None
+    max_tokens: int
+    image_size: int
+    max_pixels: int = MAX_PIXELS
+    max_bad_share: float = 0.1
+    flip: bool = False
+
+
+@dataclass
+class Sight:
+    """What was seen of a source.
+
+    Attributes:
+        samples: looked at.
+        bad: by cause.
+        first: of each cause, where and in detail.
+        members: names seen, of the first samples.
+        no_image: samples without an image member.
+        no_caption: samples without a caption that can be read.
+        formats: of images that decode, by content.
+        misnamed: images whose name says another format.
+        sides: width and height of images, in pixels.
+        texts: captions, those of a sample together.
+        blank: samples with a blank caption among others.
+        tokens: length of each caption, [CLS] and [SEP] included; empty without a vocabulary.
+        unknown: share of word pieces that the vocabulary does not have.
+        twins: samples whose image another sample has too, byte for byte.
+        decode_seconds: decoding and scaling all images.
+    """
+
+    samples: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+    members: list[str] = field(default_factory=list)
+    no_image: int = 0
+    no_caption: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    misnamed: int = 0
+    sides: list[tuple[int, int]] = field(default_factory=list)
+    texts: list[list[str]] = field(default_factory=list)
+    blank: int = 0
+    tokens: list[int] = field(default_factory=list)
+    unknown: float = 0.0
+    twins: int = 0
+    decode_seconds: float = 0.0
+
+
+def first_samples(shard: str, count: int) -> list[dict[str, Any]]:
+    """The first samples of a shard, all members of them; fewer, or none, where it cannot be read."""
+    with closing(stream(shard, lambda error: True, select=None)) as samples:
+        return [{**sample, "__url__": shard} for sample in itertools.islice(samples, count)]
+
+
+def look(samples: Iterable[dict[str, Any]], needs: Needs) -> Sight:
+    """Reads and decodes samples as training does, and measures them."""
+    sight = Sight()
+    images: Counter[bytes] = Counter()
+    for sample in samples:
+        sight.samples += 1
+        if len(sight.members) < 10:
+            sight.members += [f"{sample['__key__']}.{kind}" for kind in types_of(sample)]
+        texts = _tried(sight, sample, captions)
+        data = _tried(sight, sample, image_bytes)
+        sight.no_caption += texts is None
+        sight.no_image += data is None
+        if texts is not None:
+            sight.texts.append([text for text in texts if text])
+            sight.blank += not all(texts)
+        if data is not None:
+            images[hashlib.sha256(data).digest()] += 1
+            _tried(sight, sample, lambda sample, data=data: _measure(sight, sample, data, needs))
+    sight.twins = sum(count for count in images.values() if count > 1)
+    if needs.vocabulary:
+        _count_tokens(sight, needs.vocabulary)
+    return sight
+
+
+def _tried(sight: Sight, sample: dict[str, Any], read: Callable[[dict[str, Any]], Any]) -> Any:
+    try:
+        return read(sample)
+    except ValueError as error:
+        cause = str(error).partition(":")[0]
+        sight.bad[cause] += 1
+        sight.first.setdefault(cause, f"{sample['__key__']!r} in {sample['__url__']}: {str(error)[:200]}")
+        return None
+
+
+def _measure(sight: Sight, sample: dict[str, Any], data: bytes, needs: Needs) -> None:
+    start = time.perf_counter()
+    image = decode_image(data, needs.max_pixels)
+    eval_pixels(image, needs.image_size)
+    sight.decode_seconds += time.perf_counter() - start
+    sight.sides.append(image.size)
+    held = image_format(data) or "other"
+    sight.formats[held] += 1
+    named = next(kind for kind in IMAGE_TYPES if kind in sample).replace("jpeg", "jpg")
+    sight.misnamed += held != named
+
+
+def _count_tokens(sight: Sight, vocabulary: Vocabulary) -> None:
+    texts = [text for group in sight.texts for text in group]
+    unknown, pieces = vocabulary.tokens.index("[UNK]"), 0
+    found = 0
+    for start in range(0, len(texts), 64):
+        ids_BT, mask_BT = vocabulary.tokenize(texts[start : start + 64], 1_000_000)
+        sight.tokens += mask_BT.sum(1).tolist()
+        found += int((ids_BT == unknown).sum())
+        pieces += int(mask_BT.sum()) - 2 * len(mask_BT)
+    sight.unknown = found / max(pieces, 1)
+
+
+def probe(name: str, shards: list[str], needs: Needs) -> list[Finding]:
+    """The check before every fit: the first samples of the first shard that has any.
+
+    Args:
+        name: of the source.
+        shards: its shards.
+        needs: of the run.
+    """
+    for shard in shards:
+        if samples := first_samples(shard, PROBED):
+            return judge(name, look(samples, needs), needs)
+    what = f"no sample in {shards[0]!r} and its {len(shards) - 1} neighbours: not a tar, or empty"
+    return [Finding("stops", name, what, "check the spec in --data.train; `stair prepare` makes shards")]
+
+
+def judge(name: str, sight: Sight, needs: Needs) -> list[Finding]:
+    """What is to be said of a source after a look at it.
+
+    Args:
+        name: of the source.
+        sight: at least one sample.
+        needs: of the run.
+    """
+    said = [*_members(sight), *_badness(sight, needs), *_pictures(sight, needs), *_captions(sight, needs)]
+    return [Finding(severity, name, what, mend) for severity, what, mend in said]
+
+
+# severity, what, mend
+Said = tuple[Literal["stops", "warns", "notes"], str, str]
+
+
+def _members(sight: Sight) -> Iterator[Said]:
+    for lacking, wanted, cause in (
+        (sight.no_image, IMAGE_TYPES, "no image"),
+        (sight.no_caption, CAPTION_TYPES, "no caption"),
+    ):
+        if lacking == sight.samples:
+            reason = sight.first.get(cause) or next(iter(sight.first.values()))
+            yield (
+                "stops",
+                f"none of the first {sight.samples} samples has a usable member of {list(wanted)}: {reason}; members seen: "
+                f"{sight.members}",
+                "name members KEY.jpg with KEY.json or KEY.txt (those of a sample one after the other), or make shards "
+                "with `stair prepare`",
+            )
+
+
+def _badness(sight: Sight, needs: Needs) -> Iterator[Said]:
+    total = sight.bad.total()
+    if sight.no_image == sight.samples or sight.no_caption == sight.samples or not total:
+        return
+    causes = ", ".join(f"{count} {cause} (the first: {sight.first[cause]})" for cause, count in sight.bad.items())
+    many = total > needs.max_bad_share * sight.samples
+    what = f"{total} of {sight.samples} samples are bad: {causes}"
+    if many and sight.samples >= _CERTAIN:
+        yield "stops", what, "mend them, or raise --data.max_bad_share"
+    else:
+        yield "warns", what, "training skips and counts them, up to --data.max_bad_share; evaluation stops at them"
+
+
+def _pictures(sight: Sight, needs: Needs) -> Iterator[Said]:
+    if not sight.sides:
+        return
+    short = np.array([min(side) for side in sight.sides])
+    small = float((short < needs.image_size).mean())
+    if small > 0.5:
+        yield (
+            "warns",
+            f"{small:.0%} of images have a short side below the model's {needs.image_size} px (median "
+            f"{np.median(short):.0f}): they are blown up, and cost what large ones cost",
+            f"--model.init_args.stair.image.image_size {int(np.median(short))} (rounded to the patch), or larger images",
+        )
+    if np.median(short) > 4 * needs.image_size:
+        yield (
+            "warns",
+            f"the median image has a short side of {np.median(short):.0f} px, the model takes {needs.image_size}: decoding "
+            "them costs more than training needs",
+            f"`stair prepare ... --max_side {2 * needs.image_size}`, or more --data.workers",
+        )
+    if sight.twins > 0.02 * sight.samples:
+        yield (
+            "warns",
+            f"{sight.twins} of {sight.samples} samples have an image that another has too: each is a wrong answer to the "
+            "other's caption",
+            "put their captions into one sample, as `captions`",
+        )
+    if sight.misnamed:
+        yield "notes", f"{sight.misnamed} images are of another format than their name says", "nothing: content decides"
+
+
+def _captions(sight: Sight, needs: Needs) -> Iterator[Said]:
+    if sight.tokens:
+        lengths = np.array(sight.tokens)
+        cut = float((lengths > needs.max_tokens).mean())
+        if cut > 0.02:
+            wanted = int(np.ceil(np.percentile(lengths, 99) / 8) * 8)
+            yield (
+                "warns",
+                f"{cut:.1%} of captions are longer than {needs.max_tokens} tokens and are cut; 99 % have at most "
+                f"{np.percentile(lengths, 99):.0f}",
+                f"--model.init_args.stair.text.max_tokens {wanted}, which is also data.max_tokens (BERT takes 512 at most)",
+            )
+        if sight.unknown > 0.05:
+            yield (
+                "warns",
+                f"{sight.unknown:.1%} of word pieces are not in the vocabulary: is this its language?",
+                "--model.init_args.stair.vocabulary of the captions' language",
+            )
+    flat = [text for texts in sight.texts for text in texts]
+    most, often = Counter(flat).most_common(1)[0] if flat else ("", 0)
+    if sight.samples >= PROBED and often > max(0.05 * sight.samples, 2):
+        yield (
+            "warns",
+            f"{often} of {sight.samples} samples have the caption {most[:80]!r}: a batch holds it several times, and each "
+            "counts as a wrong answer to the others",
+            "tell them apart in the captions, or evaluate by class (classnames.json)",
+        )
+    sided = sum(any(_SIDE.search(text) for text in texts) for texts in sight.texts)
+    if needs.flip and sided > max(0.02 * sight.samples, 2):
+        yield (
+            "warns",
+            f"{sided} of {sight.samples} samples speak of left or right, and data.flip mirrors",
+            "--data.flip false",
+        )
+    if sight.blank:
+        yield (
+            "warns",
+            f"{sight.blank} of {sight.samples} samples have a blank caption among others: evaluation stops at them",
+            "remove the blank ones",
+        )
