@@ -30,6 +30,11 @@ class _Word(NamedTuple):
 
 
 _FUNCTIONS: dict[str, _Word] = {
+    "embed": _Word("pictures or texts to sparse embeddings on disk", "stair.embed", "embed"),
+    "index": _Word("make or change a search index of embeddings", "stair.index.commands", "index"),
+    "explain": _Word("why two items match, as heat maps and words", "stair.explain_page", "explain_command"),
+    "search": _Word("find documents by text, picture or weighted words", "stair.index.commands", "search"),
+    "evaluate": _Word("measure a model: retrieval, classification, words, cost", "datamodules.evaluation", "evaluate"),
     "doctor": _Word("what is wrong with shards, and the setting that mends it", "datamodules.doctor", "doctor"),
     "prepare": _Word(
         "make shards of images and captions, COCO, Flickr, Hugging Face data, ...", "datamodules.prepare", "SOURCES"
@@ -117,9 +122,11 @@ def _spelled_out(function: Callable[..., Any] | dict[str, Callable[..., Any]], a
         f"{word}=true" if word in flags and after.startswith("--") else word
         for word, after in zip(arguments, following, strict=False)
     ]
-    if not isinstance(function, dict) and parameters and parameters[0].annotation == list[str]:
+    needed = [] if isinstance(function, dict) else [p for p in parameters if p.default is p.empty]
+    if needed and needed[-1].annotation == list[str]:
         count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-        words = [json.dumps(words[:count]), *words[count:]] if count else words
+        before = len(needed) - 1
+        words = [*words[:before], json.dumps(words[before:count]), *words[count:]] if count > before else words
     return words
 
 

@@ -20,6 +20,7 @@ from scipy import sparse
 from torch import Tensor
 
 FORMAT = "stair-embeddings-1"
+PLAN = "embeddings.json"  # what `stair embed` meant to do, beside its parts
 
 
 @dataclass(frozen=True)
@@ -169,11 +170,14 @@ def part_files(path: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: if there is none.
+        ValueError: if parts are missing.
     """
     path = Path(path)
     files = [path] if path.is_file() else sorted(f for f in path.glob("part-*") if f.suffix in _READERS)
     if not files:
         raise FileNotFoundError(f"{path}: no embeddings there; `stair embed` writes them")
+    if (path / PLAN).is_file() and len(files) < (parts := json.loads((path / PLAN).read_text())["parts"]):
+        raise ValueError(f"{path} has {len(files)} of {parts} parts; give the same `stair embed` again, it goes on")
     return files
 
 

@@ -1,0 +1,248 @@
+"""Explanations to look at: heat maps over the picture as PNG, or a page that needs no network; `stair explain`.
+
+Words and sentences come from data, so all of them are escaped; the page has no script and a policy that forbids requests.
+"""
+
+import base64
+import io
+import os
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from stair.explain import Explanation, PictureReading, Reading, SentenceReading, explain, read_image, read_text
+from stair.images import decode_image
+from stair.model import Stair
+
+_TILE, _MARGIN, _LINE = 192, 12, 22
+_HEAT, _INK, _SOFT = (214, 64, 20), (29, 33, 38), (93, 101, 110)
+
+
+def explain_command(
+    model: str,
+    out: Path,
+    image: Path | None = None,
+    text: str | None = None,
+    other_image: Path | None = None,
+    other_text: str | None = None,
+    words: int = 12,
+) -> None:
+    """Shows why two items match, or what one says: which patch or token made which word.
+
+    Args:
+        model: folder of a saved model, or its name on the hub.
+        out: file to write, `.png` or `.html`.
+        image: a picture.
+        text: a text. Image and text together: why these two match.
+        other_image: a second picture.
+        other_text: a second text.
+        words: how many words are shown.
+    """
+    if out.suffix not in (".png", ".html"):
+        raise ValueError(f"{out} ends in {out.suffix!r}; wanted .png or .html")
+    items = [decode_image(path.read_bytes()) for path in (image, other_image) if path is not None]
+    both: list[Any] = [one for one in (text, other_text) if one is not None] + items
+    if not 1 <= len(both) <= 2:
+        raise ValueError("give one or two of --image, --text, --other_image, --other_text")
+    stair = Stair.from_pretrained(model)
+    if len(both) == 2:
+        subject: Explanation | Reading = explain(stair, both[0], both[1])
+    else:
+        subject = read_text(stair, both[0]) if isinstance(both[0], str) else read_image(stair, both[0])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fresh = out.with_name(f".{os.getpid()}.{out.name}")
+    if out.suffix == ".png":
+        draw(subject, words).save(fresh)
+    else:
+        fresh.write_text(page(subject, words), encoding="utf-8")
+    fresh.replace(out)
+    shared = subject.shared if isinstance(subject, Explanation) else ()
+    for word in shared[:words]:
+        print(f"{word.contribution:9.4f}  {word.word}  ({word.query:.4f} x {word.document:.4f})")
+    if isinstance(subject, Explanation):
+        print(f"{subject.score:9.4f}  score, of {len(shared)} shared words")
+    print(out)
+
+
+def overlay(
+    image: Image.Image, heat_RC: NDArray[Any], side: int = _TILE, mark: tuple[int, int] | None = None
+) -> Image.Image:
+    """Lays a heat map over a picture.
+
+    Args:
+        image: the square the model saw.
+        heat_RC: (R, C), not negative; the highest value is the strongest colour.
+        side: of the result, in pixels.
+        mark: row and column of a patch to outline.
+    """
+    heat_RC = np.clip(np.asarray(heat_RC, np.float64), 0, None)
+    strength = (heat_RC / heat_RC.max() if heat_RC.max() > 0 else heat_RC) * 190
+    mask = Image.fromarray(strength.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    picture = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    picture.paste(Image.new("RGB", (side, side), _HEAT), mask=mask)
+    if mark is not None:
+        rows, columns = heat_RC.shape
+        top, left = mark[0] * side / rows, mark[1] * side / columns
+        box = (left, top, left + side / columns - 1, top + side / rows - 1)
+        ImageDraw.Draw(picture).rectangle(box, outline=_INK, width=2)
+    return picture
+
+
+def _tiles(subject: Explanation | Reading, words: int) -> list[tuple[str, Image.Image]]:
+    """Pictures with their titles: the whole match first, then one a word."""
+    tiles = []
+    sides = (subject.query, subject.document) if isinstance(subject, Explanation) else (subject,)
+    for side in sides:
+        if not isinstance(side, PictureReading):
+            continue
+        tiles.append(("picture", side.image.resize((_TILE, _TILE), Image.Resampling.BICUBIC)))
+        if isinstance(subject, Explanation):
+            tiles.append((f"score {subject.score:.4f}", overlay(side.image, subject.heat(side))))
+        place = {word: n for n, word in enumerate(side.words)}
+        for word, value in _values(subject)[:words]:
+            n = place[word]
+            tiles.append((f"{word} {value:.4f}", overlay(side.image, side.heat(n), mark=side.patch(n))))
+    return tiles
+
+
+def _values(subject: Explanation | Reading) -> list[tuple[str, float]]:
+    if isinstance(subject, Explanation):
+        return [(word.word, word.contribution) for word in subject.shared]
+    return list(zip(subject.words, subject.weights.tolist(), strict=True))
+
+
+def draw(subject: Explanation | Reading, words: int = 12) -> Image.Image:
+    """One picture: tiles with heat maps, and the words of sentences below."""
+    tiles, lines = _tiles(subject, words), _lines(subject, words)
+    columns = max(1, min(5, len(tiles)))
+    height = -(-len(tiles) // columns) * (_TILE + _LINE + _MARGIN) + len(lines) * _LINE + 2 * _MARGIN
+    width = max(columns * (_TILE + _MARGIN) + _MARGIN, 620)
+    sheet = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for n, (title, tile) in enumerate(tiles):
+        left = _MARGIN + n % columns * (_TILE + _MARGIN)
+        top = _MARGIN + n // columns * (_TILE + _LINE + _MARGIN)
+        sheet.paste(tile, (left, top))
+        pen.text((left, top + _TILE + 3), _printable(title), fill=_INK, font=font)
+    top = height - _MARGIN - len(lines) * _LINE
+    for n, line in enumerate(lines):
+        pen.text((_MARGIN, top + n * _LINE), _printable(line), fill=_SOFT if n else _INK, font=font)
+    return sheet
+
+
+def _printable(text: str) -> str:
+    # the font that Pillow brings has Latin letters only
+    return text.encode("latin-1", "replace").decode("latin-1")
+
+
+def _lines(subject: Explanation | Reading, words: int) -> list[str]:
+    values, lines = _values(subject), []
+    if isinstance(subject, Explanation):
+        lines += [f"score {subject.score:.4f} = " + " + ".join(f"{word} {value:.4f}" for word, value in values[:4])]
+        rest = subject.score - sum(value for _, value in values[:4])
+        lines[0] += f" + {len(values) - 4} others {rest:.4f}" if len(values) > 4 else ""
+    sides = (subject.query, subject.document) if isinstance(subject, Explanation) else (subject,)
+    for side in sides:
+        if isinstance(side, SentenceReading):
+            lines.append("tokens: " + " ".join(side.tokens))
+            for n in range(min(words, len(side.words))):
+                kind = "expansion, raised by" if side.expands(n) else "raised by"
+                lines.append(f"  {side.words[n]} {side.weights[n]:.4f}: {kind} {side.tokens[side.winners[n]]}")
+    return lines
+
+
+def page(subject: Explanation | Reading, words: int = 12) -> str:
+    """A page of HTML, all in one file."""
+    sides = (subject.query, subject.document) if isinstance(subject, Explanation) else (subject,)
+    title = "Why these match" if isinstance(subject, Explanation) else "What this says"
+    parts = [_shared_table(subject, words)] if isinstance(subject, Explanation) else []
+    if tiles := _tiles(subject, words):
+        figures = "".join(
+            f"<figure>{_png(tile, name)}<figcaption>{escape(name)}</figcaption></figure>" for name, tile in tiles
+        )
+        parts.append(
+            "<h2>Where in the picture</h2><p>Colour is what each patch gives the word; the outlined patch won it, and its "
+            f"value is the word's weight.</p><div class=tiles>{figures}</div>"
+        )
+    parts += [_sentence(side, words) for side in sides if isinstance(side, SentenceReading)]
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{_STYLE}</style>
+</head>
+<body><main><h1>{title}</h1>{"".join(parts)}</main></body>
+</html>
+"""
+
+
+def _png(image: Image.Image, text: str) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def _row(cells: Sequence[str], share: float) -> str:
+    bar = f'<td class=bar><i style="width:{100 * max(0.0, min(1.0, share)):.1f}%"></i></td>'
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}{bar}</tr>"
+
+
+def _shared_table(subject: Explanation, words: int) -> str:
+    most = max((word.contribution for word in subject.shared), default=1.0)
+    rows = [
+        _row([escape(w.word), f"{w.query:.4f}", f"{w.document:.4f}", f"{w.contribution:.4f}"], w.contribution / most)
+        for w in subject.shared[:words]
+    ]
+    rest = subject.shared[words:]
+    if rest:
+        value = sum(word.contribution for word in rest)
+        rows.append(_row([f"{len(rest)} more", "", "", f"{value:.4f}"], value / most))
+    rows.append(_row(["<b>score</b>", "", "", f"<b>{subject.score:.4f}</b>"], 0))
+    head = "<tr><th>word<th>in the one<th>in the other<th>product<th></tr>"
+    return f"<p>The score is the sum of the products.</p><table>{head}{''.join(rows)}</table>"
+
+
+def _sentence(side: SentenceReading, words: int) -> str:
+    raised: dict[int, list[str]] = {}
+    for n in range(min(words, len(side.words))):
+        kind = "added" if side.expands(n) else "own"
+        chip = f"<li class={kind}>{escape(side.words[n])} <small>{side.weights[n]:.3f}</small></li>"
+        raised.setdefault(int(side.winners[n]), []).append(chip)
+    tokens = "".join(
+        f"<div class=token><b>{escape(token)}</b><ul>{''.join(raised.get(t, []))}</ul></div>"
+        for t, token in enumerate(side.tokens)
+    )
+    return (
+        "<h2>Where in the sentence</h2><p>Under each token the words it raised: "
+        "<span class=own>in the sentence</span>, <span class=added>added by the model</span>.</p>"
+        f"<div class=sentence>{tokens}</div>"
+    )
+
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #f6f6f3; --card: #fff; --ink: #1d2126; --soft: #5d656e; --own: #14594f;
+  --added: #8a5a00; --bar: #d64014; --track: #e6e6e1; }
+@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e8eaec; --soft: #9ba4ad;
+  --own: #7fd6c9; --added: #e0b060; --track: #2e343a; } }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif;
+  overflow-wrap: anywhere; }
+main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 60px; }
+h1 { font-size: 26px; } h2 { font-size: 20px; margin: 36px 0 4px; } p { color: var(--soft); margin: 0 0 12px; }
+table { border-collapse: collapse; background: var(--card); width: 100%; font-variant-numeric: tabular-nums; }
+td, th { padding: 6px 10px; text-align: right; } td:first-child, th:first-child { text-align: left; }
+.bar { width: 40%; } .bar i { display: block; height: 10px; background: var(--bar); border-radius: 3px; }
+.tiles { display: flex; flex-wrap: wrap; gap: 14px; } figure { margin: 0; width: 192px; }
+figure img { width: 100%; display: block; border-radius: 6px; } figcaption { font-size: 14px; padding-top: 4px; }
+.sentence { display: flex; flex-wrap: wrap; gap: 10px; }
+.token { background: var(--card); border-radius: 8px; padding: 8px 12px; }
+.token ul { list-style: none; margin: 4px 0 0; padding: 0; font-size: 14px; } small { color: var(--soft); }
+.own { color: var(--own); } .added { color: var(--added); font-style: italic; }
+"""

@@ -1,0 +1,103 @@
+"""`stair index` and `stair search`."""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from stair.embeddings import Embeddings
+from stair.images import decode_image
+from stair.index.sparse_index import SparseIndex
+from stair.index.store import MANIFEST
+
+
+def index(
+    paths: list[str],
+    delete: str | None = None,
+    delete_from: Path | None = None,
+    compact: bool = False,
+    verify: bool = False,
+) -> None:
+    """Makes or changes an index: adds embeddings, deletes documents, merges segments; each step whole or not at all.
+
+    Args:
+        paths: folder of the index, then folders or files of embeddings (`stair embed`) to add to it. Without an index
+            there, one is made.
+        delete: id of a document to delete, before anything is added.
+        delete_from: file with an id on each line, all to be deleted.
+        compact: merge small segments and free what deleted documents take.
+        verify: compare the checksum of every file.
+    """
+    folder, embeddings = Path(paths[0]), paths[1:]
+    deleted = [delete] if delete is not None else []
+    if delete_from is not None:
+        deleted += delete_from.read_text(encoding="utf-8").splitlines()
+    parts = (part for path in embeddings for part in Embeddings.parts(path))
+    if embeddings and not deleted and not (folder / MANIFEST).exists():
+        opened = SparseIndex.build(folder, parts)
+    else:
+        opened = SparseIndex.open(folder)
+        if deleted:
+            opened.delete(deleted)
+        if embeddings:
+            opened.add(parts)
+    if compact:
+        opened.compact()
+    if verify:
+        opened.verify()
+    _state(opened)
+
+
+def _state(index: SparseIndex) -> None:
+    facts = index.facts
+    each = facts["bytes"] / max(1, facts["documents"])
+    print(
+        f"{index.folder}: {facts['documents']} documents in {facts['segments']} segments, {facts['deleted']} deleted, "
+        f"{facts['bytes']} bytes ({each:.0f} a document), {facts['similarity']}, model {facts['model'][:12]}"
+    )
+
+
+def search(
+    index: Path,
+    text: str | None = None,
+    model: str | None = None,
+    image: Path | None = None,
+    words: str | None = None,
+    like: str | None = None,
+    where: str | None = None,
+    k: int = 10,
+    shown: int = 5,
+    json_lines: bool = False,
+) -> None:
+    """Finds the documents of highest score: exact dot products, with the words that make them.
+
+    Args:
+        index: folder of the index.
+        text: what to look for; needs the model.
+        model: folder or hub name of the model of the index, for texts and pictures.
+        image: a picture to look for.
+        words: weighted words instead of a text, such as 'dog:2 beach -people'; no model needed.
+        like: id of a document to find neighbours of.
+        where: conditions on metadata with ` and ` between, such as 'split=test and year>=2010'.
+        k: how many hits.
+        shown: how many shared words of each.
+        json_lines: one JSON object a line instead of a table.
+    """
+    if (text is not None) + (image is not None) + (words is not None) + (like is not None) != 1:
+        raise ValueError("give one of: a text, --image, --words, --like")
+    opened = SparseIndex.open(index)
+    if model is not None:
+        from stair.model import Stair
+
+        opened.use(Stair.from_pretrained(model))
+    query: str | Image.Image | None = decode_image(image.read_bytes()) if image is not None else text
+    hits = opened.search(query, k, words=words, like=like, where=where.split(" and ") if where else ())
+    for hit in hits:
+        shared = hit.words[:shown]
+        if json_lines:
+            contributions = {word.word: word.contribution for word in shared}
+            print(json.dumps({"id": hit.id, "score": hit.score, "words": contributions, "metadata": hit.metadata}))
+        else:
+            print(f"{hit.score:9.4f}  {hit.id}  {' '.join(f'{word.word}:{word.contribution:.3f}' for word in shared)}")
+    if not hits and not json_lines:
+        print("no document shares a word with the query")

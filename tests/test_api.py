@@ -1,0 +1,70 @@
+"""The few lines of Python that the README shows, and what `encode` returns."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stair import SparseIndex, Stair
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.fixture
+def pictures(tmp_path, pixels):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for n, image in enumerate(pixels):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"p{n}.png")
+    return sorted(folder.glob("*.png"))
+
+
+def test_the_lines_of_the_readme_run(tiny_stair, pictures, tmp_path, monkeypatch):
+    blocks = [
+        block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "SparseIndex" in block
+    ]
+    if not blocks:
+        pytest.skip("the README shows no search yet")
+    tiny_stair.save_pretrained(tmp_path / "runs/mine/stage3/stair")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        names: dict = {}
+        exec(block.replace('glob("*.jpg")', 'glob("*.png")'), names)
+        assert isinstance(names["index"], SparseIndex) and len(names["index"]) == len(pictures)
+
+
+def test_encode_gives_the_rows_of_the_encoders(tiny_stair, pictures, captions):
+    opened = [Image.open(path) for path in pictures]
+    wanted = tiny_stair.encode_image(opened).numpy()
+    np.testing.assert_allclose(tiny_stair.encode(images=pictures, batch_size=3).toarray(), wanted, atol=1e-6)
+    np.testing.assert_allclose(tiny_stair.encode(images=iter(opened)).toarray(), wanted, atol=1e-6)
+    wanted = tiny_stair.encode_text(captions).numpy()
+    np.testing.assert_allclose(tiny_stair.encode(texts=captions, batch_size=1).toarray(), wanted, atol=1e-6)
+    sparse = tiny_stair.encode(texts=captions, output="torch")
+    assert sparse.layout == torch.sparse_csr
+    np.testing.assert_allclose(sparse.to_dense().numpy(), wanted, atol=1e-6)
+    assert tiny_stair.encode(texts=[]).shape == (0, len(tiny_stair.vocabulary))
+
+
+def test_encode_refuses_what_it_cannot_mean(tiny_stair, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no")
+    for arguments, complaint in [
+        ({}, "one of both"),
+        ({"images": [], "texts": []}, "one of both"),
+        ({"texts": "a dog"}, "give a list"),
+        ({"texts": ["a"], "output": "numpy"}, "'scipy' or 'torch'"),
+        ({"images": [tmp_path / "x.png"]}, r"x\.png: image undecodable"),
+    ]:
+        with pytest.raises(ValueError, match=complaint):
+            tiny_stair.encode(**arguments)
+
+
+def test_the_fingerprint_survives_saving_and_names_all_that_makes_an_embedding(tiny_stair, tmp_path):
+    before = tiny_stair.fingerprint
+    tiny_stair.save_pretrained(tmp_path / "m")
+    assert Stair.from_pretrained(tmp_path / "m").fingerprint == before
+    tiny_stair.config.text.max_tokens -= 1
+    assert tiny_stair.fingerprint != before
