@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from datamodules.tars import CAPTION_TYPES, IMAGE_TYPES, captions, expand, image_bytes, is_remote, walk
+from datamodules.sources import is_remote
+from datamodules.tars import CAPTION_TYPES, IMAGE_TYPES, captions, expand, image_bytes, index
 from datamodules.workers import begin
 from stair.batch import Batch
 from stair.images import decode_image, eval_pixels
@@ -36,13 +37,15 @@ class Pair:
         pixels: (3, S, S) uint8.
         captions: at least one.
         image_id: place in the set, or -1 for a row that only evens out ranks.
-        key: `source/__key__`.
+        key: `tar/__key__`.
+        source: name of the source in a mixture, else "".
     """
 
     pixels: Tensor
     captions: list[str]
     image_id: int
     key: str
+    source: str = ""
 
 
 class EvaluationPairs(Dataset[Pair]):
@@ -75,7 +78,7 @@ class EvaluationPairs(Dataset[Pair]):
         """
         entry = self.entries[index % len(self)]
         try:
-            sample = _read(entry)
+            sample = read_entry(entry)
             texts = captions(sample)
             if not all(texts):
                 raise ValueError(f"no caption: one of the {len(texts)} is blank")
@@ -89,14 +92,17 @@ class EvaluationPairs(Dataset[Pair]):
 def _index(shard: str) -> Iterator[Entry]:
     if is_remote(shard):
         raise ValueError(f"evaluation reads by position, which {shard!r} does not allow: copy it to a local path")
-    for key, members in list(walk(shard)):  # a tar that is cut short is named as such, not by its last sample
+    for key, members, wrong in list(index(shard)):  # a tar that is cut short is named as such, not by its last sample
+        if wrong:
+            raise ValueError(f"evaluation sample {key!r} of {shard}: {wrong}")
         for types in (IMAGE_TYPES, CAPTION_TYPES):
             if not members.keys() & set(types):
                 raise ValueError(f"evaluation sample {key!r} of {shard} has members {list(members)}, wanted {types}")
         yield Entry(shard, key, members)
 
 
-def _read(entry: Entry) -> dict[str, bytes]:
+def read_entry(entry: Entry) -> dict[str, bytes]:
+    """The members of a sample by type."""
     with open(entry.path, "rb") as tar:
         sample = {}
         for kind, (offset, length) in entry.members.items():
@@ -137,6 +143,7 @@ class CollatePairs:
             image_id=torch.tensor([pair.image_id for pair in pairs]),
             caption_image=torch.tensor([pair.image_id for pair in pairs for _ in pair.captions]),
             key=[pair.key for pair in pairs],
+            source=[pair.source for pair in pairs],
         )
 
 

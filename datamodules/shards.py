@@ -1,7 +1,8 @@
 """Image-text pairs for the trainer: WebDataset shards streamed for training, evaluation sets read exactly.
 
 What is checked is checked in `setup`, before the first step: a run fails with a reason rather than waiting for samples
-that never come. `plan.py` and `stream.py` say who sees what when, `pairs.py` how evaluation stays exact.
+that never come. `mixture.py` finds what there is, `plan.py` and `stream.py` say who sees what when, `pairs.py` how
+evaluation stays exact.
 """
 
 import logging
@@ -13,11 +14,13 @@ import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from datamodules.inspection import Needs, probe
+from datamodules.augment import Augment
+from datamodules.loader import ShardLoader
+from datamodules.mixture import Shards, find, mixture, probe, require
 from datamodules.pairs import CollatePairs, EvaluationPairs, evaluation_loader
 from datamodules.plan import Plan
-from datamodules.stream import Augment, ShardLoader, ShardStream
-from datamodules.tars import count_samples, expand, is_remote
+from datamodules.sources import Remote
+from datamodules.stream import ShardStream
 from stair.images import MAX_PIXELS
 from stair.vocabulary import Vocabulary
 
@@ -30,12 +33,15 @@ class ImageTextShards(LightningDataModule):
     Captions are `{"captions": [...]}` or `{"caption": "..."}` of the JSON, else the text. Training draws one of them,
     evaluation uses all. Batches are `stair.batch.Batch`. An epoch is floor(samples / global_batch_size) steps on every
     rank, each with other samples; it depends on `seed` and not on global random state, and resumes inside an epoch from
-    Lightning's checkpoints with the same ranks, workers, batch size and shards.
+    Lightning's checkpoints on any number of ranks and workers, with the same batch size, shuffling and shards.
 
-    A shard spec is a path, a glob (`data/*.tar`) or a brace pattern (`data/train-{0000..0004}.tar`).
+    A shard spec is a path, a glob (`data/*.tar`), a brace pattern (`data/train-{0000..0004}.tar`), and for training also
+    a URL (http, https, or what fsspec opens) or a `pipe:` command, with brace patterns. docs/data.md says more.
 
     Args:
-        train: shard spec, or a list of them; also URLs and `pipe:` commands, as WebDataset opens them. None: no
+        train: shard spec, or a list of them, or a mixture: name of a source to its spec, or to `shards`, `weight` and
+            `samples`. Without weights an epoch sees every sample once; with weights (all or none) every batch holds the
+            sources in this proportion, each source going through its own samples before it repeats one. None: no
             training.
         val: name to shard spec of the validation sets, the primary one first. Local and uncompressed.
         test: name to shard spec of the test sets, which are also those of `predict`. Local and uncompressed.
@@ -47,6 +53,8 @@ class ImageTextShards(LightningDataModule):
         workers: reading processes a rank; 0 reads in the training process.
         shuffle: pairs a worker shuffles among each other, held as they lie in the tar (memory: this times the size of
             a compressed image); 0 keeps their order. Shards are permuted in any case.
+        resample: draw shards with replacement instead of going through all of them: for streams too large to finish, or
+            whose sizes nobody knows. `train_samples` is then the length of an epoch.
         crop_scale: least and greatest share of an image's area that the training crop keeps, in (0, 1]; the crop's
             aspect ratio is 3/4 to 4/3. (1, 1) is evaluation's centre crop.
         flip: mirror half of the training images; wrong where captions say left and right.
@@ -54,12 +62,14 @@ class ImageTextShards(LightningDataModule):
         max_bad_share: greatest share of bad samples that are skipped, in [0, 1); judged on each rank, from 200 samples on
             or from an epoch on where that is smaller.
         seed: of shard order, shuffling, caption draws and crops.
-        train_samples: pairs in all training shards together, taken to be spread evenly. Needed where `train` has URLs;
-            for local shards it replaces counting them (by `NNNNN_stats.json` of img2dataset, else by their headers).
+        train_samples: pairs in all training shards together, taken to be spread evenly. Needed where shards that are not
+            local have no index (`stair prepare` writes one) or statistics; otherwise it replaces counting them.
+        remote: time-out, retries and local copies of shards that are not local files.
 
     Attributes:
         val_names: names of the validation sets, in the order of their loaders.
         test_names: names of the test sets, in the order of their loaders.
+        source_names: names of the sources of a mixture; empty where there is but one.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -67,7 +77,7 @@ class ImageTextShards(LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | None,
+        train: str | list[str] | dict[str, str | list[str] | Shards] | None,
         val: dict[str, str] | None,
         test: dict[str, str] | None,
         vocabulary: str,
@@ -77,31 +87,34 @@ class ImageTextShards(LightningDataModule):
         eval_batch_size: int = 64,
         workers: int = 4,
         shuffle: int = 2000,
+        resample: bool = False,
         crop_scale: tuple[float, float] = (0.9, 1.0),
         flip: bool = False,
         max_pixels: int = MAX_PIXELS,
         max_bad_share: float = 0.1,
         seed: int = 0,
         train_samples: int | None = None,
+        remote: Remote = Remote(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
-        _require(image_size >= 1, "image_size", image_size, "at least 1")
-        _require(max_tokens >= 3, "max_tokens", max_tokens, "at least 3: [CLS], a word, [SEP]")
-        _require(global_batch_size >= 1, "global_batch_size", global_batch_size, "at least 1")
-        _require(eval_batch_size >= 1, "eval_batch_size", eval_batch_size, "at least 1")
-        _require(workers >= 0, "workers", workers, "0 or more")
-        _require(shuffle >= 0, "shuffle", shuffle, "0 or more")
-        _require(0 < crop_scale[0] <= crop_scale[1] <= 1, "crop_scale", crop_scale, "0 < least <= greatest <= 1")
-        _require(max_pixels >= 1, "max_pixels", max_pixels, "at least 1")
-        _require(0 <= max_bad_share < 1, "max_bad_share", max_bad_share, "0 or more and less than 1")
-        _require(train_samples is None or train_samples >= 1, "train_samples", train_samples, "at least 1, or none")
-        self.train = [train] if isinstance(train, str) else train
+        require(image_size >= 1, "image_size", image_size, "at least 1")
+        require(max_tokens >= 3, "max_tokens", max_tokens, "at least 3: [CLS], a word, [SEP]")
+        require(global_batch_size >= 1, "global_batch_size", global_batch_size, "at least 1")
+        require(eval_batch_size >= 1, "eval_batch_size", eval_batch_size, "at least 1")
+        require(workers >= 0, "workers", workers, "0 or more")
+        require(shuffle >= 0, "shuffle", shuffle, "0 or more")
+        require(0 < crop_scale[0] <= crop_scale[1] <= 1, "crop_scale", crop_scale, "0 < least <= greatest <= 1")
+        require(max_pixels >= 1, "max_pixels", max_pixels, "at least 1")
+        require(0 <= max_bad_share < 1, "max_bad_share", max_bad_share, "0 or more and less than 1")
+        require(train_samples is None or train_samples >= 1, "train_samples", train_samples, "at least 1, or none")
+        self.train = mixture(train)
         self.val, self.test = val or {}, test or {}
         self.val_names, self.test_names = list(self.val), list(self.test)
+        self.source_names = [name for name in self.train if name]
         self.global_batch_size, self.eval_batch_size, self.workers = global_batch_size, eval_batch_size, workers
         self.shuffle, self.max_pixels, self.max_bad_share, self.seed = shuffle, max_pixels, max_bad_share, seed
-        self.train_samples = train_samples
-        self.augment = Augment(image_size, tuple(crop_scale), flip)
+        self.resample, self.train_samples, self.remote = resample, train_samples, remote
+        self.augment = Augment(image_size, (crop_scale[0], crop_scale[1]), flip, max_pixels)
         self.collate = CollatePairs(Vocabulary(vocabulary), max_tokens)
         self._loader: ShardLoader | None = None
         self._sets: dict[str, dict[str, EvaluationPairs]] = {}
@@ -111,6 +124,11 @@ class ImageTextShards(LightningDataModule):
     def skipped(self) -> dict[str, int]:
         """Bad training samples this rank has met so far, by cause, and unreadable shards."""
         return dict(self._broken + (self._loader.skipped if self._loader else Counter()))
+
+    @property
+    def skipped_by_source(self) -> dict[str, int]:
+        """Bad training samples this rank has met so far, by source of the mixture."""
+        return dict(self._loader.skipped_by_source) if self._loader else {}
 
     def setup(self, stage: str) -> None:
         """Finds, counts and checks everything that the stage reads.
@@ -138,51 +156,25 @@ class ImageTextShards(LightningDataModule):
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} cannot be shared by {ranks} ranks; make it a multiple"
             )
-        sources = [expand(spec) for spec in self.train]
-        shards = [shard for source in sources for shard in source]
-        counts = self._counts(shards)
-        if sum(counts) < self.global_batch_size:
+        sources, broken = find(self.train, self.train_samples, self.resample, self.remote, rank, ranks)
+        self._broken = Counter({"shard broken": broken})
+        shards, counted = sum(len(s.shards) for s in sources), sum(sum(s.counts) for s in sources)
+        samples = self.train_samples or counted
+        if samples < self.global_batch_size:
             raise ValueError(
-                f"{len(shards)} shards hold {sum(counts)} pairs, fewer than global_batch_size="
+                f"{shards} shards hold {samples} pairs, fewer than global_batch_size="
                 f"{self.global_batch_size}: an epoch would have no step. Lower it or give more shards"
             )
         for source in sources:
-            self._check(source, rank)
-        plan = Plan(
-            tuple(shards), tuple(counts), self.seed, ranks, max(self.workers, 1), self.global_batch_size // ranks
-        )
-        if len(shards) < plan.ranks * plan.workers:
-            logger.info("%d shards for %d readers: some read parts of one", len(shards), plan.ranks * plan.workers)
+            probe(source, self.remote)
+        workers, batch_size = max(self.workers, 1), self.global_batch_size // ranks
+        plan = Plan(tuple(sources), self.seed, ranks, workers, batch_size, samples, self.resample)
+        if shards < ranks * workers:
+            logger.info("%d shards for %d readers: some read parts of one", shards, ranks * workers)
         shard_stream = ShardStream(
-            plan, rank, self.augment, self.collate, self.shuffle, self.max_pixels, self.max_bad_share
+            plan, rank, ranks, workers, self.augment, self.collate, self.shuffle, self.max_bad_share, self.remote
         )
         return ShardLoader(shard_stream, self.workers, self._epoch_batches(plan.steps))
-
-    def _check(self, source: list[str], rank: int) -> None:
-        collate, augment = self.collate, self.augment
-        bounds = (self.max_pixels, self.max_bad_share, augment.flip)
-        for finding in probe(source[0], source, Needs(collate.vocabulary, collate.max_tokens, augment.size, *bounds)):
-            if finding.severity == "stops":
-                raise ValueError(f"{finding.source}: {finding.what}; {finding.mend}")
-            if finding.severity == "warns" and rank == 0:
-                logger.warning("%s: %s; mended by %s", finding.source, finding.what, finding.mend)
-
-    def _counts(self, shards: list[str]) -> list[int]:
-        if self.train_samples is not None:
-            even, rest = divmod(self.train_samples, len(shards))
-            return [even + (i < rest) for i in range(len(shards))]
-        if remote := [shard for shard in shards if is_remote(shard)]:
-            raise ValueError(
-                f"{remote[0]!r} cannot be counted without reading it all: give train_samples, "
-                "the number of pairs in all training shards"
-            )
-        counts, wrong = zip(*map(count_samples, shards), strict=True)
-        self._broken = Counter({"shard broken": sum(map(bool, wrong))})
-        if not any(counts):
-            raise ValueError(f"none of {len(shards)} training shards holds a sample, the first: {wrong[0]}")
-        for reason in filter(None, wrong):
-            logger.warning("shard broken: %s", reason)
-        return list(counts)
 
     def _place(self) -> tuple[int, int]:
         if self.trainer is not None:
@@ -230,8 +222,3 @@ class ImageTextShards(LightningDataModule):
         """Places the loader; without one (validation, test) there is nothing to place."""
         if self._loader and state_dict:
             self._loader.load_state_dict(state_dict)
-
-
-def _require(holds: bool, name: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}={value!r}: wanted {wanted}")

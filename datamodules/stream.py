@@ -1,336 +1,210 @@
-"""The training stream: which pair is seen when, as a function of (seed, epoch, rank, worker) and of nothing else.
+"""The training stream: which pair is seen when, as a function of the plan, the epoch and of nothing else.
 
-`plan.py` gives each worker its part of an epoch. A batch takes the next b samples of that part, shuffled, bad ones
-too; a bad one is replaced by one that is due in a later batch, which will then be seen twice. Batch j therefore always
-begins at sample j·b, and a run is resumed by counting: no decoding, nothing to save but epoch and number of batches.
+`plan.py` gives each reader its part of an epoch. A batch takes the next places of that part, shuffled; a place whose sample
+is bad or missing is filled with one that is due in a later batch, which will then be seen twice. Batch j therefore always
+begins at the same place, and a run is resumed by counting: no decoding, nothing to save but epoch and number of batches.
 """
 
 import itertools
-import logging
-import math
-import random
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
+from datamodules.augment import Augment
 from datamodules.pairs import CollatePairs, Pair
 from datamodules.plan import Piece, Plan, seeded
+from datamodules.sources import Remote
+from datamodules.tally import Report, Skip, Tally
 from datamodules.tars import captions, image_bytes, stream
-from datamodules.workers import begin
 from stair.batch import Batch
-from stair.images import box_pixels, decode_image, eval_pixels
 
-logger = logging.getLogger(__name__)
-
-# the share of bad samples among fewer than these is too rough to stop a run for
-_ENOUGH = 200
-
-# of bad samples: cause, shard, place, reason, how many there are
-Skip = tuple[str, str, str, str, int]
-# from a worker since its last report: samples seen, and which of them were bad
-Report = tuple[int, list[Skip]]
+_MISSING: dict[str, Any] = {}  # a place whose sample its shard did not have
 
 
 @dataclass(frozen=True)
-class Augment:
-    """Random resized crop and flip, drawn from a generator of its own (torchvision's draw from the global one).
+class Reader:
+    """Reads what one worker of one rank of the plan sees in an epoch, as lists of pairs: one list a batch.
 
     Attributes:
-        size: side S of the square, in pixels.
-        scale: least and greatest share of the area that is kept; (1, 1) is the crop of evaluation.
-        flip: mirror half of the images.
+        plan: who sees what.
+        augment: makes pixels of an image's bytes.
+        buffer: samples, as they lie in the tar, that are shuffled among each other.
+        remote: how shards that are not local files are read.
+        epoch: which epoch.
+        rank: in the plan.
+        worker: in the plan.
+        tally: told of what is seen and left out.
     """
 
-    size: int
-    scale: tuple[float, float]
-    flip: bool
+    plan: Plan
+    augment: Augment
+    buffer: int
+    remote: Remote
+    epoch: int
+    rank: int
+    worker: int
+    tally: Tally
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> Tensor:
-        """(3, S, S) uint8."""
-        if self.scale[0] == 1:
-            pixels = eval_pixels(image, self.size)
-        else:
-            pixels = box_pixels(image, _random_box(*image.size, self.scale, rng), self.size)
-        return pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
+    def batches(self, handed: int) -> Iterator[list[Pair]]:
+        """The reader's batches, without those among the first `handed` ones of its rank."""
+        turns = np.asarray(self.plan.turns(self.worker))
+        quotas = self.plan.quotas(self.rank, turns)
+        done = int((turns < handed).sum())
+        lines = [self._filled(line, quota, done) for line, quota in enumerate(quotas)]
+        for _ in range(done, len(turns)):
+            yield [pair for line in lines for pair in next(line)]
 
-
-def _random_box(
-    width: int, height: int, scale: tuple[float, float], rng: random.Random
-) -> tuple[float, float, float, float]:
-    """RandomResizedCrop: area uniform in `scale`, aspect ratio log-uniform in 3/4 to 4/3, ten tries to fit it."""
-    for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
-            return left, top, left + w, top + h
-    w, h = min(width, height * 4 / 3), min(height, width * 4 / 3)
-    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
-
-
-@dataclass
-class Tally:
-    """Samples seen and skipped: by a worker, and over all workers of a rank.
-
-    Attributes:
-        limit: greatest share of bad samples.
-        enough: samples to see before the limit counts.
-    """
-
-    limit: float
-    enough: int
-    seen: int = 0
-    bad: Counter[tuple[str, str]] = field(default_factory=Counter)
-    news: list[Skip] = field(default_factory=list)
-    told: int = 0
-
-    def skip(self, shard: str, place: str, reason: str, samples: int = 1) -> None:
-        """Counts bad samples among those seen; `reason` begins with its cause and a colon."""
-        cause = reason.partition(":")[0]
-        self.bad[cause, shard] += samples
-        self.news.append((cause, shard, place, reason, samples))
-
-    def report(self) -> Report:
-        """What was seen and skipped since the last report."""
-        seen, self.told = self.seen - self.told, self.seen
-        news, self.news = self.news, []
-        return seen, news
-
-    def add(self, report: Report) -> None:
-        """Takes in what a worker reports."""
-        seen, news = report
-        self.seen += seen
-        for cause, shard, _, _, samples in news:
-            self.bad[cause, shard] += samples
-
-    def by_cause(self) -> Counter[str]:
-        """Bad samples of all shards."""
-        causes: Counter[str] = Counter()
-        for (cause, _), count in self.bad.items():
-            causes[cause] += count
-        return causes
-
-    def judge(self) -> None:
-        """Stops the run if the data are too bad.
-
-        Raises:
-            RuntimeError: naming the worst shard and the causes.
-        """
-        total = self.bad.total()
-        if self.seen < self.enough or total <= self.limit * self.seen:
+    def _filled(self, line: int, quota: "np.ndarray[Any, Any]", done: int) -> Iterator[list[Pair]]:
+        """What a line gives to each batch."""
+        if not quota.any():
+            yield from itertools.repeat([], len(quota) - done)
             return
-        shards: Counter[str] = Counter()
-        for (_, shard), count in self.bad.items():
-            shards[shard] += count
-        worst, count = shards.most_common(1)[0]
-        raise RuntimeError(
-            f"{total} of {self.seen} samples are bad, more than max_bad_share={self.limit}: {dict(self.by_cause())}; "
-            f"worst shard {worst} with {count}. Repair the shards or raise max_bad_share"
-        )
+        samples = itertools.islice(self._shuffled(line), int(quota[:done].sum()), None)
+        ahead: deque[Pair | None] = deque()  # read before their turn; None is a bad one
+        for wanted in quota[done:].tolist():
+            due = [ahead.popleft() if ahead else self._read(next(samples)) for _ in range(wanted)]
+            pairs = [pair for pair in due if pair]
+            for i in itertools.count():
+                if len(pairs) == wanted:
+                    break
+                if i == len(ahead):
+                    ahead.append(self._read(next(samples)))
+                if found := ahead[i]:
+                    pairs.append(found)
+            yield pairs
+
+    def _shuffled(self, line: int) -> Iterator[dict[str, Any]]:
+        """The samples of a part, shuffled, over and over: broken shards can leave fewer than the plan asks for."""
+        name = self.plan.lines[line][0].name
+        buffer = round(self.buffer * self.plan.shares[line])
+        for lap in itertools.count():
+            rng = seeded(self.plan.seed, self.epoch, self.rank, self.worker, name, lap)
+            pieces = self._pieces(line, rng, lap)
+            samples = (sample for piece in pieces for sample in self._stream(piece))
+            empty = True
+            for sample in shuffle(buffer, initial=buffer, rng=rng)(samples):
+                empty = False
+                yield sample
+            if empty:
+                raise RuntimeError(
+                    f"no sample could be read from {[shard for s in self.plan.lines[line] for shard in s.shards][:3]} or "
+                    f"others of them: {dict(self.tally.by_cause())}; check the files, and train_samples if it was given"
+                )
+
+    def _pieces(self, line: int, rng: Any, lap: int) -> Iterator[Piece]:
+        if self.plan.resample:
+            return self.plan.drawn(self.epoch, self.rank, self.worker, line)
+        part = self.plan.pieces(self.epoch, self.rank, self.worker, line)
+        rng.shuffle(part)
+        return (replace(piece, visit=f"{piece.visit}+{lap}") if lap else piece for piece in part)
+
+    def _stream(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        """A piece's samples: as many as it should have, so that a shard that breaks moves no other sample's place."""
+        errors: list[Exception] = []
+        read = 0
+        with closing(stream(piece.shard, errors.append, remote=self.remote)) as samples:
+            for sample in itertools.islice(samples, piece.start, piece.stop):
+                read += 1
+                sample["__piece__"] = piece
+                yield sample
+        if errors or read < piece.length:
+            lost = max(piece.length - read, 1)
+            reason = (
+                errors[0] if errors else f"it has {piece.start + read} samples, {piece.start + piece.length} were said"
+            )
+            self.tally.seen += lost
+            self.tally.note(Skip(f"shard broken: {reason}", piece.source, piece.shard, piece.shard, lost))
+            self.tally.judge()
+        yield from itertools.repeat(_MISSING, piece.length - read)
+
+    def _read(self, sample: dict[str, Any]) -> Pair | None:
+        if sample is _MISSING:
+            return None
+        self.tally.seen += 1
+        piece: Piece = sample["__piece__"]
+        place = f"{sample['__key__']!r} in {piece.shard}"
+        for oddity in sample["__odd__"]:
+            self.tally.note(Skip(oddity, piece.source, piece.shard, place, 0))
+        try:
+            return self._pair(sample)
+        except ValueError as error:
+            self.tally.note(Skip(str(error), piece.source, piece.shard, place, 1))
+            return None
+        finally:
+            self.tally.judge()
+
+    def _pair(self, sample: dict[str, Any]) -> Pair:
+        piece: Piece = sample["__piece__"]
+        if sample["__wrong__"]:
+            raise ValueError(sample["__wrong__"])
+        texts = [text for text in captions(sample) if text]
+        key = f"{PurePosixPath(piece.shard).name.removesuffix('.tar')}/{sample['__key__']}"
+        rng = seeded(self.plan.seed, piece.visit, key)
+        return Pair(self.augment(image_bytes(sample), rng), [rng.choice(texts)], 0, key, piece.source)
 
 
 @dataclass(eq=False)
 class ShardStream(IterableDataset[tuple[Batch, Report]]):
-    """What a worker runs: its batches of one epoch, each with a report of what was skipped.
+    """What a reading process runs: its batches of one epoch, each with a report of what was skipped.
+
+    A rank of this run makes the rows of the global batch that are its own. Where the plan was laid out for other ranks (a
+    run that goes on elsewhere), these are rows of several of the plan's ranks, or some rows of one.
 
     Attributes:
         plan: who sees what.
         rank: this process, from 0.
-        augment: makes pixels of an image.
+        ranks: processes that train.
+        processes: reading processes of this rank; must divide the plan's workers.
+        augment: makes pixels of an image's bytes.
         collate: makes a batch of pairs.
-        buffer: samples, as they lie in the tar, that are shuffled among each other.
-        max_pixels: largest width × height that is decoded.
+        buffer: samples, as they lie in the tar, that a worker shuffles among each other.
         max_bad_share: greatest share of bad samples.
-        epoch: the epoch to make; to be set before workers start.
-        handed: batches of that epoch to leave out; to be set before workers start.
+        remote: how shards that are not local files are read.
+        epoch: the epoch to make.
+        handed: batches of that epoch to leave out.
     """
 
     plan: Plan
     rank: int
+    ranks: int
+    processes: int
     augment: Augment
     collate: CollatePairs
     buffer: int
-    max_pixels: int
     max_bad_share: float
+    remote: Remote
     epoch: int = 0
     handed: int = 0
 
     def __iter__(self) -> Iterator[tuple[Batch, Report]]:
         info = get_worker_info()
-        # the loader always asks its first process first, which after a resume must be the one whose turn it is
-        worker = ((info.id if info else 0) + self.handed) % self.plan.workers
-        turns = self.plan.turns(worker)
-        if not turns:
-            return
-        part = self.plan.part(self.epoch, self.rank, worker)
         # alone, a worker judges only by a good number: its part may be small, and one bad sample a great share of it
-        tally = Tally(self.max_bad_share, _ENOUGH)
-        done = sum(turn < self.handed for turn in turns)
-        drawn = itertools.islice(self._drawn(part, worker, tally), done * self.plan.batch_size, None)
-        for pairs in self._filled(drawn, len(turns) - done, tally):
-            yield self.collate(pairs), tally.report()
+        tally = Tally(self.max_bad_share)
+        readers: dict[tuple[int, int], Iterator[list[Pair]]] = {}
+        # the loader asks its processes in turn, whichever step it begins at
+        for step in range(self.handed + (info.id if info else 0), self.plan.steps, self.processes):
+            worker = step % self.plan.workers
+            rows: list[Pair] = []
+            for rank, part in self._shares():
+                if (rank, worker) not in readers:
+                    # what two ranks read is counted by the one that has its first row
+                    told = tally if part.start == 0 else Tally(self.max_bad_share)
+                    reader = Reader(self.plan, self.augment, self.buffer, self.remote, self.epoch, rank, worker, told)
+                    readers[rank, worker] = reader.batches(self.handed)
+                rows += next(readers[rank, worker])[part]
+            yield self.collate([replace(pair, image_id=row) for row, pair in enumerate(rows)]), tally.report()
 
-    def _filled(self, drawn: Iterator[dict[str, Any]], batches: int, tally: Tally) -> Iterator[list[Pair]]:
-        ahead: deque[Pair | None] = deque()  # read before their turn; None is a bad one
-        for _ in range(batches):
-            due = [ahead.popleft() if ahead else self._read(next(drawn), tally) for _ in range(self.plan.batch_size)]
-            pairs = [pair for pair in due if pair]
-            for i in itertools.count():
-                if len(pairs) == self.plan.batch_size:
-                    break
-                if i == len(ahead):
-                    ahead.append(self._read(next(drawn), tally))
-                if ahead[i]:
-                    pairs.append(ahead[i])
-            yield [Pair(pair.pixels, pair.captions, row, pair.key) for row, pair in enumerate(pairs)]
-
-    def _drawn(self, part: list[Piece], worker: int, tally: Tally) -> Iterator[dict[str, Any]]:
-        """The samples of a part, shuffled, over and over: bad files can leave fewer than the plan asks for."""
-        for lap in itertools.count():
-            rng = seeded(self.plan.seed, self.epoch, self.rank, worker, lap)
-            rng.shuffle(part)
-            samples = (sample for piece in part for sample in self._stream(piece, tally))
-            empty = True
-            for sample in shuffle(self.buffer, initial=self.buffer, rng=rng)(samples):
-                empty = False
-                yield sample
-            if empty:
-                names = [self.plan.shards[piece.shard] for piece in part]
-                raise RuntimeError(
-                    f"no sample could be read from {names[:3]} (of {len(names)}): {tally.news[:3]}; "
-                    "check the files, and train_samples if it was given"
-                )
-
-    def _stream(self, piece: Piece, tally: Tally) -> Iterator[dict[str, Any]]:
-        shard, errors, read = self.plan.shards[piece.shard], [], 0
-        with closing(stream(shard, lambda error: errors.append(error) or True)) as samples:
-            for sample in itertools.islice(samples, piece.start, piece.stop):
-                read += 1
-                yield {**sample, "__url__": shard}
-        if errors:
-            lost = max(piece.length - read, 1)
-            tally.seen += lost
-            tally.skip(shard, shard, f"shard broken: {errors[0]}", lost)
-            tally.judge()
-
-    def _read(self, sample: dict[str, Any], tally: Tally) -> Pair | None:
-        tally.seen += 1
-        try:
-            return self._pair(sample)
-        except ValueError as error:
-            shard = sample["__url__"]
-            tally.skip(shard, f"{sample['__key__']!r} in {shard}", str(error))
-            return None
-        finally:
-            tally.judge()
-
-    def _pair(self, sample: dict[str, Any]) -> Pair:
-        texts = [text for text in captions(sample) if text]
-        image = decode_image(image_bytes(sample), self.max_pixels)
-        key = f"{Path(sample['__url__']).name.removesuffix('.tar')}/{sample['__key__']}"
-        rng = seeded(self.plan.seed, self.epoch, key)
-        return Pair(self.augment(image, rng), [rng.choice(texts)], 0, key)
-
-
-def _as_is(made: tuple[Batch, Report]) -> tuple[Batch, Report]:
-    return made
-
-
-class ShardLoader:
-    """Hands out the batches of one rank, epoch after epoch, and knows where it stands.
-
-    The state is what has been handed out, not what workers have read ahead. Lightning finds `state_dict` and
-    `load_state_dict` and stores the state in its checkpoints; the next iteration goes on where the state was taken.
-
-    Args:
-        stream: what the workers run.
-        processes: reading processes; 0 reads in this one.
-        epoch_batches: batches after which an epoch counts as complete, where a trainer stops earlier than `len`.
-    """
-
-    def __init__(self, stream: ShardStream, processes: int, epoch_batches: int) -> None:
-        self.stream, self.epoch_batches = stream, epoch_batches
-        self.epoch = self.handed = 0
-        self._tally = Tally(stream.max_bad_share, min(_ENOUGH, epoch_batches * stream.plan.batch_size))
-        self._moved = False
-        self._loader = DataLoader(
-            stream,
-            batch_size=None,
-            num_workers=processes,
-            collate_fn=_as_is,
-            worker_init_fn=begin,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # the default one would draw from the global state
-        )
-        self._iterator: Iterator[Any] | None = None  # the name by which Lightning finds workers to shut down
-
-    def __len__(self) -> int:
-        return self.stream.plan.steps
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self._moved:
-            self.set_epoch(self.epoch + 1)
-        self._iterator = None
-        return self._batches()
-
-    def _batches(self) -> Iterator[Batch]:
-        self.stream.epoch, self.stream.handed = self.epoch, self.handed
-        self._iterator = iter(self._loader)
-        before = self.skipped
-        for batch, report in self._iterator:
-            self.handed += 1
-            self._moved = True
-            self._note(report)
-            if self.handed == self.epoch_batches and (fresh := self.skipped - before):
-                logger.warning("epoch %d: skipped %d samples: %s", self.epoch, fresh.total(), dict(fresh))
-            yield batch
-
-    def _note(self, report: Report) -> None:
-        known = set(self.skipped)
-        for cause, _, place, reason, _ in report[1]:
-            if cause not in known:
-                logger.warning("skipped %s: %s; more of this cause are only counted", place, reason)
-                known.add(cause)
-        self._tally.add(report)
-        self._tally.judge()
-
-    @property
-    def skipped(self) -> Counter[str]:
-        """Bad samples met so far on this rank, by cause."""
-        return self._tally.by_cause()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Makes the next iteration begin this epoch, unless it is the one under way."""
-        if epoch != self.epoch:
-            self.epoch, self.handed, self._moved = epoch, 0, False
-
-    def state_dict(self) -> dict[str, Any]:
-        """Epoch and batches handed out in it (plain numbers), and what they mean something under."""
-        complete = self.handed >= self.epoch_batches
-        position = {"epoch": self.epoch + complete, "batches": 0 if complete else self.handed}
-        return {**position, "fingerprint": self.stream.plan.fingerprint()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next iteration go on where the state was taken.
-
-        Raises:
-            ValueError: if it was taken on other shards or under another split.
-        """
-        here, there = self.stream.plan.fingerprint(), state["fingerprint"]
-        if here != there:
-            differ = {name: (there.get(name), value) for name, value in here.items() if there.get(name) != value}
-            raise ValueError(
-                f"the checkpoint's place in the data cannot be found again: (checkpoint, this run) differ in {differ}; "
-                "resume with the checkpoint's values, or start a new run from its weights"
-            )
-        self.epoch, self.handed, self._moved = state["epoch"], state["batches"], False
+    def _shares(self) -> Iterator[tuple[int, slice]]:
+        """The plan's ranks that hold this rank's rows, and which rows of theirs."""
+        size = self.plan.global_batch_size // self.ranks
+        first, end = self.rank * size, (self.rank + 1) * size
+        theirs = self.plan.batch_size
+        for rank in range(first // theirs, -(-end // theirs)):
+            yield rank, slice(max(first - rank * theirs, 0), min(end - rank * theirs, theirs))

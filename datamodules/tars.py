@@ -1,31 +1,35 @@
 """What a tar of image-text samples is: which files a spec names, what a sample's members are, what its captions are.
 
-A sample is a run of members with one key (`KEY.jpg` with `KEY.json` and/or `KEY.txt`), grouped as WebDataset groups
-them, so that counting, streaming and indexing agree. Only these members are read, and nothing is ever unpickled.
+A sample is a run of members with one key (`KEY.jpg` with `KEY.json` and/or `KEY.txt`), keys and types parted as WebDataset
+parts them. Counting, streaming and indexing go through one grouping, so they agree. Only these members are read, and
+nothing is ever unpickled.
 """
 
 import glob
 import json
 import re
-import tarfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import braceexpand
-from webdataset.gopen import gopen
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext
+
+from datamodules.sources import Remote, is_remote, open_shard
+from datamodules.tar_members import BrokenTarError, Member, Tar
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 CAPTION_TYPES = ("json", "txt")
+LONGEST_CAPTION = 10_000  # characters; what is longer is a page of text that went astray
 
+_WANTED = frozenset(IMAGE_TYPES + CAPTION_TYPES)
+_PICKLES = frozenset(("pyd", "pth", "pt", "pkl", "pickle", "ckpt"))
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own members
 
+_UNSAFE = "unsafe name: {!r} leads out of its folder"
+_TWICE = "duplicate member: {!r} comes twice, or two samples that follow each other share a key"
 
-def is_remote(shard: str) -> bool:
-    """Whether WebDataset opens this shard itself (a URL or a `pipe:` command); local paths are ours."""
-    return "://" in shard or shard.startswith("pipe:")
+Value = TypeVar("Value")
 
 
 def expand(spec: str | list[str]) -> list[str]:
@@ -58,7 +62,7 @@ def _matches(pattern: str, spec: str) -> list[str]:
 
 def is_wanted(name: str) -> bool:
     """Whether a member can belong to a sample, by its name."""
-    return _key_and_type(name)[1] in IMAGE_TYPES + CAPTION_TYPES
+    return _key_and_type(name)[1] in _WANTED
 
 
 def _key_and_type(name: str) -> tuple[str, str]:
@@ -66,87 +70,93 @@ def _key_and_type(name: str) -> tuple[str, str]:
     return (key, kind.lower()) if key and not _META.match(name) else ("", "")
 
 
+class _Found(NamedTuple, Generic[Value]):
+    key: str
+    values: dict[str, Value]  # by type
+    wrong: list[str]  # reasons to leave the sample out
+    odd: list[str]  # what is no such reason
+
+
+def _samples(
+    tar: Tar, value: Callable[[Member], Value], select: Callable[[str], bool] | None = is_wanted
+) -> Iterator[_Found[Value]]:
+    """Groups members by key. A sample that the archive breaks off in is not handed out: a part of it may be missing."""
+    found: _Found[Value] = _Found("", {}, [], [])
+    for member in tar:
+        key, kind = _key_and_type(member.name)
+        wanted = bool(key) and (select is None or select(member.name))
+        if key != found.key and wanted:
+            if found.values:
+                yield found
+            found = _Found(key, {}, [_UNSAFE.format(key)] if _leaves_its_folder(key) else [], [])
+        if not wanted:
+            if kind.rpartition(".")[2] in _PICKLES:
+                found.odd.append(f"pickle ignored: {member.name!r} is never opened")
+        elif kind in found.values:
+            found.wrong.append(_TWICE.format(member.name))
+        else:
+            found.values[kind] = value(member)
+    if found.values:
+        yield found
+
+
+def _leaves_its_folder(key: str) -> bool:
+    return key.startswith(("/", "\\")) or ".." in key.replace("\\", "/").split("/")
+
+
+def index(path: Path | str, mode: str = "r:") -> Iterator[tuple[str, dict[str, tuple[int, int]], str]]:
+    """As `walk`, and with each sample what is wrong with its names, empty if nothing is."""
+    try:
+        with open(path, "rb") as file:
+            for found in _samples(Tar(file, mode != "r:"), lambda member: (member.offset, member.size)):
+                yield found.key, found.values, "; ".join(found.wrong[:1])
+    except (BrokenTarError, OSError) as error:
+        raise ValueError(f"{path} is cut short or no {'uncompressed ' * (mode == 'r:')}tar ({error})") from error
+
+
 def walk(path: Path | str, mode: str = "r:") -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """Walks the headers of a local tar, one sample at a time, without reading what the members hold.
 
     Args:
         path: the tar.
-        mode: of `tarfile.open`; `r:` refuses compressed tars, in which offsets mean nothing, `r:*` takes them.
+        mode: `r:` refuses compressed tars, in which offsets mean nothing, `r:*` takes them.
 
     Yields:
         A sample's key and, by type (`jpg`, `json`, ...), offset and length of its members in bytes.
 
     Raises:
-        ValueError: where the file stops being a tar; everything before has been yielded by then.
+        ValueError: where the file stops being a tar; every whole sample before has been yielded by then.
     """
-    key, members = "", {}
-    try:
-        with tarfile.open(path, mode) as tar:
-            for info in tar:
-                if info.isreg() and is_wanted(info.name):
-                    name, kind = _key_and_type(info.name)
-                    if name != key and members:
-                        yield key, members
-                        members = {}
-                    key = name
-                    members.setdefault(kind, (info.offset_data, info.size))
-            cut_short = not tar.fileobj.seekable() or not _ends(tar)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        cut_short = error
-    if members:
-        yield key, members
-    if cut_short:
-        reason = "no end-of-archive mark" if cut_short is True else cut_short
-        raise ValueError(f"{path} is cut short or no {'uncompressed ' * (mode == 'r:')}tar ({reason})")
-
-
-def _ends(tar: tarfile.TarFile) -> bool:
-    # tarfile takes any broken header but the first for the end
-    tar.fileobj.seek(tar.offset)
-    return not any(tar.fileobj.read(tarfile.BLOCKSIZE))
-
-
-def count_samples(path: str) -> tuple[int, str]:
-    """How many samples a local shard holds: img2dataset's `NNNNN_stats.json` if there is one, else a walk.
-
-    Returns:
-        The count, and what is wrong with the shard (empty if nothing is).
-    """
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return int(json.loads(Path(path).with_name(f"{Path(path).stem}_stats.json").read_text())["successes"]), ""
-    count = 0
-    try:
-        for _ in walk(path, "r:*"):
-            count += 1
-    except ValueError as error:
-        return count, str(error)
-    return count, "" if count else f"{path} holds no sample"
+    for key, places, _ in index(path, mode):
+        yield key, places
 
 
 def stream(
-    shard: str, on_error: Callable[[Exception], bool], select: Callable[[str], bool] | None = is_wanted
+    shard: str,
+    on_error: Callable[[Exception], Any],
+    select: Callable[[str], bool] | None = is_wanted,
+    remote: Remote | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Reads the samples of one shard from front to end.
 
     Args:
         shard: path, URL or `pipe:` command.
-        on_error: told of everything that breaks the shard; returns True to go on with what can still be read.
+        on_error: told of what breaks the shard, after which nothing more comes.
         select: which members are read, by name; None for all.
+        remote: how shards that are not local files are read.
 
     Yields:
-        `__key__` and, by type in lower case, the bytes of each member.
+        `__key__`, `__wrong__` (a reason to leave the sample out, else empty), `__odd__` (a list of what is no such reason)
+        and, by type in lower case, the bytes of each member.
     """
     try:
-        source = gopen(shard)
-    except Exception as error:  # each scheme has an opener of its own
+        with open_shard(shard, remote or Remote()) as file:
+            tar = Tar(file)
+            for found in _samples(tar, lambda member: tar.read(member.size), select):
+                wrong = found.wrong[0] if found.wrong else ""
+                yield {"__key__": found.key, "__wrong__": wrong, "__odd__": found.odd, **found.values}
+    except (BrokenTarError, OSError) as error:
         on_error(error)
-        return
-    try:
-        files = tar_file_expander([{"url": shard, "stream": source}], handler=on_error, select_files=select)
-        yield from group_by_keys(files, handler=on_error)
-    finally:
-        with suppress(OSError):  # a pipe that is closed before its end reports a failure
-            source.close()
 
 
 def image_bytes(sample: Mapping[str, bytes]) -> bytes:
@@ -168,29 +178,35 @@ def captions(sample: Mapping[str, bytes]) -> list[str]:
         At least one string that is not blank; surrounding white space is removed, blank ones are kept as "".
 
     Raises:
-        ValueError: `no caption: ...` or `caption unreadable: ...`.
+        ValueError: `no caption: ...`, `caption unreadable: ...` or `caption too long: ...`.
     """
     try:
         found = _in_json(sample["json"].decode()) if "json" in sample else []
         if not found and "txt" in sample:
             found = [sample["txt"].decode()]
         found = [caption.strip() for caption in found]
-    except (ValueError, AttributeError, RecursionError) as error:
+        for caption in found:
+            caption.encode()  # JSON can spell half a character, on which the tokenizer would stop the run
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"caption unreadable: {type(error).__name__}: {error}") from error
     if not any(found):
         raise ValueError(
             f"no caption: members are {types_of(sample)}, wanted KEY.txt, or KEY.json with "
             '{"captions": [...]} or {"caption": "..."}; members of a sample must follow each other in the tar'
         )
+    if (longest := max(map(len, found))) > LONGEST_CAPTION:
+        raise ValueError(f"caption too long: {longest} characters, the limit is {LONGEST_CAPTION}")
     return found
 
 
 def _in_json(text: str) -> list[str]:
     fields = json.loads(text)
-    single = fields.get("caption")
-    return list(fields.get("captions") or ([single] if single else []))
+    several, single = fields.get("captions"), fields.get("caption")
+    if several and not isinstance(several, list):
+        raise TypeError(f"captions is a {type(several).__name__}, wanted a list of strings")
+    return list(several or ([single] if single else []))
 
 
 def types_of(sample: Mapping[str, Any]) -> list[str]:
-    """The types of a sample's members, WebDataset's own fields left out."""
+    """The types of a sample's members, fields that begin with two underscores left out."""
     return [kind for kind in sample if not kind.startswith("__")]

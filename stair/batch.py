@@ -18,7 +18,8 @@ class Batch(TypedDict):
         image_id: (B,) int64, the image's place in its evaluation set; -1 marks padding that only evens out ranks and
             must be ignored. In training: the row number.
         caption_image: (C,) int64, the `image_id` of the image a caption belongs to; -1 for padding.
-        key: B strings, `source/__key__` of each sample, for messages.
+        key: B strings, `tar/__key__` of each sample, for messages.
+        source: B strings, the name of each sample's source in a mixture; "" where there is but one.
     """
 
     pixels: Tensor
@@ -27,3 +28,4 @@ class Batch(TypedDict):
     image_id: Tensor
     caption_image: Tensor
     key: list[str]
+    source: list[str]

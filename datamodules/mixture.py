@@ -1,0 +1,173 @@
+"""What there is to train on: the sources of a mixture, their shards, how many samples these hold, and a first look."""
+
+import itertools
+import logging
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from datamodules.counts import Size, sizes, spread
+from datamodules.plan import Source
+from datamodules.sources import Remote
+from datamodules.tars import CAPTION_TYPES, IMAGE_TYPES, captions, expand, image_bytes, stream, types_of
+
+logger = logging.getLogger(__name__)
+
+_PROBED = 20  # samples of a source that are looked at before training
+
+
+def require(holds: bool, name: str, value: object, wanted: str) -> None:
+    """Refuses a setting.
+
+    Raises:
+        ValueError: unless it holds.
+    """
+    if not holds:
+        raise ValueError(f"{name}={value!r}: wanted {wanted}")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A source of a mixture.
+
+    Args:
+        shards: shard spec, or a list of them.
+        weight: share of the pairs, relative to the other sources' weights; more than 0.
+        samples: pairs in these shards together, where they cannot be counted.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    shards: str | list[str]
+    weight: float | None = None
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot work."""
+        require(self.weight is None or 0 < self.weight < float("inf"), "weight", self.weight, "more than 0, or none")
+        require(self.samples is None or self.samples >= 1, "samples", self.samples, "at least 1, or none")
+
+
+def mixture(train: str | list[str] | dict[str, str | list[str] | Shards] | None) -> dict[str, Shards]:
+    """The sources by name; "" is the name of an only one.
+
+    Raises:
+        ValueError: if some have a weight and others none.
+    """
+    if not isinstance(train, dict):
+        return {"": Shards(train)} if train else {}
+    mixed = {name: given if isinstance(given, Shards) else Shards(given) for name, given in train.items()}
+    without = [name for name, given in mixed.items() if given.weight is None]
+    if without and len(without) < len(mixed):
+        raise ValueError(f"sources {without} have no weight and others have: give all of them one, or none")
+    if "" in mixed:
+        raise ValueError("a source of the mixture has an empty name")
+    return mixed
+
+
+def find(
+    given: dict[str, Shards], samples: int | None, resample: bool, remote: Remote, rank: int, ranks: int
+) -> tuple[list[Source], int]:
+    """Finds the shards of all sources and how many samples they hold.
+
+    Args:
+        given: sources by name.
+        samples: pairs in all shards together, where the user said so; of an epoch, if shards are resampled.
+        resample: whether shards are drawn with replacement, which needs no sizes.
+        remote: how to go about shards that are not local.
+        rank: this process, from 0.
+        ranks: processes in all, which share the counting.
+
+    Returns:
+        The sources, and how many shards are broken.
+
+    Raises:
+        FileNotFoundError: if a shard spec matches nothing.
+        ValueError: if sizes are wanted and cannot be had, or no shard holds a sample.
+    """
+    shards = {name: expand(source.shards) for name, source in given.items()}
+    if samples is not None and not resample:
+        everything = [shard for found in shards.values() for shard in found]
+        counts = iter(spread(samples, len(everything)))
+        return [
+            Source(name, tuple(found), tuple(itertools.islice(counts, len(found))), False, given[name].weight)
+            for name, found in shards.items()
+        ], 0
+    asked = [shard for name, found in shards.items() if given[name].samples is None for shard in found]
+    sizes_by_shard = _sizes(asked, remote, rank, ranks)
+    wrong = [size.wrong for size in sizes_by_shard.values() if size.wrong]
+    if asked and len(wrong) == len(sizes_by_shard) and not any(size.samples for size in sizes_by_shard.values()):
+        raise ValueError(f"none of {len(asked)} training shards holds a sample, the first: {wrong[0]}")
+    for reason in wrong:
+        logger.warning("shard broken: %s", reason)
+    sources = [_source(name, given[name], found, sizes_by_shard) for name, found in shards.items()]
+    if samples is None and (unsized := next((source for source in sources if not source.counts), None)):
+        raise ValueError(
+            f"{unsized.shards[0]!r} or others beside it cannot be counted without reading them all: give train_samples, "
+            "the number of pairs in all training shards (or of an epoch, with resample=true), or put an index.json beside "
+            "them"
+        )
+    return sources, len(wrong)
+
+
+def _source(name: str, given: Shards, shards: list[str], found: dict[str, Size]) -> Source:
+    if given.samples is not None:
+        return Source(name, tuple(shards), tuple(spread(given.samples, len(shards))), False, given.weight)
+    counts = [found[shard].samples for shard in shards]
+    whole = tuple(count for count in counts if count is not None)
+    return Source(name, tuple(shards), whole if len(whole) == len(counts) else (), True, given.weight)
+
+
+def _sizes(shards: list[str], remote: Remote, rank: int, ranks: int) -> dict[str, Size]:
+    """Sizes of shards, each found out by one rank. A failure is told to all: ranks that wait for another would hang."""
+    together = ranks > 1 and dist.is_available() and dist.is_initialized()
+    mine = shards[rank::ranks] if together else shards
+    parts: list[Any] = [None]
+    try:
+        parts[0] = dict(zip(mine, sizes(mine, remote), strict=True))
+    except (ValueError, OSError) as error:
+        parts[0] = error
+    if together:
+        mine_found, parts = parts[0], [None] * ranks
+        dist.all_gather_object(parts, mine_found)
+    for part in parts:
+        if isinstance(part, Exception):
+            raise part
+    known = {shard: size for part in parts for shard, size in part.items()}
+    return {shard: known[shard] for shard in shards}
+
+
+def probe(source: Source, remote: Remote) -> None:
+    """Looks at the first samples of a source: wrong names would otherwise be skipped one by one, for an epoch.
+
+    Raises:
+        ValueError: if none has an image, or none a caption.
+    """
+    errors: list[Exception] = []
+    for shard in source.shards:
+        with closing(stream(shard, errors.append, select=None, remote=remote)) as samples:
+            first = list(itertools.islice(samples, _PROBED))
+        if first:
+            break
+    else:
+        why = errors[0] if errors else "not a tar, or empty"
+        raise ValueError(f"no sample in {source.shards[0]!r} and its {len(source.shards) - 1} neighbours: {why}")
+    for wanted, read in ((IMAGE_TYPES, image_bytes), (CAPTION_TYPES, captions)):
+        reasons = [_failure(read, sample) for sample in first]
+        if all(reasons):
+            names = [f"{sample['__key__']}.{kind}" for sample in first[:5] for kind in types_of(sample)]
+            raise ValueError(
+                f"none of the first {len(first)} samples of {shard!r} has a usable member of {list(wanted)}: "
+                f"{reasons[0]}; members seen: {names}"
+            )
+
+
+def _failure(read: Any, sample: dict[str, Any]) -> str:
+    try:
+        read(sample)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,306 @@
+"""Where the bytes of a shard come from: a file, a command, the web, or a bucket.
+
+Whoever reads a shard sees one unbroken run of bytes. A connection that is slow, refused, dropped or cut short is made
+again, and reading goes on at the byte where it stopped; so a sample is neither lost nor repeated by it. When that does
+not help, the shard is broken, with the cause, and nothing waits for ever.
+"""
+
+import io
+import ipaddress
+import logging
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+logger = logging.getLogger(__name__)
+
+BUFFER = 1 << 20  # bytes
+_PAUSE = 0.5  # seconds before the first new try; doubled each time
+_LONGEST_PAUSE = 30.0
+_LASTING = (400, 401, 403, 404, 405, 410, 416)  # another try would get the same answer
+
+
+@dataclass(frozen=True)
+class Remote:
+    """How shards that are not local files are read.
+
+    Args:
+        timeout: seconds without a byte after which a connection counts as dead; more than 0.
+        retries: new tries, with pauses that double from half a second to half a minute, before a shard counts as broken;
+            any byte that arrives starts the count again. 0 or more.
+        cache: folder for local copies of remote shards, which may be shared by processes and machines. None: no copies.
+        cache_gib: size limit of that folder in GiB; what was used longest ago goes first. More than 0.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    timeout: float = 60.0
+    retries: int = 6
+    cache: str | None = None
+    cache_gib: float = 100.0
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot work."""
+        if self.timeout <= 0 or self.retries < 0 or self.cache_gib <= 0:
+            raise ValueError(f"{self}: wanted timeout and cache_gib above 0 and retries of 0 or more")
+
+
+class LastingError(OSError):
+    """A failure that another try would not mend."""
+
+
+def is_remote(shard: str) -> bool:
+    """Whether a shard is something else than a local file: a URL or a `pipe:` command."""
+    return "://" in shard or shard.startswith("pipe:")
+
+
+def open_shard(shard: str, remote: Remote) -> BinaryIO:
+    """Opens a shard for reading forwards.
+
+    Args:
+        shard: a path, `pipe:COMMAND`, `http(s)://…`, or a URL that fsspec knows (`s3://`, `gs://`, `hf://`, …).
+        remote: how to go about what is not a local file.
+
+    Raises:
+        OSError: if it cannot be opened, or on reading if it cannot be read to its end.
+    """
+    if not is_remote(shard):
+        return open(shard, "rb", buffering=BUFFER)
+    if remote.cache and not shard.startswith("pipe:"):
+        from datamodules.shard_cache import open_cached  # it opens shards itself
+
+        if copy := open_cached(shard, remote):
+            return copy
+    return open_directly(shard, remote)
+
+
+def open_directly(shard: str, remote: Remote) -> BinaryIO:
+    """As `open_shard`, without local copies."""
+    return io.BufferedReader(Steady(shard, remote), BUFFER)
+
+
+def read_small(url: str, remote: Remote) -> bytes | None:
+    """A small file beside remote shards; None if there is none.
+
+    Raises:
+        OSError: if it cannot be told whether there is one, or it cannot be read.
+    """
+    try:
+        with open_directly(url, remote) as file:
+            return file.read()
+    except LastingError:
+        return None
+
+
+class Steady(io.RawIOBase):
+    """A remote file as one unbroken run of bytes.
+
+    Args:
+        shard: `pipe:` command or URL.
+        remote: time-out and number of retries.
+    """
+
+    def __init__(self, shard: str, remote: Remote) -> None:
+        self._shard, self._remote = shard, remote
+        self._connect = _connection(shard)
+        self._stream: Connection | None = None
+        self._tag: str | None = None
+        self._at = 0
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Reads what has arrived, after as many new connections as it takes.
+
+        Raises:
+            OSError: when it is given up, with the last cause.
+        """
+        for attempt in range(self._remote.retries + 1):
+            try:
+                if self._stream is None:
+                    self._stream = self._connect(self._at, self._remote.timeout)
+                    self._same_file(self._stream.tag)
+                count = self._stream.readinto(buffer)
+                if not count:
+                    self._stream.check_end(self._at)
+                self._at += count
+                return count
+            except LastingError:
+                raise
+            except (OSError, HTTPException, EOFError) as error:
+                self._drop()
+                cause = f"{type(error).__name__}: {error}"
+                logger.info("%s, byte %d, try %d: %s", self._shard, self._at, attempt + 1, cause)
+                if attempt < self._remote.retries:
+                    time.sleep(min(_PAUSE * 2**attempt, _LONGEST_PAUSE))
+        raise OSError(
+            f"{self._shard} cannot be read beyond byte {self._at}, tried {self._remote.retries + 1} times: {cause}"
+        )
+
+    def _same_file(self, tag: str | None) -> None:
+        if self._at and tag != self._tag:
+            raise LastingError(f"{self._shard} was changed while it was read: its tag was {self._tag}, now it is {tag}")
+        self._tag = tag
+
+    def _drop(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            with suppress(OSError, HTTPException):
+                stream.close()
+
+    def close(self) -> None:
+        """Ends the connection or the command."""
+        self._drop()
+        super().close()
+
+
+class Connection:
+    """A running transfer from some byte of a shard on.
+
+    Args:
+        stream: gives the bytes.
+        length: bytes of the whole shard, None if nobody said.
+        tag: what changes when the shard is replaced by another of the same name, None if nobody said.
+    """
+
+    def __init__(self, stream: Any, length: int | None, tag: str | None = None) -> None:
+        self._stream, self._length, self.tag = stream, length, tag
+
+    def readinto(self, buffer: Any) -> int:
+        """Bytes read into the buffer, 0 at the end."""
+        return self._stream.readinto(buffer) or 0
+
+    def check_end(self, at: int) -> None:
+        """Tells an end from a break.
+
+        Raises:
+            EOFError: if the shard is longer than what has come.
+        """
+        if self._length is not None and at < self._length:
+            raise EOFError(f"the transfer ended after {at} of {self._length} bytes")
+
+    def close(self) -> None:
+        """Ends the transfer."""
+        self._stream.close()
+
+
+def _connection(shard: str) -> Callable[[int, float], Connection]:
+    if shard.startswith("pipe:"):
+        return lambda at, timeout: _Command(shard.removeprefix("pipe:"), at)
+    if urlsplit(shard).scheme in ("http", "https"):
+        return lambda at, timeout: _over_http(shard, at, timeout)
+    return lambda at, timeout: _over_fsspec(shard, at)
+
+
+def _skip(stream: Any, size: int) -> None:
+    while size > 0:
+        read = len(stream.read(min(size, BUFFER)))
+        if not read:
+            raise EOFError("the transfer ended before the byte where reading had stopped")
+        size -= read
+
+
+class _Command(Connection):
+    """A shell command's output. It is run again from its beginning where it failed."""
+
+    def __init__(self, command: str, at: int) -> None:
+        self._command = command
+        self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=BUFFER)
+        super().__init__(self._process.stdout, None)
+        _skip(self._stream, at)
+
+    def readinto(self, buffer: Any) -> int:
+        return self._stream.readinto1(buffer)
+
+    def check_end(self, at: int) -> None:
+        if status := self._process.wait():
+            raise EOFError(f"`{self._command}` ended with {status} after {at} bytes")
+
+    def close(self) -> None:
+        self._stream.close()
+        with suppress(OSError):
+            self._process.terminate()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+# ------------------------------------------------------------------ http
+
+
+def _over_http(url: str, at: int, timeout: float) -> Connection:
+    request = urllib.request.Request(url, headers={"Accept-Encoding": "identity", "User-Agent": "stair"})
+    if at:
+        request.add_header("Range", f"bytes={at}-")
+    opener = urllib.request.build_opener(_GuardedRedirects(urlsplit(url).netloc))
+    try:
+        answer = opener.open(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code in _LASTING:
+            raise LastingError(f"{url}: the server says {error.code} {error.reason}") from error
+        raise
+    declared = answer.headers.get("Content-Length")
+    resumed = answer.status == 206
+    if resumed and not answer.headers.get("Content-Range", "").startswith(f"bytes {at}-"):
+        answer.close()
+        raise LastingError(f"{url}: asked for bytes from {at} on, got {answer.headers.get('Content-Range')!r}")
+    if at and not resumed:  # a server that always begins at the beginning
+        _skip(answer, at)
+    length = int(declared) + at * resumed if declared and declared.isdigit() else None
+    return Connection(answer, length, answer.headers.get("ETag"))
+
+
+class _GuardedRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but not from the web into this machine or its network, where a server has no business."""
+
+    def __init__(self, given: str) -> None:
+        self._given = given
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        there = urlsplit(newurl)
+        if there.scheme not in ("http", "https"):
+            raise LastingError(f"{req.full_url} sends on to {newurl!r}: only http and https are followed")
+        if there.netloc != self._given and (local := _local_address(there.hostname or "")):
+            raise LastingError(
+                f"{req.full_url} sends on to {newurl!r}, which is the local address {local}: refused. "
+                "Give that URL itself if it is meant"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _local_address(host: str) -> str | None:
+    """The first address of a host that is not a public one."""
+    found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
+    return next((address for address in sorted(found) if not ipaddress.ip_address(address).is_global), None)
+
+
+# ------------------------------------------------------------------ buckets and hubs
+
+
+def _over_fsspec(url: str, at: int) -> Connection:
+    try:
+        import fsspec
+
+        files, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise LastingError(f"{url} cannot be opened: {error}; `pip install 'stair-embeddings[remote]'`") from error
+    try:
+        stream = files.open(path, "rb", block_size=8 << 20, cache_type="readahead")
+    except (FileNotFoundError, PermissionError) as error:
+        raise LastingError(f"{url}: {type(error).__name__}: {error}") from error
+    stream.seek(at)
+    return Connection(stream, stream.size if hasattr(stream, "size") else None)
