@@ -10,7 +10,7 @@ rows of the query that has most.
 
 import warnings
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,14 @@ class SparseRows(NamedTuple):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
             return torch.sparse_csr_tensor(start, self.column.long(), self.weight, size=size, check_invariants=False)
+
+    def scipy(self, width: int) -> Any:
+        """(N, width) `scipy.sparse.csr_matrix`."""
+        from scipy.sparse import csr_matrix
+
+        start = torch.cat([self.entries.new_zeros(1), self.entries.cumsum(0)])
+        parts = (self.weight.numpy(), self.column.numpy(), start.numpy())
+        return csr_matrix(parts, shape=(len(self.entries), width))
 
     def columns(self, first: int, last: int, width: int) -> Tensor:
         """(width, last - first) dense: the rows `first` to `last` stood upright."""

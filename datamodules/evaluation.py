@@ -1,0 +1,217 @@
+"""The command `stair evaluate`: opens shards and folders as evaluation sets, measures a model, writes what came out."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from datamodules.pairs import EvaluationPairs, read_entry
+from datamodules.tars import captions, expand, image_bytes
+from stair.evaluate import EvaluationSet, Sample, open_model, show, write
+from stair.evaluate import evaluate as measure
+from stair.evaluate.sets import Samples
+from stair.images import MAX_PIXELS, decode_image
+
+SPLITS = ("test", "val", "train")
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_CLASSNAMES = "classnames.json"
+
+
+def evaluate(
+    model: str,
+    data: list[str],
+    output: str | None = None,
+    split: str | None = None,
+    classnames: str | None = None,
+    ks: list[int] = [1, 5, 10],  # noqa: B006 - read by the command line
+    vocabulary: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+) -> None:
+    """Measures a model: retrieval, classification, sparsity, cost, and whether words mean what they say.
+
+    Prints tables, and writes evaluation.json, report.html and model_card.md. Every figure stands beside its protocol.
+
+    DATA is any number of `PLACE` or `name=PLACE`: tars (a path, a glob, a brace pattern), a folder of tars, or a folder
+    with a folder of images for each class. Tars with captions are ranked in both directions, unless most of their images
+    share their captions with others, as where captions only name a class. Where there are class names (`classnames.json`
+    beside the tars, or the folders' names) images are also classified; a linear probe follows where a train and a val
+    part lie beside (`train-*.tar` and `val-*.tar`, or folders train/ and val/ of class folders).
+
+    Args:
+        model: a folder that training handed over, or `open_clip:ARCHITECTURE:CHECKPOINT`,
+            `sentence_transformers:FOLDER` (extra `openclip`).
+        data: the sets.
+        output: folder for the results; `MODEL-evaluation` beside the model if null.
+        split: which part of a folder is measured; the first of test, val, train that is there, else all of it.
+        classnames: file of class names for sets that have none beside them: a JSON list, or an object with `classes`;
+            `FILE:KEY` takes another key.
+        ks: the K of recall@K.
+        vocabulary: words for the vocabulary test of a model that has none (a BERT vocab.txt).
+        limit: measure the first so many images of each set only.
+        batch_size: images encoded at a time.
+
+    Raises:
+        FileNotFoundError: if the model or a set is not there.
+        ValueError: if a set holds nothing that can be measured.
+    """
+    if min(ks, default=0) < 1 or batch_size < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"ks={ks}, batch_size={batch_size}, limit={limit}: wanted numbers of at least 1")
+    sets = [_cut(open_set(word, split, classnames), limit) for word in data]
+    scored = open_model(model, vocabulary)
+    result, embedded = measure(scored, sets, ks, batch_size=batch_size, say=lambda text: print(text, flush=True))
+    show(result)
+    place = Path(model)
+    folder = Path(output) if output else place.with_name(f"{place.name.replace(':', '-')}-evaluation")
+    write(folder, result, scored, sets, embedded)
+    print(f"Written: {folder}/report.html, evaluation.json, model_card.md")
+
+
+def open_set(word: str, split: str | None = None, classnames: str | None = None) -> EvaluationSet:
+    """A set of the command line.
+
+    Args:
+        word: `PLACE` or `name=PLACE`; see `evaluate`.
+        split: which part of a folder.
+        classnames: class names for tars that have none beside them.
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+        ValueError: if what is there is no set.
+    """
+    name, _, place = word.rpartition("=")
+    folder = Path(place)
+    if folder.is_dir() and not any(folder.glob("*.tar")):
+        found = _class_folders(folder, split)
+    elif folder.is_dir():
+        part = split or next((s for s in SPLITS if any(folder.glob(f"{s}*.tar"))), None)
+        spec = str(folder / (f"{part}*.tar" if part else "*.tar"))
+        found = _tars(spec, folder, part or "all", classnames)
+    else:
+        found = _tars(place, Path(expand(place)[0]).parent, place, classnames)
+    return replace(found, name=name or found.name)
+
+
+def _cut(what: EvaluationSet, limit: int | None) -> EvaluationSet:
+    if limit is None or len(what.samples) <= limit:
+        return what
+    first = _Part(what.samples, limit)
+    return replace(what, samples=first, split=f"{what.split}, first {limit} images")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The first `length` samples."""
+
+    samples: Samples
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int, /) -> Sample:
+        return self.samples[index]
+
+
+class _TarSamples:
+    """Samples of tars; a class is their `label`, or the place of their `class` among the class names."""
+
+    def __init__(self, spec: str, classes: Sequence[str]) -> None:
+        # size and limit of its own pixels are not used: models differ in size, and read the image itself
+        self._entries = EvaluationPairs(spec, 1, MAX_PIXELS).entries
+        self._classes = {name: place for place, name in enumerate(classes)}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        entry = self._entries[index]
+        try:
+            sample = read_entry(entry)
+            return Sample(decode_image(image_bytes(sample)), captions(sample), self._label(sample))
+        except ValueError as error:
+            raise ValueError(f"evaluation sample {entry.key!r} of {entry.path}: {error}") from error
+
+    def _label(self, sample: dict[str, bytes]) -> int | None:
+        fields = json.loads(sample["json"]) if "json" in sample and self._classes else {}
+        if fields.get("class") in self._classes:
+            return self._classes[fields["class"]]
+        label = fields.get("label")
+        return label if "class" not in fields and isinstance(label, int) and 0 <= label < len(self._classes) else None
+
+    def captions_tell_apart(self) -> bool:
+        """Whether at least half of the images have captions that no other image has."""
+        told = [tuple(captions(read_entry(entry))) for entry in self._entries]
+        return 2 * len(set(told)) >= len(told)
+
+
+def _tars(spec: str, home: Path, split: str, classnames: str | None) -> EvaluationSet:
+    classes = _class_names(home, classnames)
+    samples = _TarSamples(spec, classes)
+    beside = {part: str(home / f"{part}-*.tar") for part in ("train", "val")}
+    # what is measured must not be learned from
+    may_probe = classes and not set(expand(spec)) & {path for s in beside.values() for path in map(str, _glob(s))}
+    parts = {part: _TarSamples(s, classes) for part, s in beside.items() if may_probe and _glob(s)}
+    return EvaluationSet(home.name, samples, split, classes, **parts, retrieval=samples.captions_tell_apart())
+
+
+def _glob(spec: str) -> list[Path]:
+    return sorted(Path(spec).parent.glob(Path(spec).name))
+
+
+def _class_names(home: Path, given: str | None) -> list[str]:
+    """Names from `FILE` or `FILE:KEY`, else from the file beside the tars; none if there is none."""
+    name, _, key = given.rpartition(":") if given and not Path(given).is_file() else (given or "", "", "classes")
+    path = Path(name) if given else home / _CLASSNAMES
+    if not given and not path.is_file():
+        return []
+    found: Any = json.loads(path.read_text(encoding="utf-8"))
+    names = found.get(key) if isinstance(found, dict) else found
+    if isinstance(names, list) and names and all(isinstance(n, str) for n in names):
+        return names
+    if not given:
+        return []  # a file of another make: nobody asked for it
+    keys = sorted(k for k, v in found.items() if isinstance(v, list)) if isinstance(found, dict) else []
+    raise ValueError(f"{path} has no list of names under {key!r}; it has {keys}. Give --classnames FILE:KEY")
+
+
+class _FolderSamples:
+    """Images in a folder for each class."""
+
+    def __init__(self, folder: Path, classes: Sequence[str]) -> None:
+        self._files = [
+            (path, label)
+            for label, name in enumerate(classes)
+            for path in sorted((folder / name).rglob("*"))
+            if path.suffix.lower() in _IMAGES
+        ]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        path, label = self._files[index]
+        try:
+            return Sample(decode_image(path.read_bytes()), label=label)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _class_folders(folder: Path, split: str | None) -> EvaluationSet:
+    part = split or next((s for s in SPLITS if (folder / s).is_dir()), None)
+    home = folder / part if part else folder
+    classes = sorted(path.name for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
+    samples = _FolderSamples(home, classes)
+    if not len(samples):
+        raise ValueError(
+            f"{home} holds neither tars nor class folders with images; give tars, a folder of them, or a folder with a "
+            "folder of images for each class"
+        )
+    others = {
+        other: _FolderSamples(folder / other, classes)
+        for other in ("train", "val")
+        if part not in (None, other) and (folder / other).is_dir()
+    }
+    spoken = [name.replace("_", " ") for name in classes]
+    return EvaluationSet(folder.name, samples, part or "all", spoken, **others, retrieval=False)

@@ -1,0 +1,16 @@
+"""Measuring a finished model: retrieval, classification, sparsity, cost, and whether words mean what they say.
+
+The command `stair evaluate` reads shards and folders (datamodules/evaluation.py); `evaluate` takes any samples:
+
+    from stair.evaluate import EvaluationSet, Sample, evaluate, open_model
+
+    mine = EvaluationSet("mine", [Sample(picture, ["a red boat"]), ...])
+    result, _ = evaluate(open_model("runs/mine/stage3/stair"), [mine])
+"""
+
+from stair.evaluate.output import model_card, show, write
+from stair.evaluate.run import evaluate
+from stair.evaluate.scored import Scored, open_model
+from stair.evaluate.sets import EvaluationSet, Sample
+
+__all__ = ["EvaluationSet", "Sample", "Scored", "evaluate", "model_card", "open_model", "show", "write"]

@@ -1,0 +1,164 @@
+"""Where an evaluation goes: the terminal, `evaluation.json`, `report.html` with plots and examples, `model_card.md`."""
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from stair import __version__
+from stair.evaluate.embed import Embedded
+from stair.evaluate.scored import Scored
+from stair.evaluate.sets import EvaluationSet
+from stair.evaluate.tables import Table, protocol, tables
+from stair.report import Picture, as_list, gallery, image_tag, table, top_words, write_html
+
+_EXAMPLES, _WORDS = 12, 10
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Prints the tables to the terminal."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table as Drawn
+
+    console = Console()
+    for found in tables(result):
+        drawn = Drawn(title=found.title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+        for place, head in enumerate(found.heads):
+            drawn.add_column(head, justify="right" if place else "left")
+        for line in found.lines:
+            drawn.add_row(*line)
+        console.print(drawn)
+        for note in found.notes:
+            console.print(note, style="dim")
+
+
+def write(
+    folder: Path,
+    result: Mapping[str, Any],
+    scored: Scored,
+    sets: Sequence[EvaluationSet],
+    embedded: Mapping[str, Embedded],
+) -> None:
+    """Writes `evaluation.json`, `report.html` and `model_card.md` into a folder, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _put(folder / "evaluation.json", json.dumps(_without_nan(result), indent=2, ensure_ascii=False) + "\n")
+    _put(folder / "model_card.md", model_card(result))
+    examples = [section for what in sets if (section := _examples(scored, what, embedded[what.name]))]
+    sections = [*map(_section, tables(result)), *_plots(result), *examples[:1]]
+    notes = [escape(protocol(name, figures)) for name, figures in result["sets"].items()]
+    model = result["model"]
+    head = f"{model['kind']} model, compared by {model['similarity']}, evaluated by stair {__version__}"
+    write_html(folder / "report.html", f"Evaluation of {scored.name}", [head, *notes], sections)
+
+
+def model_card(result: Mapping[str, Any]) -> str:
+    """Markdown that says what the model is, how it was measured and what came out."""
+    model = result["model"]
+    facts = ", ".join(f"{key}: {value}" for key, value in model["training"].items()) or "not recorded"
+    kind = (
+        "Sparse embeddings of images and texts in the words of one vocabulary (STAIR, arXiv 2301.13081)."
+        if model["kind"] == "sparse"
+        else "Dense embeddings of images and texts (CLIP)."
+    )
+    parts = [
+        f"# {model['name']}",
+        f"{kind} Embeddings are compared by {model['similarity']}.",
+        f"Training: {facts}.",
+        "## Evaluation",
+        *(f"- {protocol(name, figures)}" for name, figures in result["sets"].items()),
+        *map(_markdown, tables(result)),
+        "## Limits",
+        "Measured on the sets named above and on nothing else. It repeats what it was trained on, biases included.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(found: Table) -> str:
+    rows = [found.heads, ["---", *("--:" for _ in found.heads[1:])], *found.lines]
+    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    notes = "\n\n".join(note for note in found.notes if found.title != "Retrieval")
+    return f"### {found.title}\n\n{body}" + (f"\n\n{notes}" if notes else "")
+
+
+def _section(found: Table) -> str:
+    cells = table([escape(head) for head in found.heads], ([escape(cell) for cell in line] for line in found.lines))
+    notes = "" if found.title == "Retrieval" else as_list("notes", map(escape, found.notes))
+    return f"<section><h2>{escape(found.title)}</h2>{cells}{notes}</section>"
+
+
+def _plots(result: Mapping[str, Any]) -> list[str]:
+    """Recall against active words of each set that was pruned, and accuracy of each class."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    def png(figure: Figure) -> bytes:
+        buffer = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
+        return buffer.getvalue()
+
+    sections = []
+    for name, figures in result["sets"].items():
+        if "pruned" in figures:
+            figure = Figure(figsize=(7, 3.4), dpi=110, layout="constrained")
+            axis = figure.subplots()
+            for way, spoken in (("t2i", "text → image"), ("i2t", "image → text")):
+                for marks, style in (("top", "o-"), ("≥", "s--")):
+                    points = sorted(
+                        (p["images"], 100 * p[way]) for p in figures["pruned"] if p["kept"].startswith(marks)
+                    )
+                    if points:
+                        axis.plot(*zip(*points, strict=True), style, label=f"{spoken}, {marks}", markersize=4)
+            axis.set(xscale="log", xlabel="active words an image", ylabel="R@1, %")
+            axis.legend(fontsize=8)
+            axis.grid(alpha=0.3)
+            title = f"Recall against active words: {name}"
+            sections.append(f"<section><h2>{escape(title)}</h2>{image_tag(png(figure), title)}</section>")
+        per_class = figures.get("zero_shot", {}).get("per_class", {})
+        if 1 < len(per_class) <= 50:
+            figure = Figure(figsize=(7, 0.6 + 0.22 * len(per_class)), dpi=110, layout="constrained")
+            axis = figure.subplots()
+            names = sorted(per_class, key=lambda key: per_class[key]["top1"])
+            axis.barh(range(len(names)), [100 * per_class[key]["top1"] for key in names])
+            axis.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
+            axis.set_xlabel("zero-shot top-1, %")
+            title = f"Accuracy of each class: {name}"
+            sections.append(f"<section><h2>{escape(title)}</h2>{image_tag(png(figure), title)}</section>")
+    return sections
+
+
+def _examples(scored: Scored, what: EvaluationSet, embedded: Embedded) -> str:
+    """The first images of a set, not chosen, with their words; nothing for dense models."""
+    vocabulary = scored.words
+    if vocabulary is None:
+        return ""
+    pictures = []
+    for place in range(min(_EXAMPLES, len(what.samples))):
+        sample = what.samples[place]
+        told = list(sample.captions) or ([what.classes[sample.label]] if sample.label is not None else [])
+        own = frozenset(vocabulary.words(i for text in told for i in vocabulary.pieces(text)))
+        weight_V = embedded.images.columns(place, place + 1, embedded.width)[:, 0]
+        buffer = io.BytesIO()
+        thumbnail = sample.image.copy()
+        thumbnail.thumbnail((208, 208))
+        thumbnail.save(buffer, "PNG")
+        pictures.append(Picture(buffer.getvalue(), told, top_words(weight_V, vocabulary, _WORDS), own))
+    return gallery(pictures)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON knows no NaN: what was not measured is null."""
+    if isinstance(value, Mapping):
+        return {str(key): _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def _put(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

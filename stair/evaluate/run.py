@@ -1,0 +1,155 @@
+"""The whole evaluation of a model on some sets, as plain values that tables, JSON and pages are made of.
+
+N images, C captions.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from stair.evaluate.classify import TEMPLATES, class_rows, linear_probe, zero_shot
+from stair.evaluate.embed import Embedded, embed, embed_images
+from stair.evaluate.naming import naming, right_words, word_rows
+from stair.evaluate.prune import cost, curve
+from stair.evaluate.scored import Scored
+from stair.evaluate.sets import EvaluationSet
+from stair.ranking import QUERIES, SparseRows, retrieval_figures
+
+KS = (1, 5, 10)
+MOST = (8, 16, 32, 64, 128, 256, 512)
+SHARES = (0.05, 0.1, 0.2, 0.4)
+TIES = "ties count against: an answer ranks behind all wrong ones that score the same"
+
+
+def evaluate(
+    scored: Scored,
+    sets: Sequence[EvaluationSet],
+    ks: Sequence[int] = KS,
+    most: Sequence[int] = MOST,
+    shares: Sequence[float] = SHARES,
+    batch_size: int = 64,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[dict[str, Any], dict[str, Embedded]]:
+    """Measures a model.
+
+    Args:
+        scored: the model.
+        sets: what on.
+        ks: the K of recall@K.
+        most: prune to so many words an embedding; of sparse models only.
+        shares: prune words below so large a share of the heaviest; of sparse models only.
+        batch_size: images at a time.
+        say: told what is being done.
+
+    Returns:
+        `model` and `sets`, JSON-ready, and the embeddings of each set by its name.
+
+    Raises:
+        ValueError: if a set has neither captions nor classes, or two have one name.
+    """
+    names = [what.name for what in sets]
+    if len(set(names)) < len(names):
+        raise ValueError(f"sets are named {names}; give each a name of its own, as in val=shards/val-*.tar")
+    words: list[Any] = []  # embedded once, when the first set asks
+
+    def dense_words() -> tuple[SparseRows, torch.Tensor] | None:
+        if scored.words is not None:
+            return None
+        if not words:
+            say("embedding every word of the vocabulary")
+            words.append(word_rows(scored))
+        found: tuple[SparseRows, torch.Tensor] = words[0]
+        return found
+
+    results: dict[str, Any] = {}
+    embedded: dict[str, Embedded] = {}
+    for what in sets:
+        if not what.retrieval and not what.classes:
+            raise ValueError(f"set {what.name!r} has neither captions that tell images apart nor classes")
+        say(f"embedding {what.name}: {len(what.samples)} images")
+        found = embedded[what.name] = embed(scored, what, batch_size)
+        result = results[what.name] = {"protocol": _protocol(scored, what, found, ks)}
+        if what.retrieval:
+            say(f"ranking {what.name}")
+            result |= _retrieval(scored, found, ks, most, shares)
+        if found.figures:
+            result["words"] = {k: v for k, v in found.figures.items() if v == v}
+        if what.classes:
+            say(f"classifying {what.name}")
+            result |= _classification(scored, what, found, batch_size)
+        if scored.vocabulary is not None:
+            result["naming"] = _naming(scored, what, found, dense_words)
+    model = {"name": scored.name, "kind": scored.kind, "similarity": scored.encoder.similarity}
+    return {"model": model | {"training": scored.facts}, "sets": results}, embedded
+
+
+def _protocol(scored: Scored, what: EvaluationSet, found: Embedded, ks: Sequence[int]) -> dict[str, Any]:
+    counts = [len(captions) for captions in found.captions]
+    repeated = len(counts) - len({tuple(captions) for captions in found.captions})
+    score_block = 4 * QUERIES * max(len(found.texts.entries), len(found.images.entries))
+    return {
+        "split": what.split,
+        "images": len(counts),
+        "captions": sum(counts),
+        "captions_an_image": {"least": min(counts, default=0), "most": max(counts, default=0)},
+        "images_with_the_captions_of_another": repeated,
+        "similarity": scored.encoder.similarity,
+        "truncation": scored.truncation,
+        "ties": TIES,
+        "recall_at": list(ks),
+        "queries": "image → text: a hit is any caption of the image; text → image: its one image",
+        "memory_bytes": {
+            "embeddings": found.images.nbytes + found.texts.nbytes,
+            "one_block_of_scores": score_block + 4 * QUERIES * found.width,
+        },
+        "seconds_to_embed": round(found.seconds, 3),
+    }
+
+
+def _retrieval(
+    scored: Scored, found: Embedded, ks: Sequence[int], most: Sequence[int], shares: Sequence[float]
+) -> dict[str, Any]:
+    similarity = scored.encoder.similarity
+    images, texts = found.comparable(similarity)
+    figures = retrieval_figures(images, texts, found.owner, ks)
+    result: dict[str, Any] = {"retrieval": {name: float(value) for name, value in figures.items()}}
+    sparse = scored.words is not None
+    result["cost"] = cost(images, texts, found.width, sparse)
+    if sparse and (most or shares):
+        result["pruned"] = curve(found.images, found.texts, found.owner, similarity, most, shares)
+    return result
+
+
+def _classification(scored: Scored, what: EvaluationSet, found: Embedded, batch_size: int) -> dict[str, Any]:
+    images, _ = found.comparable(scored.encoder.similarity)
+    known = found.labels >= 0
+    if not known.any():
+        raise ValueError(f"set {what.name!r} has class names but no image with a class")
+    test = images.only(known), found.labels[known]
+    rows = class_rows(scored, what.classes)
+    result: dict[str, Any] = {"zero_shot": zero_shot(*test, rows, what.classes, found.width)}
+    result["zero_shot"]["templates"] = list(TEMPLATES)
+    if len(what.train) and len(what.val):
+        train, val = (embed_images(scored, part, batch_size) for part in (what.train, what.val))
+        result["linear_probe"] = linear_probe(train, val, test, found.width)
+    return result
+
+
+def _naming(
+    scored: Scored,
+    what: EvaluationSet,
+    found: Embedded,
+    dense_words: Callable[[], tuple[SparseRows, torch.Tensor] | None],
+) -> dict[str, Any]:
+    assert scored.vocabulary is not None
+    images, _ = found.comparable(scored.encoder.similarity)
+    result = {}
+    if what.classes:
+        of_class = [right_words(scored.vocabulary, [name]) for name in what.classes]
+        right = [of_class[label] if label >= 0 else [] for label in found.labels.tolist()]
+        result["class"] = naming(images, right, found.width, dense_words())
+    if what.retrieval:
+        right = [right_words(scored.vocabulary, captions) for captions in found.captions]
+        result["captions"] = naming(images, right, found.width, dense_words())
+    return result

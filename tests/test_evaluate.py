@@ -1,0 +1,241 @@
+"""`stair evaluate` through the front door, and each of its figures against counting by hand."""
+
+import json
+import tarfile
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules.evaluation import open_set
+from datamodules.synthetic import write_scenes
+from stair import Stair, Vocabulary, cli
+from stair.clip import ClipConfig, DenseClip
+from stair.evaluate import EvaluationSet, Sample, Scored, evaluate, open_model
+from stair.evaluate.classify import class_rows, linear_probe, zero_shot
+from stair.evaluate.naming import naming, right_words, word_rows
+from stair.evaluate.prune import cost, curve, index_bytes
+from stair.evaluate.tables import tables
+from stair.ranking import SparseRows
+from tests.conftest import tiny_config, write_vocabulary
+from tests.test_metrics import oracle
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    return Vocabulary(write_vocabulary(tmp_path_factory.mktemp("v") / "vocab.txt"))
+
+
+def picture(colour, size=40):
+    return Image.new("RGB", (size, size + 4), colour)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, vocabulary):
+    """A sparse and a dense model of the same towers, saved as training hands them over."""
+    folder = tmp_path_factory.mktemp("models")
+    vocab_file = write_vocabulary(folder / "vocab.txt")
+    torch.manual_seed(0)
+    config = tiny_config(vocab_file, similarity="cosine")
+    Stair(config).save_pretrained(folder / "stair", {"stage": 3, "steps": 7})
+    DenseClip(ClipConfig(config.vocabulary, config.image, config.text, 12)).save_pretrained(folder / "clip")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """12 scenes of five captions, and tars of two classes with train, val and test."""
+    folder = tmp_path_factory.mktemp("sets")
+    write_scenes(folder / "scenes", train=8, val=12, image_size=32)
+    (folder / "pets").mkdir()
+    for split, count in (("train", 8), ("val", 4), ("test", 6)):
+        with tarfile.open(folder / "pets" / f"{split}-00000.tar", "w") as tar:
+            for i in range(count):
+                name = ("dog", "cat")[i % 2]
+                pixels = BytesIO()
+                picture((200, 10 * i, 0) if name == "dog" else (0, 10 * i, 200)).save(pixels, "PNG")
+                fields = json.dumps({"captions": [f"a photo of a {name}."], "class": name, "label": i % 2}).encode()
+                for kind, content in (("png", pixels.getvalue()), ("json", fields)):
+                    info = tarfile.TarInfo(f"{i:04d}.{kind}")
+                    info.size = len(content)
+                    tar.addfile(info, BytesIO(content))
+    (folder / "pets" / "classnames.json").write_text('{"classes": ["dog", "cat"]}')
+    return folder
+
+
+def command(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["stair", "evaluate", *map(str, words)])
+    cli.main()
+
+
+def test_the_command_measures_shards_and_classes_and_writes_what_it_found(
+    models, shards, monkeypatch, tmp_path, capsys
+):
+    sets = f"scenes={shards}/scenes/val-*.tar", shards / "pets"
+    command(monkeypatch, models / "stair", *sets, "--output", tmp_path / "out", "--ks", "[1, 3]")
+    printed = capsys.readouterr().out
+    assert "12 images with 5 captions each (60)" in " ".join(printed.split()) and "ties count against" in printed
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    scenes, pets = result["sets"]["scenes"], result["sets"]["pets"]
+    assert result["model"]["training"] == {"stage": 3, "steps": 7}
+    assert {"i2t/recall@1", "t2i/recall@3", "t2i/mrr", "i2t/ndcg@10", "t2i/median_rank"} <= scenes["retrieval"].keys()
+    # captions that only name the class tell no images apart
+    assert "retrieval" not in pets and pets["protocol"]["images_with_the_captions_of_another"] == 4
+    assert set(pets["zero_shot"]["per_class"]) == {"dog", "cat"} and pets["linear_probe"]["images"]["test"] == 6
+    assert scenes["pruned"][0]["kept"] == "all" and scenes["cost"]["index_bytes"] > 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<img ") >= 13 and "<script" not in page and "Quality against size: scenes" in page
+    card = (tmp_path / "out" / "model_card.md").read_text()
+    assert "### Retrieval" in card and "split test" in card and "steps: 7" in card
+
+
+def test_retrieval_through_the_command_is_that_of_all_scores(models, shards):
+    model = Stair.from_pretrained(models / "stair")
+    what = open_set(f"{shards}/scenes/val-*.tar")
+    samples = [what.samples[i] for i in range(len(what.samples))]
+    image = model.comparable(model.encode_image([s.image for s in samples])).numpy()
+    text = model.comparable(model.encode_text([c for s in samples for c in s.captions])).numpy()
+    wanted = oracle(image, text, np.repeat(np.arange(12), 5), (1, 5, 10))
+    result, _ = evaluate(open_model(str(models / "stair")), [what], batch_size=5)
+    for key, value in result["sets"][what.name]["retrieval"].items():
+        assert value == pytest.approx(wanted[key], abs=1e-6), key
+
+
+def test_a_dense_model_takes_the_same_road(models, shards):
+    sets = [open_set(str(shards / "pets")), open_set(f"scenes={shards}/scenes/val-*.tar")]
+    result, _ = evaluate(open_model(str(models / "clip")), sets)
+    scenes = result["sets"]["scenes"]
+    assert result["model"]["kind"] == "dense" and "words" not in scenes and "pruned" not in scenes
+    # what is held of it: 12 images of 12 numbers
+    assert scenes["cost"]["index_bytes"] == 12 * 12 * 4
+    assert result["sets"]["pets"]["naming"]["class"]["images"] == 6
+    assert {table.title for table in tables(result)} == {"Retrieval", "Classification", "Vocabulary test", "Cost"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{models}/none", "{sets}/pets"], "no such folder"),
+        (["{models}/stair", "{sets}/nothing-*.tar"], "no shard matches"),
+        (["{models}/stair", "{sets}"], "neither tars nor class folders"),
+        (["{models}/stair", "a={sets}/pets", "a={sets}/pets"], "a name of its own"),
+        (["{models}/stair", "{sets}/pets", "--limit", "0"], "at least 1"),
+        (["{models}/stair", "{sets}/pets", "--classnames", "{sets}/pets/classnames.json:names"], "no list of names"),
+        (["open_clip:ViT-B-32", "{sets}/pets"], "ARCHITECTURE:CHECKPOINT"),
+        (["sentence_transformers:{models}", "{sets}/pets"], "modules.json is missing"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_a_line(models, shards, monkeypatch, words, message):
+    with pytest.raises(SystemExit, match=message):
+        command(monkeypatch, *(word.format(models=models, sets=shards) for word in words))
+
+
+def test_class_folders_are_a_set_with_splits(tmp_path):
+    for split in ("train", "val", "test"):
+        for name in ("fire_engine", "ship"):
+            (tmp_path / split / name).mkdir(parents=True)
+            picture("red").save(tmp_path / split / name / "a.png")
+    what = open_set(f"cars={tmp_path}")
+    assert (what.name, what.split, list(what.classes)) == ("cars", "test", ["fire engine", "ship"])
+    assert [len(part) for part in (what.samples, what.train, what.val)] == [2, 2, 2]
+    assert [what.samples[i].label for i in range(2)] == [0, 1] and not what.retrieval
+    assert open_set(str(tmp_path), split="val").split == "val" and not len(open_set(str(tmp_path), split="train").train)
+
+
+def test_what_is_measured_is_not_learned_from(shards):
+    assert len(open_set(f"{shards}/pets/test-*.tar").train) == 8
+    assert not len(open_set(f"{shards}/pets/val-*.tar").train)
+
+
+class Spoken:
+    """An encoder whose embeddings are written down."""
+
+    similarity = "cosine"
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def encode_text(self, texts):
+        return torch.stack([torch.tensor(self.texts[text]) for text in texts])
+
+
+def test_a_class_is_the_mean_of_its_templates_word_by_word():
+    texts = {"dog": [2.0, 0, 0], "a dog": [0.0, 5, 0], "cat": [0.0, 0, 1], "a cat": [0.0, 0, 3]}
+    scored = Scored(Spoken(texts), "m", "sparse", None, None, "", {})
+    rows = class_rows(scored, ["dog", "cat"], ["{}", "a {}"])
+    # each template has length 1 before the mean, whatever its weights
+    torch.testing.assert_close(rows.columns(0, 2, 3).T, torch.tensor([[0.5**0.5, 0.5**0.5, 0], [0, 0, 1]]))
+    images = SparseRows.of(torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 0]]))
+    found = zero_shot(images, torch.tensor([0, 1, 1]), rows, ["dog", "cat"], 3)
+    # the empty image ties with all classes and loses
+    assert found["top1"] == pytest.approx(2 / 3) and found["per_class"]["cat"] == {"top1": 0.5, "images": 2}
+    assert found["mean_class_top1"] == pytest.approx(0.75) and found["top5"] == 1
+    with pytest.raises(ValueError, match="each with"):
+        class_rows(scored, ["dog"], ["a dog"])
+
+
+def test_the_probe_learns_on_train_and_chooses_on_val():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    rows = torch.rand(60, 8, generator=generator) + 3 * torch.nn.functional.one_hot(labels, 8)
+    parts = [(SparseRows.of(rows[part]), labels[part]) for part in (slice(0, 30), slice(30, 45), slice(45, 60))]
+    found = linear_probe(*parts, 8)
+    assert found["top1"] == 1 and found["swept"][f"{found['inverse_penalty']:g}"] == found["val_top1"]
+    wrong = [parts[0], parts[1], (parts[2][0], (parts[2][1] + 1) % 3)]
+    assert linear_probe(*wrong, 8)["top1"] == 0
+
+
+def test_right_words_are_whole_and_name_something(vocabulary):
+    words = vocabulary.words(right_words(vocabulary, ["A small dog runs.", "two dogs, the sea of zzz"]))
+    # `dogs` is cut into dog ##s; a, the, of, two say nothing
+    assert sorted(words) == ["dog", "runs", "sea", "small"]
+
+
+def test_the_vocabulary_test_reads_sparse_weights_off_and_ties_count_against():
+    weights = torch.tensor([[0.0, 3, 2, 1], [0, 0, 5, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
+    right = [[2, 3], [1], [0], []]
+    found = naming(SparseRows.of(weights), right, 4)
+    # ranks: word 2 behind word 1: 2 · word 1 is inactive, ties with two others behind word 2: 4 · ties with word 1: 2
+    assert found["top1"] == 0 and found["median_rank"] == 2 and found["top5"] == 1
+    assert (found["images"], found["left_out"]) == (3, 1)
+
+
+def test_the_vocabulary_test_of_a_dense_model_embeds_every_whole_word(models, vocabulary):
+    scored = open_model(str(models / "clip"))
+    rows, ids = word_rows(scored)
+    assert not [v for v in ids.tolist() if vocabulary.tokens[v].startswith(("##", "["))]
+    dog = vocabulary.tokens.index("dog")
+    image = scored.encoder.encode_text(["dog"])
+    found = naming(SparseRows.of(image).unit(), [[dog]], 12, (rows, ids))
+    assert found["top1"] == 1
+
+
+def test_pruning_loses_what_it_cuts_and_size_is_counted():
+    # image i says word i loudly, all say word 5; captions ask for word i
+    images = torch.eye(4, 6) * 2
+    images[:, 5] = 3
+    texts, owner = SparseRows.of(torch.eye(4, 6)), torch.arange(4)
+    lines = curve(SparseRows.of(images), texts, owner, "dot", [1], [0.7])
+    by_name = {line["kept"]: line for line in lines}
+    assert by_name["all"]["t2i"] == 1 and by_name["all"]["index_bytes"] == 8 * 8 + 5 * 8
+    assert by_name["top 1"]["t2i"] == 0 and by_name["top 1"]["images"] == 1
+    assert by_name["≥ 0.7 of the heaviest"]["index_bytes"] == index_bytes(SparseRows.of(images * (images > 2)))
+    assert cost(SparseRows.of(images), texts, 6, True)["search_ms_p50"] > 0
+
+
+def test_names_that_are_hostile_stay_text(models, tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    for name in ("<script>alert(1)</script>"[:8] + "x", "b"):
+        (folder / name).mkdir(parents=True)
+        picture("red").save(folder / name / "a.png")
+    command(monkeypatch, models / "stair", f"<b>={folder}", "--output", tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<script" not in page and "<b>" not in page.replace("<b>1", "")
+
+
+def test_a_set_of_nothing_is_refused(models):
+    empty = EvaluationSet("x", [Sample(picture("red"))], retrieval=False)
+    with pytest.raises(ValueError, match="neither captions"):
+        evaluate(open_model(str(models / "stair")), [empty])
