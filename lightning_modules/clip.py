@@ -55,6 +55,5 @@ class Clip(ContrastiveModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One step: encode, compare with all ranks. Returns and logs the parts by name."""
         encoded = self.encode(batch)
-        image_BV, text_BV = self.clip.comparable(encoded["image_BV"]), self.clip.comparable(encoded["text_CV"])
-        contrastive = info_nce(image_BV, text_BV, self.clip.scale)
+        contrastive = info_nce(encoded["image_BV"], encoded["text_CV"], self.clip.scale, cosine=True)
         return self.report({"loss": contrastive.loss}, contrastive, encoded)

@@ -98,11 +98,12 @@ class StairStage(ContrastiveModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One step: encode, compare with all ranks, regularise. Returns and logs the parts by name."""
         encoded = self.encode(batch)
-        image_BV, text_BV = self.stair.comparable(encoded["image_BV"]), self.stair.comparable(encoded["text_CV"])
+        pairs = encoded["image_BV"], encoded["text_CV"]
+        cosine = self.stair.similarity == "cosine"
         if self.trainer.global_step == 0 and batch_idx == 0 and self.objective.scale_start == "measure":
-            spread = info_nce(image_BV.detach(), text_BV.detach(), torch.ones(1, device=self.device)).logit_std
+            spread = info_nce(*(side.detach() for side in pairs), torch.ones(1, device=self.device), cosine).logit_std
             self.set_scale(self.objective.first_logit_std / max(float(spread), 1e-6))
-        contrastive = info_nce(image_BV, text_BV, self.stair.scale)
+        contrastive = info_nce(*pairs, self.stair.scale, cosine)
         rising = ramp(self.trainer.global_step, self.objective.flops_ramp_steps)
         flops_image = flops(encoded["image_BV"])
         flops_text = flops(encoded.get("text_unmasked_CV", encoded["text_CV"]))

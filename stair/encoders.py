@@ -6,6 +6,7 @@ B rows, T positions, D width.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import timm
 import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig
 
 
@@ -51,6 +53,16 @@ class TextTower:
     pretrained: bool = True
     max_tokens: int = 77
     options: dict[str, Any] = field(default_factory=dict)
+
+
+def _attention(device: torch.device) -> AbstractContextManager[None]:
+    """On the CPU in half precision plain products: torch's fused attention takes 2 to 5 times longer for short rows.
+
+    CPU time of one core, bf16, forward and backward of 256 rows of 17 positions and 3 heads of 64: 15 against 60 ms.
+    """
+    if device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 class ImageEncoder(nn.Module):
@@ -104,7 +116,8 @@ class ImageEncoder(nn.Module):
         """
         if pixels.dtype == torch.uint8:
             pixels = pixels.to(self.mean.dtype) / 255
-        hidden_BTD: Tensor = self.vit.forward_features((pixels.to(self.mean.dtype) - self.mean) / self.deviation)
+        with _attention(pixels.device):
+            hidden_BTD: Tensor = self.vit.forward_features((pixels.to(self.mean.dtype) - self.mean) / self.deviation)
         # where timm normalises after average pooling, the norm is applied to each position instead; else it is Identity
         patches_BTD: Tensor = self.vit.fc_norm(hidden_BTD[:, self._skipped :])
         return patches_BTD
@@ -212,7 +225,8 @@ class TextEncoder(nn.Module):
         Returns:
             (B, T, D) hidden states; those at padding mean nothing.
         """
-        hidden_BTD: Tensor = self.bert(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        with _attention(ids.device):
+            hidden_BTD: Tensor = self.bert(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         return hidden_BTD
 
 

@@ -4,15 +4,17 @@ Every rank computes the *whole* gradient of its own embeddings, so no gradient t
 multiply it by the number of ranks, because data-parallel training (DDP and FSDP alike) averages over ranks afterwards:
 the update equals that of one process with the whole batch (tests/test_losses.py shows it, and that other scalings fail).
 
-B pairs here, R ranks, G = R·B pairs on all ranks, V words. Everything is fp32 (fp64 stays fp64), whatever the towers use.
+B pairs here, R ranks, G = R·B pairs on all ranks, V words, K of them: those that are not zero throughout the batch.
+Sums are fp32 (fp64 stays fp64), whatever the towers use.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from stair.exchange import Gathered, exchange, gather, rank, ranks, total
 from stair.kernels.fused import refuse_second_derivative
 
 
@@ -30,35 +32,50 @@ class Contrastive(NamedTuple):
     pairs: int
 
 
-def ranks() -> int:
-    """Number of processes training together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+class _Side:
+    """One side's embeddings: those of this rank, those of all, and what makes them comparable."""
+
+    def __init__(self, own_BV: Tensor, gathered: Gathered, cosine: bool, exact: torch.dtype) -> None:
+        self.own_BV, self.gathered, self.exact = own_BV, gathered, exact
+        self.columns_K = _worthwhile(gathered) if own_BV.device.type == "cpu" else None
+        self.factor_B = torch.ones(len(own_BV), dtype=exact, device=own_BV.device)
+        if cosine:  # 1/length; an empty embedding stays empty
+            length_B = torch.linalg.vector_norm(own_BV, dim=1, dtype=exact)
+            self.factor_B = torch.where(length_B > 0, 1 / length_B, 0)
+        self.factor_G = gather(self.factor_B) if cosine else self.factor_B.repeat(ranks())
+
+    def own(self, columns_K: Tensor | None) -> Tensor:
+        """(B, K) of this rank."""
+        return (self.own_BV if columns_K is None else self.own_BV[:, columns_K]).to(self.exact)
+
+    def block(self, peer: int, columns_K: Tensor | None) -> Tensor:
+        """(B, K) of a rank."""
+        return self.gathered.block(peer, columns_K).to(self.exact)
+
+    def scored(self, other: "_Side", scale: Tensor) -> Tensor:
+        """(B, G) logits of this rank's rows with all of the other side's."""
+        columns_K = min((self.columns_K, other.columns_K), key=lambda c: self.own_BV.shape[1] if c is None else len(c))
+        own_BK = self.own(columns_K) * (scale * self.factor_B)[:, None]
+        return torch.cat([own_BK @ other.block(peer, columns_K).T for peer in range(ranks())], 1) * other.factor_G
+
+    def gradient(self, other: "_Side", A_BG: Tensor, logits_BG: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Of this rank's rows: (B, K) in the other side's columns, and (B,) what multiplies the rows themselves.
+
+        With unit rows u = f·x and the gradient g of u, that of x is `f·(g - u (u·g))`; `u·g = Σ_j A_ij l_ij`.
+        """
+        weight_BG = A_BG * (scale * self.factor_B)[:, None] * other.factor_G
+        B, columns_K = len(self.own_BV), other.columns_K
+        K = other.own_BV.shape[1] if columns_K is None else len(columns_K)
+        grad_BK = torch.zeros(B, K, dtype=self.exact, device=A_BG.device)
+        for peer in range(ranks()):
+            grad_BK.addmm_(weight_BG[:, peer * B : (peer + 1) * B], other.block(peer, columns_K))
+        return grad_BK, -self.factor_B.square() * (A_BG * logits_BG).sum(1)
 
 
-def _gather(rows: Tensor) -> Tensor:
-    """Rows of all ranks, in the order of ranks, without gradient."""
-    if ranks() == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(ranks())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
-
-
-def _sum(value: Tensor) -> Tensor:
-    value = value.clone()
-    if ranks() > 1:
-        dist.all_reduce(value)
-    return value
-
-
-def _check_even(rows: int, device: torch.device) -> None:
-    if ranks() > 1:
-        counts = _gather(torch.tensor([rows], device=device)).tolist()
-        if len(set(counts)) > 1:
-            raise ValueError(
-                f"ranks have different numbers of pairs: {counts}; the global batch needs the same on each. "
-                "ImageTextShards gives equal batches; with another loader, drop the last incomplete batch"
-            )
+def _worthwhile(gathered: Gathered) -> Tensor | None:
+    """The columns that are not zero throughout, where leaving out the others is worth a copy; all others add nothing."""
+    columns_K = gathered.columns()
+    return columns_K if len(columns_K) < gathered.shape[1] // 2 else None
 
 
 class _GlobalInfoNCE(torch.autograd.Function):
@@ -69,70 +86,115 @@ class _GlobalInfoNCE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, image_BV: Tensor, text_BV: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        B = len(image_BV)
-        image_GV, text_GV = _gather(image_BV), _gather(text_BV)
-        G, first = len(image_GV), (dist.get_rank() * B if ranks() > 1 else 0)
-        own = torch.arange(first, first + B, device=image_BV.device), torch.arange(B, device=image_BV.device)
-        from_image_BG = scale * (image_BV @ text_GV.T)
+    def forward(
+        ctx: Any, image_BV: Tensor, text_BV: Tensor, scale: Tensor, cosine: bool, wire: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        B, exact = len(image_BV), scale.dtype
+        image_BV, text_BV = image_BV.to(wire), text_BV.to(wire)
+        gathered = exchange(image_BV, text_BV)
+        image, text = (_Side(*own, cosine, exact) for own in zip((image_BV, text_BV), gathered, strict=True))
+        G = B * ranks()
+        own = torch.arange(B, device=image_BV.device)
+        pair = own, own + rank() * B
+        from_image_BG = image.scored(text, scale)
         # one process holds all pairs: both directions read the same products
-        from_text_BG = from_image_BG.T if ranks() == 1 else scale * (text_BV @ image_GV.T)
+        from_text_BG = from_image_BG.T if ranks() == 1 else text.scored(image, scale)
         image_lse_B, text_lse_B = from_image_BG.logsumexp(1), from_text_BG.logsumexp(1)
-        image_lse_G, text_lse_G = _gather(image_lse_B), _gather(text_lse_B)
-        diagonal_B = from_image_BG[own[1], own[0]]
-        # in fp64: of a spread far below the mean, fp32 leaves few digits, others on another number of ranks
-        mean = from_image_BG.mean(dtype=torch.float64)
-        variance = (from_image_BG - mean.to(scale.dtype)).square().mean(dtype=torch.float64)
-        moments = _sum(
+        image_lse_G, text_lse_G = gather(image_lse_B), gather(text_lse_B)
+        moments = total(
             torch.stack(
                 [
-                    (image_lse_B + text_lse_B - 2 * diagonal_B).sum(dtype=torch.float64) / (2 * G),
-                    mean * B / G,
-                    (variance + mean.square()) * B / G,
+                    (image_lse_B + text_lse_B - 2 * from_image_BG[pair]).sum(dtype=torch.float64) / (2 * G),
+                    from_image_BG.sum(dtype=torch.float64) / G**2,
+                    from_image_BG.double().square().sum() / G**2,
                 ]
             )
         )
-        logit_std = (moments[2] - moments[1].square()).clamp(min=0).sqrt().to(scale.dtype)
+        # in fp64: of a spread far below the mean, fp32 leaves 4 digits, others on another number of ranks
+        logit_std = (moments[2] - moments[1].square()).clamp(min=0).sqrt().to(exact)
 
-        def gradient(logits_BG: Tensor, lse_B: Tensor, other_lse_G: Tensor) -> Tensor:
+        def pull(logits_BG: Tensor, lse_B: Tensor, other_lse_G: Tensor) -> Tensor:
             A_BG = (logits_BG - lse_B[:, None]).exp_().add_((logits_BG - other_lse_G).exp_()).div_(2 * G)
-            A_BG[own[1], own[0]] -= 1 / G
+            A_BG[pair] -= 1 / G
             return A_BG
 
-        A_BG = gradient(from_image_BG, image_lse_B, text_lse_G)
-        scale_gradient = (A_BG * from_image_BG).sum() / scale
-        image_gradient_BV = scale * (A_BG @ text_GV)
-        text_A_BG = A_BG.T if ranks() == 1 else gradient(from_text_BG, text_lse_B, image_lse_G)
-        text_gradient_BV = scale * (text_A_BG @ image_GV)
-        ctx.save_for_backward(image_gradient_BV, text_gradient_BV, scale_gradient.reshape(scale.shape))
+        A_BG = pull(from_image_BG, image_lse_B, text_lse_G)
+        text_A_BG = A_BG.T if ranks() == 1 else pull(from_text_BG, text_lse_B, image_lse_G)
+        saved: list[Tensor | None] = []
+        for needed, side, other, pull_BG, logits_BG in (
+            (ctx.needs_input_grad[0], image, text, A_BG, from_image_BG),
+            (ctx.needs_input_grad[1], text, image, text_A_BG, from_text_BG),
+        ):
+            if not needed:  # a frozen side
+                saved += [None] * 4
+                continue
+            grad_BK, along_B = side.gradient(other, pull_BG, logits_BG, scale)
+            saved += [grad_BK, other.columns_K, *((along_B, side.own_BV) if cosine else (None, None))]
+        ctx.save_for_backward((A_BG * from_image_BG).sum().div(scale).reshape(scale.shape), *saved)
+        ctx.shape = image_BV.shape
         ctx.mark_non_differentiable(logit_std)
-        return moments[0].to(scale.dtype), logit_std
+        return moments[0].to(exact), logit_std
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        return tuple(ranks() * grad_loss * saved for saved in ctx.saved_tensors)
+        scale_gradient, *saved = ctx.saved_tensors
+        factor = ranks() * grad_loss
+        image, text = (_expand(ctx.shape, factor, *saved[at : at + 4]) for at in (0, 4))
+        return image, text, factor * scale_gradient, None, None
 
 
-def info_nce(image: Tensor, text: Tensor, scale: Tensor) -> Contrastive:
+# under torch.compile a clean break: what travels is known from the numbers only
+_global_info_nce: Callable[..., tuple[Tensor, Tensor]] = torch.compiler.disable(_GlobalInfoNCE.apply)
+
+
+def _expand(
+    shape: tuple[int, int],
+    factor: Tensor,
+    grad_BK: Tensor | None,
+    columns_K: Tensor | None,
+    along_B: Tensor | None,
+    own_BV: Tensor | None,
+) -> Tensor | None:
+    """(B, V) from what is kept of a gradient: numbers in some columns, and multiples of the rows."""
+    if grad_BK is None:
+        return None
+    grad_BK = grad_BK * factor
+    if own_BV is not None and along_B is not None:
+        grad_BV = own_BV * (along_B * factor)[:, None]
+    elif columns_K is None:
+        return grad_BK
+    else:
+        grad_BV = grad_BK.new_zeros(shape)
+    return grad_BV.add_(grad_BK) if columns_K is None else grad_BV.index_add_(1, columns_K, grad_BK)
+
+
+def info_nce(image: Tensor, text: Tensor, scale: Tensor, cosine: bool = False) -> Contrastive:
     """Symmetric InfoNCE over the pairs of all ranks.
 
     `L = 1/2G Σ_i [-log softmax_j(l_ij)_i - log softmax_j(l_ji)_i]`, `l_ij = scale · image_i · text_j`; row i of both
-    sides is a pair.
+    sides is a pair. With `cosine`, `l_ij = scale · image_i · text_j / (|image_i| |text_j|)`; an empty embedding has
+    similarity 0 with all, and no gradient.
+
+    Under autocast the embeddings are rounded to autocast's type, on any number of ranks alike, since they travel in it; the
+    gradient is that at the rounded embeddings. Without it they are compared as they are.
 
     Args:
         image: (B, V), this rank's images, of any floating type.
         text: (B, V), this rank's texts.
         scale: (1,) or scalar, positive: the inverse temperature.
+        cosine: compare directions only.
 
     Raises:
         ValueError: if shapes differ or ranks hold different numbers of pairs.
     """
     if image.shape != text.shape:
         raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} must have one shape (B, V)")
-    _check_even(len(image), image.device)
-    with torch.autocast(image.device.type, enabled=False):
-        result = _GlobalInfoNCE.apply(_fp32(image), _fp32(text), _fp32(scale))
+    device = image.device.type
+    rounded = torch.is_autocast_enabled(device) and image.dtype != torch.float64
+    wire = torch.get_autocast_dtype(device) if rounded else image.dtype
+    with torch.autocast(device, enabled=False):
+        result = _global_info_nce(_fp32(image), _fp32(text), _fp32(scale), cosine, wire)
     return Contrastive(result[0], result[1], len(image) * ranks())
 
 
@@ -149,7 +211,7 @@ def flops(embedding: Tensor) -> Tensor:
     """
     with torch.autocast(embedding.device.type, enabled=False):
         own_V = _fp32(embedding).sum(0) / (len(embedding) * ranks())
-        mean_V = _sum(own_V.detach())
+        mean_V = total(own_V.detach())
         value = mean_V.square().sum()
         # same value, and the gradient 2·mean_v/G of every own entry, times the number of ranks
         carrier = 2 * ranks() * (mean_V * own_V).sum()

@@ -1,5 +1,7 @@
 """The fused vocabulary head against the plain formula, and the head against transformers' own."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,25 +11,32 @@ from transformers import BertConfig, BertForMaskedLM
 
 from stair.encoders import MaskedLMHead
 from stair.head import VocabularyHead
-from stair.kernels import fused, vocabulary_max, vocabulary_max_reference
+from stair.kernels import backward, fused, reduction, vocabulary_max, vocabulary_max_reference
+
+TYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(params=["gather", "products", "padded"])
-def form(request, monkeypatch):
-    """Both backward forms, and the reduction that GPUs use, on whatever device runs the test."""
-    monkeypatch.setattr(fused, "_GATHER_COST", 0 if request.param == "gather" else 10**9)
-    if request.param == "padded":
-        monkeypatch.setattr(fused, "_running_max", lambda logits, alive, p=None: fused._padded_max(logits, _packing[0]))
-        real_pack = fused._pack
-
-        def pack(mask):
-            _packing[:] = [real_pack(mask)]
-            return _packing[0]
-
-        monkeypatch.setattr(fused, "_pack", pack)
+FORMS = [
+    (sparse, look_up, reduce)
+    for sparse in (True, False)
+    for look_up, reduce in ((True, reduction.slot_by_slot), (False, reduction.slot_by_slot), (False, reduction.padded))
+]
 
 
-_packing = []
+@contextmanager
+def formed(sparse, look_up, reduce):
+    """Fixes what the function else chooses from the numbers and the device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward, "_GATHER_COST", dict.fromkeys(TYPES, 0 if sparse else 10**9))
+        patch.setattr(reduction, "_LOOK_UP_BELOW", 0 if look_up else 10**9)
+        patch.setattr(fused, "_reduction", lambda device: reduce)
+        yield
+
+
+@pytest.fixture(params=FORMS, ids=lambda form: f"{'sparse' if form[0] else 'dense'}-{form[1]}-{form[2].__name__}")
+def form(request):
+    with formed(*request.param):
+        yield
 
 
 def inputs(B, T, D, V, keep=0.6, seed=0, dtype=torch.float64):
@@ -44,7 +53,7 @@ def gradients(function, hidden, mask, weight, bias):
     return out, torch.autograd.grad((out * seed).sum(), (hidden, weight, bias))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     B=st.integers(1, 6),
     T=st.integers(1, 9),
@@ -52,16 +61,13 @@ def gradients(function, hidden, mask, weight, bias):
     V=st.integers(1, 200),
     keep=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
     seed=st.integers(0, 9999),
-    cost=st.sampled_from([0, 10**9]),
+    form=st.sampled_from(FORMS),
 )
-def test_fused_head_equals_the_plain_formula_in_float64(B, T, D, V, keep, seed, cost):
+def test_fused_head_equals_the_plain_formula_in_float64(B, T, D, V, keep, seed, form):
     arguments = inputs(B, T, D, V, keep, seed)
-    before = fused._GATHER_COST
-    fused._GATHER_COST = cost
-    try:
-        got, want = (gradients(f, *arguments) for f in (vocabulary_max, vocabulary_max_reference))
-    finally:
-        fused._GATHER_COST = before
+    with formed(*form):
+        got = gradients(vocabulary_max, *arguments)
+    want = gradients(vocabulary_max_reference, *arguments)
     torch.testing.assert_close(got[0], want[0], rtol=0, atol=1e-12)
     for a, b in zip(got[1], want[1], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)

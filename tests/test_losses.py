@@ -32,11 +32,35 @@ def test_info_nce_and_its_gradient_equal_cross_entropy_both_ways():
     parts = [torch.rand(6, 9, dtype=torch.float64).requires_grad_() for _ in range(2)]
     scale = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
     got, want = info_nce(*parts, scale), info_nce_oracle(*parts, scale)
-    assert float(got.logit_std) == pytest.approx(float((scale * parts[0] @ parts[1].T).std(correction=0)))
+    assert float(got.logit_std) == pytest.approx(float((scale * parts[0] @ parts[1].T).detach().std(correction=0)))
     torch.testing.assert_close(got.loss, want, atol=1e-12, rtol=0)
     for a, b in zip(
         torch.autograd.grad(2 * got.loss, [*parts, scale]), torch.autograd.grad(2 * want, [*parts, scale]), strict=True
     ):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("active", [1.0, 0.05], ids=["dense", "few columns"])
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("frozen", [None, 0])
+def test_sparse_and_cosine_equal_the_plain_formula_in_every_entry(active, cosine, frozen):
+    g = torch.Generator().manual_seed(3)
+    parts = [
+        torch.rand(7, 200, dtype=torch.float64, generator=g) * (torch.rand(200, generator=g) < active) for _ in range(2)
+    ]
+    parts[0][2] = 0  # says nothing
+    for at, part in enumerate(parts):
+        part.requires_grad_(at != frozen)
+    scale = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+    compared = [nn.functional.normalize(part, dim=-1) if cosine else part for part in parts]
+    got, want = info_nce(*parts, scale, cosine=cosine).loss, info_nce_oracle(*compared, scale)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    moved = [p for p in (*parts, scale) if p.requires_grad]
+    mine, theirs = torch.autograd.grad(got, moved), torch.autograd.grad(want, moved)
+    if cosine and frozen is None:
+        assert (mine[0][2] == 0).all()
+        theirs[0][2] = 0  # there `normalize` divides by its epsilon
+    for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
@@ -56,12 +80,14 @@ def test_flops_of_a_worked_example():
     assert z.grad.tolist() == [[2.0, 0.0, 1.0], [2.0, 0.0, 1.0]]
 
 
-def test_the_loss_is_fp32_under_bf16_autocast():
+def test_under_bf16_autocast_the_loss_is_fp32_of_rounded_embeddings():
     torch.manual_seed(0)
     image, text = torch.rand(4, 300), torch.rand(4, 300)
     with torch.autocast("cpu", torch.bfloat16):
         loss, regulariser = info_nce(image, text, torch.ones(1)).loss, flops(image)
-    torch.testing.assert_close(loss, info_nce_oracle(image, text, 1.0))
+    # only the embeddings are rounded, to what travels between ranks
+    rounded = [part.bfloat16().float() for part in (image, text)]
+    torch.testing.assert_close(loss, info_nce_oracle(*rounded, 1.0))
     torch.testing.assert_close(regulariser, image.mean(0).square().sum())
 
 

@@ -1,0 +1,106 @@
+"""Gradients of the vocabulary head from the winners alone, in PyTorch operations.
+
+Only the position that won a word, and only words that are active, receive a gradient. With `z = log(1 + s)` its factor
+is `dz/ds = exp(-z)`, so z and the winner's slot are all that has to be kept. Seen as an N × V matrix of gradients with one
+entry for every active (row, word), both gradients are products with it: of its sparse form while few words are active,
+of its dense form, a chunk of words at a time, while most are.
+
+B rows, N packed positions, D width, V words, C words of a chunk, A active (row, word) pairs.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stair.kernels.packing import Packing
+
+# torch's notice that CSR is young would greet every user in the first step
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+
+# A multiply-add of the sparse form costs about this many of the dense form's (benchmarks/head.py --limits)
+_GATHER_COST = {torch.float64: 20, torch.float32: 40, torch.bfloat16: 150, torch.float16: 150}
+
+
+class Won(NamedTuple):
+    """Incoming gradients, and which slot won each word.
+
+    Attributes:
+        grad_BV: gradient of the embedding.
+        embedding_BV: what the forward pass returned.
+        slot_BV: the first slot that reached each maximum.
+        packing: where the slots of a row lie.
+    """
+
+    grad_BV: Tensor
+    embedding_BV: Tensor
+    slot_BV: Tensor
+    packing: Packing
+
+
+def few_are_active(embedding: Tensor, positions: int, compute: torch.dtype) -> bool:
+    """Whether the sparse form is the faster one, for `positions` packed positions multiplied in type `compute`."""
+    products = positions * embedding.shape[1]
+    return int(torch.count_nonzero(embedding)) * _GATHER_COST.get(compute, 40) < products
+
+
+class Entries(NamedTuple):
+    """The N × V matrix of gradients, entry by entry: ordered by word, and of a word by row."""
+
+    position_A: Tensor
+    word_A: Tensor
+    value_A: Tensor
+
+
+def entries(won: Won) -> Entries:
+    """Entries of the active words."""
+    word_A, row_A = won.embedding_BV.T.nonzero(as_tuple=True)
+    value_A = won.grad_BV[row_A, word_A] * torch.exp(-won.embedding_BV[row_A, word_A])
+    return Entries(won.packing.position(row_A, won.slot_BV[row_A, word_A]), word_A, value_A)
+
+
+def edges(index: Tensor, size: int) -> Tensor:
+    """(size + 1,) where the run of each value of a sorted (A,) index begins and ends."""
+    edge = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
+    edge[1:] = torch.bincount(index, minlength=size).cumsum(0)
+    return edge
+
+
+def sparse_gradients(won: Won, packed_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of packed positions (N, D), weight (V, D) and bias (V,): two products in compressed rows."""
+    N, V = len(packed_ND), len(weight_VD)
+    position_A, word_A, value_A = entries(won)
+    by_word_VN = torch.sparse_csr_tensor(edges(word_A, V), position_A, value_A, (V, N), check_invariants=False)
+    grad_weight_VD = by_word_VN @ packed_ND.to(value_A.dtype)
+    grad_bias_V = (by_word_VN @ torch.ones(N, 1, dtype=value_A.dtype, device=value_A.device))[:, 0]
+    order_A = position_A.argsort(stable=True)
+    by_position_NV = torch.sparse_csr_tensor(
+        edges(position_A, N), word_A[order_A], value_A[order_A], (N, V), check_invariants=False
+    )
+    return by_position_NV @ weight_VD.to(value_A.dtype), grad_weight_VD, grad_bias_V
+
+
+def dense_gradients(
+    won: Won, packed_ND: Tensor, weight_VD: Tensor, chunks: Sequence[slice]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by products of matrices of packed_ND's type."""
+    grad_packed_ND = won.grad_BV.new_zeros(packed_ND.shape)
+    grad_weight_VD = won.grad_BV.new_zeros(weight_VD.shape)
+    grad_bias_V = won.grad_BV.new_zeros(len(weight_VD))
+    # a row without any real position has no gradient, and no place to scatter a zero to
+    filled = len(won.grad_BV) if won.packing.in_order else int((won.packing.length_B > 0).sum())
+    rows = slice(None) if filled == len(won.grad_BV) else won.packing.length_B.nonzero()[:, 0]
+    row_B1 = torch.arange(len(won.grad_BV), device=packed_ND.device)[rows, None]
+    for chunk in chunks if filled else ():
+        embedding_BC = won.embedding_BV[rows, chunk]
+        # the factor of ReLU: nothing for words that are not active
+        grad_BC = torch.exp(-embedding_BC).mul_(won.grad_BV[rows, chunk]).mul_(embedding_BC > 0)
+        position_BC = won.packing.position(row_B1, won.slot_BV[rows, chunk])
+        scattered_NC = packed_ND.new_zeros(len(packed_ND), grad_BC.shape[1])
+        scattered_NC.scatter_(0, position_BC, grad_BC.to(packed_ND.dtype))
+        grad_packed_ND += scattered_NC @ weight_VD[chunk].to(packed_ND.dtype)
+        grad_weight_VD[chunk] = (scattered_NC.T @ packed_ND).to(grad_BC.dtype)
+        grad_bias_V[chunk] = grad_BC.sum(0)
+    return grad_packed_ND, grad_weight_VD, grad_bias_V
