@@ -250,7 +250,7 @@ def _over_http(url: str, at: int, timeout: float) -> Connection:
         answer = opener.open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code in _LASTING:
+        if error.code in _LASTING or 300 <= error.code < 400:
             raise LastingError(f"{url}: the server says {error.code} {error.reason}") from error
         raise
     declared = answer.headers.get("Content-Length")

@@ -1,0 +1,95 @@
+"""What a mixture's sources give to training: pairs, loss and what is left out, source by source.
+
+B pairs here, G pairs on all ranks, V words.
+"""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from callbacks.run_monitor import logs_now
+from stair.batch import Batch
+
+
+class SourceMonitor(L.Callback):
+    """Logs, for a `data.train` that is a mixture, at every `trainer.log_every_n_steps` and over all ranks:
+
+    - `source/<name>/pairs`: pairs seen since the start of the run, interruptions included.
+    - `source/<name>/loss`: mean contrastive loss of the source's pairs in the logged batch, each against the whole global
+      batch; weighted by pairs, the sources' losses add up to `train/contrastive`.
+    - `source/<name>/skipped`: samples left out since this start (`datamodule.skipped_by_source`).
+
+    With one source, nothing is logged and nothing computed.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._pairs: Tensor | None = None  # on the device: a count each step must not make the host wait
+        self._before: dict[str, int] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes the names of the sources."""
+        self._names = list(getattr(trainer.datamodule, "source_names", []))
+        self._pairs = torch.zeros(len(self._names), dtype=torch.float64, device=pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Counts the step's pairs, and logs where it is time to."""
+        if not self._names or self._pairs is None:
+            return
+        own_SB = torch.tensor([[source == name for source in batch["source"]] for name in self._names])
+        own_SB = own_SB.to(pl_module.device, torch.float64)
+        self._pairs += trainer.strategy.reduce(own_SB.sum(1), reduce_op="sum")
+        if logs_now(trainer, batch_idx):
+            pl_module.log_dict(self._figures(trainer, pl_module, outputs, own_SB), batch_size=1)
+
+    def _figures(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: dict[str, Any], own_SB: Tensor
+    ) -> dict[str, float]:
+        loss_B = pair_losses(pl_module, outputs)
+        skipped = getattr(trainer.datamodule, "skipped_by_source", {})
+        skipped_S = torch.tensor([skipped.get(name, 0) for name in self._names]).to(own_SB)
+        sums_3S = trainer.strategy.reduce(torch.stack([own_SB @ loss_B, own_SB.sum(1), skipped_S]), reduce_op="sum")
+        figures = {}
+        for name, pairs, (loss, count, left_out) in zip(
+            self._names, self._counts().values(), sums_3S.T.tolist(), strict=True
+        ):
+            figures[f"source/{name}/pairs"] = float(pairs)
+            figures[f"source/{name}/skipped"] = left_out
+            if count:
+                figures[f"source/{name}/loss"] = loss / count
+        return figures
+
+    def _counts(self) -> dict[str, int]:
+        here = dict(zip(self._names, [] if self._pairs is None else self._pairs.tolist(), strict=True))
+        return {name: self._before.get(name, 0) + int(count) for name, count in here.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pairs seen of each source, the same on all ranks."""
+        return {"pairs": {**self._before, **self._counts()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on counting."""
+        self._before = dict(state_dict["pairs"])
+
+
+@torch.no_grad()
+def pair_losses(pl_module: L.LightningModule, outputs: dict[str, Any]) -> Tensor:
+    """The symmetric InfoNCE of each pair of this rank against the pairs of all ranks.
+
+    Args:
+        pl_module: the stage; its `towers.comparable` makes embeddings what their dot products are taken of.
+        outputs: of `training_step`.
+
+    Returns:
+        (B,) fp64; their mean over all ranks is the contrastive loss.
+    """
+    image_BV, text_BV = (pl_module.towers.comparable(outputs[side]).float() for side in ("image_BV", "text_CV"))
+    image_GV, text_GV = (pl_module.all_gather(rows).reshape(-1, rows.shape[1]) for rows in (image_BV, text_BV))
+    scale = float(outputs["scale"])
+    by_image_BG, by_text_BG = scale * (image_BV @ text_GV.T), scale * (text_BV @ image_GV.T)
+    matched_B = scale * (image_BV * text_BV).sum(1)
+    return ((by_image_BG.logsumexp(1) + by_text_BG.logsumexp(1)) / 2 - matched_B).double()
