@@ -14,6 +14,7 @@ import lightning as L
 from safetensors.torch import load_model
 
 from lightning_modules.contrastive import ContrastiveModule, planned_steps, sides
+from lightning_modules.parallel import gathered
 from stair.towers import TowersConfig, read_description
 
 log = logging.getLogger(__name__)
@@ -86,9 +87,10 @@ class StageTransition(L.Callback):
             log.warning("no hand-over: %d of %d planned steps are done; resume the run", trainer.global_step, planned)
             return
         target = Path(self.hand_over or Path(trainer.default_root_dir) / pl_module.hand_over)
-        if trainer.is_global_zero:
+        model = gathered(pl_module.towers)
+        if trainer.is_global_zero and model is not None:
             facts = {"stage": pl_module.stage, "steps": trainer.global_step, "finished": True}
-            pl_module.towers.save_pretrained(target, facts)
+            model.save_pretrained(target, facts)
             log.info("%s hands over at %s", pl_module.home(), target)
         trainer.strategy.barrier("hand-over")
 

@@ -21,6 +21,8 @@ class Clip(ContrastiveModule):
         pooling: `mean` of the positions, or the `class` token.
         scale_start: start of the learnable scale (inverse temperature), in (0, 100]; CLIP's 1/0.07.
         micro_batch_size: pairs encoded at a time on a device, None for all; see `ContrastiveModule`.
+        recompute: compute blocks and heads again backwards instead of keeping their activations.
+        compile: backend of torch.compile for the towers' blocks, such as `inductor`; None does not compile.
 
     Raises:
         ValueError: if an argument is out of range, or a tower cannot be built so.
@@ -36,10 +38,12 @@ class Clip(ContrastiveModule):
         pooling: Literal["mean", "class"] = "mean",
         scale_start: float = 1 / 0.07,
         micro_batch_size: int | None = None,
+        recompute: bool = False,
+        compile: str | None = None,
     ) -> None:
         if not 0 < scale_start <= 100:
             raise ValueError(f"scale_start is {scale_start}; the scale lies in (0, 100]")
-        super().__init__(optimizer, scale_start, micro_batch_size)
+        super().__init__(optimizer, scale_start, micro_batch_size, recompute, compile)
         self.clip = DenseClip(ClipConfig(stair.vocabulary, stair.image, stair.text, width, pooling))
 
     @classmethod

@@ -12,8 +12,11 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from lightning_modules import parallel
 from lightning_modules.optimizer import Optimizer
 from stair.batch import Batch
 from stair.losses import Contrastive
@@ -31,6 +34,9 @@ class ContrastiveModule(L.LightningModule):
         scale_start: start of the learnable scale (inverse temperature), in (0, 100]; None leaves it as it is.
         micro_batch_size: pairs encoded at a time on a device, None for all. Smaller needs less memory and costs a second
             forward pass; the loss and its gradient stay those of the whole batch (as in GradCache, Gao et al. 2021).
+        recompute: keep of each block and head only its input, and compute it again backwards: less memory, one more
+            forward pass.
+        compile: backend of torch.compile for the towers' blocks, `inductor` for the usual one; None does not compile.
     """
 
     #: place in the order of stages; None is no stage, and starts from nothing
@@ -41,14 +47,22 @@ class ContrastiveModule(L.LightningModule):
     frozen: ClassVar[tuple[Literal["image", "text"], ...]] = ()
 
     def __init__(
-        self, optimizer: Optimizer, scale_start: float | None = None, micro_batch_size: int | None = None
+        self,
+        optimizer: Optimizer,
+        scale_start: float | None = None,
+        micro_batch_size: int | None = None,
+        recompute: bool = False,
+        compile: str | None = None,
     ) -> None:
         super().__init__()
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(
                 f"micro_batch_size is {micro_batch_size}; give a number of pairs from 1 up, or null for all"
             )
+        if compile is not None and compile not in (known := torch.compiler.list_backends(exclude_tags=())):
+            raise ValueError(f"compile is {compile!r}; give one of {', '.join(known)}, or null for none")
         self.optimizer, self.scale_start, self.micro_batch_size = optimizer, scale_start, micro_batch_size
+        self.recompute, self.compile_backend, self._laid_out = recompute, compile, False
         self.retrieval = torch.nn.ModuleDict()
 
     @classmethod
@@ -60,6 +74,27 @@ class ContrastiveModule(L.LightningModule):
     def towers(self) -> TwoTowers:
         """The model that trains."""
         raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Lays the model out as the settings and the strategy say, once: weights are loaded and frozen by now."""
+        if self._laid_out:
+            return
+        self._laid_out = True
+        if self.recompute:
+            parallel.recompute(self.towers)
+        if self.compile_backend is not None:
+            parallel.compile_blocks(self.towers, self.compile_backend)
+        if self.device_mesh is not None:
+            parallel.shard(self.towers, self.device_mesh["data_parallel"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Says which model it is, so that `stair consolidate` needs nothing else."""
+        checkpoint["towers"] = {
+            "family": self.towers.family,
+            "model": self.towers.portable_config(),
+            "words": self.towers.vocabulary.tokens,
+            "stage": self.stage,
+        }
 
     # ------------------------------------------------------------------ training
 
@@ -87,8 +122,13 @@ class ContrastiveModule(L.LightningModule):
 
     def set_scale(self, value: float) -> None:
         """Sets the similarity's scale, at most 100."""
+        gathered = isinstance(self.towers, FSDPModule) and not isinstance(self.towers.log_scale, DTensor)
+        if gathered:  # what is gathered for a step is a copy
+            self.towers.reshard()
         with torch.no_grad():
             self.towers.log_scale.fill_(math.log(min(value, 100.0)))
+        if gathered:
+            self.towers.unshard()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Makes dropout a function of seed, step and rank, so that a resumed run draws what it would have drawn."""
@@ -132,6 +172,15 @@ class ContrastiveModule(L.LightningModule):
             "image_BV": encoded["image_BV"].detach(),
             "text_CV": encoded["text_CV"].detach(),
         }
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Leaves a step out whose loss is not finite: without gradients the optimiser moves nothing.
+
+        The loss is that of the global batch, the same on every rank, so all leave it out or none. (`callbacks/health.py`
+        counts such steps and stops the run.) In 16-mixed the gradient scaler does this.
+        """
+        if self.trainer.precision == "16-mixed" or bool(loss.isfinite().all()):
+            super().backward(loss, *args, **kwargs)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser, and its schedule over the planned steps of the run."""

@@ -61,6 +61,8 @@ class StairStage(ContrastiveModule):
         objective: the loss.
         optimizer: how parameters move.
         micro_batch_size: pairs encoded at a time on a device, None for all; see `ContrastiveModule`.
+        recompute: compute blocks and heads again backwards instead of keeping their activations.
+        compile: backend of torch.compile for the towers' blocks, such as `inductor`; None does not compile.
     """
 
     stage: ClassVar[int]
@@ -73,9 +75,12 @@ class StairStage(ContrastiveModule):
         objective: Objective,
         optimizer: Optimizer,
         micro_batch_size: int | None = None,
+        recompute: bool = False,
+        compile: str | None = None,
     ) -> None:
         start = objective.scale_start
-        super().__init__(optimizer, None if isinstance(start, str) else start, micro_batch_size)
+        start = None if isinstance(start, str) else start
+        super().__init__(optimizer, start, micro_batch_size, recompute, compile)
         stair.similarity, stair.text_words = objective.similarity, self.text_words
         self.stair = Stair(stair)
         self.objective = objective

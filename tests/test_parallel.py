@@ -46,11 +46,9 @@ class Case:
 class Pairs(L.LightningDataModule):
     """The same global batches whatever the number of ranks; each rank has its own rows of them."""
 
-    val_names: list[str] = []
-    test_names: list[str] = []
-
     def __init__(self, vocabulary):
         super().__init__()
+        self.val_names, self.test_names = [], []
         generator = torch.Generator().manual_seed(1)
         word = len(vocabulary)
         ids = torch.randint(9, word, (STEPS, PAIRS, 12), generator=generator)
@@ -82,10 +80,14 @@ class Steps:
 
 
 class Watch(L.Callback):
-    """Keeps the first step's gradients, before they are clipped, and the loss of every step."""
+    """Keeps the first step's gradients, before they are clipped, the weights before the last, and all losses."""
 
     def __init__(self):
-        self.gradients, self.losses = {}, []
+        self.gradients, self.before, self.losses = {}, {}, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == STEPS - 1:
+            self.before = {name: whole(p) for name, p in pl_module.named_parameters()}
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if not self.gradients:
@@ -159,6 +161,7 @@ def fit(case):
     return {
         "gradients": watch.gradients,
         "weights": {name: whole(p) for name, p in module.named_parameters()},
+        "before": watch.before,
         "losses": torch.tensor(watch.losses),
     }
 
