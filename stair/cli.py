@@ -35,6 +35,7 @@ _FUNCTIONS: dict[str, _Word] = {
     "explain": _Word("why two items match, as heat maps and words", "stair.explain_page", "explain_command"),
     "search": _Word("find documents by text, picture or weighted words", "stair.index.commands", "search"),
     "evaluate": _Word("measure a model: retrieval, classification, words, cost", "datamodules.evaluation", "evaluate"),
+    "consolidate": _Word("one file, or a model, of a checkpoint", "lightning_modules.consolidate", "consolidate"),
     "doctor": _Word("what is wrong with shards, and the setting that mends it", "datamodules.doctor", "doctor"),
     "prepare": _Word(
         "make shards of images and captions, COCO, Flickr, Hugging Face data, ...", "datamodules.prepare", "SOURCES"
@@ -52,7 +53,7 @@ STAIR: sparse, readable image and text embeddings.
 
 def _help() -> str:
     words = _TRAINER_WORDS | {word: function.does for word, function in _FUNCTIONS.items()}
-    return _HELP.format(words="\n".join(f"  {word:10}{what}" for word, what in words.items()))
+    return _HELP.format(words="\n".join(f"  {word:12}{what}" for word, what in words.items()))
 
 
 def main() -> None:
