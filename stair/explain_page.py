@@ -83,7 +83,8 @@ def overlay(
     heat_RC = np.clip(np.asarray(heat_RC, np.float64), 0, None)
     strength = (heat_RC / heat_RC.max() if heat_RC.max() > 0 else heat_RC) * 190
     mask = Image.fromarray(strength.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-    picture = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    # without its own colours, so that red things do not hide the heat
+    picture = image.convert("L").convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     picture.paste(Image.new("RGB", (side, side), _HEAT), mask=mask)
     if mark is not None:
         rows, columns = heat_RC.shape

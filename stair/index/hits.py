@@ -29,7 +29,7 @@ class SharedWord:
         return self.query * self.document
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(repr=False, eq=False)  # not frozen: that makes ten hits cost as much as the search
 class Hit:
     """A document found.
 

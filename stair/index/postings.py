@@ -62,7 +62,7 @@ def invert(csr: sparse.csr_matrix) -> Arrays:
         "row_start": csr.indptr.astype(np.int64),
         "row_words": csr.indices.astype(np.uint16 if csr.shape[1] <= 1 << 16 else np.uint32),
         "row_weights": csr.data,
-        "words": words_U.astype(np.uint32),
+        "words": words_U.astype(np.int64),
         "scale": scale_U,
         "run_start": start,
         "documents": (columns.indices % BLOCK).astype(np.uint16),

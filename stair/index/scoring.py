@@ -12,6 +12,7 @@ Q words of the query, U words of the segment, R blocks, K wanted.
 """
 
 import importlib.util
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from stair.index.postings import BLOCK, Arrays
 
 Array = NDArray[Any]
+Arrays2 = tuple[Array, Array]
 Arrays3 = tuple[Array, Array, Array]
 
 
@@ -69,31 +71,43 @@ def search_segment(arrays: Arrays, query: Query, dense_V: Array, allowed: Array,
         first: number of the segment's first document.
         best: grows in place. Only scores above 0 enter.
     """
-    words_U = arrays["words"]
-    rank_Q = np.searchsorted(words_U, query.words)
-    rank_Q[rank_Q == len(words_U)] = 0
-    found_Q = words_U[rank_Q] == query.words if len(words_U) else np.zeros(len(rank_Q), np.bool_)
-    rank_Q = rank_Q[found_Q]
-    if not len(rank_Q):
+    if len(query.words) == 0 or len(arrays["words"]) == 0:
         return
-    value_Q = query.weights[found_Q].astype(np.float64) * arrays["scale"][rank_Q]
-    # one unit of the integer bound: all words at 255 stay within 31 bits
-    unit = float(np.abs(value_Q).sum()) * 255 / (1 << 30)
-    if unit == 0:
-        return
-    # ceil: up for what adds, towards 0 for what takes away
-    factor_Q = np.ceil(value_Q / unit).astype(np.int32)
     _search(
-        rank_Q,
-        factor_Q,
-        unit,
+        (arrays["words"], arrays["scale"]),
+        (query.words, query.weights),
         (arrays["run_start"], arrays["documents"], arrays["bytes"]),
         (arrays["row_start"], arrays["row_words"], arrays["row_weights"]),
         dense_V,
         allowed,
         first,
         (best.scores, best.documents, best.count),
+        _zeros(),
     )
+
+
+def _zeros() -> Array:
+    """(BLOCK + _CHUNK,) int32 zeros, this thread's own: fresh ones would cost more than a small search."""
+    if not hasattr(_own, "bound"):
+        _own.bound = np.zeros(BLOCK + _CHUNK, np.int32)
+    bound: Array = _own.bound
+    return bound
+
+
+def _factors(known: Arrays2, query: Arrays2) -> tuple[Array, Array, float]:
+    """The query's words that the segment has: their ranks in it, integer factors of their bytes, and the factors' unit."""
+    words_U, scale_U = known
+    words_Q, weights_Q = query
+    rank_Q = np.minimum(np.searchsorted(words_U, words_Q), len(words_U) - 1)
+    found_Q = words_U[rank_Q] == words_Q
+    rank_Q = rank_Q[found_Q]
+    value_Q = weights_Q[found_Q].astype(np.float64) * scale_U[rank_Q]
+    # all words at 255 stay within 31 bits
+    unit = np.abs(value_Q).sum() * 255 / (1 << 30)
+    if unit == 0:
+        return rank_Q[:0], rank_Q[:0].astype(np.int32), 1.0
+    # ceil: up for what adds, towards 0 for what takes away
+    return rank_Q, np.ceil(value_Q / unit).astype(np.int32), unit
 
 
 def _floor(score: float, unit: float) -> int:
@@ -126,16 +140,19 @@ def _exact(document: int, rows: Arrays3, dense_V: Array) -> float:
 
 
 def _compiled_search(
-    rank_Q: Array,
-    factor_Q: Array,
-    unit: float,
+    known: Arrays2,
+    query: Arrays2,
     postings: Arrays3,
     rows: Arrays3,
     dense_V: Array,
     allowed: Array,
     first: int,
     best: Arrays3,
+    bound: Array,
 ) -> None:
+    rank_Q, factor_Q, unit = _factors(known, query)
+    if len(rank_Q) == 0:
+        return
     run_start, documents, bytes_P = postings
     scores, found, count = best
     total, k = len(rows[0]) - 1, len(scores)
@@ -145,7 +162,6 @@ def _compiled_search(
     slack = np.abs(factor_Q).sum() + 256 * len(factor_Q) + 1
     highest_K = np.full(k, _LOWEST, np.int64)
     candidates, bounds, waiting = np.empty(1024, np.int64), np.empty(1024, np.int64), 0
-    bound = np.zeros(min(total, BLOCK) + _CHUNK, np.int32)
     for block in range(blocks):
         for q in range(len(rank_Q)):
             run, factor = rank_Q[q] * blocks + block, factor_Q[q]
@@ -171,7 +187,7 @@ def _compiled_search(
                         _raise(highest_K, bound[i])
                         # k documents score at least this
                         floor = max(floor, highest_K[k - 1] - slack)
-        bound[:] = 0
+        bound[:size] = 0
     for i in range(waiting):
         if bounds[i] > floor:
             score = _exact(candidates[i], rows, dense_V)
@@ -200,29 +216,33 @@ def _room(candidates: Array, bounds: Array, floor: int) -> tuple[Array, Array, i
 
 
 def _numpy_search(
-    rank_Q: Array,
-    factor_Q: Array,
-    unit: float,
+    known: Arrays2,
+    query: Arrays2,
     postings: Arrays3,
     rows: Arrays3,
     dense_V: Array,
     allowed: Array,
     first: int,
     best: Arrays3,
+    bound: Array,
 ) -> None:
+    rank_Q, factor_Q, unit = _factors(known, query)
+    if len(rank_Q) == 0:
+        return
     run_start, documents, bytes_P = postings
     scores, found, count = best
     total, k = len(rows[0]) - 1, len(scores)
     blocks = -(-total // BLOCK)
     for block in range(blocks):
         start = block * BLOCK
-        bound = np.zeros(min(BLOCK, total - start), np.int32)
+        bound[:] = 0
+        size = min(BLOCK, total - start)
         for run, factor in zip(rank_Q * blocks + block, factor_Q, strict=True):
             there: Any = slice(run_start[run], run_start[run + 1])
             # a document occurs once in a run, so the sum by index is right
             bound[documents[there]] += factor * bytes_P[there].astype(np.int32) - min(factor, 0)
         if len(allowed):
-            bound[~allowed[start : start + len(bound)]] = 0
+            bound[:size][~allowed[start : start + size]] = 0
         candidates = np.flatnonzero(bound > (_floor(scores[k - 1], unit) if count[0] == k else 0))
         for i in candidates[np.argsort(-bound[candidates], kind="stable")]:
             if count[0] == k and bound[i] <= _floor(scores[k - 1], unit):
@@ -230,6 +250,7 @@ def _numpy_search(
             score = _exact_row(start + i, rows, dense_V)
             if score > 0:
                 _insert(score, first + start + i, scores, found, count)
+    bound[:] = 0
 
 
 def _exact_row(document: int, rows: Arrays3, dense_V: Array) -> float:
@@ -241,12 +262,14 @@ def _exact_row(document: int, rows: Arrays3, dense_V: Array) -> float:
 
 
 _CHUNK = 64
+_own = threading.local()
 _LOWEST = -(1 << 40)  # far below any bound
 compiled = importlib.util.find_spec("numba") is not None
 _search: Any = _numpy_search
 if compiled:
     from numba import njit
 
+    _factors = njit(cache=True)(_factors)
     _floor = njit(cache=True)(_floor)
     _insert = njit(cache=True)(_insert)
     _exact = njit(cache=True)(_exact)
