@@ -15,9 +15,12 @@ import yaml
 
 from datamodules.headers import Count, count, spread, write_indices
 from datamodules.inspection import Finding, Needs, Said, Sight, first_samples, judge, look
-from datamodules.tars import expand, is_remote
+from datamodules.mixture import Shards, mixture
+from datamodules.sources import Remote, is_remote
+from datamodules.tars import expand
 from stair.vocabulary import Vocabulary
 
+_RUN = "the run"  # the name under which stands what concerns all sources together
 _SHARDS, _REMOTE_SHARDS = 8, 2  # of a source, from which samples are read
 
 
@@ -29,6 +32,7 @@ def doctor(
     image_size: int | None = None,
     global_batch_size: int | None = None,
     workers: int | None = None,
+    train_samples: int | None = None,
     ranks: int = 1,
     samples: int = 256,
     seconds: float = 10.0,
@@ -45,6 +49,7 @@ def doctor(
         image_size: side of the images that the model takes, in pixels.
         global_batch_size: pairs a step of the run.
         workers: reading processes a rank of the run.
+        train_samples: pairs in all shards together, where they cannot be counted.
         ranks: processes that train.
         samples: of a source, that are read and decoded.
         seconds: for reading headers, where no index says how many samples there are.
@@ -54,25 +59,23 @@ def doctor(
     Raises:
         SystemExit: with status 1 if something would stop a run.
     """
-    given = {"vocabulary": vocabulary, "max_tokens": max_tokens, "image_size": image_size}
-    given |= {"global_batch_size": global_batch_size, "workers": workers}
+    asked = {"vocabulary": vocabulary, "max_tokens": max_tokens, "image_size": image_size}
+    asked |= {"global_batch_size": global_batch_size, "workers": workers, "train_samples": train_samples}
     files = [configs] if isinstance(configs, str) else configs or []
-    settings = _settings(files) | {name: value for name, value in given.items() if value is not None}
+    settings = _settings(files) | {name: value for name, value in asked.items() if value is not None}
     needs = Needs(
         Vocabulary(settings["vocabulary"]) if settings.get("vocabulary") else None,
         **{name: settings[name] for name in ("max_tokens", "image_size", "max_pixels", "max_bad_share", "flip")},
     )
     sources = _sources(data)
     if write_index:
-        write_indices([shard for spec in sources.values() for shard in expand(spec) if not is_remote(shard)])
+        write_indices([shard for spec in sources.values() for shard in expand(spec.shards) if not is_remote(shard)])
     reports, findings = {}, []
-    for name, spec in sources.items():
-        report, found = _examine(name, spec, needs, settings, ranks, samples, seconds / len(sources))
+    for name, given in sources.items():
+        report, found = _examine(name, given, needs, settings, samples, seconds / len(sources))
         reports[name] = report
         findings += sorted(found, key=lambda finding: ("stops", "warns", "notes").index(finding.severity))
-    if sum(report.get("samples", 0) for report in reports.values()) < settings["global_batch_size"]:
-        what = f"all sources together hold fewer pairs than global_batch_size={settings['global_batch_size']}: no step"
-        findings.append(Finding("stops", "all", what, "a smaller --data.global_batch_size, or more data"))
+    findings += [Finding(level, _RUN, what, mend) for level, what, mend in _of_run(reports, settings, ranks)]
     _print(reports, findings, json)
     if any(finding.severity == "stops" for finding in findings):
         raise SystemExit(1)
@@ -88,6 +91,7 @@ _DEFAULTS = {
     "max_bad_share": Needs.max_bad_share,
     "flip": False,
     "train_samples": None,
+    "remote": {},
 }
 _MODEL = {"vocabulary": "vocabulary", "max_tokens": "text.max_tokens", "image_size": "image.image_size"}
 
@@ -100,65 +104,71 @@ def _settings(files: list[str]) -> dict[str, Any]:
     found = dict(_DEFAULTS)
     for name in _DEFAULTS:
         if (value := OmegaConf.select(merged, f"data.{name}")) is not None:
-            found[name] = value
+            found[name] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
     for name, place in _MODEL.items():
         if (value := OmegaConf.select(merged, f"model.init_args.stair.{place}")) is not None:
             found[name] = value
     return found
 
 
-def _sources(data: list[str]) -> dict[str, list[str]]:
-    """Specs by name; files that a shell has made of a glob are one source again."""
+def _sources(data: list[str]) -> dict[str, Shards]:
+    """Sources by name; files that a shell has made of a glob are one source again."""
     files = [word for word in data if Path(word).is_file()]
-    sources: dict[str, list[str]] = {}
+    sources: dict[str, Shards] = {}
     if files:
-        sources[files[0] if len(files) == 1 else f"{files[0]} to {files[-1]}"] = files
+        sources[files[0] if len(files) == 1 else f"{files[0]} to {files[-1]}"] = Shards(files)
     for word in data:
         if word in files:
             continue
-        named = yaml.safe_load(word) if word.lstrip().startswith("{") and ":" in word else None
-        if isinstance(named, dict):
-            sources |= {str(name): [spec] if isinstance(spec, str) else list(spec) for name, spec in named.items()}
+        if word.lstrip().startswith("{") and ":" in word:
+            sources |= _named(word)
         else:
-            sources[word] = [word]
+            sources[word] = Shards(word)
     return sources
 
 
-def _examine(
-    name: str, spec: list[str], needs: Needs, settings: dict[str, Any], ranks: int, samples: int, seconds: float
-) -> tuple[dict[str, Any], list[Finding]]:
+def _named(word: str) -> dict[str, Shards]:
     try:
-        shards = expand(spec)
-    except FileNotFoundError as error:
-        return {"samples": 0}, [Finding("stops", name, str(error), "--data.train")]
-    counted = count(shards, seconds)
+        named = yaml.safe_load(word)
+        return mixture({str(n): Shards(**spec) if isinstance(spec, dict) else spec for n, spec in named.items()})
+    except (TypeError, yaml.YAMLError) as error:
+        wanted = "'{name: spec, ...}' or '{name: {shards: spec, weight: 1.0, samples: 1000}, ...}'"
+        raise ValueError(f"{word!r} is no mapping of sources ({error}); wanted {wanted}") from error
+
+
+def _examine(
+    name: str, given: Shards, needs: Needs, settings: dict[str, Any], samples: int, seconds: float
+) -> tuple[dict[str, Any], list[Finding]]:
+    remote = Remote(**settings["remote"])
+    try:
+        shards = expand(given.shards)
+        counted = count(shards, seconds, remote)
+    except (ValueError, OSError) as error:
+        return {"shards": 0, "samples": 0}, [Finding("stops", name, str(error), "the spec in --data.train")]
     chosen = spread(shards, _REMOTE_SHARDS if is_remote(shards[0]) else _SHARDS)
-    each = -(-samples // len(chosen))
-    sight = look((sample for shard in chosen for sample in first_samples(shard, each)), needs)
-    findings = [Finding(level, name, what, mend) for level, what, mend in _of_shards(counted, settings, ranks)]
+    seen = [first_samples(shard, -(-samples // len(chosen)), remote) for shard in chosen]
+    sight = look((sample for found, _ in seen for sample in found), needs)
+    findings = [
+        Finding(level, name, what, mend)
+        for level, what, mend in _of_shards(counted, bool(given.samples or settings["train_samples"]))
+    ]
     if sight.samples:
         findings += judge(name, sight, needs)
     else:
-        reason = next(iter(counted.broken.values()), "not a tar, or empty")
+        reason = next((reason for _, reason in seen if reason), "not a tar, or empty")
         what = f"no sample could be read from {len(chosen)} shards, the first: {reason}"
-        findings.append(Finding("stops", name, what, "check the spec; `stair prepare` makes shards"))
+        findings.append(Finding("stops", name, what, "check --data.train; `stair prepare` makes shards"))
     if not needs.vocabulary:
         findings.append(Finding("notes", name, "captions were not measured in tokens", "--vocabulary or --configs"))
-    return _report(counted, sight, settings, ranks), findings
+    return _report(counted, sight, settings, given.samples), findings
 
 
-def _of_shards(counted: Count, settings: dict[str, Any], ranks: int) -> Iterator[Said]:
-    shards, batch, workers = counted.shards, settings["global_batch_size"], max(settings["workers"], 1)
-    remote = [shard for shard in shards if is_remote(shard)]
-    if batch % ranks:
-        yield (
-            "stops",
-            f"global_batch_size={batch} cannot be shared by {ranks} ranks",
-            "a multiple, --data.global_batch_size",
-        )
-    if remote and not settings["train_samples"]:
-        what = f"{len(remote)} shards are remote and cannot be counted without reading them all"
-        yield "stops", what, "--data.train_samples, or an index.json beside them (--write_index where they are local)"
+def _of_shards(counted: Count, stated: bool) -> Iterator[Said]:
+    shards = counted.shards
+    unknown = [shard for shard in shards if is_remote(shard) and shard not in counted.samples]
+    if unknown and not stated:
+        what = f"{len(unknown)} shards are not local, with no index.json: only reading them all would count them"
+        yield "stops", what, "--data.train_samples, or --write_index where they are local and copy that"
     if counted.broken:
         shard, reason = next(iter(counted.broken.items()))
         what = f"{len(counted.broken)} of {len(counted.walked)} shards that were walked are broken, the first: {reason}"
@@ -176,40 +186,45 @@ def _of_shards(counted: Count, settings: dict[str, Any], ranks: int) -> Iterator
     elif counted.incomplete:
         what = f"{counted.incomplete} samples have no image or no caption member"
         yield "warns", what, "training skips and counts them, up to --data.max_bad_share; evaluation refuses them"
-    if counted.stale:
-        shard, reason = next(iter(counted.stale.items()))
-        yield (
-            "warns",
-            f"{len(counted.stale)} shards are not what their index says, {shard}: {reason}",
-            "get them again, or --write_index",
-        )
-    if len(counted.samples) < len(shards) and counted.samples:
+    for severity, found in (("stops", counted.stale), ("warns", counted.doubtful)):
+        for shard, reason in list(found.items())[:1]:
+            what = f"{len(found)} shards are not what their index says, the first is {shard}: {reason}"
+            yield severity, what, "get them again; or --write_index, if they are as they should be"
+    if len(counted.samples) < len(shards) and counted.samples and not stated:
         what = f"{len(counted.samples)} of {len(shards)} shards were counted in the time given, the others estimated"
         yield "notes", what, "--write_index counts all of them, once; or more --seconds"
-    yield from _readers(counted, batch, workers, ranks)
 
 
-def _readers(counted: Count, batch: int, workers: int, ranks: int) -> Iterator[Said]:
-    steps = counted.total // batch
-    if 0 < steps < workers:
+def _of_run(reports: dict[str, dict[str, Any]], settings: dict[str, Any], ranks: int) -> Iterator[Said]:
+    samples, shards = (sum(report[what] for report in reports.values()) for what in ("samples", "shards"))
+    samples = settings["train_samples"] or samples
+    batch, workers = settings["global_batch_size"], max(settings["workers"], 1)
+    steps = samples // batch
+    if batch % ranks:
         yield (
-            "warns",
-            f"an epoch has {steps} steps, so only {steps} of {workers} workers have one to make",
-            f"--data.workers {steps}",
+            "stops",
+            f"global_batch_size={batch} cannot be shared by {ranks} ranks",
+            "--data.global_batch_size, a multiple",
         )
-    if len(counted.shards) < ranks * workers:
-        what = f"{len(counted.shards)} shards for {ranks} x {workers} readers: some read a part of one, past the rest"
-        yield "notes", what, f"--data.workers {max(len(counted.shards) // ranks, 1)}, or shards with fewer samples"
+    if 0 < samples < batch:
+        what = f"there are {samples} pairs, fewer than global_batch_size={batch}: an epoch would have no step"
+        yield "stops", what, "a smaller --data.global_batch_size, or more data"
+    if 0 < steps < workers:
+        what = f"an epoch has {steps} steps: only as many of {workers} workers have one to make"
+        yield "warns", what, f"--data.workers {steps}"
+    elif 0 < shards < ranks * workers:
+        what = f"{shards} shards for {ranks} x {workers} readers: some read a part of one, past the rest"
+        yield "notes", what, f"--data.workers {max(shards // ranks, 1)}, or shards with fewer samples"
 
 
-def _report(counted: Count, sight: Sight, settings: dict[str, Any], ranks: int) -> dict[str, Any]:
-    known = len(counted.samples) == len(counted.shards)
+def _report(counted: Count, sight: Sight, settings: dict[str, Any], stated: int | None) -> dict[str, Any]:
+    known = "counted" if len(counted.samples) == len(counted.shards) else "estimated" if counted.samples else "unknown"
+    samples = stated or counted.total
     report: dict[str, Any] = {
         "shards": len(counted.shards),
-        "samples": counted.total,
-        "samples_are": "counted" if known else "estimated",
+        "samples": samples,
+        "samples_are": "stated" if stated else known,
         "bytes": sum(counted.sizes.values()),
-        "steps_an_epoch": counted.total // settings["global_batch_size"],
         "looked_at": sight.samples,
         "bad": dict(sight.bad),
         "formats": dict(sight.formats),
@@ -250,11 +265,11 @@ def _print(reports: dict[str, dict[str, Any]], findings: list[Finding], as_json:
 
 
 def _lines(report: dict[str, Any]) -> Iterator[str]:
-    if "shards" not in report:
+    if not report["shards"]:
         return
     yield (
         f"{report['shards']} shards, {report['samples']} samples ({report['samples_are']}), "
-        f"{report['bytes'] / 2**20:.1f} MiB, {report['steps_an_epoch']} steps an epoch; "
+        f"{report['bytes'] / 2**20:.1f} MiB; "
         f"looked at {report['looked_at']} samples"
     )
     if "short_side" in report:

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from datamodules.counts import INDEX, sizes
 from datamodules.prepare.jobs import Job, alone_in, cores, read_json, run, sha256_of, tell_done
-from datamodules.prepare.shards import INDEX, write_index
-from datamodules.tars import CAPTION_TYPES, IMAGE_TYPES, is_remote, walk
+from datamodules.prepare.shards import write_index
+from datamodules.sources import Remote, is_remote
+from datamodules.tars import CAPTION_TYPES, IMAGE_TYPES, walk
 
 _HASHED_SHARDS, _HASHED_BYTES = 8, 1 << 29  # whose checksums are compared
 
@@ -30,7 +32,8 @@ class Count:
         repeated: keys that come twice in one shard.
         incomplete: samples without image or caption member, in shards whose headers were read.
         walked: shards whose headers were read.
-        stale: shards of which the index says something else than the file.
+        stale: shards of another size than their index says, with both; a run refuses these.
+        doubtful: shards of another number of samples or checksum than their index says.
     """
 
     shards: list[str]
@@ -41,6 +44,7 @@ class Count:
     incomplete: int = 0
     walked: list[str] = field(default_factory=list)
     stale: dict[str, str] = field(default_factory=dict)
+    doubtful: dict[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -53,48 +57,55 @@ def spread(shards: list[str], count: int) -> list[str]:
     return [shards[round(i)] for i in np.linspace(0, len(shards) - 1, min(count, len(shards)))]
 
 
-def count(shards: list[str], seconds: float) -> Count:
+def count(shards: list[str], seconds: float, remote: Remote) -> Count:
     """Counts a source: by index files, by `NNNNN_stats.json` of img2dataset, and by headers.
 
     Args:
-        shards: local ones and URLs; the latter cannot be counted.
+        shards: local ones and others; the latter are counted only where an index or statistics lie beside them.
         seconds: for reading headers; those of one shard are read in any case.
+        remote: how to go about shards that are not local.
     """
     found = Count(shards)
+    far = [shard for shard in shards if is_remote(shard)]
+    for shard, size in zip(far, sizes(far, remote), strict=True):
+        if size.samples is not None:
+            found.samples[shard] = size.samples
     local = [shard for shard in shards if not is_remote(shard)]
     indices = {
         folder: read_json(folder / INDEX).get("shards", {}) for folder in {Path(shard).parent for shard in local}
     }
-    for shard in shards:
-        path = Path(shard)
-        entry = indices[path.parent].get(path.name) if shard in local else None
-        stated = read_json(path.with_name(f"{path.stem}_stats.json")).get("successes") if shard in local else None
-        if shard in local:
-            found.sizes[shard] = path.stat().st_size
-        if entry:
-            found.samples[shard] = entry["samples"]
-            if entry["bytes"] != found.sizes[shard]:
-                found.stale[shard] = f"{entry['bytes']} bytes in {INDEX}, {found.sizes[shard]} on disk"
-        elif isinstance(stated, int):
-            found.samples[shard] = stated
-    _compare_checksums(found, indices)
+    entries = {shard: indices[Path(shard).parent].get(Path(shard).name) for shard in local}
+    for shard, entry in entries.items():
+        _read_stated(found, shard, entry)
+    _compare_checksums(found, entries)
     start = time.monotonic()
-    order = spread(local, len(local))
-    # those without a number first, and at least one in any case
-    for shard in sorted(order, key=lambda shard: shard in found.samples):
+    # those without a number first; of the others a few, to see whether it is true
+    for shard in sorted(spread(local, len(local)), key=lambda shard: shard in found.samples):
         if found.walked and time.monotonic() - start > seconds * (0.3 if shard in found.samples else 1):
             break
         _walk(found, shard)
     return found
 
 
-def _compare_checksums(count: Count, indices: dict[Path, dict[str, Any]]) -> None:
+def _read_stated(count: Count, shard: str, entry: dict[str, Any] | None) -> None:
+    path = Path(shard)
+    count.sizes[shard] = path.stat().st_size
+    stated = (
+        read_json(path.with_name(f"{path.stem}_stats.json")).get("successes") if entry is None else entry["samples"]
+    )
+    if isinstance(stated, int):
+        count.samples[shard] = stated
+    if entry and entry["bytes"] != count.sizes[shard]:
+        count.stale[shard] = f"{entry['bytes']} bytes in {INDEX}, {count.sizes[shard]} on disk"
+
+
+def _compare_checksums(count: Count, entries: dict[str, dict[str, Any] | None]) -> None:
     left = _HASHED_BYTES
-    for shard in spread(list(count.sizes), _HASHED_SHARDS) if count.sizes else []:
-        entry = indices[Path(shard).parent].get(Path(shard).name)
+    for shard in spread(list(entries), _HASHED_SHARDS) if entries else []:
+        entry = entries[shard] or {}
         left -= count.sizes[shard]
-        if entry and left > 0 and shard not in count.stale and sha256_of(Path(shard)) != entry["sha256"]:
-            count.stale[shard] = f"other content than {INDEX} says (sha256)"
+        if left > 0 and shard not in count.stale and entry.get("sha256") not in (None, sha256_of(Path(shard))):
+            count.doubtful[shard] = f"other content than {INDEX} says (sha256)"
 
 
 def _walk(count: Count, shard: str) -> None:
@@ -111,7 +122,7 @@ def _walk(count: Count, shard: str) -> None:
     except ValueError as error:
         count.broken[shard] = str(error)
     if count.samples.get(shard, samples) != samples and shard not in count.stale:
-        count.stale[shard] = f"{count.samples[shard]} samples by its index, {samples} in the tar"
+        count.doubtful[shard] = f"{count.samples[shard]} samples by its index or statistics, {samples} in the tar"
     count.samples[shard] = samples
 
 

@@ -8,13 +8,14 @@ import itertools
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from datamodules.sources import Remote
 from datamodules.tars import CAPTION_TYPES, IMAGE_TYPES, captions, image_bytes, stream, types_of
 from stair.images import MAX_PIXELS, decode_image, eval_pixels, image_format
 from stair.vocabulary import Vocabulary
@@ -68,7 +69,8 @@ class Sight:
 
     Attributes:
         samples: looked at.
-        bad: by cause.
+        left_out: of these, samples that training leaves out.
+        bad: causes, of which a sample may have several.
         first: of each cause, where and in detail.
         members: names seen, of the first samples.
         no_image: samples without an image member.
@@ -85,6 +87,7 @@ class Sight:
     """
 
     samples: int = 0
+    left_out: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
     members: list[str] = field(default_factory=list)
@@ -101,10 +104,12 @@ class Sight:
     decode_seconds: float = 0.0
 
 
-def first_samples(shard: str, count: int) -> list[dict[str, Any]]:
-    """The first samples of a shard, all members of them; fewer, or none, where it cannot be read."""
-    with closing(stream(shard, lambda error: True, select=None)) as samples:
-        return [{**sample, "__url__": shard} for sample in itertools.islice(samples, count)]
+def first_samples(shard: str, count: int, remote: Remote) -> tuple[list[dict[str, Any]], str]:
+    """The first samples of a shard, all members of them, and what broke it before there were so many."""
+    errors: list[Exception] = []
+    with closing(stream(shard, errors.append, select=None, remote=remote)) as samples:
+        found = [{**sample, "__url__": shard} for sample in itertools.islice(samples, count)]
+    return found, str(errors[0]) if errors else ""
 
 
 def look(samples: Iterable[dict[str, Any]], needs: Needs) -> Sight:
@@ -113,8 +118,10 @@ def look(samples: Iterable[dict[str, Any]], needs: Needs) -> Sight:
     images: Counter[bytes] = Counter()
     for sample in samples:
         sight.samples += 1
+        before = sight.bad.total()
         if len(sight.members) < 10:
             sight.members += [f"{sample['__key__']}.{kind}" for kind in types_of(sample)]
+        _tried(sight, sample, _well_named)
         texts = _tried(sight, sample, captions)
         data = _tried(sight, sample, image_bytes)
         sight.no_caption += texts is None
@@ -123,12 +130,18 @@ def look(samples: Iterable[dict[str, Any]], needs: Needs) -> Sight:
             sight.texts.append([text for text in texts if text])
             sight.blank += not all(texts)
         if data is not None:
-            images[hashlib.sha256(data).digest()] += 1
-            _tried(sight, sample, lambda sample, data=data: _measure(sight, sample, data, needs))
+            decoded = _tried(sight, sample, lambda sample, data=data: _measure(sight, sample, data, needs))
+            images[hashlib.sha256(data).digest()] += decoded is not None
+        sight.left_out += sight.bad.total() > before
     sight.twins = sum(count for count in images.values() if count > 1)
     if needs.vocabulary:
         _count_tokens(sight, needs.vocabulary)
     return sight
+
+
+def _well_named(sample: dict[str, Any]) -> None:
+    if sample.get("__wrong__"):
+        raise ValueError(sample["__wrong__"])
 
 
 def _tried(sight: Sight, sample: dict[str, Any], read: Callable[[dict[str, Any]], Any]) -> Any:
@@ -141,7 +154,7 @@ def _tried(sight: Sight, sample: dict[str, Any], read: Callable[[dict[str, Any]]
         return None
 
 
-def _measure(sight: Sight, sample: dict[str, Any], data: bytes, needs: Needs) -> None:
+def _measure(sight: Sight, sample: dict[str, Any], data: bytes, needs: Needs) -> tuple[int, int]:
     start = time.perf_counter()
     image = decode_image(data, needs.max_pixels)
     eval_pixels(image, needs.image_size)
@@ -151,6 +164,7 @@ def _measure(sight: Sight, sample: dict[str, Any], data: bytes, needs: Needs) ->
     sight.formats[held] += 1
     named = next(kind for kind in IMAGE_TYPES if kind in sample).replace("jpeg", "jpg")
     sight.misnamed += held != named
+    return image.size
 
 
 def _count_tokens(sight: Sight, vocabulary: Vocabulary) -> None:
@@ -165,19 +179,23 @@ def _count_tokens(sight: Sight, vocabulary: Vocabulary) -> None:
     sight.unknown = found / max(pieces, 1)
 
 
-def probe(name: str, shards: list[str], needs: Needs) -> list[Finding]:
+def probe(name: str, shards: Sequence[str], needs: Needs, remote: Remote) -> list[Finding]:
     """The check before every fit: the first samples of the first shard that has any.
 
     Args:
         name: of the source.
         shards: its shards.
         needs: of the run.
+        remote: how to go about shards that are not local.
     """
+    reasons = []
     for shard in shards:
-        if samples := first_samples(shard, PROBED):
+        samples, reason = first_samples(shard, PROBED, remote)
+        if samples:
             return judge(name, look(samples, needs), needs)
-    what = f"no sample in {shards[0]!r} and its {len(shards) - 1} neighbours: not a tar, or empty"
-    return [Finding("stops", name, what, "check the spec in --data.train; `stair prepare` makes shards")]
+        reasons.append(reason or "not a tar, or empty")
+    what = f"no sample in {shards[0]!r} and its {len(shards) - 1} neighbours: {reasons[0]}"
+    return [Finding("stops", name, what, "check --data.train; `stair prepare` makes shards")]
 
 
 def judge(name: str, sight: Sight, needs: Needs) -> list[Finding]:
@@ -213,13 +231,12 @@ def _members(sight: Sight) -> Iterator[Said]:
 
 
 def _badness(sight: Sight, needs: Needs) -> Iterator[Said]:
-    total = sight.bad.total()
-    if sight.no_image == sight.samples or sight.no_caption == sight.samples or not total:
+    if sight.no_image == sight.samples or sight.no_caption == sight.samples or not sight.left_out:
         return
     causes = ", ".join(f"{count} {cause} (the first: {sight.first[cause]})" for cause, count in sight.bad.items())
-    many = total > needs.max_bad_share * sight.samples
-    what = f"{total} of {sight.samples} samples are bad: {causes}"
-    if many and sight.samples >= _CERTAIN:
+    many = sight.left_out > needs.max_bad_share * sight.samples
+    what = f"{sight.left_out} of {sight.samples} samples are bad: {causes}"
+    if sight.left_out == sight.samples or (many and sight.samples >= _CERTAIN):
         yield "stops", what, "mend them, or raise --data.max_bad_share"
     else:
         yield "warns", what, "training skips and counts them, up to --data.max_bad_share; evaluation stops at them"

@@ -98,8 +98,11 @@ def _loaded(font: Font) -> ImageFont.FreeTypeFont:
 
 def _glyph(font: Font, point: int) -> Image.Image:
     """The pictograph alone, cut to its edges."""
-    canvas = Image.new("RGBA", (3 * font.size, 3 * font.size))
-    ImageDraw.Draw(canvas).text((font.size, font.size), chr(point), "black", _loaded(font), embedded_color=True)
+    left, top, right, bottom = (round(edge) for edge in _loaded(font).getbbox(chr(point)))
+    margin = font.size // 4  # the box that a font states is not always the one it draws
+    canvas = Image.new("RGBA", (right - left + 2 * margin, bottom - top + 2 * margin))
+    place = (margin - left, margin - top)
+    ImageDraw.Draw(canvas).text(place, chr(point), "black", _loaded(font), embedded_color=True)
     box = canvas.getbbox()
     if box is None:
         raise ValueError(f"glyph blank: {font.name} draws nothing for U+{point:04X} (a colour format FreeType lacks?)")

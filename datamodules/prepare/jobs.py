@@ -114,11 +114,13 @@ def alone_in(folder: Path) -> Iterator[Path]:
             ) from error
         except OSError:
             pass  # a file system without locks
-        yield state
-    with contextlib.suppress(OSError):  # records of what is unfinished stay
-        if [path.name for path in state.iterdir()] == ["lock"]:
-            (state / "lock").unlink()
-            state.rmdir()
+        try:
+            yield state
+        finally:
+            with contextlib.suppress(OSError):  # records of what is unfinished stay
+                if [path.name for path in state.iterdir()] == ["lock"]:
+                    (state / "lock").unlink()
+                    state.rmdir()
 
 
 def run(

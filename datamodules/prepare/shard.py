@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from datamodules.prepare.jobs import STATE, tell_done
+from datamodules.tars import captions
 from stair.images import decode_image, image_format
 
 
@@ -110,9 +111,9 @@ def _made(read: Callable[[Any], Raw], reference: Any, limits: Limits) -> tuple[R
     texts = [text.strip() for text in raw.captions]
     if not texts or not all(texts):
         raise ValueError("caption empty: the input has no caption, or one of white space alone")
-    for text in texts:
-        if not text.isascii() and printable(text) != text:
-            raise ValueError(f"caption not UTF-8: {printable(text)[:80]!r}")
+    if wrong := next((text for text in texts if printable(text) != text), ""):
+        raise ValueError(f"caption not UTF-8: {printable(wrong)[:80]!r}")
+    captions({"json": json.dumps({"captions": texts}).encode()})  # what training refuses is refused here
     return (raw._replace(captions=texts), *stored(raw.image, limits))
 
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datamodules.counts import FORMAT, INDEX
 from datamodules.prepare.jobs import Job, alone_in, cores, read_json, run, write_json
 from datamodules.prepare.shard import Limits, Raw, Refused, make_shard
 from stair.images import MAX_PIXELS
 
-INDEX, REPORT, CLASSNAMES = "index.json", "prepare.json", "classnames.json"
+REPORT, CLASSNAMES = "prepare.json", "classnames.json"
 _SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _JUDGED = 200  # inputs; among fewer, a share of bad ones is judged only at the end
 
@@ -256,7 +257,7 @@ def _write_index(plan: Plan, records: dict[str, dict[str, Any]]) -> None:
 
 def write_index(folder: Path, shards: dict[str, dict[str, Any]]) -> None:
     """Writes `index.json`: for each shard of a folder `samples`, `bytes` and `sha256`."""
-    write_json(folder / INDEX, {"format": 1, "shards": shards})
+    write_json(folder / INDEX, {"format": FORMAT, "shards": shards})
 
 
 def _write_classnames(out: Path, source: Source) -> None:

@@ -81,6 +81,8 @@ def table_source(
             refused.append(Refused("image unnamed", place, f"no path in column {columns[0]!r}"))
         elif not texts or not all(text.strip() for text in texts):
             refused.append(Refused("caption empty", place, f"nothing in column {columns[1]!r}"))
+        elif any(printable(text) != text for text in texts):
+            refused.append(Refused("caption not UTF-8", place, printable(" ".join(texts))[:80]))
         else:
             captions.setdefault(name.strip(), []).extend(texts)
     references = [((name,), tuple(texts), ()) for name, texts in captions.items()]
