@@ -1,0 +1,21 @@
+"""From an index, or a model, to what other software takes; every format has a test that scores survive the way."""
+
+from stair.export.lucene import anserini, elasticsearch, opensearch
+from stair.export.onnx import onnx
+from stair.export.sentence_transformers import sentence_transformers
+from stair.export.sql import duckdb, sqlite
+from stair.export.vectors import milvus, qdrant, seismic
+
+#: the second words of `stair export`
+FORMATS = {
+    "sqlite": sqlite,
+    "duckdb": duckdb,
+    "qdrant": qdrant,
+    "milvus": milvus,
+    "seismic": seismic,
+    "elasticsearch": elasticsearch,
+    "opensearch": opensearch,
+    "anserini": anserini,
+    "onnx": onnx,
+    "sentence-transformers": sentence_transformers,
+}

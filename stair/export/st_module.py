@@ -1,0 +1,87 @@
+"""The module of sentence-transformers that a STAIR model is: texts and pictures in, one weight a word out.
+
+Named in `modules.json` of an exported folder, so it stays where it is: `stair.export.st_module.StairModule`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from sentence_transformers.base.modules import InputModule
+from typing_extensions import Self
+
+from stair.images import as_rgb, eval_pixels
+from stair.model import Stair
+
+
+class StairModule(InputModule):
+    """Both towers behind the input of a `SparseEncoder`.
+
+    Args:
+        model: the STAIR model.
+    """
+
+    save_in_root = False
+
+    def __init__(self, model: Stair) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model = model
+        self.tokenizer = model.vocabulary._tokenizer  # names dimensions for `SparseEncoder.decode`
+
+    @property
+    def modalities(self) -> list[Any]:
+        """What it takes."""
+        return ["text", "image"]
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **_: Any) -> dict[str, Any]:
+        """Texts to ids, or pictures (PIL) to pixels; a batch is of one kind.
+
+        Raises:
+            ValueError: if it is neither.
+        """
+        if all(isinstance(one, str) for one in inputs):
+            texts = [(prompt or "") + one for one in inputs]
+            ids, mask = self.model.vocabulary.tokenize(texts, self.model.config.text.max_tokens)
+            return {"input_ids": ids, "attention_mask": mask, "modality": "text"}
+        if all(isinstance(one, Image) for one in inputs):
+            size = self.model.config.image.image_size
+            pixels = torch.stack([eval_pixels(as_rgb(one), size) for one in inputs])
+            return {"pixel_values": pixels, "modality": "image"}
+        raise ValueError(f"inputs are {sorted({type(one).__name__ for one in inputs})}; give texts, or PIL images")
+
+    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """Adds `sentence_embedding` (B, V)."""
+        if "pixel_values" in features:
+            embedding_BV = self.model.embed_pixels(features["pixel_values"])
+        else:
+            embedding_BV = self.model.embed_tokens(features["input_ids"], features["attention_mask"].bool())
+        return {**features, "sentence_embedding": embedding_BV}
+
+    def get_embedding_dimension(self) -> int:
+        """V."""
+        return len(self.model.vocabulary)
+
+    def get_sentence_embedding_dimension(self) -> int:
+        """V."""
+        return self.get_embedding_dimension()
+
+    @property
+    def max_seq_length(self) -> int:
+        """Longest text in word pieces."""
+        return self.model.config.text.max_tokens
+
+    def save(self, output_path: str, *_: Any, **__: Any) -> None:
+        """Writes the model as `Stair.save_pretrained` does."""
+        self.model.save_pretrained(output_path)
+
+    @classmethod
+    def load(cls, model_name_or_path: str, subfolder: str = "", *_: Any, **options: Any) -> Self:  # type: ignore[override]
+        """Reads what `save` wrote, from a folder or the hub."""
+        known = {
+            key: options[key] for key in ("token", "cache_folder", "revision", "local_files_only") if key in options
+        }
+        folder = cls.load_dir_path(model_name_or_path, subfolder=subfolder, **known)
+        if folder is None:
+            raise ValueError(f"{model_name_or_path} has no folder {subfolder!r} with a STAIR model")
+        return cls(Stair.from_pretrained(folder))

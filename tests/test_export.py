@@ -1,0 +1,248 @@
+"""Scores survive the way into other software: engines that install run, the arithmetic and limits of others are redone."""
+
+import json
+import math
+import sqlite3
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import sparse
+
+from stair.cli import main
+from stair.embeddings import Embeddings, Space
+from stair.export.lucene import elasticsearch_query, lucene_weights, opensearch_query, query_scale
+from stair.export.sql import duckdb_search, sqlite_search
+from stair.index import SparseIndex
+
+V = 250
+# pieces that engines would take for paths, or fold into one
+TOKENS = (
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "u.s",
+    "u",
+    "US",
+    "us",
+    "\\",
+    '"',
+    "##s",
+    *(f"w{v}" for v in range(11, V)),
+)
+
+
+def rows(count, seed, density=0.1):
+    generator = np.random.default_rng(seed)
+    dense = (generator.random((count, V)) < density) * generator.gamma(2, 0.5, (count, V))
+    return sparse.csr_matrix(dense.astype(np.float32))
+
+
+QUERIES = [rows(1, seed, 0.15) for seed in range(100, 106)]
+
+
+@pytest.fixture(scope="module", params=["dot", "cosine"])
+def index(request, tmp_path_factory):
+    ids = [f"d/{n} é'\"" for n in range(120)]
+    metadata = [{"n": n, "caption": f"<{n}>"} for n in range(120)]
+    folder = tmp_path_factory.mktemp("index") / "i"
+    return SparseIndex.build(folder, Embeddings(rows(120, 1), ids, Space("m" * 64, request.param, TOKENS), metadata))
+
+
+@pytest.fixture
+def export(monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["stair", "export", *map(str, words)])
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def agree(index, search, rel=1e-6, k=10):
+    """Ids and scores of an engine are those of the index; ids may change places where scores are that near."""
+    for row in QUERIES:
+        query = index.query(row)
+        wanted, found = index.top(query, k), search(query, k)
+        scores = {hit.id: hit.score for hit in index.top(query, 1000)}
+        assert len(found) == len(wanted)
+        np.testing.assert_allclose([score for _, score in found], [hit.score for hit in wanted], rtol=rel)
+        np.testing.assert_allclose([score for _, score in found], [scores[name] for name, _ in found], rtol=rel)
+
+
+def test_sqlite_scores_exactly(index, export, tmp_path):
+    export("sqlite", index.folder, tmp_path / "x.db")
+    database = sqlite3.connect(tmp_path / "x.db")
+    agree(index, lambda query, k: sqlite_search(database, query, k), rel=1e-12)
+    metadata = database.execute("SELECT metadata FROM documents WHERE id = ?", (next(index.ids),)).fetchone()[0]
+    assert json.loads(metadata) == {"n": 0, "caption": "<0>"}
+    statement = database.execute("SELECT value FROM facts WHERE name = 'score'").fetchone()[0]
+    negative = index.query(words={"us": 1.0, "u.s": -2.0})
+    weights = json.dumps(dict(zip(map(str, negative.words.tolist()), negative.weights.tolist(), strict=True)))
+    wanted = [(hit.id, pytest.approx(hit.score)) for hit in index.top(negative, 10)]
+    assert database.execute(statement, (weights, 10)).fetchall() == wanted
+    with pytest.raises(SystemExit, match="exists"):
+        export("sqlite", index.folder, tmp_path / "x.db")
+
+
+def test_duckdb_scores_exactly(index, export, tmp_path):
+    engine = pytest.importorskip("duckdb")
+    export("duckdb", index.folder, tmp_path / "x.duckdb")
+    database = engine.connect(str(tmp_path / "x.duckdb"))
+    agree(index, lambda query, k: duckdb_search(database, query, k), rel=1e-12)
+
+
+def test_qdrant_scores_by_the_dot_product(index, export, tmp_path):
+    client_of = pytest.importorskip("qdrant_client").QdrantClient
+    from stair.export.vectors import qdrant_search
+
+    export("qdrant", index.folder, tmp_path / "q")
+    client = client_of(path=str(tmp_path / "q"))
+    agree(index, lambda query, k: qdrant_search(client, query, k), rel=1e-5)
+    client.close()
+
+
+def test_the_bodies_for_a_qdrant_server_fit_its_own_models(index, export, tmp_path):
+    models = pytest.importorskip("qdrant_client").models
+    export("qdrant", index.folder, tmp_path / "q.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    models.CreateCollection(**lines[0])
+    points = [models.PointStruct(**point) for line in lines[1:] for point in line["points"]]
+    assert [point.payload["id"] for point in points] == list(index.ids)
+    assert len({point.id for point in points}) == len(points)
+    vector = points[3].vector["words"]
+    named = {TOKENS[v]: weight for v, weight in zip(vector.indices, vector.values, strict=True)}
+    assert named == pytest.approx(index.vector(points[3].payload["id"]))
+
+
+@pytest.mark.slow
+def test_milvus_scores_by_the_dot_product(index, export, tmp_path):
+    pytest.importorskip("milvus_lite")
+    from pymilvus import MilvusClient
+
+    from stair.export.vectors import milvus_search
+
+    export("milvus", index.folder, tmp_path / "m.db")
+    client = MilvusClient(str(tmp_path / "m.db"))
+    agree(index, lambda query, k: milvus_search(client, query, k), rel=1e-5)
+    client.close()
+
+
+@pytest.mark.slow
+def test_seismic_finds_the_same_within_its_half_precision(index, export, tmp_path):
+    library = pytest.importorskip("seismic")
+    from stair.export.vectors import seismic_search
+
+    export("seismic", index.folder, tmp_path / "s")
+    loaded = library.SeismicIndex.load(str(next(tmp_path.glob("s*"))))
+    right = total = 0
+    for row in QUERIES:
+        query = index.query(row)
+        scores = {hit.id: hit.score for hit in index.top(query, 1000)}
+        wanted = index.top(query, 10)
+        for name, score in seismic_search(loaded, query, 10):
+            assert score == pytest.approx(scores[name], rel=2e-3)
+            right += scores[name] >= wanted[-1].score * 0.998
+        total += len(wanted)
+    assert right / total > 0.9  # approximate by design
+
+
+@pytest.mark.parametrize(("engine", "make"), [("elasticsearch", elasticsearch_query), ("opensearch", opensearch_query)])
+def test_documents_for_lucene_engines_score_as_lucene_will(index, export, tmp_path, engine, make):
+    """Redoes FeatureField: the value is kept as `floatToIntBits(value) >>> 15`, the score is weight × value."""
+    export(engine, index.folder, tmp_path / "x")
+    lines = [json.loads(line) for line in (tmp_path / "x/bulk.ndjson").read_text().splitlines()]
+    names, documents = [line["index"]["_id"] for line in lines[::2]], lines[1::2]
+    assert names == list(index.ids) and len(set(names)) == len(names)
+    fields = json.loads((tmp_path / "x/mapping.json").read_text())["mappings"]["properties"]
+    assert fields["words"] == {"type": {"elasticsearch": "sparse_vector", "opensearch": "rank_features"}[engine]}
+    for row in QUERIES:
+        query = index.query(row)
+        body = make(query)
+        features = next(iter(body.values()))
+        features = features.get("query_vector") or features["words"]["query_tokens"]
+        # Lucene's limits: 0 < weight <= 64, values positive and normal, names without dots
+        assert all(0 < weight <= 64 and name.isdigit() for name, weight in features.items())
+        exact = {hit.id: hit.score for hit in index.top(query, 1000)}
+        for name, document in zip(names, documents, strict=True):
+            kept = {word: _as_lucene_keeps(value) for word, value in document["words"].items()}
+            assert kept == document["words"], "a document says what the engine keeps"
+            score = sum(weight * kept.get(word, 0) for word, weight in features.items()) / query_scale(query)
+            assert exact.get(name, 0) * (1 - 2**-8) <= score + 1e-9 and score <= exact.get(name, 0) * (1 + 1e-6)
+
+
+def _as_lucene_keeps(value):
+    bits = int(np.float32(value).view(np.int32)) >> 15
+    return float(np.int32(bits << 15).view(np.float32))
+
+
+def test_queries_for_lucene_stay_within_its_limits(index):
+    with pytest.raises(ValueError, match="negative"):
+        elasticsearch_query(index.query(words={"us": 1, "u": -1}))
+    heavy = index.query(words={"us": 1.0, "u": 0.5})
+    heavy.weights[:] *= 300 / heavy.weights.max()
+    features = elasticsearch_query(heavy)["sparse_vector"]["query_vector"]
+    assert 32 < max(features.values()) <= 64 and math.log2(query_scale(heavy)).is_integer()
+    assert lucene_weights(np.float32([0, 1, 1.999])).tolist() == [0, 1, 1.99609375]
+
+
+def test_whole_numbers_for_anserini_err_by_no_more_than_stated(index, export, tmp_path):
+    export("anserini", index.folder, tmp_path / "a", "--steps", "100")
+    facts = json.loads((tmp_path / "a/quantisation.json").read_text())
+    documents = [json.loads(line) for line in (tmp_path / "a/documents.jsonl").read_text().splitlines()]
+    assert [document["id"] for document in documents] == list(index.ids)
+    for document in documents:
+        weights = index.vector(document["id"])
+        assert all(isinstance(weight, int) and 0 < weight <= 100 for weight in document["vector"].values())
+        for token, weight in weights.items():
+            kept = document["vector"].get(str(TOKENS.index(token)), 0) * facts["step"]
+            assert abs(kept - weight) <= facts["largest_error_of_a_weight"] * (1 + 1e-6)
+
+
+@pytest.fixture
+def saved(tiny_stair, tmp_path):
+    tiny_stair.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["all", "own"])
+def test_onnx_graphs_give_the_non_zero_words(tiny_stair, captions, pixels, export, tmp_path, words):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    tiny_stair.config.text_words = words
+    tiny_stair.save_pretrained(tmp_path / "model")
+    export("onnx", tmp_path / "model", tmp_path / "o")
+
+    def run(name, count, **inputs):
+        row, word, weight = runtime.InferenceSession(tmp_path / "o" / f"{name}.onnx").run(None, inputs)
+        assert (weight > 0).all() and sorted(zip(row, word, strict=True)) == list(zip(row, word, strict=True))
+        return sparse.csr_matrix((weight, (row, word)), shape=(count, len(tiny_stair.vocabulary))).toarray()
+
+    for count in (1, 3, 4):  # batches of any size
+        wanted = tiny_stair.encode_image(pixels[:count])
+        np.testing.assert_allclose(run("image", count, pixels=pixels[:count].numpy()), wanted, atol=1e-5)
+        ids, mask = tiny_stair.vocabulary.tokenize(captions[:count], 12)
+        wanted = tiny_stair.encode_text(captions[:count])
+        np.testing.assert_allclose(run("text", count, ids=ids.numpy(), mask=mask.numpy()), wanted, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_sentence_transformers_loads_the_folder_and_scores_the_same(
+    tiny_stair, captions, pixels, export, tmp_path, similarity
+):
+    encoder_of = pytest.importorskip("sentence_transformers").SparseEncoder
+    tiny_stair.config.similarity = similarity
+    tiny_stair.save_pretrained(tmp_path / "model")
+    export("sentence-transformers", tmp_path / "model", tmp_path / "st")
+    encoder = encoder_of(str(tmp_path / "st"), device="cpu", trust_remote_code=True, local_files_only=True)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+    image, text = encoder.encode(pictures, batch_size=3), encoder.encode(captions, batch_size=3)
+    assert image.is_sparse and text.is_sparse
+    wanted = tiny_stair.score(tiny_stair.encode_image(pixels), tiny_stair.encode_text(captions))
+    torch.testing.assert_close(encoder.similarity(image, text).to_dense(), wanted, atol=1e-5, rtol=1e-5)
+    assert encoder.decode(text[0], top_k=3)[0][0] in tiny_stair.vocabulary.tokens
