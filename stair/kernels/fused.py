@@ -10,6 +10,8 @@ Done plainly, 256 images of 197 patches against 30,522 words are 1.5 billion num
 B rows, T positions, N = real positions of all rows, packed without padding, D width, V words, C words of a chunk.
 """
 
+import functools
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,8 +32,56 @@ def _chunks(words: Sequence[tuple[int, int]], positions: int, device: torch.devi
             yield slice(start, min(start + width, end))
 
 
+class _Torch:
+    """The form in PyTorch operations, on any device."""
+
+    pack = staticmethod(packing.by_slot)
+
+    @staticmethod
+    def project(
+        packed_ND: Tensor,
+        packed: packing.Packing,
+        weight_VD: Tensor,
+        bias_V: Tensor,
+        words: Sequence[tuple[int, int]],
+        embedding_BV: Tensor,
+        slot_BV: Tensor,
+    ) -> None:
+        """As `triton_head.project`, by slot."""
+        reduce = _reduction(packed_ND.device)
+        for chunk in _chunks(words, len(packed_ND), packed_ND.device):
+            logits_NC = packed_ND @ weight_VD[chunk].to(packed_ND.dtype).T
+            reduce(logits_NC, packed, bias_V[chunk], embedding_BV[:, chunk], slot_BV[:, chunk])
+
+    @staticmethod
+    def gradients(
+        won: backward.Won, packed_ND: Tensor, weight_VD: Tensor, words: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of packed positions, weight and bias."""
+        if backward.few_are_active(won.embedding_BV, len(packed_ND), packed_ND.dtype):
+            return backward.sparse_gradients(won, packed_ND, weight_VD)
+        chunks = list(_chunks(words, len(packed_ND), packed_ND.device))
+        return backward.dense_gradients(won, packed_ND, weight_VD, chunks)
+
+
 def _reduction(device: torch.device) -> Callable[..., None]:
     return reduction.slot_by_slot if device.type == "cpu" else reduction.padded
+
+
+def _form(device: torch.device, compute: torch.dtype) -> Any:
+    """Triton where tensor cores multiply what is asked; a rule rather than a race, so that a resumed run takes the same."""
+    if device.type == "cuda" and compute in (torch.bfloat16, torch.float16) and _has_triton(device):
+        from stair.kernels import triton_head
+
+        return triton_head
+    return _Torch
+
+
+@functools.cache
+def _has_triton(device: torch.device) -> bool:
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def refuse_second_derivative() -> None:
@@ -56,18 +106,17 @@ class _VocabularyMax(torch.autograd.Function):
     ) -> Tensor:
         B, T, D = hidden_BTD.shape
         V = weight_VD.shape[0]
-        packed = packing.by_slot(mask_BT)
+        form = _form(hidden_BTD.device, compute)
+        packed = form.pack(mask_BT)
         packed_ND = hidden_BTD.reshape(B * T, D)[packed.source_N].to(compute)
         result = torch.float64 if compute is torch.float64 else torch.float32
         embedding_BV = torch.zeros(B, V, dtype=result, device=hidden_BTD.device)
-        slot_BV = torch.zeros(B, V, dtype=packing.slot_type(len(packed.alive)), device=hidden_BTD.device)
-        reduce = _reduction(hidden_BTD.device)
-        for chunk in _chunks(words, len(packed_ND), packed_ND.device) if packed.alive else ():
-            logits_NC = packed_ND @ weight_VD[chunk].to(compute).T
-            reduce(logits_NC, packed, bias_V[chunk].to(result), embedding_BV[:, chunk], slot_BV[:, chunk])
+        slot_BV = torch.zeros(B, V, dtype=packing.slot_type(T), device=hidden_BTD.device)
+        if len(packed_ND):
+            form.project(packed_ND, packed, weight_VD, bias_V.to(result), words, embedding_BV, slot_BV)
         ctx.save_for_backward(packed_ND, weight_VD, embedding_BV, slot_BV, *packed[:-1])
         ctx.shape, ctx.dtypes = (B, T, D), (hidden_BTD.dtype, weight_VD.dtype, bias_V.dtype)
-        ctx.words, ctx.alive = words, packed.alive
+        ctx.words, ctx.alive, ctx.form = words, packed.alive, form
         return embedding_BV
 
     @staticmethod
@@ -77,11 +126,7 @@ class _VocabularyMax(torch.autograd.Function):
         B, T, D = ctx.shape
         packed = packing.Packing._make([*places, ctx.alive])
         won = backward.Won(grad_BV, embedding_BV, slot_BV, packed)
-        if backward.few_are_active(embedding_BV, len(packed_ND), packed_ND.dtype):
-            grads = backward.sparse_gradients(won, packed_ND, weight_VD)
-        else:
-            chunks = list(_chunks(ctx.words, len(packed_ND), packed_ND.device))
-            grads = backward.dense_gradients(won, packed_ND, weight_VD, chunks)
+        grads = ctx.form.gradients(won, packed_ND, weight_VD, ctx.words)
         hidden_type, weight_type, bias_type = ctx.dtypes
         grad_hidden = torch.zeros(B * T, D, dtype=hidden_type, device=grad_BV.device)
         grad_hidden[packed.source_N] = grads[0].to(hidden_type)

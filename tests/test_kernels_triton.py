@@ -1,0 +1,141 @@
+"""The Triton form of the vocabulary head without a GPU: its results by interpretation, its machine code by compilation.
+
+The interpreter has to be switched on before triton is imported, so the comparisons run in their own process: this file,
+as a script. Interpreted products of bf16 are garbage (a fault of the interpreter), so fp32 and fp16 are compared.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SHAPES = [
+    # B, T, D, V, share of positions that count
+    (3, 5, 16, 40, 1.0),
+    (5, 7, 24, 150, 0.5),  # blocks end inside rows, words and width
+    (2, 300, 16, 33, 0.9),  # more positions than a byte counts, several blocks a row
+    (4, 3, 70, 20, 0.2),  # rows without positions
+    (1, 1, 16, 16, 0.0),  # nothing at all
+]
+
+
+def test_interpreted_triton_equals_the_plain_formula():
+    pytest.importorskip("triton", reason="triton comes with torch for CUDA on Linux")
+    result = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert result.stdout.count("equal") == 2 * len(SHAPES) + 2
+
+
+def main():
+    from stair.kernels import fused, triton_head, vocabulary_max, vocabulary_max_reference
+
+    fused._form = lambda device, compute: triton_head
+
+    def gradients(function, inputs, mask, **options):
+        leaves = [value.detach().clone().requires_grad_() for value in inputs]
+        out = function(leaves[0], mask, *leaves[1:], **options)
+        seed = torch.linspace(-1, 1, out.numel()).view_as(out)
+        return [out.detach().float(), *(g.float() for g in torch.autograd.grad((out * seed).sum(), leaves))]
+
+    def compare(got, want, tolerance):
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+        print("equal")
+
+    g = torch.Generator().manual_seed(0)
+    for B, T, D, V, keep in SHAPES:
+        mask = torch.rand(B, T, generator=g) < keep
+
+        inputs = [torch.randn(*shape, generator=g) for shape in ((B, T, D), (V, D), (V,))]
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
+            low = [value.to(dtype) for value in inputs]
+            # the oracle in fp32 on the same rounded numbers
+            want = gradients(vocabulary_max_reference, [value.float() for value in low], mask)
+            compare(gradients(vocabulary_max, low, mask), want, tolerance)
+    # ties: value, first position, and twice the same
+    once = [torch.randn(*shape, generator=g) for shape in ((2, 1, 8), (20, 8), (20,))]
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    want = gradients(vocabulary_max_reference, once, mask[:, :1])
+    got = gradients(vocabulary_max, [once[0].repeat(1, 3, 1), *once[1:]], mask)
+    assert (got[1][:, 1:] == 0).all() and want[1].abs().sum() > 0
+    compare([got[0], got[1][:, :1], *got[2:]], want, 1e-5)
+    # words that can never be active; a number that is none reaches the loss
+    out = vocabulary_max(once[0], mask[:, :1], *once[1:], words=((2, 5), (9, 20)))
+    whole = vocabulary_max_reference(once[0], mask[:, :1], *once[1:])
+    whole[:, [0, 1, 5, 6, 7, 8]] = 0
+    compare([out], [whole], 1e-5)
+    once[0][0, 0, 0] = float("nan")
+    assert not vocabulary_max(once[0], mask[:, :1], *once[1:]).isfinite().any(1)[0]
+
+
+def compiled(kernel, signature, constants, options, tmp_path):
+    """PTX of a kernel for sm_90, and what its machine code uses: registers, and memory of a thread that spills fill."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    # what Triton finds out by itself when the kernel is called: places in memory, and a width that 16 divides
+    aligned = {
+        (at,): [["tt.divisibility", 16]]
+        for at, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name == "D"
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not cuobjdump.exists():
+        pytest.skip("this triton brings no cuobjdump")
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(code["cubin"])
+    told = subprocess.run(
+        [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+    return code["ptx"], usage
+
+
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_the_forward_kernel_compiles_for_hopper_to_tensor_cores_without_spills(half, tmp_path):
+    pytest.importorskip("triton", reason="triton comes with torch for CUDA on Linux")
+    from stair.kernels import triton_head as head
+
+    pointers = {
+        "packed_ptr": f"*{half}",
+        "weight_ptr": f"*{half}",
+        "row_ptr": "*i32",
+        "start_ptr": "*i64",
+        "key_ptr": "*i64",
+    }
+    sizes = dict.fromkeys(("N", "V", "D", "first_word", "end_word"), "i32")
+    constants = {**head.BLOCKS, "GROUP": 8}
+    signature = {**pointers, **sizes, **dict.fromkeys(constants, "constexpr")}
+    ptx, usage = compiled(head.project_max, signature, constants, head.OPTIONS, tmp_path)
+    assert "wgmma.mma_async" in ptx
+    assert usage["STACK"] == usage["LOCAL"] == 0 < usage["REG"]
+
+
+@pytest.mark.parametrize("half", ["bf16", "fp32"])
+def test_the_backward_kernel_compiles_for_hopper_without_spills(half, tmp_path):
+    pytest.importorskip("triton", reason="triton comes with torch for CUDA on Linux")
+    from stair.kernels import triton_head as head
+
+    signature = {
+        "edge_ptr": "*i64", "column_ptr": "*i64", "value_ptr": "*fp32", "source_ptr": f"*{half}", "out_ptr": "*fp32",
+        "sum_ptr": "*fp32", "D": "i32", "BLOCK_A": "constexpr", "BLOCK_D": "constexpr",
+    }  # fmt: skip
+    _, usage = compiled(head.compressed_rows_product, signature, {"BLOCK_A": 16, "BLOCK_D": 256}, {}, tmp_path)
+    assert usage["STACK"] == usage["LOCAL"] == 0 < usage["REG"]
+
+
+if __name__ == "__main__":
+    main()
