@@ -14,8 +14,9 @@ from torch import Tensor
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.optimizer import Optimizer
 from stair.batch import Batch
-from stair.losses import flops, info_nce, ramp
+from stair.losses import info_nce, ramp
 from stair.model import Stair, StairConfig
+from stair.regularisers import regulariser
 
 
 @dataclass
@@ -27,7 +28,12 @@ class Objective:
         scale_start: start of the learnable scale (inverse temperature): a number; `measure` sets it so that the first
             batch's scaled logits have the spread `first_logit_std`; `keep` carries over the previous stage's.
         first_logit_std: wanted standard deviation of the first batch's logits; 0.3 to 1.5 trains, above 2.2 collapses.
-        flops_image: λ of the image embeddings.
+        regulariser: what λ weighs (`stair.regularisers`): `flops`, the paper's; `l1`; `df_flops`, which spares rare words;
+            `overuse`, which weighs words by their share of all use; `target`, FLOPs with λ adapted so that
+            `target_image` and `target_text` words are active, λ below being where it starts.
+        target_image: wanted active words of an image, of the regulariser `target`.
+        target_text: the same of a text.
+        flops_image: λ of the image embeddings, whatever the regulariser.
         flops_text: λ of the text embeddings.
         flops_ramp_steps: optimiser steps over which λ grows quadratically from 0; 0 for none.
         flops_text_words: which of a text's words λ_text weighs on in the masked stage. `own`: what the mask lets through,
@@ -38,6 +44,9 @@ class Objective:
     similarity: Literal["dot", "cosine"] = "dot"
     scale_start: float | Literal["measure", "keep"] = "measure"
     first_logit_std: float = 1.0
+    regulariser: Literal["flops", "l1", "df_flops", "overuse", "target"] = "flops"
+    target_image: float = 64.0
+    target_text: float = 32.0
     flops_image: float = 1e-3
     flops_text: float = 1e-3
     flops_ramp_steps: int = 0
@@ -84,6 +93,9 @@ class StairStage(ContrastiveModule):
         stair.similarity, stair.text_words = objective.similarity, self.text_words
         self.stair = Stair(stair)
         self.objective = objective
+        words, kind = len(self.stair.vocabulary), objective.regulariser
+        self.regulariser_image = regulariser(kind, words, objective.target_image)
+        self.regulariser_text = regulariser(kind, words, objective.target_text)
 
     @classmethod
     def home(cls) -> str:
@@ -110,14 +122,16 @@ class StairStage(ContrastiveModule):
             self.set_scale(self.objective.first_logit_std / max(float(spread), 1e-6))
         contrastive = info_nce(*pairs, self.stair.scale, cosine)
         rising = ramp(self.trainer.global_step, self.objective.flops_ramp_steps)
-        flops_image = flops(encoded["image_BV"])
-        flops_text = flops(encoded.get("text_unmasked_CV", encoded["text_CV"]))
-        lambda_image, lambda_text = rising * self.objective.flops_image, rising * self.objective.flops_text
-        loss = contrastive.loss + lambda_image * flops_image + lambda_text * flops_text
+        lambda_image = rising * self.objective.flops_image * self.regulariser_image.factor
+        lambda_text = rising * self.objective.flops_text * self.regulariser_text.factor
+        cost_image = self.regulariser_image(encoded["image_BV"], rising)
+        cost_text = self.regulariser_text(encoded.get("text_unmasked_CV", encoded["text_CV"]), rising)
+        loss = contrastive.loss + lambda_image * cost_image + lambda_text * cost_text
+        quantity = self.regulariser_image.quantity
         logged = {
             "loss": loss,
-            "flops_image": flops_image,
-            "flops_text": flops_text,
+            f"{quantity}_image": cost_image,
+            f"{quantity}_text": cost_text,
             "lambda_image": lambda_image,
             "lambda_text": lambda_text,
         }

@@ -27,14 +27,14 @@ class ImageTower:
         pretrained: start from the published weights; False starts from scratch.
         image_size: side of the square input in pixels.
         positions: which hidden states may light up words. `patches` leaves class and register tokens out, so that every
-            active word has the patch that won it; `all` keeps them.
+            active word has the patch that won it; `all` keeps them; `class` takes the class token alone.
         options: further arguments of the timm model, for example `{embed_dim: 192, depth: 4}`.
     """
 
     name: str = "vit_base_patch16_224.augreg_in21k"
     pretrained: bool = True
     image_size: int = 224
-    positions: Literal["patches", "all"] = "patches"
+    positions: Literal["patches", "all", "class"] = "patches"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -99,7 +99,10 @@ class ImageEncoder(nn.Module):
         vit.attn_pool = None  # some towers pool by attention: not used here, and DDP waits for unused parameters
         self.vit = vit
         self.width: int = vit.num_features
-        self._skipped = vit.num_prefix_tokens if tower.positions == "patches" else 0
+        prefix = vit.num_prefix_tokens
+        self._kept = {"patches": slice(prefix, None), "all": slice(None), "class": slice(0, 1)}[tower.positions]
+        if tower.positions == "class" and not self.has_class_token:
+            raise ValueError(f"{tower.name!r} has no class token; set image.positions to 'patches'")
         data = resolve_model_data_config(vit)
         # kept with the weights: a saved model must not depend on the name it was built from
         self.register_buffer("mean", torch.tensor(data["mean"]).view(3, 1, 1))
@@ -119,12 +122,12 @@ class ImageEncoder(nn.Module):
         with _attention(pixels.device):
             hidden_BTD: Tensor = self.vit.forward_features((pixels.to(self.mean.dtype) - self.mean) / self.deviation)
         # where timm normalises after average pooling, the norm is applied to each position instead; else it is Identity
-        patches_BTD: Tensor = self.vit.fc_norm(hidden_BTD[:, self._skipped :])
+        patches_BTD: Tensor = self.vit.fc_norm(hidden_BTD[:, self._kept])
         return patches_BTD
 
     @property
     def has_class_token(self) -> bool:
-        """Whether the first of all positions is a class token."""
+        """Whether the ViT's first position is a class token."""
         return getattr(self.vit, "cls_token", None) is not None
 
     @property

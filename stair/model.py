@@ -41,11 +41,11 @@ class StairConfig(TowersConfig):
         text: the text tower.
         image_bias_start: start of the image head's bias, where no published head gives one. Below 0 costs recall.
         text_bias_start: the same for text. Above 0 keeps a caption's own words on while training starts from scratch.
-        similarity: how images and texts are compared: `dot` of the weights, or `cosine`. A stage sets it.
         own_word_lead: what a text's own words have in front of all others, in logits, where others may be active; a fixed
             part of the model. A text side from scratch wants about 3: its other words never had a gradient in stage 1,
             all of them would be active in stage 2, and what stage 1 learned would be lost. BERT's head should need none,
             as it is peaked at the word it reads (not measured).
+        shared_words: both heads read one word matrix. A stage that freezes the image side then freezes the words of both.
         similarity: how images and texts are compared: `dot` of the weights, or `cosine`. A stage sets it.
         text_words: which words a text may light up: its `own` (stage 1) or `all`. A stage sets it.
 
@@ -56,6 +56,7 @@ class StairConfig(TowersConfig):
     image_bias_start: float = 0.0
     text_bias_start: float = 0.0
     own_word_lead: float = 0.0
+    shared_words: bool = False
     similarity: Literal["dot", "cosine"] = "dot"
     text_words: Literal["own", "all"] = "all"
 
@@ -105,7 +106,7 @@ class Stair(TwoTowers):
         # A shared matrix would let stage 2 move the image embeddings although the image tower is frozen
         self.image_head = VocabularyHead(
             self.image_encoder.width,
-            nn.Parameter(text_words.detach().clone()),
+            text_words if config.shared_words else nn.Parameter(text_words.detach().clone()),
             never,
             masked_lm,
             config.image_bias_start,
