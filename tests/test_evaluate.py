@@ -239,3 +239,68 @@ def test_a_set_of_nothing_is_refused(models):
     empty = EvaluationSet("x", [Sample(picture("red"))], retrieval=False)
     with pytest.raises(ValueError, match="neither captions"):
         evaluate(open_model(str(models / "stair")), [empty])
+
+
+@pytest.fixture(scope="module")
+def open_clip_model(tmp_path_factory):
+    """A small open_clip model with weights on disk."""
+    open_clip = pytest.importorskip("open_clip", reason="the extra `openclip`")
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("open_clip")
+    sizes = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (folder / "tiny-open-clip.json").write_text(json.dumps(sizes))
+    open_clip.add_model_config(folder / "tiny-open-clip.json")
+    torch.manual_seed(0)
+    model = open_clip.create_model("tiny-open-clip").eval()
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, str(folder / "weights.safetensors"))
+    return model, folder / "weights.safetensors"
+
+
+def test_an_open_clip_checkpoint_takes_the_same_road(open_clip_model, models, shards):
+    model, weights = open_clip_model
+    scored = open_model(f"open_clip:tiny-open-clip:{weights}", str(models / "vocab.txt"))
+    import open_clip
+
+    tokens = open_clip.get_tokenizer("tiny-open-clip")(["two dogs"])
+    torch.testing.assert_close(scored.encoder.encode_text(["two dogs"]), model.encode_text(tokens).detach())
+    result, _ = evaluate(scored, [open_set(str(shards / "pets"))])
+    pets = result["sets"]["pets"]
+    assert "77 tokens" in pets["protocol"]["truncation"] and pets["naming"]["class"]["images"] == 6
+    with pytest.raises(ValueError, match="open_clip cannot open"):
+        open_model(f"open_clip:tiny-open-clip:{weights}x")
+
+
+class SentenceDouble:
+    """What is used of a sentence-transformers model of images and texts."""
+
+    similarity_fn_name, max_seq_length = "dot", 9
+
+    def __init__(self, folder, device, trust_remote_code):
+        assert not trust_remote_code
+
+    def encode(self, what, convert_to_tensor, show_progress_bar):
+        rows = [[0.0, 2.0, 0.0] if isinstance(item, str) else [0.0, 0.0, 3.0] for item in what]
+        return torch.tensor(rows).to_sparse()
+
+
+def test_sentence_transformers_models_are_opened_as_what_they_are(monkeypatch, tmp_path):
+    library = pytest.importorskip("sentence_transformers", reason="the extra `openclip`")
+    for family in ("SparseEncoder", "SentenceTransformer"):
+        (tmp_path / family).mkdir()
+        (tmp_path / family / "modules.json").write_text("[]")
+        settings = json.dumps({"model_type": family})
+        (tmp_path / family / "config_sentence_transformers.json").write_text(settings)
+        monkeypatch.setattr(library, family, type(family, (SentenceDouble,), {}))
+        scored = open_model(f"sentence_transformers:{tmp_path / family}")
+        assert type(scored.encoder.model).__name__ == family
+        assert scored.kind == {"SparseEncoder": "sparse"}.get(family, "dense")
+        assert scored.encoder.similarity == "dot" and "9 tokens" in scored.truncation
+        assert scored.encoder.encode_image([picture("red")]).tolist() == [[0, 0, 3]]
+    monkeypatch.setattr(SentenceDouble, "similarity_fn_name", "euclidean")
+    with pytest.raises(ValueError, match="only cosine and dot"):
+        open_model(f"sentence_transformers:{tmp_path / 'SparseEncoder'}")

@@ -61,7 +61,10 @@ class OpenClip:
             )
             self.tokenize = open_clip.get_tokenizer(architecture)
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"open_clip cannot open {architecture!r} with {checkpoint!r}: {error}") from error
+            # the message lists every model there is
+            raise ValueError(
+                f"open_clip cannot open {architecture!r} with {checkpoint!r}: {str(error)[:200]}"
+            ) from error
         self.model, self.preprocess = model.to(_device()).eval(), preprocess
         self.context: int = self.tokenize.context_length
 
