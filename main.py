@@ -7,15 +7,17 @@ Lightning's own command line: `--print_config`, `--help`, overlays by further `-
 import importlib
 import warnings
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from callbacks.health import Health
-from callbacks.requeue import Requeue
+from callbacks.requeue import Requeue, refuse_leftover
 from callbacks.retrieval_panels import RetrievalPanels
 from callbacks.run_monitor import RunMonitor
 from callbacks.sparsity_monitor import SparsityMonitor
 from callbacks.stage_transition import StageTransition, stage_before
+from callbacks.watchdog import Watchdog
 from datamodules.shards import ImageTextShards
 from lightning_modules.contrastive import ContrastiveModule
 
@@ -23,6 +25,7 @@ from lightning_modules.contrastive import ContrastiveModule
 for notice in (
     r".*treespec, LeafSpec.*is deprecated",
     r".*It is recommended to use `self.log\(.*sync_dist=True",  # ours are reduced over ranks before they are logged
+    r"FSDP2-wrapped module .* returned a view tensor",  # nothing is written into hidden states
     r"Found \d+ module\(s\) in eval mode",  # the frozen side of stage 2, meant so
 ):
     warnings.filterwarnings("ignore", notice)
@@ -47,6 +50,7 @@ class StairCLI(LightningCLI):
         parser.add_lightning_class_args(RetrievalPanels, "panels")
         parser.add_lightning_class_args(RunMonitor, "monitor")
         parser.add_lightning_class_args(Health, "health")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(Requeue, "requeue")  # last: what it saves holds what the others noted
         parser.link_arguments("model.init_args.stair.vocabulary", "data.vocabulary")
         parser.link_arguments("model.init_args.stair.image.image_size", "data.image_size")
@@ -55,8 +59,12 @@ class StairCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Spells out `--run`: where the stage works and what it starts from."""
         config = self.config[self.subcommand]
-        if config.run is None:
-            return
+        if config.run is not None:
+            self._spell_out(config)
+        if self.subcommand == "fit" and config.ckpt_path is None:
+            refuse_leftover(config.trainer.default_root_dir or ".")
+
+    def _spell_out(self, config: Any) -> None:
         family = _family_of(config.model.class_path)
         home = Path(config.run) / family.home()
         config.trainer.default_root_dir = str(home)

@@ -8,13 +8,15 @@ B pairs on this rank, V words.
 
 import math
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from callbacks.requeue import save_now
 from callbacks.run_monitor import logs_now
 from callbacks.sparsity_monitor import words_of
 from stair.batch import Batch
@@ -25,10 +27,32 @@ _DENSE = 0.5
 _KEYS_SHOWN = 20
 
 
+class _Step(NamedTuple):
+    """A training step on this rank: whether its loss is finite, and the embeddings of each pair; its number and keys."""
+
+    finite: Tensor
+    sound_B: Tensor
+    number: int
+    keys: list[str]
+
+    def culprits(self) -> list[str]:
+        """Keys of the pairs whose embeddings are not finite; of all where none is to blame."""
+        return [key for key, sound in zip(self.keys, self.sound_B.tolist(), strict=True) if not sound] or self.keys
+
+
+def _sound(trainer: L.Trainer) -> bool:
+    """Whether the weights are finite, on all ranks."""
+    weights = (p.to_local() if isinstance(p, DTensor) else p for p in trainer.lightning_module.parameters())
+    finite = torch.stack([weight.isfinite().all() for weight in weights]).all()
+    return bool(trainer.strategy.reduce(finite.float(), reduce_op="min"))
+
+
 class Health(L.Callback):
     """Watches the training steps.
 
-    - The loss is not finite: stops, naming the step and the batch's keys.
+    - The loss is not finite: warns, naming the step and the batch's keys. The stages leave such a step out; after more
+      than `skip` of them on end the run stops, and saves the state from before them if the weights are sound.
+    - The weights are not finite: no checkpoint is written, the last one stays, and the run stops.
     - Dead, `patience` steps on end (contrastive loss within 0.01 of log N, and on either side less than one active
       word an embedding): stops.
     - At chance, `patience` steps on end (contrastive loss within 0.01 of log N, though words are active): warns once, and
@@ -44,18 +68,19 @@ class Health(L.Callback):
         patience: steps on end that a dead run is given; at least 1.
         dense_after: optimiser steps after which embeddings should have become sparse; at least 0.
         every: steps between two readings; a stop comes at most that much late. At least 1.
+        skip: steps on end whose loss may be not finite; 0 stops at the first.
 
     Raises:
         ValueError: if an argument is out of range.
     """
 
-    def __init__(self, patience: int = 50, dense_after: int = 500, every: int = 10) -> None:
-        if min(patience, every) < 1 or dense_after < 0:
+    def __init__(self, patience: int = 50, dense_after: int = 500, every: int = 10, skip: int = 5) -> None:
+        if min(patience, every) < 1 or min(dense_after, skip) < 0:
             raise ValueError(
-                f"patience={patience}, dense_after={dense_after}, every={every}: wanted patience and every of at "
-                "least 1, dense_after of at least 0"
+                f"patience={patience}, dense_after={dense_after}, every={every}, skip={skip}: wanted patience and every of "
+                "at least 1, dense_after and skip of at least 0"
             )
-        self.patience, self.dense_after, self.every = patience, dense_after, every
+        self.patience, self.dense_after, self.every, self.skip = patience, dense_after, every, skip
         self._warned_dense = self._warned_chance = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -65,8 +90,10 @@ class Health(L.Callback):
         self._chance_steps = torch.zeros((), device=pl_module.device)
         self._share = torch.zeros((), device=pl_module.device)  # of V, active in the last step; 0 for dense models
         self._alarm = 0.0
-        #: since the last reading: finite or not, the step, the batch's keys
-        self._recent: deque[tuple[Tensor, int, list[str]]] = deque()
+        self._broken_steps = torch.zeros((), device=pl_module.device)  # on end
+        self._most_broken = torch.zeros((), device=pl_module.device)  # of these, since the last reading
+        #: since the last reading
+        self._recent: deque[_Step] = deque()
 
     def on_train_batch_end(
         self,
@@ -79,9 +106,13 @@ class Health(L.Callback):
         """Notes the step, and reads what was noted where it is time to.
 
         Raises:
-            RuntimeError: if the loss is not finite, or the run is dead.
+            RuntimeError: if too many losses on end were not finite, or the run is dead.
         """
-        self._recent.append((outputs["loss"].detach().isfinite(), trainer.global_step, batch["key"]))
+        finite = outputs["loss"].detach().isfinite()
+        sound_B = (outputs["image_BV"].sum(1) + outputs["text_CV"].sum(1)).isfinite()
+        self._recent.append(_Step(finite, sound_B, trainer.global_step, batch["key"]))
+        self._broken_steps = (self._broken_steps + 1) * ~finite
+        self._most_broken = torch.maximum(self._most_broken, self._broken_steps)
         words = words_of(pl_module, outputs["image_BV"]) is not None
         active = torch.stack([outputs[side].count_nonzero() / len(outputs[side]) for side in ("image_BV", "text_CV")])
         at_chance = (outputs["contrastive"] - math.log(outputs["pairs"])).abs() < _NEAR_CHANCE
@@ -103,14 +134,26 @@ class Health(L.Callback):
         if self._recent:
             self._read(trainer)
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Sees that no checkpoint of broken weights takes the place of a sound one.
+
+        Raises:
+            RuntimeError: if a weight is not finite.
+        """
+        if not _sound(trainer):
+            raise RuntimeError(
+                f"weights are not finite at step {trainer.global_step}, so no checkpoint is written, the last one stays: "
+                "start from it (--ckpt_path last) with a lower optimizer.lr, or a lower trainer.gradient_clip_val"
+            )
+
     def _read(self, trainer: L.Trainer) -> None:
-        broken = ~torch.stack([finite for finite, _, _ in self._recent]).all()
         # the greatest over ranks: one broken rank breaks the run, but all must be dead
-        figures = torch.stack([broken.float(), -self._dead_steps, self._share, -self._chance_steps])
+        figures = torch.stack([self._most_broken, -self._dead_steps, self._share, -self._chance_steps])
         figures = trainer.strategy.reduce(figures, reduce_op="max")
-        anywhere_broken, dead_steps, greatest_share, chance_steps = figures.tolist()
-        if anywhere_broken:
-            raise RuntimeError(self._what_broke(trainer))
+        broken_steps, dead_steps, greatest_share, chance_steps = figures.tolist()
+        if broken_steps:
+            self._most_broken = torch.zeros_like(self._most_broken)
+            self._judge_broken(trainer, round(broken_steps))
         if -dead_steps >= self.patience:
             raise RuntimeError(
                 "the run is dead: every embedding is empty on at least one side and the loss has been log N for "
@@ -138,18 +181,31 @@ class Health(L.Callback):
             )
         self._recent.clear()
 
+    def _judge_broken(self, trainer: L.Trainer, steps: int) -> None:
+        what = self._what_broke(trainer)
+        if steps <= self.skip:
+            rank_zero_warn(f"{what}. Such steps are left out; more than health.skip={self.skip} on end stop the run")
+            return
+        saved = "the weights are not finite either: go on from the last checkpoint"
+        if _sound(trainer):
+            saved = f"the state without these steps is saved in {save_now(trainer)}"
+        raise RuntimeError(
+            f"{what}, and {steps} steps on end were so; {saved}. Look at these samples, lower optimizer.lr, or set "
+            "trainer.precision to bf16-mixed if it is 16-mixed; then give the same command with --ckpt_path last"
+        )
+
     def _what_broke(self, trainer: L.Trainer) -> str:
-        mine = next(((step, keys) for finite, step, keys in self._recent if not finite), None)
+        mine = next(((s.number, bool(s.sound_B.all()), s.culprits()) for s in self._recent if not s.finite), None)
         ranks = [mine]
         if trainer.world_size > 1:
             # every rank names the batch: launchers end the others, and their messages, when the first one stops
             ranks = [None] * trainer.world_size
             torch.distributed.all_gather_object(ranks, mine)
-        step, rank, keys = min((found[0], rank, found[1]) for rank, found in enumerate(ranks) if found is not None)
+        # of ranks that saw it first, one whose own embeddings are broken: the loss is that of all ranks
+        (step, _, keys), rank = min((found, rank) for rank, found in enumerate(ranks) if found is not None)
         more = f" and {len(keys) - _KEYS_SHOWN} more" if len(keys) > _KEYS_SHOWN else ""
         return (
-            f"the loss is not finite at step {step}; the batch of rank {rank} was {', '.join(keys[:_KEYS_SHOWN])}{more}. "
-            "Look at these samples, lower the learning rate, or set trainer.precision to bf16-mixed if it is 16-mixed"
+            f"the loss is not finite at step {step}; the batch of rank {rank} was {', '.join(keys[:_KEYS_SHOWN])}{more}"
         )
 
     def _warn_of_wide_logits(self, spread: float) -> None:

@@ -3,7 +3,7 @@
 # RUN         the run's folder; stage k works in RUN/stagek and starts from RUN/stage(k-1)/stair. Needed.
 # DATA_TRAIN  shard spec of the training data. Needed (site.sh may set it).
 # DATA_VAL    '{name: spec, ...}', or one spec. Needed (site.sh may set it).
-# STRATEGY    ddp.
+# STRATEGY    ddp or fsdp2: an overlay in configs/hardware; ddp if not set.
 # Words after the script go to the command: sbatch slurm/stage2.sh --data.workers 12
 # In an array job (sbatch --array=0-4) the task's number is the seed, and RUN/seedN the run's folder.
 set -u
@@ -29,11 +29,7 @@ case "$DATA_VAL" in
     *) DATA_VAL="{val: '$DATA_VAL'}" ;;
 esac
 STRATEGY="${STRATEGY:-ddp}"
-case "$STRATEGY" in
-    ddp) ;;
-    fsdp*) refuse "STRATEGY=$STRATEGY: sharded training is not there yet, the stages do not say how to shard themselves. Use STRATEGY=ddp; where memory is short, --model.init_args.micro_batch_size" ;;
-    *) refuse "STRATEGY=$STRATEGY: known is ddp" ;;
-esac
+[ -f "configs/hardware/$STRATEGY.yaml" ] || refuse "STRATEGY=$STRATEGY: there is no configs/hardware/$STRATEGY.yaml; known are ddp and fsdp2"
 own_start=""
 for word in "$@"; do
     case "$word" in
@@ -69,19 +65,25 @@ mkdir -p "$RUN/stage$STAGE" && touch "$RUN/stage$STAGE/.writable" && rm "$RUN/st
     refuse "cannot write to $RUN/stage$STAGE: correct RUN, or its rights"
 command -v lightning > /dev/null || refuse "no command 'lightning': run \`make setup\` in the checkout, and let slurm/site.sh activate it"
 python -c 'import sys, yaml; from datamodules.tars import expand
-train, val = sys.argv[1:]
+train, val, ranks, *words = sys.argv[1:]
 try:
-    print(len(expand(yaml.safe_load(train) if train.startswith("[") else train)), "training shards")
+    shards = len(expand(yaml.safe_load(train) if train.startswith("[") else train))
     expand(list(yaml.safe_load(val).values()))
-except FileNotFoundError as error: sys.exit(str(error))' "$DATA_TRAIN" "$DATA_VAL" ||
+except FileNotFoundError as error: sys.exit(str(error))
+base = yaml.safe_load(open("configs/base.yaml"))["data"]["workers"]
+said = [value for word, value in zip(words, words[1:]) if word == "--data.workers"]
+said += [word.partition("=")[2] for word in words if word.startswith("--data.workers=")]
+readers = int(ranks) * max(1, int(said[-1] if said else base))
+print(shards, "training shards for", readers, "readers" + (": some read parts of one" if shards < readers else ""))' \
+    "$DATA_TRAIN" "$DATA_VAL" "$SLURM_NTASKS" "$@" ||
     refuse "DATA_TRAIN=$DATA_TRAIN, DATA_VAL=$DATA_VAL: not found, or not shard specs, or Python lacks what make setup installs; see above"
 
 # ---- train
 
 command=(
-    lightning fit --config "configs/stage$STAGE.yaml" --ckpt_path last "$@"
+    lightning fit --config "configs/stage$STAGE.yaml" --config "configs/hardware/$STRATEGY.yaml" --ckpt_path last "$@"
     --run "$RUN" --data.train "$DATA_TRAIN" --data.val "$DATA_VAL"
-    --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" --trainer.strategy "$STRATEGY"
+    --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"
 )
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun has not inherited it since SLURM 22.05
 echo "stair, stage $STAGE: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), ${SLURM_JOB_NODELIST:-}:"

@@ -7,6 +7,7 @@ import warnings
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -15,7 +16,8 @@ from callbacks.health import Health
 from callbacks.retrieval_panels import RetrievalPanels
 from callbacks.run_monitor import RunMonitor
 from callbacks.sparsity_monitor import SparsityMonitor
-from stair.metrics import Grounding, SparsityStats
+from stair.grounding import Expansion, Grounding
+from stair.metrics import SparsityStats
 from stair.vocabulary import Vocabulary
 
 PAIRS = 4
@@ -128,6 +130,7 @@ def trainer(folder, *callbacks, logger=TensorBoardLogger, **kwargs):
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "use_distributed_sampler": False,
+        "default_root_dir": folder,
         "logger": logger(str(folder), name="", version=""),
     }
     return L.Trainer(callbacks=list(callbacks), **{**settings, **kwargs})
@@ -145,14 +148,15 @@ def scalars(folder):
 
 
 def wanted_of(module, batches, k=10):
-    stats, grounding = SparsityStats(module.width), Grounding(module.width, k)
+    stats, grounding, expansion = SparsityStats(module.width), Grounding(module.width, k), Expansion(module.width)
     for batch in batches:
         out, ids = module.encode(batch), (batch["image_id"], batch["caption_image"])
+        own_words = module.stair.vocabulary.own_words(batch["ids"], batch["mask"])
         stats.update(out["image_BV"], out["text_CV"], *ids)
-        grounding.update(out["image_BV"], module.stair.vocabulary.own_words(batch["ids"], batch["mask"]), *ids)
-    return {f"sparsity/{k}": float(v) for k, v in stats.compute().items()} | {
-        k: float(v) for k, v in grounding.compute().items()
-    }
+        grounding.update(out["image_BV"], own_words, *ids)
+        expansion.update(out["text_CV"], own_words, *ids)
+    figures = {"sparsity/": stats, "": grounding, "expansion/": expansion}
+    return {f"{kind}{k}": float(v) for kind, metric in figures.items() for k, v in metric.compute().items()}
 
 
 def check_sets(logged, prefix, name, wanted):
@@ -310,7 +314,46 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(vocabulary,
         return {"loss": torch.tensor(float("nan"), requires_grad=True)} if step == 2 else {}
 
     with pytest.raises(RuntimeError, match=r"not finite at step 3; the batch of rank 0 was shard-2/0, shard-2/1"):
-        fit(vocabulary, tmp_path, Health(every=every), says)
+        fit(vocabulary, tmp_path, Health(every=every, skip=0), says)
+
+
+def not_a_number(step):
+    return {"loss": torch.tensor(float("nan"), requires_grad=True)} if step in (1, 2, 4) else {}
+
+
+def test_steps_whose_loss_is_not_finite_are_forgiven_so_many_times_on_end(vocabulary, tmp_path):
+    with pytest.warns(UserWarning, match=r"not finite at step 2; .*more than health.skip=2 on end") as seen:
+        fit(vocabulary, tmp_path / "a", Health(every=1, skip=2), not_a_number)
+    assert len([w for w in seen if "not finite" in str(w.message)]) == 3
+    judge = trainer(tmp_path / "b", Health(every=1, skip=1))
+    with pytest.raises(RuntimeError, match=r"and 2 steps on end were so; the state without these steps is saved in "):
+        judge.fit(Module(vocabulary, not_a_number), datamodule=Data(vocabulary))
+    saved = torch.load(tmp_path / "b" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3 and saved["state_dict"]["weight"].isfinite()
+
+
+def test_the_pairs_whose_embeddings_are_broken_are_named(vocabulary, tmp_path):
+    def says(step):
+        broken = torch.ones(PAIRS, 35)
+        broken[2, 5] = float("inf")
+        return {"image_BV": broken, "loss": torch.tensor(float("nan"), requires_grad=True)}
+
+    with pytest.raises(RuntimeError, match=r"the batch of rank 0 was shard-0/2, and 1 steps on end"):
+        fit(vocabulary, tmp_path, Health(every=1, skip=0), says)
+
+
+def test_broken_weights_are_not_saved(vocabulary, tmp_path):
+    class Breaks(Module):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.weight.data.fill_(float("nan"))
+
+    kept = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=1)
+    with pytest.raises(RuntimeError, match="weights are not finite at step 2, so no checkpoint is written"):
+        trainer(tmp_path, Health(), kept, enable_checkpointing=True).fit(
+            Breaks(vocabulary), datamodule=Data(vocabulary)
+        )
+    (sound,) = (tmp_path / "kept").glob("*")
+    assert torch.load(sound, weights_only=True)["state_dict"]["weight"].isfinite()
 
 
 def empty(side):
@@ -368,7 +411,7 @@ def test_a_dense_run_is_warned_of_once_and_the_alarm_is_logged_while_it_is_dense
     assert len([w for w in seen if "of the vocabulary" in str(w.message)]) == 1
 
 
-@pytest.mark.parametrize("wrong", [{"patience": 0}, {"every": 0}, {"dense_after": -1}])
+@pytest.mark.parametrize("wrong", [{"patience": 0}, {"every": 0}, {"dense_after": -1}, {"skip": -1}])
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="wanted patience"):
         Health(**wrong)
@@ -394,6 +437,6 @@ def test_two_ranks_measure_one_set_and_stop_together(vocabulary, tmp_path):
             return {**out, "loss": out["loss"] * float("nan") if broken else out["loss"]}
 
     with pytest.raises(Exception, match="not finite at step 3; the batch of rank 1 was shard-2/0"):
-        trainer(tmp_path / "b", Health(every=1), limit_val_batches=0, **two).fit(
+        trainer(tmp_path / "b", Health(every=1, skip=0), limit_val_batches=0, **two).fit(
             OneBreaks(vocabulary), datamodule=Data(vocabulary)
         )

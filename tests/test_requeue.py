@@ -172,6 +172,16 @@ def test_sigterm_under_slurm_is_not_requeued(fit, scontrol):
     assert fit(Line(when=3))[0] == 128 + signal.SIGTERM and not asked.exists()
 
 
+def test_a_checkpoint_of_lightnings_own_requeueing_is_not_resumed_from(tmp_path, monkeypatch):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    (tmp_path / "r" / "stage1").mkdir(parents=True)
+    (tmp_path / "r" / "stage1" / "hpc_ckpt_1.ckpt").write_text("of another run")
+    monkeypatch.setattr(requeue, "SLURMEnvironment", SimpleNamespace(detect=lambda: True))
+    # as a job of one's own would start it; the project's own say --ckpt_path last
+    with pytest.raises(ValueError, match=r"stage1/hpc_ckpt_1.ckpt is left over from Lightning's own requeueing"):
+        main(words(tmp_path, 1, tmp_path / "r"))
+
+
 def test_where_slurm_refuses_training_goes_on_and_says_so(fit, scontrol, caplog, tmp_path):
     scontrol(1)
     module = Line(when=3, signum=signal.SIGUSR1)
@@ -188,11 +198,12 @@ def test_sigterm_saves_ends_with_its_status_and_resumes_to_the_same_weights(tmp_
     (tmp_path / "small.yaml").write_text(SMALL)
     more = ["--trainer.max_steps", "150", "--trainer.val_check_interval", "30", "--data.workers", "1"]
     told, whole = tmp_path / "told", tmp_path / "whole"
-    process = start(words(tmp_path, 1, told, *more))
+    # a session of its own, to signal all processes as SLURM does, the reading ones as well
+    process = start(words(tmp_path, 1, told, *more), start_new_session=True)
     checkpoints = told / "stage1" / "tensorboard" / "checkpoints"
     while not (checkpoints / "best.ckpt").exists() and process.poll() is None:
         time.sleep(0.01)
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)
     output = process.communicate(timeout=100)[0]
     assert process.returncode == 128 + signal.SIGTERM, output[-3000:]
     assert "SIGTERM: stopped at step" in output and "--ckpt_path last" in output and "Traceback" not in output
@@ -231,8 +242,7 @@ def test_the_stages_jobs_differ_in_nothing_but_the_stage(stage):
         ({"RUN": ""}, "RUN is not set.*RUN=runs/mine"),
         ({"DATA_TRAIN": ""}, "DATA_TRAIN is not set"),
         ({"DATA_VAL": ""}, "DATA_VAL is not set"),
-        ({"STRATEGY": "fsdp"}, "STRATEGY=fsdp: sharded training is not there yet"),
-        ({"STRATEGY": "magic"}, "STRATEGY=magic: known is ddp"),
+        ({"STRATEGY": "magic"}, "STRATEGY=magic: there is no configs/hardware/magic.yaml; known are ddp and fsdp2"),
         ({"words": "--trainer.devices 2"}, "--trainer.devices: the job says that itself"),
         ({"SLURM_JOB_ID": ""}, "this is no SLURM job"),
         ({"SLURM_NTASKS_PER_NODE": ""}, "no tasks per node"),

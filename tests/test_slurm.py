@@ -5,19 +5,25 @@ STAIR_SLURM_CLUSTER, or ../shared/tools/slurm-cluster.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
 from datamodules.synthetic import write_scenes
+from main import main
 from stair import Stair
+from tests.test_parallel import Case
+from tests.test_parallel import run as on_ranks
 from tests.test_stages import SMALL, weights
+from tests.test_stages import words as stage_words
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[1]
 TOOL = Path(os.environ.get("STAIR_SLURM_CLUSTER", ROOT.parent / "shared" / "tools" / "slurm-cluster"))
@@ -53,21 +59,31 @@ def scenes(tmp_path_factory):
     return folder
 
 
-def words(scenes):
+class Pace(L.Callback):
+    """Makes steps last, so that SLURM, which looks at the clock every 30 s, finds the job at work."""
+
+    def on_train_batch_end(self, *args):
+        time.sleep(0.4)
+
+
+def words(scenes, steps=60):
     overlays = ("--config", "configs/model/tiny.yaml", "--config", str(scenes / "small.yaml"))
-    long = ("--trainer.max_steps", "100", "--trainer.val_check_interval", "20", "--data.workers", "1")
+    long = ("--trainer.max_steps", str(steps), "--trainer.val_check_interval", "20", "--data.workers", "1")
     return [*overlays, *long, "--model.init_args.stair.vocabulary", str(scenes / "vocab.txt")]
+
+
+PACED = ("--trainer.callbacks+", "tests.test_slurm.Pace")
 
 
 @pytest.fixture
 def submit(cluster, scenes, tmp_path):
     """Runs a script of the project's on the cluster, from a folder of its own, and returns what it printed."""
 
-    def run(*command, run, **changes):
+    def run(*command, run, more=(), cwd=tmp_path, **changes):
         env = {**cluster, "RUN": str(run), "SBATCH_OPTIONS": " ".join(SHAPE)}
         env |= {"DATA_TRAIN": str(scenes / "train-*.tar"), "DATA_VAL": f"{{scenes: {scenes}/val-*.tar}}"}
         done = subprocess.run(
-            [*command, *words(scenes)], cwd=tmp_path, env=env | changes, check=True, capture_output=True, text=True
+            [*command, *words(scenes), *more], cwd=cwd, env=env | changes, check=True, capture_output=True, text=True
         )
         return done.stdout
 
@@ -79,7 +95,22 @@ def state(cluster, job):
     return subprocess.run(command, env=cluster, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def wait(cluster, job, limit=200):
+def tell(cluster, *command):
+    subprocess.run(command, env=cluster, check=True)
+
+
+def until(cluster, job, holds):
+    """Waits while a job lives, until something holds."""
+    while not holds():
+        assert state(cluster, job) in LIVING, f"job {job} is {state(cluster, job)}"
+        time.sleep(0.1)
+
+
+def saved(run):
+    return lambda: (run / "stage1" / "tensorboard" / "checkpoints" / "best.ckpt").exists()
+
+
+def wait(cluster, job, limit=600):
     end = time.monotonic() + limit
     while (now := state(cluster, job)) in LIVING or not now:
         assert time.monotonic() < end, f"job {job} is {now} after {limit} s"
@@ -110,21 +141,71 @@ def test_the_chain_trains_three_stages_on_two_nodes_up_to_a_release(submit, clus
     assert model.encode_text(["a red circle"]).shape[0] == 1
 
 
-def test_a_requeued_job_ends_with_the_weights_of_one_never_interrupted(submit, cluster, chain, tmp_path):
-    if not (chain / "stage1" / "stair").exists():
-        pytest.skip("compares with stage 1 of the chain, which is not there")
+def train_here(case):
+    """The same two ranks, without SLURM and never interrupted."""
+    folder = Path(case.folder)
+    chosen = ("--trainer.devices", "2", "--config", str(ROOT / "configs" / "hardware" / "ddp.yaml"))
+    main(stage_words(folder, 1, folder / "whole", *words(folder, 150)[4:], *chosen))
+
+
+def test_a_job_that_runs_into_its_time_limit_ends_with_the_weights_of_one_never_interrupted(
+    submit, cluster, scenes, tmp_path
+):
     run = tmp_path / "told"
-    job = submit("sbatch", "--parsable", *SHAPE, ROOT / "slurm" / "stage1.sh", run=run).strip()
-    checkpoints = run / "stage1" / "tensorboard" / "checkpoints"
-    while not (checkpoints / "best.ckpt").exists() and state(cluster, job) in LIVING:
-        time.sleep(0.02)
-    subprocess.run(["scancel", "--signal=USR1", job], env=cluster, check=True)
+    more = ("--trainer.max_steps", "150", *PACED)
+    job = submit("sbatch", "--parsable", *SHAPE, ROOT / "slurm" / "stage1.sh", run=run, more=more).strip()
+    until(cluster, job, saved(run))
+    soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 120))
+    tell(cluster, "scontrol", "update", f"JobId={job}", f"EndTime={soon}")
+    # it is as long again for the second start, with the limit rounded up to minutes
+    until(cluster, job, lambda: "goes on later" in log_of(tmp_path, job))
+    tell(cluster, "scontrol", "update", f"JobId={job}", "TimeLimit=30")
     assert wait(cluster, job) == "COMPLETED", log_of(tmp_path, job)[-3000:]
     log = log_of(tmp_path, job)
     assert "start 1, node" in log and "start 2, node" in log  # one log for both
     assert "SIGUSR1: this SLURM job goes on later from step" in log and "Restored all states" in log
-    for (name, a), b in zip(weights(run, 1).items(), weights(chain, 1).values(), strict=True):
+    on_ranks(Case(None, "", str(scenes), ranks=2), train_here)
+    for (name, a), b in zip(weights(run, 1).items(), weights(scenes / "whole", 1).values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_node_that_disappears_ends_in_a_new_start(submit, cluster, tmp_path):
+    run = tmp_path / "r"
+    job = submit("sbatch", "--parsable", *SHAPE, ROOT / "slurm" / "stage1.sh", run=run, more=PACED).strip()
+    until(cluster, job, saved(run))
+    tell(cluster, "scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=gone")
+    try:
+        while state(cluster, job) == "RUNNING":
+            time.sleep(0.1)
+    finally:
+        tell(cluster, "scontrol", "update", "NodeName=node2", "State=RESUME")
+    assert wait(cluster, job) == "COMPLETED", log_of(tmp_path, job)[-3000:]
+    log = log_of(tmp_path, job)
+    assert "start 2, node" in log and "Restored all states" in log and weights(run, 1)
+
+
+def test_stage_2_alone_as_a_user_types_it_sharded_and_the_chain_from_there(submit, cluster, chain, tmp_path):
+    if not (chain / "stage1" / "stair").exists():
+        pytest.skip("goes on from stage 1 of the chain, which is not there")
+    run = tmp_path / "r"
+    shutil.copytree(chain / "stage1" / "stair", run / "stage1" / "stair")
+    job = submit("sbatch", "--parsable", *SHAPE, "slurm/stage2.sh", run=run, cwd=ROOT, STRATEGY="fsdp2").strip()
+    assert wait(cluster, job) == "COMPLETED", log_of(ROOT, job)[-3000:]
+    queued = jobs(submit(ROOT / "slurm" / "pipeline.sh", "--from", "3", run=run))
+    assert len(queued) == 1 and wait(cluster, queued[0]) == "COMPLETED", log_of(tmp_path, queued[0])[-3000:]
+    for path in ROOT.glob(f"stair-stage2-{job}.out"):
+        assert "hardware/fsdp2.yaml" in path.read_text()
+        path.unlink()
+    assert Stair.from_pretrained(run / "stage3" / "stair").encode_text(["a red circle"]).isfinite().all()
+
+
+def test_the_tasks_of_an_array_are_seeds(submit, cluster, tmp_path):
+    one = ("--nodes=1", *SHAPE[1:], "--array=0-1")
+    job = submit("sbatch", "--parsable", *one, ROOT / "slurm" / "stage1.sh", run=tmp_path / "r").strip()
+    for task in (f"{job}_0", f"{job}_1"):
+        assert wait(cluster, task) == "COMPLETED"
+    first, second = (weights(tmp_path / "r" / f"seed{seed}", 1) for seed in (0, 1))
+    assert not torch.equal(first["image_head.dense.weight"], second["image_head.dense.weight"])
 
 
 def test_a_signal_while_python_starts_is_harmless(submit, cluster, tmp_path):
@@ -136,6 +217,14 @@ def test_a_signal_while_python_starts_is_harmless(submit, cluster, tmp_path):
     time.sleep(2)
     assert state(cluster, job) == "RUNNING", log_of(tmp_path, job)[-3000:]
     subprocess.run(["scancel", "-f", job], env=cluster, check=True)
+
+
+def test_a_cancelled_stage_does_not_start_the_next(submit, cluster, tmp_path):
+    queued = jobs(submit(ROOT / "slurm" / "pipeline.sh", run=tmp_path / "r"))
+    until(cluster, queued[0], lambda: state(cluster, queued[0]) == "RUNNING")
+    tell(cluster, "scancel", queued[0])
+    assert [wait(cluster, job) for job in queued] == ["CANCELLED", "CANCELLED", "CANCELLED"]
+    assert not (tmp_path / "r" / "stage2").exists()
 
 
 def test_a_failed_stage_does_not_start_the_next(submit, cluster, tmp_path):

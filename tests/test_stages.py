@@ -237,7 +237,7 @@ def test_the_first_batch_sets_the_scale_that_gives_the_wanted_spread(finished):
 # ------------------------------------------------------------------ other processes
 
 
-def start(arguments):
+def start(arguments, **more):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "main.py"), *arguments],
         cwd=ROOT,
@@ -245,6 +245,7 @@ def start(arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        **more,
     )
 
 

@@ -1,0 +1,93 @@
+"""What stands still ends with a message; what is slow, suspended or done is left alone."""
+
+import multiprocessing as mp
+import os
+import re
+import signal
+import time
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from callbacks.watchdog import Watchdog
+from tests.test_requeue import Line
+
+LIMIT = 2.0
+
+
+class Samples(Dataset):
+    def __init__(self, where):
+        self.where = where
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, i):
+        if self.where == "input" and i == 2:
+            time.sleep(60)
+        return torch.zeros(1)
+
+
+class Stuck(Line):
+    where = ""
+
+    def training_step(self, batch, batch_idx):
+        if self.where == "step" and batch_idx == 2:
+            time.sleep(60)
+        time.sleep(0.3)
+        return super().training_step(batch, batch_idx)
+
+    def train_dataloader(self):
+        return DataLoader(Samples(self.where))
+
+
+def train(where, log):
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    module = Stuck()
+    module.where = where
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = L.Trainer(accelerator="cpu", max_steps=8, limit_val_batches=0, callbacks=[Watchdog(LIMIT)], **off)
+    trainer.fit(module)
+    time.sleep(2 * LIMIT if where == "after" else 0)
+
+
+@pytest.fixture
+def start(tmp_path):
+    def begin(where):
+        process = mp.get_context("fork").Process(target=train, args=(where, str(tmp_path / "log")), daemon=True)
+        process.start()
+        return process, tmp_path / "log"
+
+    return begin
+
+
+@pytest.mark.parametrize(
+    ("where", "wanted", "frame"),
+    [
+        ("step", r"rank 0 of 1 on .* has not moved for 2 s\. It is in the training step after step 2", "training_step"),
+        ("input", r"It is waiting for the batch after step 2", "__getitem__"),
+    ],
+)
+def test_a_run_that_stands_still_ends_with_rank_place_and_stack(start, where, wanted, frame):
+    process, log = start(where)
+    process.join(40)
+    said = log.read_text()
+    assert process.exitcode == 70 and re.search(wanted, said) and frame in said, said
+
+
+@pytest.mark.slow
+def test_a_run_that_is_suspended_or_done_is_left_alone(start):
+    process, log = start("after")
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(3 * LIMIT)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join(60)
+    assert process.exitcode == 0, log.read_text()
+
+
+def test_a_negative_limit_is_refused():
+    with pytest.raises(ValueError, match="limit=-1"):
+        Watchdog(-1)
