@@ -6,7 +6,7 @@ token that made it, and giving each word's contribution to the patch that won it
 T positions, W active words, E width of the word embeddings, R × C patches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,13 +98,17 @@ class Explanation:
 
         Words that no patch won are left out; where only patches speak, as by default, the patches sum to the score.
         """
-        heat_RC = np.zeros(side.grid)
-        place = {word: n for n, word in enumerate(side.words)}
-        for word in self.shared:
-            patch = side.patch(place[word.word])
-            if patch is not None:
-                heat_RC[patch] += word.contribution
-        return heat_RC
+        return shares_on_patches(side, {word.word: word.contribution for word in self.shared})
+
+
+def shares_on_patches(side: PictureReading, shares: Mapping[str, float]) -> NDArray[np.float64]:
+    """(R, C) the shares of words, each on the patch that won the word. Words that the picture lacks are left out."""
+    heat_RC = np.zeros(side.grid)
+    for n, word in enumerate(side.words):
+        patch = side.patch(n)
+        if patch is not None:
+            heat_RC[patch] += shares.get(word, 0.0)
+    return heat_RC
 
 
 @torch.no_grad()

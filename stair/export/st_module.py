@@ -76,7 +76,7 @@ class StairModule(InputModule):
         self.model.save_pretrained(output_path)
 
     @classmethod
-    def load(cls, model_name_or_path: str, subfolder: str = "", *_: Any, **options: Any) -> Self:  # type: ignore[override]
+    def load(cls, model_name_or_path: str, subfolder: str = "", *_: Any, **options: Any) -> Self:
         """Reads what `save` wrote, from a folder or the hub."""
         known = {
             key: options[key] for key in ("token", "cache_folder", "revision", "local_files_only") if key in options
