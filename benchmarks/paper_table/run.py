@@ -1,0 +1,163 @@
+"""Trains and measures every run of a plan, then writes the table: one command, taken up again where it stopped.
+
+    python benchmarks/paper_table/run.py benchmarks/paper_table/plans/emoji.yaml runs/paper_table/emoji [--jobs 2]
+
+A plan (`plans/*.yaml`) names data, seeds and variants; a variant is a chain of stages, each with the settings that differ.
+Every stage goes through `main.py fit`, every measurement through `stair evaluate`, as anybody's would. A stage that has
+handed over is not trained again, variants that begin alike share what they have in common, a run that has been measured is
+not measured again; a failed run is reported, the others go on, and the next call tries it again. Validation chooses, test
+sets are only reported.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HOME = Path(__file__).parents[2]
+_LOCKS: dict[Path, threading.Lock] = {}
+
+
+def main(plan_path: Path, out: Path, jobs: int, only: list[str], seeds: list[int] | None) -> int:
+    """Runs what is missing. Returns the number of runs that failed."""
+    plan = read_plan(plan_path)
+    out.mkdir(parents=True, exist_ok=True)
+    if plan.get("words") == "train":
+        _write_words(plan, out / "vocab.txt")
+    wanted = [
+        (name, seed)
+        for seed in (seeds if seeds is not None else plan["seeds"])  # a whole table of one seed first
+        for name in plan["variants"]
+        if not only or name in only
+    ]
+    print(f"{len(wanted)} runs of {plan['steps']} steps, {jobs} at a time, in {out}", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        failed = [reason for reason in pool.map(lambda run: _run(plan, out, *run), wanted) if reason]
+    for reason in failed:
+        print(f"failed: {reason}")
+    from table import write_table
+
+    write_table(plan, out)
+    return len(failed)
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """A plan, with `${STAIR_SHARED_DATA}` filled in (`../shared/data` if it is not set).
+
+    Raises:
+        SystemExit: if the variants do not see equally many samples: then nothing could be compared.
+    """
+    data = os.environ.get("STAIR_SHARED_DATA", "../shared/data")
+    plan: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8").replace("${STAIR_SHARED_DATA}", data))
+    for name, variant in plan["variants"].items():
+        steps = sum(stage["steps"] for stage in variant["stages"])
+        if steps != plan["steps"]:
+            sys.exit(
+                f"{path}: variant {name} takes {steps} steps, the plan {plan['steps']}: all must see the same number"
+            )
+    return plan
+
+
+def _write_words(plan: dict[str, Any], path: Path) -> None:
+    """A vocabulary of the pieces that occur in training captions: a tenth of the cost of the whole one."""
+    if path.is_file():
+        return
+    sys.path.insert(0, str(HOME))
+    from datamodules.pairs import EvaluationPairs, read_entry
+    from datamodules.tars import captions
+    from stair.images import MAX_PIXELS
+    from stair.vocabulary import Vocabulary
+
+    whole = Vocabulary(plan["vocabulary"])
+    entries = EvaluationPairs(plan["train"], 1, MAX_PIXELS).entries
+    used = {i for entry in entries for text in captions(read_entry(entry)) for i in whole.pieces(text)}
+    special = [token for token in whole.tokens if token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")]
+    path.write_text("\n".join([*special, *whole.words(sorted(used))]) + "\n", encoding="utf-8")
+
+
+def _run(plan: dict[str, Any], out: Path, name: str, seed: int) -> str:
+    """Trains and measures one variant with one seed. Returns why it failed, or nothing."""
+    folder = out / name / f"seed{seed}"
+    if (folder / "evaluation" / "evaluation.json").is_file():
+        return ""
+    folder.mkdir(parents=True, exist_ok=True)
+    model: Path | None = None
+    chain: list[Any] = [plan["files"], plan.get("settings"), seed]
+    trained: dict[str, Any] = {}
+    for stage in plan["variants"][name]["stages"]:
+        chain.append(stage)
+        # variants that begin alike share what they have in common
+        home = out / "trained" / hashlib.sha256(json.dumps(chain).encode()).hexdigest()[:16]
+        with _LOCKS.setdefault(home, threading.Lock()):
+            model = _train(plan, out, stage, seed, home, model)
+        if model is None:
+            return f"{name}, seed {seed}: {home / 'train.log'} has the reason"
+        trained[stage["config"]] = {"at": home.name, **json.loads((home / "record.json").read_text())}
+    (folder / "record.json").write_text(json.dumps(trained, indent=2) + "\n")
+    sets = [f"{key}={place}" for key, place in (plan["val"] | plan.get("test", {})).items()]
+    command = [sys.executable, "-m", "stair.cli", "evaluate", str(model), *sets]
+    command += ["--output", str(folder / "evaluation"), "--no_probe"]
+    if plan.get("classnames"):
+        command += ["--classnames", plan["classnames"]]
+    if not _call(command, folder / "evaluation.log"):
+        return f"{name}, seed {seed}: {folder}/evaluation.log has the reason"
+    print(f"done: {name}, seed {seed}", flush=True)
+    return ""
+
+
+def _train(
+    plan: dict[str, Any], out: Path, stage: dict[str, Any], seed: int, home: Path, before: Path | None
+) -> Path | None:
+    """Trains one stage in a folder of its own, unless it has been. Returns its hand-over, None if it failed."""
+    config, steps = stage["config"], str(stage["steps"])
+    model = home / config / ("clip" if config == "clip" else "stair")
+    if model.is_dir():
+        return model
+    home.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "main.py", "fit", "--config", f"configs/{config}.yaml"]
+    for file in plan["files"]:
+        command += ["--config", f"configs/{file}.yaml"]
+    for name, settings in (("plan", plan.get("settings")), ("stage", stage.get("settings"))):
+        (home / f"{name}.yaml").write_text(yaml.safe_dump(settings or {}))
+        command += ["--config", str(home / f"{name}.yaml")]
+    vocabulary = out / "vocab.txt" if plan.get("words") == "train" else plan["vocabulary"]
+    command += ["--run", str(home), "--ckpt_path", "last", "--trainer.max_steps", steps]
+    command += ["--trainer.val_check_interval", steps, "--trainer.enable_progress_bar", "false"]
+    command += ["--seed_everything", str(seed), "--data.seed", str(seed), "--data.train", plan["train"]]
+    command += ["--data.val", json.dumps(plan["val"]), "--model.init_args.stair.vocabulary", str(vocabulary)]
+    if before is not None:
+        command += ["--transition.start_from", str(before)]
+    started = time.perf_counter()
+    if not _call(command, home / "train.log"):
+        return None
+    facts = {"steps": stage["steps"], "seconds": round(time.perf_counter() - started, 1), "seed": seed}
+    (home / "record.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return model
+
+
+def _call(command: list[str], log: Path) -> bool:
+    # glibc gives blocks above 32 MB back at once, and a B × V embedding has more at the whole vocabulary
+    quiet = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
+    with log.open("w") as file:
+        done = subprocess.run(command, cwd=HOME, stdout=file, stderr=subprocess.STDOUT, env={**quiet, **os.environ})
+    return done.returncode == 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--only", nargs="*", default=[], help="names of variants; all by default")
+    parser.add_argument("--seeds", nargs="*", type=int, help="seeds; those of the plan by default")
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.plan, arguments.out.resolve(), arguments.jobs, arguments.only, arguments.seeds) > 0)

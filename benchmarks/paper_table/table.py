@@ -1,0 +1,164 @@
+"""The table and the plots of a plan's finished runs, from their records: `table.md`, `table.json` and pictures.
+
+    python benchmarks/paper_table/table.py PLAN OUT
+
+Mean ± standard deviation over seeds (of the sample, so it needs two). Lines are ordered as in the plan; in each group the
+best line by recall on *validation* is marked, and the targets are judged by that line alone.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+COLUMNS = {
+    "t→i R@1": ("retrieval", "t2i/recall@1"),
+    "i→t R@1": ("retrieval", "i2t/recall@1"),
+    "t→i R@10": ("retrieval", "t2i/recall@10"),
+    "i→t R@10": ("retrieval", "i2t/recall@10"),
+    "words an image": ("words", "sparsity/image/active_words"),
+    "words a text": ("words", "sparsity/text/active_words"),
+    "products a pair": ("words", "sparsity/products_per_pair"),
+    "grounding@10": ("words", "grounding/grounding@10"),
+    "caption word 1st": ("naming", "captions", "top1"),
+    "class word 1st": ("naming", "class", "top1"),
+    "zero-shot": ("zero_shot", "top1"),
+}
+_PLAIN = ("words an image", "words a text", "products a pair")
+_BASELINE = "dense"
+
+
+def write_table(plan: dict[str, Any], out: Path) -> None:
+    """Writes the table of whatever is finished."""
+    found = {name: _records(out / name) for name in plan["variants"]}
+    found = {name: records for name, records in found.items() if records}
+    if not found:
+        print("nothing is finished yet")
+        return
+    sets = [*plan["val"], *plan.get("test", {})]
+    selected = select(plan, found)
+    lines = [f"# {plan['title']}", "", _preamble(plan, found), ""]
+    numbers: dict[str, Any] = {}
+    for name in sets:
+        kind = "validation" if name in plan["val"] else "test, not used to choose"
+        heads = [head for head in COLUMNS if any(_values(records, name, head) for records in found.values())]
+        if not heads:
+            continue
+        lines += [f"## {name} ({kind})", "", f"| run (seeds) | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+        for variant, records in found.items():
+            mark = " ←" if variant == selected else ""
+            cells = [_cell(head, _values(records, name, head)) for head in heads]
+            lines.append(f"| {plan['variants'][variant]['title']}{mark} ({len(records)}) | {' | '.join(cells)} |")
+            numbers.setdefault(name, {})[variant] = {head: _values(records, name, head) for head in heads}
+        lines.append("")
+    lines += _targets(plan, found, selected)
+    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (out / "table.json").write_text(json.dumps({"selected": selected, "sets": numbers}, indent=2) + "\n")
+    _plot(plan, found, out)
+    print(f"Written: {out}/table.md")
+
+
+def select(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> str | None:
+    """The sparse variant with the best mean R@1 of both directions on the first validation set."""
+    first = next(iter(plan["val"]))
+
+    def recall(variant: str) -> float:
+        return statistics.mean(
+            value for head in ("t→i R@1", "i→t R@1") for value in _values(found[variant], first, head)
+        )
+
+    sparse = (name for name, records in found.items() if records[0]["model"]["kind"] == "sparse")
+    return max(sparse, key=recall, default=None)
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    paths = sorted(folder.glob("seed*/evaluation/evaluation.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def _values(records: list[dict[str, Any]], name: str, head: str) -> list[float]:
+    values = []
+    for record in records:
+        value: Any = record["sets"].get(name, {})
+        for key in COLUMNS[head]:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            values.append(float(value))
+    return values
+
+
+def _cell(head: str, values: list[float]) -> str:
+    if not values:
+        return "–"
+    factor = 1 if head in _PLAIN else 100
+    mean = f"{factor * statistics.mean(values):.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {factor * statistics.stdev(values):.1f}"
+
+
+def _preamble(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> str:
+    seeds = sorted({len(records) for records in found.values()})
+    return (
+        f"{plan['steps']} optimiser steps each, however many stages; seeds a run: {', '.join(map(str, seeds))}. "
+        "Percent, mean ± standard deviation over seeds. ← is the best of the sparse runs on validation."
+    )
+
+
+def _targets(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]], selected: str | None) -> list[str]:
+    """What the paper's ratios ask for, against the dense baseline, on every set with captions."""
+    if _BASELINE not in found or selected is None:
+        return []
+    lines = [
+        "## Targets",
+        "",
+        f"{plan['variants'][selected]['title']} against {plan['variants'][_BASELINE]['title']}:",
+        "",
+    ]
+    wanted = {"t→i R@1": 1.13, "i→t R@1": 1.08, "class word 1st": 2.4, "caption word 1st": 2.4}
+    for name in [*plan["val"], *plan.get("test", {})]:
+        for head, ratio in wanted.items():
+            ours, theirs = (_values(found[variant], name, head) for variant in (selected, _BASELINE))
+            if ours and theirs and statistics.mean(theirs) > 0:
+                got = statistics.mean(ours) / statistics.mean(theirs)
+                lines.append(
+                    f"- {name}, {head}: {got:.2f} × dense, wanted {ratio}: {'met' if got >= ratio else 'not met'}"
+                )
+        for record in found[selected][:1]:
+            pruned = {line["kept"]: line for line in record["sets"].get(name, {}).get("pruned", [])}
+            if "top 64" in pruned:
+                for way in ("t2i", "i2t"):
+                    best = max(line[way] for line in pruned.values())
+                    share = pruned["top 64"][way] / best if best else 0.0
+                    lines.append(f"- {name}, {way} R@1 at 64 words (seed 0): {share:.3f} of its best, wanted 0.98")
+    return [*lines, ""]
+
+
+def _plot(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]], out: Path) -> None:
+    """Recall of every run against its active words, on the first validation set; the dense baseline as a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    first = next(iter(plan["val"]))
+    figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, head in zip(figure.subplots(1, 2), ("t→i R@1", "i→t R@1"), strict=True):
+        for name, records in found.items():
+            recall = [100 * value for value in _values(records, first, head)]
+            words = _values(records, first, "words an image")
+            if name == _BASELINE:
+                axis.axhline(statistics.mean(recall), linestyle="--", color="gray", label="dense")
+            elif words:
+                spread = statistics.stdev(recall) if len(recall) > 1 else 0
+                axis.errorbar(statistics.mean(words), statistics.mean(recall), spread, fmt="o", label=name)
+        axis.set(xscale="log", xlabel="active words an image", ylabel=f"{head}, %", title=first)
+        axis.grid(alpha=0.3)
+    figure.axes[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(out / "recall_against_words.png")
+
+
+if __name__ == "__main__":
+    from run import read_plan
+
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    write_table(read_plan(Path(sys.argv[1])), Path(sys.argv[2]))

@@ -1,0 +1,104 @@
+"""The plans of benchmarks/paper_table can be compared, their table adds up, and a small one runs from end to end."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import main
+from datamodules.synthetic import write_scenes
+
+HOME = Path(__file__).parents[1] / "benchmarks" / "paper_table"
+PLANS = sorted((HOME / "plans").glob("*.yaml"))
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(HOME))
+    import run
+    import table
+
+    yield run, table
+    for name in ("run", "table"):
+        sys.modules.pop(name)
+
+
+def record(kind: str, t2i: float, test: float) -> dict:
+    def figures(recall):
+        return {"retrieval": {"t2i/recall@1": recall, "i2t/recall@1": recall, "t2i/recall@10": 1, "i2t/recall@10": 1}}
+
+    words = {"words": {"sparsity/image/active_words": 20.0}} if kind == "sparse" else {}
+    return {"model": {"kind": kind}, "sets": {"v": figures(t2i) | words, "t": figures(test) | words}}
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_every_variant_of_a_plan_sees_as_many_samples(scripts, path):
+    plan = scripts[0].read_plan(path)
+    for variant in plan["variants"].values():
+        assert sum(stage["steps"] for stage in variant["stages"]) == plan["steps"]
+        assert all((HOME.parents[1] / "configs" / f"{stage['config']}.yaml").is_file() for stage in variant["stages"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_every_stage_of_a_plan_has_settings_that_exist(scripts, path, tmp_path, capsys):
+    plan = scripts[0].read_plan(path)
+    stages = {json.dumps(s) for variant in plan["variants"].values() for s in variant["stages"]}
+    for stage in map(json.loads, stages):
+        files = [str(HOME.parents[1] / "configs" / f"{name}.yaml") for name in (stage["config"], *plan["files"])]
+        for name, settings in (("plan", plan.get("settings")), ("stage", stage.get("settings"))):
+            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings or {}))
+            files.append(str(tmp_path / f"{name}.yaml"))
+        with pytest.raises(SystemExit) as end:
+            words = [word for file in files for word in ("--config", file)]
+            main.main(["fit", *words, "--model.init_args.stair.vocabulary=v", "--print_config"])
+        assert end.value.code == 0, (stage, capsys.readouterr().err)
+        capsys.readouterr()
+
+
+def test_a_plan_of_unequal_runs_is_refused(scripts, tmp_path):
+    plan = {"title": "t", "steps": 5, "variants": {"a": {"stages": [{"config": "clip", "steps": 4}]}}}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    with pytest.raises(SystemExit, match="variant a takes 4 steps, the plan 5"):
+        scripts[0].read_plan(tmp_path / "plan.yaml")
+
+
+def test_the_table_means_over_seeds_and_chooses_on_validation(scripts, tmp_path):
+    runs = {
+        "dense": [("dense", 0.30, 0.4), ("dense", 0.34, 0.4)],
+        "other": [("dense", 0.99, 0.9)],  # dense too: never the sparse choice
+        "a": [("sparse", 0.40, 0.1), ("sparse", 0.50, 0.1)],
+        "b": [("sparse", 0.35, 0.9), ("sparse", 0.45, 0.9)],  # better on test, which must not matter
+    }
+    for name, seeds in runs.items():
+        for seed, values in enumerate(seeds):
+            place = tmp_path / name / f"seed{seed}" / "evaluation"
+            place.mkdir(parents=True)
+            (place / "evaluation.json").write_text(json.dumps(record(*values)))
+    plan = {"title": "T", "steps": 1, "val": {"v": ""}, "test": {"t": ""}, "variants": {n: {"title": n} for n in runs}}
+    scripts[1].write_table(plan, tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    spread = 100 * statistics.stdev([0.4, 0.5])
+    assert f"| a ← (2) | 45.0 ± {spread:.1f} |" in text and "b ←" not in text
+    assert f"v, t→i R@1: {0.45 / 0.32:.2f} × dense, wanted 1.13: met" in text
+    assert f"t, i→t R@1: {0.1 / 0.4:.2f} × dense, wanted 1.08: not met" in text
+    assert (tmp_path / "recall_against_words.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "table.json").read_text())["selected"] == "a"
+
+
+@pytest.mark.slow
+def test_the_miniature_runs_and_is_not_run_twice(tmp_path):
+    write_scenes(tmp_path / "scenes", train=64, val=16, image_size=32)
+    plan = (HOME / "plans" / "miniature.yaml").read_text().replace("runs/paper_table/scenes", str(tmp_path / "scenes"))
+    (tmp_path / "plan.yaml").write_text(plan)
+    command = [sys.executable, str(HOME / "run.py"), str(tmp_path / "plan.yaml"), str(tmp_path / "out")]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "done: dense, seed 0" in first.stdout and "done: stages, seed 0" in first.stdout
+    assert "STAIR ← (1)" in (tmp_path / "out" / "table.md").read_text()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert again.returncode == 0 and "done:" not in again.stdout
