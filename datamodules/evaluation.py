@@ -26,7 +26,9 @@ def evaluate(
     classnames: str | None = None,
     ks: list[int] = [1, 5, 10],  # noqa: B006 - read by the command line
     vocabulary: str | None = None,
+    captions: int | None = None,
     limit: int | None = None,
+    no_probe: bool = False,
     batch_size: int = 64,
 ) -> None:
     """Measures a model: retrieval, classification, sparsity, cost, and whether words mean what they say.
@@ -49,16 +51,22 @@ def evaluate(
             `FILE:KEY` takes another key.
         ks: the K of recall@K.
         vocabulary: words for the vocabulary test of a model that has none (a BERT vocab.txt).
+        captions: the first so many captions of each image, all if null. The usual protocol of COCO-5k takes 5; few of
+            its images have more.
         limit: measure the first so many images of each set only.
+        no_probe: train no linear probe, which takes long where classes are many.
         batch_size: images encoded at a time.
 
     Raises:
         FileNotFoundError: if the model or a set is not there.
         ValueError: if a set holds nothing that can be measured.
     """
-    if min(ks, default=0) < 1 or batch_size < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"ks={ks}, batch_size={batch_size}, limit={limit}: wanted numbers of at least 1")
-    sets = [_cut(open_set(word, split, classnames), limit) for word in data]
+    if min([*ks, batch_size, *(n for n in (captions, limit) if n is not None)] if ks else [0]) < 1:
+        given = f"ks={ks}, batch_size={batch_size}, captions={captions}, limit={limit}"
+        raise ValueError(f"{given}: wanted numbers of at least 1")
+    sets = [_cut(open_set(word, split, classnames, captions), limit) for word in data]
+    if no_probe:
+        sets = [replace(what, train=[], val=[]) for what in sets]
     scored = open_model(model, vocabulary)
     result, embedded = measure(scored, sets, ks, batch_size=batch_size, say=lambda text: print(text, flush=True))
     show(result)
@@ -68,13 +76,16 @@ def evaluate(
     print(f"Written: {folder}/report.html, evaluation.json, model_card.md")
 
 
-def open_set(word: str, split: str | None = None, classnames: str | None = None) -> EvaluationSet:
+def open_set(
+    word: str, split: str | None = None, classnames: str | None = None, captions: int | None = None
+) -> EvaluationSet:
     """A set of the command line.
 
     Args:
         word: `PLACE` or `name=PLACE`; see `evaluate`.
         split: which part of a folder.
         classnames: class names for tars that have none beside them.
+        captions: the first so many captions of each image; all if None.
 
     Raises:
         FileNotFoundError: if nothing is there.
@@ -87,9 +98,9 @@ def open_set(word: str, split: str | None = None, classnames: str | None = None)
     elif folder.is_dir():
         part = split or next((s for s in SPLITS if any(folder.glob(f"{s}*.tar"))), None)
         spec = str(folder / (f"{part}*.tar" if part else "*.tar"))
-        found = _tars(spec, folder, part or "all", classnames)
+        found = _tars(spec, folder, part or "all", classnames, captions)
     else:
-        found = _tars(place, Path(expand(place)[0]).parent, place, classnames)
+        found = _tars(place, Path(expand(place)[0]).parent, place, classnames, captions)
     return replace(found, name=name or found.name)
 
 
@@ -117,10 +128,11 @@ class _Part:
 class _TarSamples:
     """Samples of tars; a class is their `label`, or the place of their `class` among the class names."""
 
-    def __init__(self, spec: str, classes: Sequence[str]) -> None:
+    def __init__(self, spec: str, classes: Sequence[str], most: int | None = None) -> None:
         # size and limit of its own pixels are not used: models differ in size, and read the image itself
         self._entries = EvaluationPairs(spec, 1, MAX_PIXELS).entries
         self._classes = {name: place for place, name in enumerate(classes)}
+        self._most = most
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -129,7 +141,7 @@ class _TarSamples:
         entry = self._entries[index]
         try:
             sample = read_entry(entry)
-            return Sample(decode_image(image_bytes(sample)), captions(sample), self._label(sample))
+            return Sample(decode_image(image_bytes(sample)), captions(sample)[: self._most], self._label(sample))
         except ValueError as error:
             raise ValueError(f"evaluation sample {entry.key!r} of {entry.path}: {error}") from error
 
@@ -140,15 +152,21 @@ class _TarSamples:
         label = fields.get("label")
         return label if "class" not in fields and isinstance(label, int) and 0 <= label < len(self._classes) else None
 
+    def has_classes(self) -> bool:
+        """Whether any image is of one of the classes."""
+        return any(self._label(read_entry(entry)) is not None for entry in self._entries)
+
     def captions_tell_apart(self) -> bool:
         """Whether at least half of the images have captions that no other image has."""
-        told = [tuple(captions(read_entry(entry))) for entry in self._entries]
+        told = [tuple(captions(read_entry(entry))[: self._most]) for entry in self._entries]
         return 2 * len(set(told)) >= len(told)
 
 
-def _tars(spec: str, home: Path, split: str, classnames: str | None) -> EvaluationSet:
+def _tars(spec: str, home: Path, split: str, classnames: str | None, captions: int | None) -> EvaluationSet:
     classes = _class_names(home, classnames)
-    samples = _TarSamples(spec, classes)
+    samples = _TarSamples(spec, classes, captions)
+    if not samples.has_classes():  # names of other classes, as of those that training has seen
+        classes = []
     beside = {part: str(home / f"{part}-*.tar") for part in ("train", "val")}
     # what is measured must not be learned from
     may_probe = classes and not set(expand(spec)) & {path for s in beside.values() for path in map(str, _glob(s))}

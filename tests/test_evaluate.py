@@ -144,6 +144,18 @@ def test_class_folders_are_a_set_with_splits(tmp_path):
     assert open_set(str(tmp_path), split="val").split == "val" and not len(open_set(str(tmp_path), split="train").train)
 
 
+def test_names_of_other_classes_are_not_guessed_at(shards, tmp_path):
+    (tmp_path / "birds.json").write_text('{"classes": ["owl", "hen"], "mine": ["cat", "owl"]}')
+    assert not open_set(f"{shards}/pets/test-*.tar", classnames=f"{tmp_path}/birds.json").classes
+    cats = open_set(f"{shards}/pets/test-*.tar", classnames=f"{tmp_path}/birds.json:mine")
+    assert [cats.samples[i].label for i in range(4)] == [None, 0, None, 0]
+
+
+def test_captions_can_be_cut_to_a_protocols_number(shards):
+    whole, two = (open_set(f"{shards}/scenes/val-*.tar", captions=captions) for captions in (None, 2))
+    assert len(whole.samples[0].captions) == 5 and two.samples[0].captions == whole.samples[0].captions[:2]
+
+
 def test_what_is_measured_is_not_learned_from(shards):
     assert len(open_set(f"{shards}/pets/test-*.tar").train) == 8
     assert not len(open_set(f"{shards}/pets/val-*.tar").train)
@@ -230,7 +242,7 @@ def test_names_that_are_hostile_stay_text(models, tmp_path, monkeypatch):
     for name in ("<script>alert(1)</script>"[:8] + "x", "b"):
         (folder / name).mkdir(parents=True)
         picture("red").save(folder / name / "a.png")
-    command(monkeypatch, models / "stair", f"<b>={folder}", "--output", tmp_path / "out")
+    command(monkeypatch, models / "stair", f"<b>={folder}", "--output", tmp_path / "out", "--no_probe")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script" not in page and "<b>" not in page.replace("<b>1", "")
 
