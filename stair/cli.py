@@ -35,6 +35,7 @@ _FUNCTIONS: dict[str, _Word] = {
     "explain": _Word("why two items match, as heat maps and words", "stair.explain_page", "explain_command"),
     "export": _Word("to SQLite, DuckDB, Qdrant, Elasticsearch, ONNX, ...", "stair.export", "FORMATS"),
     "serve": _Word("a search page in the browser", "stair.serve.app", "serve"),
+    "push": _Word("upload a model with its card to the hub", "stair.hub", "push"),
     "search": _Word("find documents by text, picture or weighted words", "stair.index.commands", "search"),
     "evaluate": _Word("measure a model: retrieval, classification, words, cost", "datamodules.evaluation", "evaluate"),
     "consolidate": _Word("one file, or a model, of a checkpoint", "lightning_modules.consolidate", "consolidate"),

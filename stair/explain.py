@@ -53,8 +53,9 @@ class PictureReading(Reading):
     prefix: int
 
     def heat(self, word: int) -> NDArray[np.float32]:
-        """(R, C) what each patch gives a word, by its place in `words`."""
-        return self.evidence[word, self.prefix :].reshape(self.grid)
+        """(R, C) what each patch gives a word, by its place in `words`; zeros where the model lets no patch speak."""
+        patches = self.evidence[word, self.prefix :]
+        return patches.reshape(self.grid) if len(patches) else np.zeros(self.grid, np.float32)
 
     def patch(self, word: int) -> tuple[int, int] | None:
         """Row and column of the patch that won a word; None if a position outside the picture did."""
@@ -123,7 +124,10 @@ def read_image(model: Stair, image: Image) -> PictureReading:
     from PIL import Image as Images
 
     square = Images.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    return PictureReading(*parts, square, (rows, columns), hidden_1TD.shape[1] - rows * columns)
+    positions = hidden_1TD.shape[1]
+    # fewer positions than patches: the class token speaks for the whole picture
+    prefix = positions - rows * columns if positions >= rows * columns else positions
+    return PictureReading(*parts, square, (rows, columns), prefix)
 
 
 @torch.no_grad()

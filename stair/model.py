@@ -200,6 +200,26 @@ class Stair(TwoTowers):
         start, words, weights = (torch.from_numpy(part) for part in (csr.indptr, csr.indices, csr.data))
         return torch.sparse_csr_tensor(start, words, weights, csr.shape)
 
+    def push_to_hub(
+        self, name: str, licence: str, data: str = "", results: Path | None = None, private: bool = False
+    ) -> None:
+        """Uploads the model with a card to the hub; see `stair.hub.push`.
+
+        Args:
+            name: USER/MODEL on the hub.
+            licence: of the weights, such as `apache-2.0`; depends on the training data.
+            data: what it was trained on, in a sentence or two.
+            results: json file of measures by name, for the card.
+            private: whether only you can see it, if it is made.
+        """
+        import tempfile
+
+        from stair.hub import push
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "model")
+            push(str(Path(folder) / "model"), name, licence, data, results, private)
+
     @property
     def fingerprint(self) -> str:
         """Sha256 of all that makes an embedding: weights, words, sizes. Two models are one if theirs agree.

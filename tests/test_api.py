@@ -68,3 +68,44 @@ def test_the_fingerprint_survives_saving_and_names_all_that_makes_an_embedding(t
     assert Stair.from_pretrained(tmp_path / "m").fingerprint == before
     tiny_stair.config.text.max_tokens -= 1
     assert tiny_stair.fingerprint != before
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub that is a folder: what is uploaded lies there, and is downloaded from there."""
+    import shutil
+
+    import huggingface_hub
+
+    class FolderHub:
+        def create_repo(self, name, private, exist_ok):
+            (tmp_path / "hub" / name).mkdir(parents=True, exist_ok=exist_ok)
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, tmp_path / "hub" / repo_id, dirs_exist_ok=True)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", FolderHub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path / "hub" / name))
+    return tmp_path / "hub"
+
+
+def test_a_model_comes_back_from_the_hub_with_a_card(tiny_stair, hub, tmp_path):
+    (tmp_path / "results.json").write_text('{"recall@1 | val": 0.123456, "note": "one\\nline"}')
+    tiny_stair.push_to_hub("me/tiny", "cc-by-nc-4.0", "Drawn scenes.", tmp_path / "results.json")
+    assert Stair.from_pretrained("me/tiny").fingerprint == tiny_stair.fingerprint
+    card = (hub / "me/tiny/README.md").read_text()
+    assert card.startswith("---\nlicense: cc-by-nc-4.0\n") and 'from_pretrained("me/tiny")' in card
+    assert "| recall@1 \\| val | 0.1235 |" in card and "| note | one line |" in card
+    assert "Drawn scenes." in card and "cut at 12 word pieces" in card and "Nothing was measured" not in card
+    with pytest.raises(ValueError, match="USER/MODEL"):
+        tiny_stair.push_to_hub("tiny", "mit")
+
+
+def test_only_the_files_of_a_model_are_uploaded(tiny_stair, hub, tmp_path):
+    from stair.hub import FILES, push
+
+    tiny_stair.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "notes-to-self.txt").write_text("private")
+    push(str(tmp_path / "m"), "me/other", "mit")
+    assert {path.name for path in (hub / "me/other").iterdir()} <= {*FILES, "README.md"}
+    assert "Nothing was measured" in (hub / "me/other/README.md").read_text()

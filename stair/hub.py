@@ -1,0 +1,128 @@
+"""A model on the Hugging Face hub: its files, and a card that says what it is, what was measured, and what it cannot do.
+
+`Stair.from_pretrained("name/model")` reads it back.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stair.towers import folder_of, read_description
+
+#: what a saved model consists of; nothing else in its folder is uploaded
+FILES = ("model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
+_LIMITS = """- A word is a word piece of an English vocabulary: rare words fall apart, and a dimension can mean
+  something else than its name says. Read what your own pictures say before you trust it.
+- Pictures are cropped to a square; texts are cut at {max_tokens} word pieces.
+- What it has seen decides what it knows: biases of the training pairs are in it, and nobody has audited them here.
+- Not for identifying people, nor for decisions about them."""
+
+
+def model_card(
+    folder: Path, licence: str, name: str = "", data: str = "", results: Mapping[str, float | str] | None = None
+) -> str:
+    """The README.md of a model.
+
+    Args:
+        folder: of a saved model.
+        licence: of the weights, by its identifier (`apache-2.0`, `cc-by-nc-4.0`, ...); depends on the training data.
+        name: under which it is loaded.
+        data: what it was trained on, in a sentence or two.
+        results: what was measured, by name; left out, the card says that nothing was.
+
+    Raises:
+        FileNotFoundError, ValueError: if the folder holds no saved model.
+    """
+    about = read_description(folder)
+    model, training = about["model"], about["training"]
+    rows = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in (results or {}).items())
+    measured = f"| measure | value |\n|---|---|\n{rows}" if rows else "Nothing was measured for this card."
+    steps = ", ".join(f"{key} {value}" for key, value in training.items()) or "not recorded"
+    return f"""---
+license: {licence}
+library_name: stair-embeddings
+pipeline_tag: feature-extraction
+tags: [sparse, image-text, retrieval, stair]
+---
+# {name or folder.name}
+
+Sparse, readable embeddings of images and texts: one weight for each word of a vocabulary, nearly all of them zero (method
+of Chen et al., EMNLP 2023, arXiv 2301.13081; an independent implementation).
+
+```python
+from stair import Stair
+
+model = Stair.from_pretrained("{name or folder}")
+vectors = model.encode(images=["photo.jpg"])  # scipy CSR, one column a word
+```
+
+## Model
+
+Image tower `{model["image"]["name"]}` at {model["image"]["image_size"]} px, text tower `{model["text"]["name"]}`, \
+similarity `{model["similarity"]}`. Vocabulary fingerprint `{about["vocabulary_fingerprint"][:16]}`.
+
+## Training
+
+{data or "What it was trained on is not stated."} Recorded with the weights: {steps}.
+
+## Results
+
+{measured}
+
+## Limits
+
+{_LIMITS.format(max_tokens=model["text"]["max_tokens"])}
+
+## Licence
+
+{licence}
+"""
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def push(
+    model: str,
+    name: str,
+    licence: str,
+    data: str = "",
+    results: Path | None = None,
+    private: bool = False,
+    message: str = "Upload a STAIR model",
+) -> None:
+    """Uploads a saved model with its card to the hub, under your own log-in (`hf auth login`).
+
+    Args:
+        model: folder of a saved model.
+        name: USER/MODEL on the hub; made if it does not exist.
+        licence: of the weights, such as apache-2.0; depends on the training data.
+        data: what it was trained on, in a sentence or two.
+        results: json of measures by name, for the card.
+        private: whether only you can see it, if it is made.
+        message: of the commit.
+    """
+    if name.count("/") != 1:
+        raise ValueError(f"name is {name!r}; give USER/MODEL")
+    from huggingface_hub import HfApi
+
+    folder = folder_of(model)
+    measured = json.loads(results.read_text(encoding="utf-8")) if results is not None else None
+    if measured is not None and not isinstance(measured, dict):
+        raise ValueError(f"{results} must hold one json object of measures by name")
+    with tempfile.TemporaryDirectory() as temporary:
+        staged = Path(temporary)
+        (staged / "README.md").write_text(model_card(folder, licence, name, data, measured), encoding="utf-8")
+        for file in FILES:
+            if (folder / file).is_file():
+                shutil.copyfile(folder / file, staged / file)
+        api = HfApi()
+        api.create_repo(name, private=private, exist_ok=True)
+        # one commit: nobody downloads new weights with an old vocabulary
+        api.upload_folder(repo_id=name, folder_path=staged, commit_message=message)
+    print(f"https://huggingface.co/{name}")
