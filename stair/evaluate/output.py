@@ -108,11 +108,13 @@ def _plots(result: Mapping[str, Any]) -> list[str]:
             for way, spoken in (("t2i", "text → image"), ("i2t", "image → text")):
                 for marks, style in (("top", "o-"), ("≥", "s--")):
                     points = sorted(
-                        (p["images"], 100 * p[way]) for p in figures["pruned"] if p["kept"].startswith(marks)
+                        (p["images"], 100 * p[way]) for p in figures["pruned"] if p["kept"].startswith(("all", marks))
                     )
                     if points:
                         axis.plot(*zip(*points, strict=True), style, label=f"{spoken}, {marks}", markersize=4)
-            axis.set(xscale="log", xlabel="active words an image", ylabel="R@1, %")
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.set(xlabel="active words an image", ylabel="R@1, %")
             axis.legend(fontsize=8)
             axis.grid(alpha=0.3)
             title = f"Recall against active words: {name}"
