@@ -62,9 +62,8 @@ def test_the_winner_of_a_word_is_the_position_without_which_it_weighs_less(tiny_
 
 @pytest.mark.parametrize("positions", ["all", "class"])
 def test_words_of_a_class_token_lie_on_no_patch(vocab_file, picture, positions):
-    from conftest import tiny_config
-
     from stair.model import Stair
+    from tests.conftest import tiny_config
 
     config = tiny_config(vocab_file)
     config.image.positions = positions
