@@ -21,6 +21,7 @@ from stair.images import MAX_PIXELS, decode_image, eval_pixels, image_format
 from stair.vocabulary import Vocabulary
 
 PROBED = 20  # samples of a source that are looked at before a fit
+_TRIED = 3  # shards, before all samples of a source are taken to be bad
 _CERTAIN = 200  # among fewer samples, a share of bad ones is too rough to stop for
 
 _SIDE = re.compile(r"\b(left|right)(?:most|hand)?\b", re.IGNORECASE)
@@ -180,7 +181,7 @@ def _count_tokens(sight: Sight, vocabulary: Vocabulary) -> None:
 
 
 def probe(name: str, shards: Sequence[str], needs: Needs, remote: Remote) -> list[Finding]:
-    """The check before every fit: the first samples of the first shard that has any.
+    """The check before every fit: the first samples of the first shard that has any, or of a few if all those are bad.
 
     Args:
         name: of the source.
@@ -188,12 +189,18 @@ def probe(name: str, shards: Sequence[str], needs: Needs, remote: Remote) -> lis
         needs: of the run.
         remote: how to go about shards that are not local.
     """
-    reasons = []
+    seen: list[dict[str, Any]] = []
+    reasons, tried = [], 0
     for shard in shards:
         samples, reason = first_samples(shard, PROBED, remote)
-        if samples:
-            return judge(name, look(samples, needs), needs)
         reasons.append(reason or "not a tar, or empty")
+        if samples:
+            seen, tried = seen + samples, tried + 1
+            sight = look(seen, needs)
+            if sight.left_out < sight.samples or tried == _TRIED:
+                break
+    if seen:
+        return judge(name, sight, needs)
     what = f"no sample in {shards[0]!r} and its {len(shards) - 1} neighbours: {reasons[0]}"
     return [Finding("stops", name, what, "check --data.train; `stair prepare` makes shards")]
 

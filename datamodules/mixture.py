@@ -1,8 +1,7 @@
-"""What there is to train on: the sources of a mixture, their shards, how many samples these hold, and a first look."""
+"""What there is to train on: the sources of a mixture, their shards, and how many samples these hold."""
 
 import itertools
 import logging
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +10,9 @@ import torch.distributed as dist
 from datamodules.counts import Size, sizes, spread
 from datamodules.plan import Source
 from datamodules.sources import Remote
-from datamodules.tars import CAPTION_TYPES, IMAGE_TYPES, captions, expand, image_bytes, stream, types_of
+from datamodules.tars import expand
 
 logger = logging.getLogger(__name__)
-
-_PROBED = 20  # samples of a source that are looked at before training
 
 
 def require(holds: bool, name: str, value: object, wanted: str) -> None:
@@ -138,36 +135,3 @@ def _sizes(shards: list[str], remote: Remote, rank: int, ranks: int) -> dict[str
             raise part
     known = {shard: size for part in parts for shard, size in part.items()}
     return {shard: known[shard] for shard in shards}
-
-
-def probe(source: Source, remote: Remote) -> None:
-    """Looks at the first samples of a source: wrong names would otherwise be skipped one by one, for an epoch.
-
-    Raises:
-        ValueError: if none has an image, or none a caption.
-    """
-    errors: list[Exception] = []
-    for shard in source.shards:
-        with closing(stream(shard, errors.append, select=None, remote=remote)) as samples:
-            first = list(itertools.islice(samples, _PROBED))
-        if first:
-            break
-    else:
-        why = errors[0] if errors else "not a tar, or empty"
-        raise ValueError(f"no sample in {source.shards[0]!r} and its {len(source.shards) - 1} neighbours: {why}")
-    for wanted, read in ((IMAGE_TYPES, image_bytes), (CAPTION_TYPES, captions)):
-        reasons = [_failure(read, sample) for sample in first]
-        if all(reasons):
-            names = [f"{sample['__key__']}.{kind}" for sample in first[:5] for kind in types_of(sample)]
-            raise ValueError(
-                f"none of the first {len(first)} samples of {shard!r} has a usable member of {list(wanted)}: "
-                f"{reasons[0]}; members seen: {names}"
-            )
-
-
-def _failure(read: Any, sample: dict[str, Any]) -> str:
-    try:
-        read(sample)
-    except ValueError as error:
-        return str(error)
-    return ""

@@ -15,10 +15,11 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from datamodules.augment import Augment
+from datamodules.inspection import Needs, probe
 from datamodules.loader import ShardLoader
-from datamodules.mixture import Shards, find, mixture, probe, require
+from datamodules.mixture import Shards, find, mixture, require
 from datamodules.pairs import CollatePairs, EvaluationPairs, evaluation_loader
-from datamodules.plan import Plan
+from datamodules.plan import Plan, Source
 from datamodules.sources import Remote
 from datamodules.stream import ShardStream
 from stair.images import MAX_PIXELS
@@ -166,7 +167,7 @@ class ImageTextShards(LightningDataModule):
                 f"{self.global_batch_size}: an epoch would have no step. Lower it or give more shards"
             )
         for source in sources:
-            probe(source, self.remote)
+            self._check(source, rank)
         workers, batch_size = max(self.workers, 1), self.global_batch_size // ranks
         plan = Plan(tuple(sources), self.seed, ranks, workers, batch_size, samples, self.resample)
         if shards < ranks * workers:
@@ -175,6 +176,15 @@ class ImageTextShards(LightningDataModule):
             plan, rank, ranks, workers, self.augment, self.collate, self.shuffle, self.max_bad_share, self.remote
         )
         return ShardLoader(shard_stream, self.workers, self._epoch_batches(plan.steps))
+
+    def _check(self, source: Source, rank: int) -> None:
+        bounds = (self.max_pixels, self.max_bad_share, self.augment.flip)
+        needs = Needs(self.collate.vocabulary, self.collate.max_tokens, self.augment.size, *bounds)
+        for finding in probe(source.name or source.shards[0], source.shards, needs, self.remote):
+            if finding.severity == "stops":
+                raise ValueError(f"{finding.source}: {finding.what}; {finding.mend}")
+            if finding.severity == "warns" and rank == 0:
+                logger.warning("%s: %s; mended by %s", finding.source, finding.what, finding.mend)
 
     def _place(self) -> tuple[int, int]:
         if self.trainer is not None:

@@ -7,7 +7,10 @@ import logging
 import re
 import sys
 import tarfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -223,6 +226,30 @@ def test_files_of_a_shells_glob_are_one_source_and_a_mapping_is_several(tmp_path
         doctor(["{one: {shardz: x}}"])
 
 
+def test_shards_on_a_server_are_counted_by_their_index_and_asked_for_without_one(tmp_path, capsys):
+    write_tar(tmp_path / "a-0.tar", members(range(20)))
+    write_tar(tmp_path / "a-1.tar", members(range(20, 50)))
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        spec = f"http://127.0.0.1:{server.server_port}/a-{{0..1}}.tar"
+        report, status = told(capsys, spec)
+        assert status == 1 and "only reading them all would count them -> --data.train_samples" in mends(
+            report, "stops"
+        )
+        assert report["sources"][spec]["looked_at"] == 50
+        report, status = told(capsys, spec, train_samples=50)
+        assert status == 0
+        told(capsys, str(tmp_path / "a-*.tar"), write_index=True)
+        report, status = told(capsys, spec)
+        assert status == 0 and report["sources"][spec]["samples"] == 50
+        server.shutdown()
+
+
 def test_the_index_it_writes_is_true_and_a_shard_that_changed_since_is_named(tmp_path, capsys):
     for shard in range(2):
         write_tar(tmp_path / f"a-{shard}.tar", members(range(20 * shard, 20 * shard + 20 + shard)))
@@ -301,3 +328,8 @@ def test_a_fit_is_refused_or_warned_before_its_first_step_as_the_doctor_would(tm
     write_tar(tmp_path / "b.tar", members(range(20), image=lambda n: b"no picture"))
     with pytest.raises(ValueError, match=r"20 of 20 samples are bad: 20 image undecodable"):
         shards(str(tmp_path / "b.tar"), vocab).setup("fit")
+    # a bad first shard alone does not say so
+    write_tar(tmp_path / "c.tar", members(range(20)))
+    with caplog.at_level(logging.WARNING):
+        shards(str(tmp_path / "[bc].tar"), vocab, max_bad_share=0.9).setup("fit")
+    assert "20 of 40 samples are bad" in caplog.text

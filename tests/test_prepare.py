@@ -408,6 +408,9 @@ def test_img2datasets_shards_are_indexed_where_they_are_and_stay_as_they_are(tmp
     index = json.loads(after["index.json"])["shards"]
     assert {name: entry["samples"] for name, entry in index.items()} == {"00000.tar": 4, "00001.tar": 4}
     assert index["00001.tar"]["sha256"] == hashlib.sha256(before["00001.tar"]).hexdigest()
+    (tmp_path / "cc" / "00001_stats.json").unlink()
+    cc(tmp_path / "cc", workers=1, max_bad_share=0.5)
+    assert report(tmp_path / "cc", "all")["bad"] == {"shard unfinished": 1}
 
 
 def test_bad_samples_of_img2dataset_are_named_and_only_their_shards_are_mended(tmp_path, capsys):

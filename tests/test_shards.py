@@ -357,9 +357,12 @@ def test_too_many_bad_samples_stop_the_run_and_name_the_worst_shard(tmp_path, vo
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_shards_without_one_usable_sample_stop_the_run(tmp_path, vocab, workers):
+    good = loader(write_shards(tmp_path, [8, 20]), vocab, workers=workers, max_bad_share=0.99)
     spec = write_shards(tmp_path, [8, 20], {f"{n:05d}.png": b"x" for n in range(28)})
-    with pytest.raises(RuntimeError, match="image undecodable"):
-        list(loader(spec, vocab, workers=workers, max_bad_share=0.99))
+    with pytest.raises(ValueError, match=r"28 of 28 samples are bad: 28 image undecodable"):
+        loader(spec, vocab, workers=workers, max_bad_share=0.99)
+    with pytest.raises(RuntimeError, match="image undecodable"):  # they went bad after the first look
+        list(good)
 
 
 def test_a_shard_that_is_cut_short_is_counted_and_the_rest_of_the_epoch_still_comes(tmp_path, vocab, caplog):

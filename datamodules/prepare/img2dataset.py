@@ -109,7 +109,11 @@ def check_shard(shard: Path, mend: bool) -> dict[str, Any]:
         tell_done()
     left_out = [*bad.values()]
     left_out += [Refused("shard cut short", shard.name, str(error)[:300]) for error in errors]
-    if errors or len(keys) != _stated(shard):
+    if not _stats_of(shard).is_file():
+        left_out.append(
+            Refused("shard unfinished", shard.name, f"no {_stats_of(shard).name}: img2dataset stopped in it")
+        )
+    elif errors or len(keys) != _stated(shard):
         left_out += [Refused("sample missing", f"{shard.name}:{key}", why) for key, why in _missing(shard, keys)]
     mended = mend and bool(bad or errors) and len(bad) < len(keys)
     if mended:

@@ -162,7 +162,7 @@ def run(
         def tell() -> None:
             progress.update(bar, completed=finished.value, refresh=True)
 
-        for job, record in _results(todo, work, min(workers, len(todo)), finished, tell):
+        for job, record in _results(todo, work, workers, finished, tell):
             write_json(_record(records, job), record)
             done[job.name] = record
             judge(record)
@@ -181,13 +181,13 @@ def _results(
     finished: "Synchronized[int]",
     tell: Callable[[], None],
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
-    if workers <= 1:
+    if workers == 1 or not jobs:
         _start(finished)
         for job in jobs:
             yield job, work(*job.arguments)
             tell()
         return
-    with ProcessPoolExecutor(workers, initializer=_start, initargs=(finished,)) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=_start, initargs=(finished,)) as pool:
         waiting = iter(jobs)
         running: dict[Future[dict[str, Any]], Job] = {}
         try:
