@@ -28,7 +28,8 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: its multiples modulo 2^64 a
 
 def seeded(*parts: object) -> random.Random:
     """A generator that depends on these values alone."""
-    return random.Random(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest())
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(errors="surrogateescape"), digest_size=8).digest()
+    return random.Random(int.from_bytes(digest, "big"))
 
 
 @dataclass(frozen=True)

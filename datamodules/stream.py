@@ -5,6 +5,7 @@ is bad or missing is filled with one that is due in a later batch, which will th
 begins at the same place, and a run is resumed by counting: no decoding, nothing to save but epoch and number of batches.
 """
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Iterator
@@ -26,6 +27,11 @@ from datamodules.tars import captions, image_bytes, stream
 from stair.batch import Batch
 
 _MISSING: dict[str, Any] = {}  # a place whose sample its shard did not have
+
+
+@functools.lru_cache(maxsize=4096)
+def _stem(shard: str) -> str:
+    return PurePosixPath(shard.partition("?")[0]).name.removesuffix(".tar")
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,7 @@ class Reader:
         if sample["__wrong__"]:
             raise ValueError(sample["__wrong__"])
         texts = [text for text in captions(sample) if text]
-        key = f"{PurePosixPath(piece.shard).name.removesuffix('.tar')}/{sample['__key__']}"
+        key = f"{_stem(piece.shard)}/{sample['__key__']}"
         rng = seeded(self.plan.seed, piece.visit, key)
         return Pair(self.augment(image_bytes(sample), rng), [rng.choice(texts)], 0, key, piece.source)
 

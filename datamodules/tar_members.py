@@ -9,6 +9,7 @@ import bz2
 import gzip
 import io
 import lzma
+import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -119,7 +120,7 @@ class Tar:
     def _bytes(self, size: int) -> bytes:
         try:
             data = self._file.read(size)
-        except (EOFError, lzma.LZMAError, gzip.zlib.error) as error:  # compressed, and damaged or cut short
+        except (EOFError, lzma.LZMAError, zlib.error) as error:  # compressed, and damaged or cut short
             raise BrokenTarError(f"it cannot be decompressed after {self._at} bytes: {error}") from error
         self._at += len(data)
         return data
@@ -136,9 +137,14 @@ def _is_header(block: bytes) -> bool:
         said = _number(block[148:156])
     except BrokenTarError:
         return False
-    total = sum(block) - sum(block[148:156]) + 8 * 32
+    # the checksum is the sum of all bytes, its own eight taken for blanks; Adler's lower half is a sum modulo 65521, and a
+    # tenth of the time
+    total = said - 8 * 32 + sum(block[148:156])
+    if total % 65_521 == zlib.adler32(block, 0) & 0xFFFF:
+        return True
     # some old writers summed signed bytes
-    return said in (total, total - 256 * sum(byte > 127 for byte in block[:148] + block[156:]))
+    signed = sum(byte - 256 * (byte > 127) for byte in block[:148] + block[156:])
+    return said == signed + 8 * 32
 
 
 def _number(field: bytes) -> int:

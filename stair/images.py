@@ -54,7 +54,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, enough: int | None =
                 if enough:
                     _decode_smaller(image, enough)
                 image.load()
-                return _upright(as_rgb(image), image.getexif().get(_ORIENTATION))
+                return _upright(as_rgb(image), _orientation(image))
     except Image.DecompressionBombError as error:
         raise ValueError(f"image too large: {error}") from error
     except Exception as error:  # Pillow's decoders raise whatever their parser met: OSError, SyntaxError, struct.error
@@ -78,6 +78,12 @@ def _decode_smaller(image: Image.Image, enough: int) -> None:
         if min(width, height) >= enough:
             image.draft(None, (width, height))  # of JPEG files; the others have no such thing, and ignore it
             return
+
+
+def _orientation(image: Image.Image) -> int | None:
+    if image.format == "JPEG" and not image.info.keys() & {"exif", "xmp"}:
+        return None  # most JPEGs; asking would take as long as a tenth of decoding a small one
+    return image.getexif().get(_ORIENTATION)
 
 
 def _upright(image: Image.Image, orientation: int | None) -> Image.Image:
@@ -111,7 +117,8 @@ def box_pixels(image: Image.Image, box: tuple[float, float, float, float], size:
         (3, S, S) uint8.
     """
     square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+    pixels_HWC = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, 3)
+    return pixels_HWC.permute(2, 0, 1).contiguous()
 
 
 def eval_pixels(image: Image.Image, size: int) -> Tensor:

@@ -76,8 +76,16 @@ class Vocabulary:
         Returns:
             `ids_BT` int64 and `mask_BT` bool (True at real tokens, [CLS] and [SEP] included).
         """
-        out = self._tokenizer(list(captions), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
-        return out["input_ids"], out["attention_mask"].bool()
+        # the fast tokenizer itself: what wraps it takes longer than it does
+        tokenizer = self._tokenizer.backend_tokenizer
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_tokens)
+        encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(captions))]
+        lengths_B = torch.tensor([len(ids) for ids in encoded])
+        mask_BT = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
+        ids_BT = torch.full(mask_BT.shape, self.pad_id)
+        ids_BT[mask_BT] = torch.tensor([i for ids in encoded for i in ids])
+        return ids_BT, mask_BT
 
     def pieces(self, text: str) -> list[int]:
         """Ids of a text's word pieces without special tokens, in order, those never active left out."""
