@@ -15,6 +15,7 @@ from callbacks.health import Health
 from callbacks.requeue import Requeue, refuse_leftover
 from callbacks.retrieval_panels import RetrievalPanels
 from callbacks.run_monitor import RunMonitor
+from callbacks.source_monitor import SourceMonitor
 from callbacks.sparsity_monitor import SparsityMonitor
 from callbacks.stage_transition import StageTransition, stage_before
 from callbacks.watchdog import Watchdog
@@ -49,6 +50,7 @@ class StairCLI(LightningCLI):
         parser.add_lightning_class_args(SparsityMonitor, "sparsity")
         parser.add_lightning_class_args(RetrievalPanels, "panels")
         parser.add_lightning_class_args(RunMonitor, "monitor")
+        parser.add_lightning_class_args(SourceMonitor, "sources")
         parser.add_lightning_class_args(Health, "health")
         parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(Requeue, "requeue")  # last: what it saves holds what the others noted
