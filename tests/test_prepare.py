@@ -232,6 +232,15 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-c", "from stair.cli import main; main()", *map(str, words)]
 
 
+def _is_free(out: Path) -> bool:
+    with open(out / ".prepare" / "lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
 def test_a_killed_run_goes_on_keeps_what_is_finished_and_ends_as_one_that_was_not_killed(tmp_path):
     images = write_images(tmp_path / "images", 120)
     (images / "7.jpg").unlink()
@@ -240,23 +249,23 @@ def test_a_killed_run_goes_on_keeps_what_is_finished_and_ends_as_one_that_was_no
     out = tmp_path / "killed"
     words = ("prepare", "folder", table, images, out, "--shard_samples", 2, "--workers", 2)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command(*words), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command(*words), env=environment, start_new_session=True, **quiet)
     while len(list(out.glob("*.tar"))) < 6 and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)  # the parent alone: its workers must not live on and hold the folder
-    _, said = process.communicate()
-    assert process.returncode == -signal.SIGKILL, said.decode()
+    assert process.wait() == -signal.SIGKILL
     assert not (out / "index.json").exists()
     recorded = [path.name.removesuffix(".json") for path in (out / ".prepare").glob("*.tar.json")]
     before = {name: (out / name).stat().st_mtime_ns for name in recorded if (out / name).exists()}
     assert before
-    for _ in range(100):  # until the last worker has seen that its parent is gone
-        with open(out / ".prepare" / "lock") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.1)
+    deadline = time.monotonic() + 30
+    while not _is_free(out) and time.monotonic() < deadline:  # until the last worker has seen that its parent is gone
+        time.sleep(0.05)
+    free = _is_free(out)
+    if not free:
+        os.killpg(process.pid, signal.SIGKILL)  # so that a failure leaves nothing behind
+    assert free
     folder(table, images, out, shard_samples=2, workers=1)
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
     assert contents(out) == contents(tmp_path / "calm")
