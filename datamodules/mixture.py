@@ -52,8 +52,13 @@ def mixture(train: str | list[str] | dict[str, str | list[str] | Shards] | None)
     """The sources by name; "" is the name of an only one.
 
     Raises:
-        ValueError: if some have a weight and others none.
+        ValueError: if some have a weight and others none, or a mapping was not understood as one.
     """
+    if isinstance(train, str) and train.startswith("{") and ": " in train:
+        raise ValueError(
+            f"data.train={train!r} looks like a mapping that YAML cannot read: put patterns with brackets or braces "
+            "between quotes, as in {name: 'data/{00..09}.tar'}"
+        )
     if not isinstance(train, dict):
         return {"": Shards(train)} if train else {}
     mixed = {name: given if isinstance(given, Shards) else Shards(given) for name, given in train.items()}

@@ -205,6 +205,8 @@ def test_mixtures_that_make_no_sense_are_refused(tmp_path, vocab):
     spec = write_shards(tmp_path, [8])
     with pytest.raises(ValueError, match=r"sources \['b'\] have no weight and others have"):
         shards({"a": Shards(spec, 1.0), "b": spec}, vocab)
+    with pytest.raises(ValueError, match=r"looks like a mapping that YAML cannot read: put patterns"):
+        shards("{a: x[0-1].tar}", vocab)
     with pytest.raises(ValueError, match=r"weight=-1"):
         Shards(spec, -1)
     with pytest.raises(FileNotFoundError, match="nowhere"):
