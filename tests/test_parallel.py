@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_modules import Stage1, Stage2, Stage3, stage
 from lightning_modules.contrastive import sides
 from lightning_modules.optimizer import Optimizer
+from lightning_modules.parallel import FullySharded
 from lightning_modules.stage import Objective
 from stair import losses
 from tests.conftest import tiny_config
@@ -123,7 +124,7 @@ def make(case):
         "attention_probs_dropout_prob": case.dropout,
     }
     config.image.options = config.image.options | {"proj_drop_rate": case.dropout}
-    objective = Objective(similarity="cosine" if case.cls is Stage3 else "dot", flops_image=0.05, flops_text=0.1)
+    objective = Objective(similarity="cosine" if case.cls.stage == 3 else "dot", flops_image=0.05, flops_text=0.1)
     module = case.cls(
         config, objective, Optimizer(case.optimizer, lr=1e-3, warmup_steps=1), case.micro, **case.settings
     )
@@ -245,3 +246,53 @@ def test_micro_batches_replay_their_dropout(case, micro):
     got = run(case(Stage1, dropout=0.2, micro=micro))
     assert same(got, want) < 1e-5
     assert same(got, run(case(Stage1))) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{"recompute": True}, {"compile": "aot_eager"}, {"recompute": True, "compile": "eager"}], ids=str
+)
+@pytest.mark.parametrize("cls", STAGES)
+def test_recomputing_and_compiling_change_nothing(case, cls, settings):
+    got = run(case(cls, micro=8, dropout=0.2 if "compile" not in settings else 0.0, settings=settings))
+    assert same(got, run(case(cls, micro=8, dropout=0.2 if "compile" not in settings else 0.0))) < 1e-5
+
+
+def test_an_unknown_compiler_is_refused(case):
+    with pytest.raises(ValueError, match=r"compile is 'magic'; give one of .*inductor"):
+        make(case(Stage1, settings={"compile": "magic"}))
+
+
+class OneBreaks(Stage3):
+    """In step 1 an image of the last rank has no finite embedding."""
+
+    def encode(self, batch):
+        out = super().encode(batch)
+        if self.trainer.global_step == 1 and self.global_rank == self.trainer.world_size - 1:
+            out["image_BV"] = out["image_BV"] * torch.tensor(float("nan"))
+        return out
+
+
+class Around(L.Callback):
+    """Writes down what each step moved."""
+
+    def __init__(self, folder):
+        self.folder, self.moved = folder, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.before = [whole(p) for p in pl_module.parameters()]
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        after = [whole(p) for p in pl_module.parameters()]
+        self.moved.append(any(not torch.equal(a, b) for a, b in zip(after, self.before, strict=True)))
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save(self.moved, f"{self.folder}/moved{trainer.global_rank}.pt")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param(FullySharded, marks=pytest.mark.slow)])
+def test_a_step_whose_loss_is_not_finite_moves_no_rank(case, tmp_path, strategy):
+    got = run(case(OneBreaks, ranks=2, strategy=strategy, trainer={"callbacks": [Around(str(tmp_path))]}))
+    assert got["losses"].isfinite().tolist() == [True, False, True]
+    for rank in range(2):
+        assert torch.load(tmp_path / f"moved{rank}.pt") == [True, False, True]
