@@ -23,7 +23,7 @@ def files(*names: str) -> list[str]:
 def overlays() -> list[str]:
     """Everything but the stages themselves and what is laid over one stage."""
     names = (str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
-    return sorted(name for name in names if name != "base" and "stage" not in name)
+    return sorted(name for name in names if name not in ("base", "clip") and "stage" not in name)
 
 
 def of_one_stage() -> list[tuple[int, str]]:
@@ -76,6 +76,14 @@ def test_every_overlay_goes_over_every_stage(parsed, stage: int, overlay: str):
     settings = parsed(*files(f"stage{stage}", overlay), SHARDS)
     assert settings["model"]["class_path"] == f"lightning_modules.Stage{stage}"
     assert settings["model"]["init_args"]["optimizer"]["name"] == "adamw"  # what the overlay does not name stays
+
+
+@pytest.mark.parametrize("overlay", overlays())
+def test_every_overlay_goes_over_the_dense_baseline(parsed, overlay: str):
+    settings = parsed(*files("clip", overlay), SHARDS)
+    assert settings["model"]["class_path"] == "lightning_modules.Clip"
+    assert settings["model"]["init_args"]["width"] == 512 and settings["model"]["init_args"]["pooling"] == "mean"
+    assert len((CONFIGS / "clip.yaml").read_text().splitlines()) <= 25
 
 
 @pytest.mark.parametrize(("stage", "overlay"), of_one_stage())
