@@ -32,7 +32,7 @@ class SourceMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes the names of the sources."""
         self._names = list(getattr(trainer.datamodule, "source_names", []))
-        self._pairs = torch.zeros(len(self._names), dtype=torch.float64, device=pl_module.device)
+        self._pairs = torch.zeros(len(self._names), dtype=torch.int64, device=pl_module.device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -41,8 +41,8 @@ class SourceMonitor(L.Callback):
         if not self._names or self._pairs is None:
             return
         own_SB = torch.tensor([[source == name for source in batch["source"]] for name in self._names])
-        own_SB = own_SB.to(pl_module.device, torch.float64)
-        self._pairs += trainer.strategy.reduce(own_SB.sum(1), reduce_op="sum")
+        own_SB = own_SB.to(pl_module.device, torch.float32)
+        self._pairs += trainer.strategy.reduce(own_SB.sum(1).long(), reduce_op="sum")
         if logs_now(trainer, batch_idx):
             pl_module.log_dict(self._figures(trainer, pl_module, outputs, own_SB), batch_size=1)
 
@@ -85,11 +85,11 @@ def pair_losses(pl_module: L.LightningModule, outputs: dict[str, Any]) -> Tensor
         outputs: of `training_step`.
 
     Returns:
-        (B,) fp64; their mean over all ranks is the contrastive loss.
+        (B,) fp32; their mean over all ranks is the contrastive loss.
     """
     image_BV, text_BV = (pl_module.towers.comparable(outputs[side]).float() for side in ("image_BV", "text_CV"))
     image_GV, text_GV = (pl_module.all_gather(rows).reshape(-1, rows.shape[1]) for rows in (image_BV, text_BV))
     scale = float(outputs["scale"])
     by_image_BG, by_text_BG = scale * (image_BV @ text_GV.T), scale * (text_BV @ image_GV.T)
     matched_B = scale * (image_BV * text_BV).sum(1)
-    return ((by_image_BG.logsumexp(1) + by_text_BG.logsumexp(1)) / 2 - matched_B).double()
+    return (by_image_BG.logsumexp(1) + by_text_BG.logsumexp(1)) / 2 - matched_B

@@ -75,8 +75,10 @@ def takes_and_dies(told, data, steps: int, state) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("workers", [0, 2, 4])
+@pytest.mark.parametrize(
+    ("workers", "ranks"),
+    [(0, 1), (2, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4, 1), (0, 2), (2, 2), (4, 2)))],
+)
 def test_readers_that_are_killed_at_random_steps_lose_and_repeat_nothing(tmp_path, vocab, ranks, workers):
     spec, options = form(tmp_path, **FORMS["mixture"])
     rng = random.Random(workers + ranks)
@@ -249,7 +251,8 @@ def seen(output: str) -> dict[int, str]:
     return {int(step): what for step, what in LOG.findall(output)}
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_fit_that_is_killed_goes_on_with_the_batches_it_would_have_seen(tmp_path, workers):
     from tests.test_stages import SMALL
 
