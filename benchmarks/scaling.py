@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from stair.exchange import exchange
 
+from stair.exchange import exchange
 from stair.losses import flops, info_nce
 
 _FP32, _BF16 = 4, 2
@@ -189,7 +189,7 @@ def embeddings(rank: int, pairs: int, vocabulary: int, share: float) -> tuple[to
 
 
 def by_columns(image_BV: torch.Tensor, text_BV: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Logits of this rank's images with all texts by slices of the vocabulary; and the bytes of that and of its backward."""
+    """Logits of this rank's images with all texts by slices of the vocabulary; and the bytes of that, backward included."""
     R, (B, V) = dist.get_world_size(), image_BV.shape
     received, slices = 0, []
     for side_BV in (image_BV, text_BV):
