@@ -84,6 +84,26 @@ def test_search_is_exact_for_weights_of_any_size_and_sign(tmp_path, way):
         np.testing.assert_allclose(scores, [score for _, score in wanted], rtol=1e-9)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_document_a_hair_better_in_a_later_segment_is_found(tmp_path, way, sign):
+    """What rounding to bytes hides: the first segment's score prunes the second's, where 0.498 lies between two bytes."""
+
+    def document(name, weights, shown):
+        row = sparse.lil_matrix((1, V), dtype=np.float32)
+        for word, weight in weights.items():
+            row[0, SPACE.place[word]] = weight
+        return Embeddings(row.tocsr(), [name], SPACE, [{"shown": shown}])
+
+    # of the word alone, or of what another word leaves above it; `most` sets the step of the second segment's bytes
+    first, second = ({"dog": 0.49806}, {"dog": 0.4981}) if sign > 0 else ({"beach": 0.75}, {"beach": 1, "dog": 0.4981})
+    parts = [document("better", second, 1), document("most", {"dog": 1}, 0)]
+    index = SparseIndex.build(tmp_path / "i", document("good", first, 1))
+    rows = sparse.vstack([part.vectors for part in parts], format="csr")
+    index.add(Embeddings(rows, ["better", "most"], SPACE, [{"shown": 1}, {"shown": 0}]))
+    words = {"dog": 1.0} if sign > 0 else {"beach": 2.0, "dog": -1.0}
+    assert [hit.id for hit in index.search(words=words, k=1, where="shown=1")] == ["better"]
+
+
 def test_search_is_exact_over_more_documents_than_a_block_holds(tmp_path, way):
     count = 66_000
     documents = sparse.random(count, V, 0.01, "csr", np.float32, np.random.default_rng(0))
