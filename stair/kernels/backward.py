@@ -21,7 +21,7 @@ from stair.kernels.packing import Packing
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
 # A multiply-add of the sparse form costs about this many of the dense form's (benchmarks/head.py --limits)
-_GATHER_COST = {torch.float64: 20, torch.float32: 40, torch.bfloat16: 150, torch.float16: 150}
+_GATHER_COST = {torch.float64: 20, torch.float32: 35, torch.bfloat16: 80, torch.float16: 80}
 
 
 class Won(NamedTuple):
@@ -43,7 +43,7 @@ class Won(NamedTuple):
 def few_are_active(embedding: Tensor, positions: int, compute: torch.dtype) -> bool:
     """Whether the sparse form is the faster one, for `positions` packed positions multiplied in type `compute`."""
     products = positions * embedding.shape[1]
-    return int(torch.count_nonzero(embedding)) * _GATHER_COST.get(compute, 40) < products
+    return int(torch.count_nonzero(embedding)) * _GATHER_COST.get(compute, 35) < products
 
 
 class Entries(NamedTuple):

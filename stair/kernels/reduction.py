@@ -11,7 +11,7 @@ from stair.kernels.packing import Packing, slot_type
 
 # Looking up the winners of the active words alone beats a pass over all logits below one active word in so many:
 # benchmarks/head.py --limits
-_LOOK_UP_BELOW = 8
+_LOOK_UP_BELOW = 10
 
 
 def slot_by_slot(logits: Tensor, packing: Packing, bias: Tensor, embedding: Tensor, slot: Tensor) -> None:
