@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stair.kernels import backward, packing, reduction
+import stair.kernels.backward as backward
+import stair.kernels.packing as packing
+import stair.kernels.reduction as reduction
 
 _CHUNK_NUMBERS = 1 << 21  # logits alive at a time on the CPU (8 MB in fp32): a chunk should stay near the cache
 _CHUNK_NUMBERS_GPU = 1 << 27  # on a GPU the matrix product wants a wide chunk
@@ -71,7 +73,7 @@ def _reduction(device: torch.device) -> Callable[..., None]:
 def _form(device: torch.device, compute: torch.dtype) -> Any:
     """Triton where tensor cores multiply what is asked; a rule rather than a race, so that a resumed run takes the same."""
     if device.type == "cuda" and compute in (torch.bfloat16, torch.float16) and _has_triton(device):
-        from stair.kernels import triton_head
+        import stair.kernels.triton_head as triton_head
 
         return triton_head
     return _Torch

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stair.kernels import backward
+import stair.kernels.backward as backward
 from stair.kernels.packing import Packing, by_row
 
 # 128 x 128 sums stay in the registers of 8 warps where D is a multiple of 16 (tests/test_kernels_triton.py holds it)
