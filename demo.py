@@ -23,7 +23,9 @@ from torch import Tensor
 
 from datamodules.pairs import EvaluationPairs, Pair
 from datamodules.synthetic import write_scenes
+from stair.embed import embed
 from stair.images import MAX_PIXELS
+from stair.index.commands import index
 from stair.model import Stair
 from stair.report import Hit, Picture, Search, StageRow, encode_png, shared_words, top_words, write_page
 from stair.towers import read_description
@@ -58,8 +60,12 @@ def main() -> None:
         console.print(_table(rows))
     page = RUN / "report.html"
     _write_page(page, rows)
+    _write_index()
+    commands = Path(sys.prefix) / "bin"
     console.print(f"What it learned:  {page.resolve().as_uri()}", soft_wrap=True)
-    console.print(f"Its curves:       {Path(sys.prefix) / 'bin' / 'tensorboard'} --logdir {RUN}", soft_wrap=True)
+    console.print(f"Its curves:       {commands / 'tensorboard'} --logdir {RUN}", soft_wrap=True)
+    served = f"{RUN / 'index'} {RUN / 'stage3' / 'stair'} --pictures {RUN / 'data'}"
+    console.print(f"Search yourself:  {commands / 'stair'} serve {served}", soft_wrap=True)
     console.print(f"Took {(time.perf_counter() - start) / 60:.1f} minutes.")
 
 
@@ -127,6 +133,16 @@ def _cell(metric: str, value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.1f}" if metric.endswith("active_words") else f"{100 * value:.1f}"
+
+
+# The index, as `stair embed` and `stair index` make it
+
+
+def _write_index() -> None:
+    for folder in ("embeddings", "index"):
+        shutil.rmtree(RUN / folder, ignore_errors=True)
+    embed(str(RUN / "stage3" / "stair"), str(RUN / "data" / "val-*.tar"), RUN / "embeddings")
+    index([str(RUN / "index"), str(RUN / "embeddings")])
 
 
 # The page

@@ -211,7 +211,8 @@ class Health(L.Callback):
     def _warn_of_wide_logits(self, spread: float) -> None:
         if spread > _WIDE_LOGITS:
             rank_zero_warn(
-                f"the first batch's logits spread by {spread:.1f}, wanted 0.3 to 1.5: above {_WIDE_LOGITS:.0f} runs "
-                "collapse. Set objective.scale_start to 'measure', which takes the scale from the first batch; at the "
-                "start of stage 2 it means that texts are almost dense: give stage 1 a higher objective.flops_text"
+                f"the first batch's logits spread by {spread:.1f}, wanted 0.3 to 1.5: above {_WIDE_LOGITS:.0f} stage 1 "
+                "collapses. Set objective.scale_start to 'measure', which takes the scale from the first batch. In stage 2 "
+                "texts are dense at first; where recall does not come back within 100 steps, give all stages a higher "
+                "stair.own_word_lead"
             )

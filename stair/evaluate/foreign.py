@@ -105,11 +105,11 @@ class SentenceModel:
     """
 
     def __init__(self, folder: str) -> None:
-        from sentence_transformers import SentenceTransformer, SparseEncoder
-
         path = Path(folder)
         if not (path / "modules.json").is_file():
             raise ValueError(f"{folder} is no sentence-transformers model: modules.json is missing")
+        from sentence_transformers import SentenceTransformer, SparseEncoder
+
         settings = path / "config_sentence_transformers.json"
         self.sparse = settings.is_file() and '"SparseEncoder"' in settings.read_text(encoding="utf-8")
         family: Any = SparseEncoder if self.sparse else SentenceTransformer
