@@ -1,6 +1,7 @@
 """The roof's second door: all three stages on drawn scenes, then a page to read what was learned. `make demo` runs it.
 
-    python demo.py [OPTION ...]      options go to each stage, after its files: --trainer.max_steps 40
+    python demo.py [OPTION ...]      options go to each stage, after its files:
+                                     --trainer.max_steps 40 --trainer.val_check_interval 40
 
 Draws the scenes once, runs `main.py fit` for each stage as anybody would, and reads the figures from the event files
 that TensorBoard shows. Works in `runs/demo` of the current folder: stages of an earlier run are removed, the data kept.

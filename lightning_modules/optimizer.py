@@ -15,7 +15,7 @@ class Optimizer:
     """How parameters move.
 
     Args:
-        name: `adamw` or `lamb` (You et al. 2020; the paper's choice at a batch of 16,384).
+        name: `adamw` or `lamb` (You et al. 2020; recalled as the paper's choice at a batch of 16,384).
         lr: peak learning rate.
         weight_decay: on matrices only, never on word embeddings, norms, biases or the scale.
         betas: decay of the two moments.
