@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from stair.embeddings import PLAN, Embeddings, to_csr
+from stair.embeddings import PLAN, Embeddings, Space, to_csr
 from stair.images import decode_image, eval_pixels
 from stair.model import Stair
 from stair.sources import Item, Side, items_of
@@ -67,22 +67,10 @@ def embed(
     rank, ranks = _share(share)
     items, stair = items_of(source, side, column, id_column), Stair.from_pretrained(model)
     space = stair.space
-    count = -(-len(items) // part_size)
-    plan = {
-        "model": space.model,
-        "similarity": space.similarity,
-        "side": side,
-        "items": len(items),
-        "ids": hashlib.sha256(json.dumps([item.id for item in items]).encode()).hexdigest(),
-        "top": top,
-        "threshold": threshold,
-        "part_size": part_size,
-        "format": format,
-        "parts": count,
-    }
-    _agree(out / PLAN, plan)
-    paths = [out / f"part-{number:05}.{format}" for number in range(count)]
-    missing = [number for number in range(rank, count, ranks) if not paths[number].exists()]
+    settings = {"side": side, "top": top, "threshold": threshold, "part_size": part_size, "format": format}
+    paths = [out / f"part-{number:05}.{format}" for number in range(-(-len(items) // part_size))]
+    _agree(out / PLAN, _plan(space, [item.id for item in items], settings | {"parts": len(paths)}))
+    missing = [number for number in range(rank, len(paths), ranks) if not paths[number].exists()]
     stair.to(_device(device, rank))
     skipped = 0
     with tqdm(total=len(items), unit=side[:-1], disable=None) as bar:
@@ -97,6 +85,12 @@ def embed(
             skipped += len(complaints)
     there = sum(path.exists() for path in paths)
     print(f"{out}: {there} of {len(paths)} parts, {len(items)} {side} in all, {skipped} skipped now")
+
+
+def _plan(space: Space, ids: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """What all parts of a folder have in common: another plan would mix vectors that are not comparable."""
+    digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+    return {"model": space.model, "similarity": space.similarity, "items": len(ids), "ids": digest, **settings}
 
 
 def _share(share: str) -> tuple[int, int]:

@@ -136,12 +136,19 @@ def read_text(model: Stair, text: str) -> SentenceReading:
     ids_1T, mask_1T = model.vocabulary.tokenize([text], model.config.text.max_tokens)
     device = model.log_scale.device
     hidden_1TD = model.text_encoder(ids_1T.to(device), mask_1T.to(device))
-    parts = _read(model, model.text_head, hidden_1TD[0], mask_1T[0], model.encode_text([text])[0])
+    # where other words may be active, they lie behind by the model's lead
+    behind_V = model.config.own_word_lead * (~model.vocabulary.own_words(ids_1T, mask_1T)[0]).float().to(device)
+    parts = _read(model, model.text_head, hidden_1TD[0], mask_1T[0], model.encode_text([text])[0], behind_V)
     return SentenceReading(*parts, model.vocabulary.words(ids_1T[0].tolist()))
 
 
 def _read(
-    model: Stair, head: VocabularyHead, hidden_TD: Tensor, mask_T: Tensor, weights_V: Tensor
+    model: Stair,
+    head: VocabularyHead,
+    hidden_TD: Tensor,
+    mask_T: Tensor,
+    weights_V: Tensor,
+    behind_V: Tensor | None = None,
 ) -> tuple[list[str], NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
     # only the words that are active: W logits a position instead of V
     weight_V, ids_V = weights_V.sort(descending=True, stable=True)
@@ -150,6 +157,8 @@ def _read(
     logits_WT = (head.words[ids_W] @ hidden_TE.T + head.bias[ids_W, None]).masked_fill(
         ~mask_T.to(ids_W.device), -torch.inf
     )
+    if behind_V is not None:
+        logits_WT = logits_WT - behind_V[ids_W, None]
     evidence_WT = torch.log1p(torch.relu(logits_WT))
     return (
         model.vocabulary.words(ids_W.tolist()),

@@ -227,7 +227,7 @@ class Stair(TwoTowers):
         Reads every weight: keep the value rather than asking for it again.
         """
         image, text = self.config.image, self.config.text
-        sizes = [image.image_size, image.positions, text.max_tokens, self.config.text_words]
+        sizes = [image.image_size, image.positions, text.max_tokens, self.config.text_words, self.config.own_word_lead]
         digest = hashlib.sha256(json.dumps([self.vocabulary.fingerprint, *sizes]).encode())
         for name, value in sorted(self.state_dict().items()):
             if name != "log_scale":  # scales scores, not embeddings

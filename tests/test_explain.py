@@ -87,6 +87,15 @@ def test_a_sentence_tells_its_tokens_and_its_expansions(tiny_stair):
     assert own == {"two", "dog", "##s"} & set(reading.words) and len(own) < len(reading.words)
 
 
+def test_what_a_tokens_evidence_for_a_word_is_at_most_is_the_words_weight(tiny_stair):
+    with torch.no_grad():
+        tiny_stair.text_head.bias += 0.7
+    tiny_stair.config.own_word_lead = 0.7
+    reading = read_text(tiny_stair, "two dogs")
+    assert any(reading.expands(n) for n in range(len(reading.words))), "the test would say nothing"
+    np.testing.assert_allclose(reading.evidence.max(axis=1), reading.weights, rtol=1e-5, atol=1e-6)
+
+
 def test_a_heat_map_is_hottest_where_the_heat_is():
     heat = np.zeros((4, 4))
     heat[1, 2] = 2

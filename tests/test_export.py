@@ -209,11 +209,11 @@ def saved(tiny_stair, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["all", "own"])
-def test_onnx_graphs_give_the_non_zero_words(tiny_stair, captions, pixels, export, tmp_path, words):
+@pytest.mark.parametrize(("words", "lead"), [("all", 0.0), ("all", 0.05), ("own", 0.0)])
+def test_onnx_graphs_give_the_non_zero_words(tiny_stair, captions, pixels, export, tmp_path, words, lead):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    tiny_stair.config.text_words = words
+    tiny_stair.config.text_words, tiny_stair.config.own_word_lead = words, lead
     tiny_stair.save_pretrained(tmp_path / "model")
     export("onnx", tmp_path / "model", tmp_path / "o")
 

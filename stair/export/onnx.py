@@ -22,13 +22,14 @@ class _Words(nn.Module):
     Args:
         head: whose weights.
         never: (V,) bool, words that stay zero.
+        others_behind: how far words that are not the row's own are lowered; None leaves them zero.
     """
 
     allowed: Tensor
 
-    def __init__(self, head: VocabularyHead, never: Tensor) -> None:
+    def __init__(self, head: VocabularyHead, never: Tensor, others_behind: float | None = 0.0) -> None:
         super().__init__()
-        self.head = head
+        self.head, self.others_behind = head, others_behind
         self.register_buffer("allowed", (~never).float())
 
     def forward(
@@ -37,8 +38,10 @@ class _Words(nn.Module):
         hidden_BTE = self.head.norm(nn.functional.gelu(self.head.dense(hidden_BTD)))
         logits_BTV = hidden_BTE @ self.head.words.T
         highest_BV = logits_BTV.masked_fill(~mask_BT[..., None], -1e30).amax(dim=1) + self.head.bias
+        if own_BV is not None and self.others_behind:
+            highest_BV = highest_BV - self.others_behind * (1 - own_BV)
         weight_BV = torch.log1p(torch.relu(highest_BV)) * self.allowed
-        if own_BV is not None:
+        if own_BV is not None and self.others_behind is None:
             weight_BV = weight_BV * own_BV
         place = weight_BV.nonzero()
         return place[:, 0], place[:, 1], weight_BV[place[:, 0], place[:, 1]]
@@ -72,13 +75,13 @@ class TextGraph(nn.Module):
 
     def __init__(self, model: Stair) -> None:
         super().__init__()
-        self.encoder, self.words = model.text_encoder, _Words(model.text_head, _never(model))
-        self.own = model.config.text_words == "own"
+        behind = None if model.config.text_words == "own" else model.config.own_word_lead
+        self.encoder, self.words = model.text_encoder, _Words(model.text_head, _never(model), behind)
         self.size = len(model.vocabulary)
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See the module."""
-        own_BV = torch.zeros(ids.shape[0], self.size).scatter(1, ids, 1.0) if self.own else None
+        own_BV = torch.zeros(ids.shape[0], self.size).scatter(1, ids, 1.0) if self.words.others_behind != 0 else None
         found: tuple[Tensor, Tensor, Tensor] = self.words(self.encoder(ids, mask), mask, own_BV)
         return found
 
