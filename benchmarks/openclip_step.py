@@ -10,14 +10,12 @@ import statistics
 
 import torch
 from ratios import header, interleaved
-from step import activate, batch, models, step
+from step import activate, batch, models, step, training
 
 try:
     import open_clip
 except ModuleNotFoundError:
     raise SystemExit("this benchmark needs open_clip: python -m pip install open_clip_torch") from None
-
-from lightning_modules.optimizer import Optimizer
 
 VISION = {"image_size": 224, "layers": 12, "width": 768, "patch_size": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 768, "heads": 12, "layers": 12}
@@ -29,18 +27,7 @@ def open_clip_step(args, pixels):
     ids = torch.randint(1, TEXT["vocab_size"] - 1, (len(pixels), 77), device=pixels.device)
     ids[:, args.lengths[1] :] = 0
     ids[:, args.lengths[1]] = TEXT["vocab_size"] - 1  # where it pools
-    optimizer = Optimizer(lr=0.0).build(model)
-
-    def run():
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=args.half):
-            image, text, scale = model(pixels.float() / 255, ids)[:3]
-            loss = loss_of(image, text, scale)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
+    return training(model, lambda: loss_of(*model(pixels.float() / 255, ids)[:3]), pixels.device, args.half)
 
 
 def main():

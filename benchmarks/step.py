@@ -66,14 +66,21 @@ def activate(stair, parts, share):
 
 
 def step(model, parts, sparse, half):
+    def loss():
+        out = model(*parts)
+        contrastive = info_nce(out["image_BV"], out["text_CV"], model.scale, cosine=True).loss
+        return contrastive + 1e-3 * (flops(out["image_BV"]) + flops(out["text_CV"])) if sparse else contrastive
+
+    return training(model, loss, parts[0].device, half)
+
+
+def training(model, loss_of, device, half):
+    """A step of training, to be run again and again: forward, backward, clipping, optimiser at a rate of 0."""
     optimizer = Optimizer(lr=0.0).build(model)
 
     def run():
-        with torch.autocast(parts[0].device.type, torch.bfloat16, enabled=half):
-            out = model(*parts)
-            loss = info_nce(out["image_BV"], out["text_CV"], model.scale, cosine=True).loss
-            if sparse:
-                loss = loss + 1e-3 * (flops(out["image_BV"]) + flops(out["text_CV"]))
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss = loss_of()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -64,8 +64,7 @@ class Grounding(Metric):
         """
         row_C = row_of_caption(image_id, caption_image)
         real_C = row_C >= 0
-        held_BV = torch.zeros_like(image_BV, dtype=torch.int32)
-        held_BV.index_add_(0, row_C[real_C], own_words_CV[real_C].int())
+        held_BV = _captions_with(own_words_CV[real_C], row_C[real_C], len(image_id))
         captioned_B = torch.bincount(row_C[real_C], minlength=len(image_id)) > 0
         held_BV = held_BV[captioned_B] > 0
 
@@ -136,8 +135,7 @@ class Expansion(Metric):
         real_C = row_C >= 0
         row_C, own_CV, active_CV = row_C[real_C], own_words_CV[real_C], text_CV[real_C] > 0
         added_CV = active_CV & ~own_CV
-        held_BV = torch.zeros(len(image_id), own_CV.shape[1], dtype=torch.int32, device=own_CV.device)
-        held_BV.index_add_(0, row_C, own_CV.int())
+        held_BV = _captions_with(own_CV, row_C, len(image_id))
         has_other_C = torch.bincount(row_C, minlength=len(image_id))[row_C] > 1
         self.added += added_CV.sum()
         self.active += active_CV.sum()
@@ -158,3 +156,9 @@ class Expansion(Metric):
             "added_confirmed": self.confirmed / self.tested,
             "added_confirmed_any": by_chance,
         }
+
+
+def _captions_with(own_words_CV: Tensor, row_C: Tensor, images: int) -> Tensor:
+    """(B, V) int32: how many captions of each image hold a word."""
+    count_BV = torch.zeros(images, own_words_CV.shape[1], dtype=torch.int32, device=own_words_CV.device)
+    return count_BV.index_add_(0, row_C, own_words_CV.int())
