@@ -161,7 +161,8 @@ def _compiled_search(
     # a true score is less than this below its bound: one step of each byte, one of each factor
     slack = np.abs(factor_Q).sum() + 256 * len(factor_Q) + 1
     highest_K = np.full(k, _LOWEST, np.int64)
-    candidates, bounds, waiting = np.empty(1024, np.int64), np.empty(1024, np.int64), 0
+    # room for all, of which few pages are ever touched; arrays that grow would cost the loops most of their speed
+    candidates, bounds, waiting = np.empty(total, np.int32), np.empty(total, np.int32), 0
     for block in range(blocks):
         for q in range(len(rank_Q)):
             run, factor = rank_Q[q] * blocks + block, factor_Q[q]
@@ -179,8 +180,6 @@ def _compiled_search(
             for i in range(begin, min(begin + _CHUNK, size)):
                 document = block * BLOCK + i
                 if bound[i] > floor and (len(allowed) == 0 or allowed[document]):
-                    if waiting == len(candidates):
-                        candidates, bounds, waiting = _room(candidates, bounds, floor)
                     candidates[waiting], bounds[waiting] = document, bound[i]
                     waiting += 1
                     if bound[i] > highest_K[k - 1]:
@@ -204,15 +203,6 @@ def _raise(highest_K: Array, bound: int) -> None:
         highest_K[place] = highest_K[place - 1]
         place -= 1
     highest_K[place] = bound
-
-
-def _room(candidates: Array, bounds: Array, floor: int) -> tuple[Array, Array, int]:
-    """Drops candidates that the floor has overtaken, and makes room for as many again."""
-    keep = bounds > floor
-    kept = keep.sum()
-    more_candidates, more_bounds = np.empty(2 * kept + 1024, np.int64), np.empty(2 * kept + 1024, np.int64)
-    more_candidates[:kept], more_bounds[:kept] = candidates[keep], bounds[keep]
-    return more_candidates, more_bounds, kept
 
 
 def _numpy_search(
@@ -274,5 +264,4 @@ if compiled:
     _insert = njit(cache=True)(_insert)
     _exact = njit(cache=True)(_exact)
     _raise = njit(cache=True)(_raise)
-    _room = njit(cache=True)(_room)
     _search = njit(cache=True, nogil=True)(_compiled_search)
