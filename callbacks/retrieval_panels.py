@@ -5,7 +5,6 @@ A word that is in the image's captions is drawn in colour, so that grounding can
 B images and C captions of a batch, K words shown, V words.
 """
 
-import html
 import math
 import re
 import textwrap
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from callbacks.sparsity_monitor import words_of
 from stair.batch import Batch
+from stair.plain import escape
 from stair.vocabulary import Vocabulary
 
 _COLUMNS = 4
@@ -157,4 +157,4 @@ def _table(panels: list[_Panel]) -> str:
 
 def _escape(text: str) -> str:
     """Text that is neither markup nor markdown: both are drawn by the browser of whoever looks."""
-    return re.sub(r"([\\`*_{}\[\]()#+\-.!|~$])", r"\\\1", html.escape(text))
+    return re.sub(r"([\\`*_{}\[\]()#+\-.!|~$])", r"\\\1", escape(text))

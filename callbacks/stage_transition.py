@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from safetensors.torch import load_model
 
 from lightning_modules.contrastive import ContrastiveModule, planned_steps, sides
 from lightning_modules.parallel import gathered
-from stair.towers import TowersConfig, read_description
+from stair.towers import TowersConfig, load_weights, read_description
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +140,7 @@ def _load(module: ContrastiveModule, folder: Path, description: dict[str, Any]) 
             + "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in keys)
             + ". Use the same stair settings in all stages"
         )
-    load_model(module.towers, str(folder / "model.safetensors"), strict=True)
+    load_weights(module.towers, folder)
 
 
 def _design(family: type[TowersConfig], values: dict[str, Any]) -> dict[str, Any]:

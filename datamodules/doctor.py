@@ -18,6 +18,7 @@ from datamodules.inspection import Finding, Needs, Said, Sight, first_samples, j
 from datamodules.mixture import Shards, mixture
 from datamodules.sources import Remote, is_remote
 from datamodules.tars import expand
+from stair.plain import one_line
 from stair.vocabulary import Vocabulary
 
 _RUN = "the run"  # the name under which stands what concerns all sources together
@@ -253,13 +254,13 @@ def _print(reports: dict[str, dict[str, Any]], findings: list[Finding], as_json:
     for name, report in reports.items():
         print(name)
         for line in _lines(report):
-            print(f"  {line}")
+            print(f"  {one_line(line)}")
         for finding in findings:
             if finding.source == name:
-                print(f"  {finding.severity.upper():5}  {finding.what}\n         -> {finding.mend}")
+                print(f"  {finding.severity.upper():5}  {one_line(finding.what)}\n         -> {finding.mend}")
     for finding in findings:
         if finding.source not in reports:
-            print(f"{finding.severity.upper()}  {finding.what}\n         -> {finding.mend}")
+            print(f"{finding.severity.upper()}  {one_line(finding.what)}\n         -> {finding.mend}")
     severities = Counter(finding.severity for finding in findings)
     print(", ".join(f"{count} {name}" for name, count in severities.items()) or "nothing to mend")
 

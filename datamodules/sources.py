@@ -23,8 +23,10 @@ from urllib.parse import urlsplit
 logger = logging.getLogger(__name__)
 
 BUFFER = 1 << 20  # bytes
+_SMALL = 1 << 28  # bytes of an index: a million shards have a tenth of it
 _PAUSE = 0.5  # seconds before the first new try; doubled each time
 _LONGEST_PAUSE = 30.0
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _LASTING = (400, 401, 403, 404, 405, 410, 416)  # another try would get the same answer
 
 
@@ -96,9 +98,12 @@ def read_small(url: str, remote: Remote) -> bytes | None:
     """
     try:
         with open_directly(url, remote) as file:
-            return file.read()
+            content = file.read(_SMALL + 1)
     except LastingError:
         return None
+    if len(content) > _SMALL:
+        raise OSError(f"{url} has more than {_SMALL} bytes, which no such file has")
+    return content
 
 
 class Steady(io.RawIOBase):
@@ -285,7 +290,17 @@ class _GuardedRedirects(urllib.request.HTTPRedirectHandler):
 def _local_address(host: str) -> str | None:
     """The first address of a host that is not a public one."""
     found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
-    return next((address for address in sorted(found) if not ipaddress.ip_address(address).is_global), None)
+    return next((address for address in sorted(found) if not _is_public(ipaddress.ip_address(address))), None)
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour
+        if address in _NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner is not None:  # a router would hand it on to that one
+            return _is_public(inner)
+    return address.is_global and not address.is_multicast
 
 
 # ------------------------------------------------------------------ buckets and hubs

@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 BLOCK = 512
 LARGEST = 1 << 28  # bytes of one member; a damaged or hostile header may say 2^60
+_LONGEST_HEADER = 1 << 20  # bytes of a name or an extended header
 
 _ZEROS = bytes(BLOCK)
 _REGULAR = b"0\x007"
@@ -70,6 +71,8 @@ class Tar:
             self._next = self._at if kind in _WITHOUT_DATA else self._at + -(-data_size // BLOCK) * BLOCK
             if self._length is not None and self._at + data_size > self._length and kind not in _WITHOUT_DATA:
                 raise BrokenTarError(f"it ends after {self._length} bytes, within a member of {data_size}")
+            if kind in b"Lx" and data_size > _LONGEST_HEADER:
+                raise BrokenTarError(f"it has an extended header of {data_size} bytes, the limit is {_LONGEST_HEADER}")
             if kind == b"L":
                 name = _text(self.read(data_size))
             elif kind == b"x":
@@ -173,16 +176,17 @@ def _name(header: bytes) -> str:
 
 def _extended(data: bytes) -> dict[str, str]:
     """The records `LENGTH KEY=VALUE` and line end, LENGTH counting the whole record, of a pax header."""
-    said, rest = {}, data.rstrip(b"\0")
-    while rest:
-        digits = rest.partition(b" ")[0]
+    said, data, at = {}, data.rstrip(b"\0"), 0
+    while at < len(data):
+        # no slice of the rest: of many short records that would take the square of their number
+        digits = data[at : at + 10].partition(b" ")[0]
         length = int(digits) if digits.isdigit() and len(digits) < 10 else 0
-        record = rest[len(digits) + 1 : length - 1]
-        if not record or len(rest) < length:
+        record = data[at + len(digits) + 1 : at + length - 1]
+        if not record or len(data) < at + length:
             raise BrokenTarError("it has an extended header that cannot be read")
         key, _, value = record.partition(b"=")
         said[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        rest = rest[length:]
+        at += length
     if any(key.startswith("GNU.sparse") for key in said):
         raise BrokenTarError("it has a sparse member, which is not read")
     return said

@@ -1,5 +1,6 @@
 """`stair consolidate`: of a checkpoint, whole or in parts, one file that any strategy resumes from, or a model to use."""
 
+import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from lightning_modules.parallel import numbered, put, rebuilt
+from lightning_modules.parallel import numbered, put, rebuilt, refuse_code
 from stair.clip import DenseClip
 from stair.model import Stair
 
@@ -18,8 +19,7 @@ _REST = "meta.pt"  # what Lightning keeps beside the parts
 def consolidate(checkpoint: str, out: str) -> None:
     """Makes one file, or a model to use, of a checkpoint.
 
-    A model made so says that its stage is not finished, and no stage starts from it. Folders of parts hold a pickle, as
-    torch.distributed writes it: give it only what your own runs wrote.
+    A model made so says that its stage is not finished, and no stage starts from it.
 
     Args:
         checkpoint: a checkpoint of training: the folder that `fsdp2` with `sharded_checkpoints` writes, or a file.
@@ -48,9 +48,13 @@ def consolidate(checkpoint: str, out: str) -> None:
 def _read(source: Path) -> dict[str, Any]:
     """A checkpoint as a single process would have written it."""
     if source.is_file():
-        return dict(torch.load(source, map_location="cpu", weights_only=True))
+        try:
+            return dict(torch.load(source, map_location="cpu", weights_only=True))
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{source} is damaged, or no checkpoint of plain weights: {error}") from error
     if not (source / _REST).is_file():
         raise FileNotFoundError(f"{source} is no checkpoint: neither a file nor a folder with {_REST}")
+    refuse_code(source)
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
         whole = Path(folder) / "whole.pt"
         dcp_to_torch_save(source, whole)

@@ -6,6 +6,8 @@ gathered for as long as the unit computes. A tower's blocks are units, each modu
 units of its own, which are never reduced.
 """
 
+import io
+import pickle
 import shutil
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -17,6 +19,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -143,6 +146,7 @@ class FullySharded(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             return super().load_checkpoint(path, weights_only)
+            refuse_code(path)
         saved: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, saved.pop("state_dict"), options=options)
@@ -154,6 +158,42 @@ class FullySharded(ModelParallelStrategy):
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[str]:
+class _Plain(pickle.Unpickler):
+    """Builds what torch lists a checkpoint's parts with, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        there = f"{module}.{name}"
+        named = module.startswith("torch.distributed.checkpoint.") and name.endswith(_LISTED) and "." not in name
+        plain = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
+        known = module.startswith("pathlib") and name.endswith("Path")
+        if not (named or plain or known or there == "torch.serialization._get_layout"):
+            raise pickle.UnpicklingError(there)
+        return super().find_class(module, name)
+
+
+_LISTED = ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING", "_StorageInfo")
+
+
+def refuse_code(folder: Path) -> None:
+    """Refuses a checkpoint in parts that would run anything: torch unpickles its list of parts and its plain values.
+
+    Raises:
+        ValueError: naming what it would call.
+    """
+    try:
+        with (folder / ".metadata").open("rb") as file:
+            listed: Metadata = _Plain(file).load()
+        for index, place in (listed.storage_data or {}).items():
+            if isinstance(listed.state_dict_metadata[index.fqn], BytesStorageMetadata):
+                with (folder / place.relative_path).open("rb") as file:
+                    file.seek(place.offset)
+                    torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
+    except Exception as error:  # whatever damaged bytes make of a pickle
+        raise ValueError(
+            f"{folder} is damaged, or asks for what no checkpoint needs ({type(error).__name__}: {error}): it is not loaded"
+        ) from error
+
+
     by_id = {id(parameter): name for name, parameter in model.named_parameters()}
     return (by_id[id(parameter)] for group in optimizer.param_groups for parameter in group["params"])
 

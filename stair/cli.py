@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 _TRAINER_WORDS = {
     "fit": "train a stage:           stair fit --config configs/stage1.yaml --data.train 'shards/train-{0000..0099}.tar'",
+from stair.plain import plain
+
     "validate": "recall on validation sets, as during training",
     "test": "recall on test sets",
     "predict": "embeddings of the test sets, through the trainer",
@@ -110,7 +112,7 @@ def _call(word: _Word, name: str, arguments: list[str]) -> None:
     try:
         auto_cli(function, args=words, prog=f"stair {name}", as_positional=True, description=description)
     except (ValueError, OSError) as error:
-        sys.exit(f"stair {name}: {error}")
+        sys.exit(f"stair {name}: {plain(str(error))}")
 
 
 def _spelled_out(function: Callable[..., Any] | dict[str, Callable[..., Any]], arguments: list[str]) -> list[str]:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from stair.embeddings import PLAN, Embeddings, Space, to_csr
 from stair.images import decode_image, eval_pixels
 from stair.model import Stair
+from stair.plain import one_line
 from stair.sources import Item, Side, items_of
 
 
@@ -81,7 +82,7 @@ def embed(
             part = Embeddings(vectors, [item.id for item in kept], space, [item.metadata for item in kept])
             part.save(paths[number], {"skipped": complaints})
             for complaint in complaints:
-                tqdm.write(f"skipped {complaint}")
+                tqdm.write(f"skipped {one_line(complaint)}")
             skipped += len(complaints)
     there = sum(path.exists() for path in paths)
     print(f"{out}: {there} of {len(paths)} parts, {len(items)} {side} in all, {skipped} skipped now")

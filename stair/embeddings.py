@@ -19,6 +19,8 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from stair.disk import whole
+
 FORMAT = "stair-embeddings-1"
 PLAN = "embeddings.json"  # what `stair embed` meant to do, beside its parts
 
@@ -130,7 +132,8 @@ class Embeddings:
             "tokens": "\n".join(self.space.tokens),
             "facts": json.dumps(facts or {}),
         }
-        _WRITERS[path.suffix](self, header, fresh)
+        with whole(path, fresh):
+            _WRITERS[path.suffix](self, header, fresh)
         fresh.replace(path)
 
     @classmethod
@@ -161,7 +164,13 @@ class Embeddings:
     def _read(cls, path: Path) -> "Embeddings":
         header = read_header(path)
         space = Space(header["model"], header["similarity"], tuple(header["tokens"].split("\n")))  # type: ignore[arg-type]
-        vectors, ids, metadata = _READERS[path.suffix](path, len(space.tokens))
+        try:
+            vectors, ids, metadata = _READERS[path.suffix](path, len(space.tokens))
+            vectors.check_format(full_check=True)  # else a number out of range is read out of memory later
+        except OSError:
+            raise
+        except Exception as error:  # each format has errors of its own
+            raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         return cls(vectors, ids, space, metadata)
 
 

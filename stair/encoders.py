@@ -193,7 +193,7 @@ class TextEncoder(nn.Module):
             masked_lm = _masked_lm_head(whole, tower.name)
             encoder = cls(whole.base_model)
         else:
-            encoder = cls(AutoModel.from_config(_text_config(tower, vocabulary_size)))
+            encoder = cls(AutoModel.from_config(_text_config(tower, vocabulary_size), trust_remote_code=False))
         if encoder.words.num_embeddings != vocabulary_size:
             raise ValueError(
                 f"text tower {tower.name!r} knows {encoder.words.num_embeddings} words but the vocabulary has "

@@ -7,7 +7,6 @@ import base64
 import io
 import os
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from stair.explain import Explanation, PictureReading, Reading, SentenceReading, explain, read_image, read_text
 from stair.images import decode_image
 from stair.model import Stair
+from stair.plain import escape, one_line
 
 _TILE, _MARGIN, _LINE = 192, 12, 22
 _HEAT, _INK, _SOFT = (214, 64, 20), (29, 33, 38), (93, 101, 110)
@@ -63,7 +63,7 @@ def explain_command(
     fresh.replace(out)
     shared = subject.shared if isinstance(subject, Explanation) else ()
     for word in shared[:words]:
-        print(f"{word.contribution:9.4f}  {word.word}  ({word.query:.4f} x {word.document:.4f})")
+        print(f"{word.contribution:9.4f}  {one_line(word.word)}  ({word.query:.4f} x {word.document:.4f})")
     if isinstance(subject, Explanation):
         print(f"{subject.score:9.4f}  score, of {len(shared)} shared words")
     print(out)

@@ -178,5 +178,5 @@ def _captions(path: Path, key: str, members: dict[str, tarfile.TarInfo]) -> list
         if not found and "txt" in members:
             found = [read("txt")]
         return [caption.strip() for caption in found if caption.strip()]
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: captions of {key!r} cannot be read: {error}") from error

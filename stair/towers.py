@@ -16,10 +16,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from PIL.Image import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from stair.disk import whole
 from stair.encoders import ImageEncoder, ImageTower, TextEncoder, TextTower
 from stair.images import as_rgb, eval_pixels
 from stair.vocabulary import Vocabulary
@@ -149,8 +151,6 @@ class TwoTowers(nn.Module):
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
         fresh.mkdir()
-        save_model(self, str(fresh / _WEIGHTS))
-        self.vocabulary.save(fresh)
         content = {
             "format": _FORMAT,
             "family": self.family,
@@ -158,7 +158,10 @@ class TwoTowers(nn.Module):
             "vocabulary_fingerprint": self.vocabulary.fingerprint,
             "training": facts or {},
         }
-        (fresh / _CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with whole(folder, fresh):
+            save_model(self, str(fresh / _WEIGHTS))
+            self.vocabulary.save(fresh)
+            (fresh / _CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)
@@ -169,6 +172,7 @@ class TwoTowers(nn.Module):
         values = asdict(self.config)
         values["vocabulary"] = "."
         values["image"].update(name=self.image_encoder.architecture, pretrained=False)
+        values["image"]["options"].pop("checkpoint_path", None)
         text = self.text_encoder.config.to_diff_dict()
         text_options = {
             k: v for k, v in text.items() if k not in ("model_type", "transformers_version", "architectures")
@@ -194,15 +198,40 @@ class TwoTowers(nn.Module):
             raise ValueError(
                 f"{folder} holds a model of family {content['family']!r}; {cls.__name__} reads {cls.family!r}"
             )
-        config = cls.config_class.from_dict(content["model"])
-        if ":" in config.image.name or config.image.pretrained or config.text.pretrained:
+        try:
+            config = cls.config_class.from_dict(content["model"])
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{folder / _CONFIG} describes no model: {type(error).__name__}: {error}") from error
+        elsewhere = ":" in config.image.name or "checkpoint_path" in config.image.options
+        if elsewhere or config.image.pretrained or config.text.pretrained:
             raise ValueError(f"{folder / _CONFIG} wants weights from elsewhere; a saved model holds its own")
         config.vocabulary = str(folder)
         model = cls(config)
         if model.vocabulary.fingerprint != content["vocabulary_fingerprint"]:
             raise ValueError(f"{folder}: vocab.txt is not the vocabulary the model was saved with")
-        load_model(model, str(folder / _WEIGHTS), strict=True)
+        load_weights(model, folder)
         return model.eval()
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Puts the weights of a saved model into one of the same design. Nothing in the file is executed.
+
+    Raises:
+        ValueError: if the file is damaged, lacks a weight or has one too many, or holds what is no finite float.
+    """
+    path = folder / _WEIGHTS
+    try:
+        with safe_open(str(path), "pt") as file:
+            kinds = {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 - no dict
+        load_model(model, str(path), strict=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} does not hold this model's weights: {error}") from error
+    whole = sorted(name for name, value in model.state_dict().items() if value.is_floating_point())
+    # loading would turn whole numbers into floats without a word
+    if odd := [name for name in whole if not kinds.get(name, "F32").startswith(("F", "BF"))]:
+        raise ValueError(f"{path}: {odd[0]!r} is of type {kinds[odd[0]]}; weights are floating-point numbers")
+    if broken := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
+        raise ValueError(f"{path}: {broken[0]!r} has values that are not finite; such a model cannot be used")
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -215,11 +244,14 @@ def read_description(folder: Path) -> dict[str, Any]:
     if missing := [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} is no saved model: {missing} missing")
     try:
-        content: dict[str, Any] = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content: Any = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / _CONFIG} is no json: {error}") from error
-    if content.get("format") != _FORMAT:
-        raise ValueError(f"{folder / _CONFIG} has format {content.get('format')!r}; this version reads {_FORMAT}")
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{folder / _CONFIG} has format {found!r}; this version reads {_FORMAT}")
+    if missing := sorted({"model", "vocabulary_fingerprint", "training"} - content.keys()):
+        raise ValueError(f"{folder / _CONFIG} lacks {missing}: it was written by no version of this project")
     return {"family": "stair", **content}
 
 

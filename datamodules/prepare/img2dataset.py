@@ -16,6 +16,7 @@ from datamodules.prepare.jobs import STATE, Job, alone_in, cores, read_json, run
 from datamodules.prepare.shard import Hashed, Refused, add_member
 from datamodules.prepare.shards import REPORT, Tally, listed, write_index
 from datamodules.tars import captions, image_bytes, stream, types_of
+from stair.disk import whole
 
 
 def index_folder(folder: Path, mend: bool, max_bad_share: float, workers: int) -> None:
@@ -158,7 +159,7 @@ def _missing(shard: Path, keys: list[str]) -> list[tuple[str, str]]:
 def _rewrite(shard: Path, bad: set[str]) -> None:
     temporary = shard.parent / STATE / f"{shard.name}.{os.getpid()}.part"
     samples = 0
-    with open(temporary, "wb") as file:
+    with whole(shard, temporary), open(temporary, "wb") as file:
         with tarfile.open(fileobj=Hashed(file), mode="w|", format=tarfile.USTAR_FORMAT) as tar:
             for sample in stream(str(shard), lambda error: True):
                 if sample["__key__"] not in bad:

@@ -23,6 +23,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from stair.disk import whole
+
 STATE = ".prepare"
 
 _done: "Synchronized[int] | None" = None  # inputs finished by all processes, for the bar
@@ -66,7 +68,7 @@ def cores() -> int:
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file so that it is there whole or not at all, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(temporary, "wb") as file:
+    with whole(path, temporary), open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -19,6 +19,7 @@ from PIL import Image
 
 from datamodules.prepare.jobs import STATE, tell_done
 from datamodules.tars import captions
+from stair.disk import whole
 from stair.images import decode_image, image_format
 
 
@@ -64,7 +65,7 @@ def make_shard(path: Path, keyed: list[tuple[str, Any]], read: Callable[[Any], R
     anew: Counter[str] = Counter()
     samples = captions = 0
     try:
-        with open(temporary, "wb") as file:
+        with whole(path, temporary), open(temporary, "wb") as file:
             hashed = Hashed(file)
             with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
                 for key, reference in keyed:

@@ -4,7 +4,6 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from stair.evaluate.embed import Embedded
 from stair.evaluate.scored import Scored
 from stair.evaluate.sets import EvaluationSet
 from stair.evaluate.tables import Table, protocol, tables
+from stair.plain import escape, one_line
 from stair.report import Picture, as_list, gallery, image_tag, table, top_words, write_html
 
 _EXAMPLES, _WORDS = 12, 10
@@ -24,16 +24,16 @@ def show(result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table as Drawn
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names come from data
     for found in tables(result):
         drawn = Drawn(title=found.title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
         for place, head in enumerate(found.heads):
             drawn.add_column(head, justify="right" if place else "left")
         for line in found.lines:
-            drawn.add_row(*line)
+            drawn.add_row(*map(one_line, line))
         console.print(drawn)
         for note in found.notes:
-            console.print(note, style="dim")
+            console.print(one_line(note), style="dim")
 
 
 def write(

@@ -23,7 +23,7 @@ _TESTS: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
-_CONDITION = re.compile(r"\s*([^\s=<>!]+)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
+_CONDITION = re.compile(r"\s*([^\s=<>!]+)\s*(!=|<=|>=|=|<|>)\s*(.*)", re.DOTALL)
 
 
 class Condition:
@@ -38,7 +38,7 @@ class Condition:
     """
 
     def __init__(self, text: str) -> None:
-        found = _CONDITION.fullmatch(text)
+        found = _CONDITION.fullmatch(text.strip())
         if not found:
             raise ValueError(f"filter {text!r} is not KEY=VALUE (or != < <= > >=)")
         self.key, self.sign, self.value = found.groups()

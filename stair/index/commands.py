@@ -9,6 +9,7 @@ from stair.embeddings import Embeddings
 from stair.images import decode_image
 from stair.index.sparse_index import SparseIndex
 from stair.index.store import MANIFEST
+from stair.plain import one_line
 
 
 def index(
@@ -98,6 +99,7 @@ def search(
             contributions = {word.word: word.contribution for word in shared}
             print(json.dumps({"id": hit.id, "score": hit.score, "words": contributions, "metadata": hit.metadata}))
         else:
-            print(f"{hit.score:9.4f}  {hit.id}  {' '.join(f'{word.word}:{word.contribution:.3f}' for word in shared)}")
+            words_of_hit = " ".join(f"{word.word}:{word.contribution:.3f}" for word in shared)
+            print(f"{hit.score:9.4f}  {one_line(hit.id)}  {one_line(words_of_hit)}")
     if not hits and not json_lines:
         print("no document shares a word with the query")

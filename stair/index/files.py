@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from stair.disk import whole
+
 Record = dict[str, Any]  # of a file: `bytes`, `sha256`
 
 
@@ -37,7 +39,7 @@ def write_array(path: Path, array: NDArray[Any]) -> Record:
     Returns:
         Its `bytes` and `sha256`.
     """
-    with path.open("wb") as file:
+    with whole(path, path), path.open("wb") as file:
         hashing = _Hashing(file)
         np.lib.format.write_array(hashing, np.ascontiguousarray(array), allow_pickle=False)
         file.flush()
@@ -48,7 +50,7 @@ def write_array(path: Path, array: NDArray[Any]) -> Record:
 def write_bytes(path: Path, data: bytes) -> Record:
     """Puts a file in its place by temporary name and rename, and waits until both are on disk."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    with fresh.open("wb") as file:
+    with whole(path, fresh), fresh.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -113,7 +115,7 @@ def read_manifest(path: Path) -> Record:
         if hashlib.sha256(body.encode()).hexdigest() != outer["sha256"]:
             raise ValueError("sha256 differs")
         content: Record = json.loads(body)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no manifest of an index, or damaged: {error}") from error
     return content
 

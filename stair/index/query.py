@@ -8,6 +8,8 @@ import numpy as np
 from stair.embeddings import Space
 from stair.index.scoring import Query
 
+_LARGEST = 1e30  # products with weights of documents stay within float32
+
 
 def parse_words(text: str) -> dict[str, float]:
     """Reads weighted words.
@@ -46,8 +48,8 @@ def words_query(words: Mapping[str, float], space: Space, pieces: Any) -> Query:
     """
     weights: dict[int, float] = {}
     for word, weight in words.items():
-        if not np.isfinite(weight):
-            raise ValueError(f"weight {weight} of {word!r} is not finite")
+        if not abs(weight) <= _LARGEST:
+            raise ValueError(f"weight {weight} of {word!r} is not a number up to {_LARGEST:g}")
         own = [space.place[word.lower()]] if word.lower() in space.place else pieces(word)
         if not own:
             raise ValueError(f"the vocabulary has no piece of {word!r}")

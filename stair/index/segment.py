@@ -6,8 +6,9 @@ N documents.
 """
 
 import hashlib
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from scipy import sparse
 
 from stair.index.columns import Columns, Condition, Texts, texts_to_arrays, write_columns
 from stair.index.files import Record, check, sync_folder, write_array
-from stair.index.postings import Arrays, invert
+from stair.index.postings import Arrays, checked, invert
+
+_NAME = re.compile(r"segment-[0-9a-f]+/[a-z]+[a-z0-9_]*(-[0-9a-f]+)?\.npy")
 
 
 def write_segment(
@@ -36,15 +39,7 @@ def write_segment(
         What the manifest keeps of it.
     """
     schema, columns = write_columns(metadata)
-    hash_N = np.array([_hash(name) for name in ids], np.uint64)
-    order_N = np.argsort(hash_N, kind="stable")
-    arrays = {
-        **invert(vectors),
-        **texts_to_arrays("id", ids),
-        "id_hash": hash_N[order_N],
-        "id_order": order_N.astype(np.uint32),
-        **columns,
-    }
+    arrays = {**invert(vectors), **texts_to_arrays("id", ids), **_lookup(ids), **columns}
     name = f"segment-{secrets.token_hex(6)}"
     (folder / name).mkdir()
     files = {f"{name}/{key}.npy": write_array(folder / name / f"{key}.npy", array) for key, array in arrays.items()}
@@ -85,7 +80,10 @@ class Segment:
 
     def __init__(self, folder: Path, record: Record, first: int) -> None:
         for path, file in records_of(record).items():
+            if not _NAME.fullmatch(path):
+                raise ValueError(f"{folder}: its manifest names {path!r}, which is no file of an index")
             check(folder / path, file, content=False)
+        self._folder = folder
         self.record, self.first = record, first
         self.arrays: Arrays = {Path(path).stem: _mapped(folder / path) for path in record["files"]}
         deleted = record["deleted"]
@@ -138,6 +136,58 @@ class Segment:
             vectors = vectors[np.flatnonzero(~self.deleted)]
         keep = [d for d in range(len(self)) if not (len(self.deleted) and self.deleted[d])]
         return vectors, [self.ids[d] for d in keep], [self.columns.row(d) for d in keep] if self.columns.keys else []
+
+    def verify(self, words: int) -> None:
+        """Compares every file with its checksum, and all that is derived from rows and ids with these.
+
+        A checksum shows damage by accident. Numbers that point out of their arrays, which whoever made the index might have
+        put there, are found by the second.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        for path, record in records_of(self.record).items():
+            check(self._folder / path, record, content=True)
+        where = self._folder / self.record["name"]
+        try:
+            wrong = self._contradiction(words)
+        except Exception as error:  # whatever wrong types and lengths lead to
+            raise ValueError(f"{where} is no segment of an index: {type(error).__name__}: {error}") from error
+        if wrong:
+            raise ValueError(f"{where}: {wrong} contradicts the rest of it; build the index again")
+
+    def _contradiction(self, words: int) -> str | None:
+        parts = self.arrays["row_weights"], self.arrays["row_words"].astype(np.int64), self.arrays["row_start"]
+        vectors = sparse.csr_matrix(parts, shape=(len(self), words))
+        vectors.check_format(full_check=True)
+        for name, texts in self._texts():
+            if not (np.diff(texts) >= 0).all() or texts[0] != 0 or texts[-1] != len(self.arrays[f"{name}_text"]):
+                return f"{name}_start"
+        ids = [self.ids[document] for document in range(len(self))]
+        wanted = {**invert(checked(vectors, words)), **_lookup(ids), **texts_to_arrays("id", ids)}
+        if odd := [name for name, array in wanted.items() if not np.array_equal(self.arrays[name], array)]:
+            return odd[0]
+        if len(self.deleted) and (
+            len(self.deleted) != len(self) or self.deleted.sum() != self.record["deleted"]["count"]
+        ):
+            return "the list of deleted documents"
+        return next((column["key"] for column in self.record["columns"] if self._column_is_wrong(column)), None)
+
+    def _texts(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        names = [key.removesuffix("_text") for key in self.arrays if key.endswith("_text")]
+        return ((name, self.arrays[f"{name}_start"]) for name in names)
+
+    def _column_is_wrong(self, column: dict[str, str]) -> bool:
+        if column["kind"] == "number":
+            return len(self.arrays[column["name"] + "_number"]) != len(self)
+        codes, start = (self.arrays[f"{column['name']}_{part}"] for part in ("code", "start"))
+        return len(codes) != len(self) or bool((codes < -1).any() or (codes >= len(start) - 1).any())
+
+
+def _lookup(ids: Sequence[str]) -> dict[str, NDArray[Any]]:
+    hash_N = np.array([_hash(name) for name in ids], np.uint64)
+    order_N = np.argsort(hash_N, kind="stable")
+    return {"id_hash": hash_N[order_N], "id_order": order_N.astype(np.uint32)}
 
 
 def _mapped(path: Path) -> NDArray[Any]:

@@ -1,5 +1,6 @@
 """What lies in an index's folder, read: the manifest, the words, the segments it names."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from stair.index.segment import Segment, records_of
 
 FORMAT = 1
 MANIFEST, WORDS = "manifest.json", "vocab.txt"
+#: bytes up to which opening reads all files and compares checksums: some milliseconds
+SMALL = 8 << 20
 
 
 class Store:
@@ -36,6 +39,9 @@ class Store:
         tokens = (folder / WORDS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         about = self.manifest["space"]
         self.space = Space(about["model"], about["similarity"], tuple(tokens))
+        if self.facts["bytes"] <= SMALL:
+            for path, record in self._files():
+                check(path, record, content=True)
 
     def find(self, name: str) -> tuple[Segment, int] | None:
         """Segment and place of a document; None if there is none of that id."""
@@ -62,26 +68,29 @@ class Store:
     @property
     def facts(self) -> dict[str, Any]:
         """Size and make: documents, deleted ones, segments, non-zeros, bytes on disk, model, similarity."""
-        files = [file for segment in self.manifest["segments"] for file in records_of(segment).values()]
         return {
             "documents": len(self),
             "deleted": sum(len(segment) for segment in self.segments) - len(self),
             "segments": len(self.segments),
             "nonzeros": sum(len(segment.arrays["row_words"]) for segment in self.segments),
-            "bytes": sum(file["bytes"] for file in [*files, self.manifest["words"]]),
+            "bytes": sum(record["bytes"] for _, record in self._files()) + self.manifest["words"]["bytes"],
             "model": self.space.model,
             "similarity": self.space.similarity,
         }
 
+    def _files(self) -> Iterator[tuple[Path, Record]]:
+        for segment in self.manifest["segments"]:
+            for path, record in records_of(segment).items():
+                yield self.folder / path, record
+
     def verify(self) -> None:
-        """Reads every file and compares its checksum.
+        """Compares every file with its checksum, and the postings with the rows.
 
         Raises:
             ValueError: naming the first that differs.
         """
-        for segment in self.manifest["segments"]:
-            for path, record in records_of(segment).items():
-                check(self.folder / path, record, content=True)
+        for segment in self.segments:
+            segment.verify(len(self.space.tokens))
 
 
 def _opened(folder: Path) -> tuple[Record, list[Segment]]:
@@ -91,6 +100,10 @@ def _opened(folder: Path) -> tuple[Record, list[Segment]]:
             raise ValueError(f"{folder} has format {manifest.get('format')!r}; this version reads {FORMAT}")
         try:
             return manifest, _segments(folder, manifest)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{folder / MANIFEST} is no manifest of an index: {type(error).__name__}: {error}"
+            ) from error
         except (ValueError, FileNotFoundError):
             # a writer may have replaced segments since the manifest was read
             newer = read_manifest(folder / MANIFEST)

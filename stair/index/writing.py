@@ -31,7 +31,11 @@ def create(folder: Path, parts: Iterable[Embeddings], space: Space) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with one_writer(folder):
         _remove_unnamed(folder, [])
-        segments = _write_parts(folder, space, parts, None)
+        try:
+            segments = _write_parts(folder, space, parts, None)
+        except BaseException:
+            _remove_unnamed(folder, [])
+            raise
         words = write_bytes(folder / WORDS, ("\n".join(space.tokens) + "\n").encode())
         about = {"model": space.model, "similarity": space.similarity, "vocabulary": space.vocabulary}
         write_manifest(folder / MANIFEST, {"format": FORMAT, "space": about, "words": words, "segments": segments})
@@ -113,6 +117,8 @@ class Writer:
             return []
         if len(segments) == 1 and segments[0].alive == len(segments[0]):
             return [segments[0].record]
+        for segment in segments:
+            segment.verify(len(self.store.space.tokens))  # a merge would give damage a good checksum
         parts = [segment.content(len(self.store.space.tokens)) for segment in segments]
         rows = sparse.vstack([vectors for vectors, _, _ in parts], format="csr")
         metadata = [row for _, ids, some in parts for row in some or [{}] * len(ids)]

@@ -7,9 +7,10 @@ Captions and words come from data, so all of them are escaped.
 import base64
 import os
 from collections.abc import Iterable, Sequence
-from html import escape
 from importlib.resources import files
 from pathlib import Path
+
+from stair.plain import escape
 
 
 def write_html(path: Path, title: str, notes: Sequence[str], sections: Iterable[str]) -> None:

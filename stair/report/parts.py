@@ -8,9 +8,9 @@ hide a model that retrieves by arbitrary codes; this page does not.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
+from stair.plain import escape
 from stair.report.page import as_list, image_tag, write_html
 from stair.report.words import Words
 

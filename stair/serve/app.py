@@ -31,7 +31,8 @@ from stair.serve.page import PAGE, POLICY
 
 MAX_UPLOAD_BYTES = 10 << 20
 MAX_UPLOAD_PIXELS = 24_000_000
-_SIDE, _SHOWN_WORDS, _MOST_HITS, _MOST_JSON = 320, 40, 200, 1 << 16
+_SIDE, _SHOWN_WORDS, _MOST_HITS, _MOST_JSON, _MOST_BYTES = 320, 40, 200, 1 << 16, 1 << 28
+_LARGEST = 1e6  # weight of a word in a query; those of models are below 100
 
 
 class SearchPage:
@@ -93,9 +94,7 @@ class SearchPage:
     async def search(self, request: Request) -> Response:
         """Hits of weighted words: `{"words": {word: weight}, "k": 24, "where": ["split=test"]}`."""
         asked = await _json(request)
-        words, k, where = asked.get("words"), asked.get("k", 24), asked.get("where", [])
-        if not isinstance(words, dict) or not all(isinstance(w, (int, float)) for w in words.values()):
-            raise HTTPException(400, "words must be an object of numbers by word")
+        words, k, where = _shares(asked.get("words")), asked.get("k", 24), asked.get("where", [])
         if not isinstance(k, int) or not 1 <= k <= _MOST_HITS:
             raise HTTPException(400, f"k must be a whole number from 1 to {_MOST_HITS}")
         if not isinstance(where, list) or not all(isinstance(one, str) for one in where):
@@ -129,12 +128,7 @@ class SearchPage:
     def heat(self, request: Request) -> Response:
         """Where in a picture words lie: `?id=&words={"dog": 0.3}`, contributions by word."""
         name = self._known(request)
-        try:
-            shares = {
-                str(word): float(share) for word, share in json.loads(request.query_params.get("words", "{}")).items()
-            }
-        except (ValueError, TypeError, AttributeError) as error:
-            raise HTTPException(400, "words must be json of numbers by word") from error
+        shares = _shares(_parsed(request.query_params.get("words", "{}")))
         with self._one_at_a_time:
             reading: PictureReading = read_image(self.model, self._opened(name))
         return _encoded_image(overlay(reading.image, shares_on_patches(reading, shares), _SIDE), "PNG")
@@ -152,9 +146,12 @@ class SearchPage:
         path = (self.root / place["file"]).resolve()
         if not path.is_relative_to(self.root) or not path.is_file():
             raise HTTPException(404, "the picture is not in the collection")
-        with path.open("rb") as file:
-            file.seek(int(place.get("offset", 0)))
-            data = file.read(int(place.get("length", -1)))
+        try:
+            with path.open("rb") as file:
+                file.seek(int(place.get("offset", 0)))
+                data = file.read(min(int(place.get("length", _MOST_BYTES)), _MOST_BYTES))
+        except (OSError, ValueError, TypeError, OverflowError) as error:
+            raise HTTPException(404, "the picture cannot be read where its document says it is") from error
         return decode_image(data)
 
 
@@ -177,13 +174,26 @@ async def _body(request: Request, most: int) -> bytes:
 
 
 async def _json(request: Request) -> dict[str, Any]:
-    try:
-        content = json.loads(await _body(request, _MOST_JSON))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise HTTPException(400, f"the body is no json: {error}") from error
+    content = _parsed(await _body(request, _MOST_JSON))
     if not isinstance(content, dict):
         raise HTTPException(400, "the body must be a json object")
     return content
+
+
+def _parsed(text: str | bytes) -> Any:
+    try:
+        content = json.loads(text)
+        json.dumps(content, ensure_ascii=False).encode()  # json can spell half a character, which no tokenizer takes
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"that is no json: {error}") from error
+    return content
+
+
+def _shares(words: Any) -> dict[str, float]:
+    numbers = isinstance(words, dict) and all(isinstance(w, (int, float)) for w in words.values())
+    if not numbers or not all(abs(weight) <= _LARGEST for weight in words.values()):
+        raise HTTPException(400, f"words must be an object of numbers by word, from -{_LARGEST:g} to {_LARGEST:g}")
+    return {word: float(weight) for word, weight in words.items()}
 
 
 def _problem(status: int, title: str, detail: str) -> Response:

@@ -12,9 +12,14 @@ const $ = id => document.getElementById(id);
 let words = {}, hits = [], pictures = true, turn = 0;
 const UP = 1.5, STEP = 0.1;
 
+// controls, and above all those of direction, spelled out; as stair/plain.py
+const plain = text => String(text).replace(
+  /[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g,
+  found => '\\u' + found.charCodeAt(0).toString(16).padStart(4, '0'));
 function make(tag, properties, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
-  node.append(...children);
+  if (properties.textContent) node.textContent = plain(properties.textContent);
+  node.append(...children.map(child => child instanceof Node ? child : plain(child)));
   return node;
 }
 async function ask(path, options) {
@@ -61,7 +66,7 @@ function showQuery() {
 const address = (path, id, more = {}) => path + '?' + new URLSearchParams({id, ...more});
 function caption(hit) {
   const known = hit.metadata;
-  return String(known.text || (known.captions || [])[0] || known.caption || hit.id);
+  return plain(known.text || (known.captions || [])[0] || known.caption || hit.id);
 }
 function card(hit) {
   const item = make('li', {className: 'hit'});
