@@ -9,24 +9,24 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from callbacks.health import Health
 from callbacks.requeue import Requeue, refuse_leftover
 from callbacks.retrieval_panels import RetrievalPanels
-from lightning.pytorch import Trainer
 from callbacks.run_monitor import RunMonitor
 from callbacks.source_monitor import SourceMonitor
 from callbacks.sparsity_monitor import SparsityMonitor
 from callbacks.stage_transition import StageTransition, stage_before
 from callbacks.watchdog import Watchdog
 from datamodules.shards import ImageTextShards
+from lightning_modules.checkpoints import keep_whole
 from lightning_modules.contrastive import ContrastiveModule
 
 # said by the libraries to each other, once a run and rank; nothing a user could act on
 for notice in (
     r".*treespec, LeafSpec.*is deprecated",
-from lightning_modules.checkpoints import keep_whole
     r".*It is recommended to use `self.log\(.*sync_dist=True",  # ours are reduced over ranks before they are logged
     r"FSDP2-wrapped module .* returned a view tensor",  # nothing is written into hidden states
     r"Found \d+ module\(s\) in eval mode",  # the frozen side of stage 2, meant so
@@ -65,16 +65,11 @@ class StairCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.run is not None:
             self._spell_out(config)
+        if config.weights_only is None:
+            config.weights_only = True  # Lightning would unpickle, and so run, what comes over http
         if self.subcommand == "fit" and config.ckpt_path is None:
             refuse_leftover(config.trainer.default_root_dir or ".")
 
-    def _spell_out(self, config: Any) -> None:
-        family = _family_of(config.model.class_path)
-        if config.weights_only is None:
-            config.weights_only = True  # Lightning would unpickle, and so run, what comes over http
-        home = Path(config.run) / family.home()
-        config.trainer.default_root_dir = str(home)
-        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
     def instantiate_trainer(self, **more: Any) -> Trainer:
         """The trainer, whose checkpoints are whole or absent."""
         trainer = super().instantiate_trainer(**more)
@@ -84,6 +79,11 @@ class StairCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Takes no settings from a checkpoint: Lightning would let it name the class that is built."""
 
+    def _spell_out(self, config: Any) -> None:
+        family = _family_of(config.model.class_path)
+        home = Path(config.run) / family.home()
+        config.trainer.default_root_dir = str(home)
+        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
         for logger in loggers:
             if hasattr(logger, "init_args") and "save_dir" in logger.init_args:
                 logger.init_args.save_dir = str(home)

@@ -145,8 +145,8 @@ class FullySharded(ModelParallelStrategy):
         """Loads model and optimisers from a folder, or from a file of any strategy; returns the rest."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
-            return super().load_checkpoint(path, weights_only)
             refuse_code(path)
+            return super().load_checkpoint(path, weights_only)
         saved: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, saved.pop("state_dict"), options=options)
@@ -157,7 +157,6 @@ class FullySharded(ModelParallelStrategy):
         return saved
 
 
-def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[str]:
 class _Plain(pickle.Unpickler):
     """Builds what torch lists a checkpoint's parts with, and nothing else."""
 
@@ -194,6 +193,7 @@ def refuse_code(folder: Path) -> None:
         ) from error
 
 
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[str]:
     by_id = {id(parameter): name for name, parameter in model.named_parameters()}
     return (by_id[id(parameter)] for group in optimizer.param_groups for parameter in group["params"])
 

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-_TRAINER_WORDS = {
-    "fit": "train a stage:           stair fit --config configs/stage1.yaml --data.train 'shards/train-{0000..0099}.tar'",
 from stair.plain import plain
 
+_TRAINER_WORDS = {
+    "fit": "train a stage:           stair fit --config configs/stage1.yaml --data.train 'shards/train-{0000..0099}.tar'",
     "validate": "recall on validation sets, as during training",
     "test": "recall on test sets",
     "predict": "embeddings of the test sets, through the trainer",
