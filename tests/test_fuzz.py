@@ -1,0 +1,280 @@
+"""Random and damaged input at every door: refused with a reason or answered rightly, never a crash, never wrong in silence.
+
+Shards have their own (test_fuzz_shards.py). The quick forms are the same on every run; the slow ones draw anew.
+"""
+
+import io
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from datamodules.tars import captions
+from stair import Embeddings, SparseIndex, Vocabulary
+from stair.index.columns import Condition
+from stair.index.query import parse_words
+from stair.plain import escape, one_line
+from stair.towers import read_description
+from tests.conftest import write_vocabulary
+from tests.test_hostile import UNSEEN
+from tests.test_index import TOKENS, V, embeddings
+
+pytest.importorskip("starlette")
+from starlette.testclient import TestClient
+
+from stair.serve.app import application
+
+#: so many times the cases in the slow form
+MORE = int(os.environ.get("STAIR_FUZZ", "20"))
+NEVER_SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+
+
+def fuzz(cases, slow):
+    """The settings of a test: always the same few cases, or many new ones."""
+    phases = (Phase.explicit, Phase.generate, Phase.shrink)
+    how = {"deadline": None, "suppress_health_check": NEVER_SLOW, "database": None, "phases": phases}
+    return settings(max_examples=MORE * cases if slow else cases, derandomize=not slow, **how)
+
+
+BOTH = pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+
+ANY_TEXT = st.text(st.characters(), max_size=60)  # halves of characters too
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY_TEXT, inner, max_size=4),
+    max_leaves=12,
+)
+
+# ------------------------------------------------------------------ captions
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    return Vocabulary(write_vocabulary(tmp_path_factory.mktemp("v") / "vocab.txt"))
+
+
+@BOTH
+def test_captions_become_pieces_or_are_refused(vocabulary, slow):
+    @fuzz(25, slow)
+    @given(
+        content=JSON | st.dictionaries(st.sampled_from(["caption", "captions", "x"]), JSON), text=st.binary(max_size=60)
+    )
+    def run(content, text):
+        try:
+            found = captions({"json": json.dumps(content).encode(), "txt": text})
+        except ValueError as error:
+            assert str(error).startswith(("no caption: ", "caption unreadable: ", "caption too long: "))
+            return
+        ids, mask = vocabulary.tokenize(found, 12)
+        assert ids.shape == mask.shape and ids.shape[1] <= 12 and int(ids.max()) < len(vocabulary)
+        assert ((ids == vocabulary.pad_id) | mask).all()
+        own = vocabulary.own_words(ids, mask)
+        assert not own[:, vocabulary.never_active].any()
+        for caption in found:
+            assert not UNSEEN.search(escape(caption)) and "\n" not in one_line(caption)
+
+    run()
+
+
+# ------------------------------------------------------------------ descriptions of models
+
+
+@BOTH
+def test_descriptions_of_models_are_read_or_refused(tiny_stair, tmp_path, slow):
+    tiny_stair.save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    good = json.loads(file.read_text())
+
+    @fuzz(15, slow)
+    @given(data=st.data())
+    def run(data):
+        content = json.loads(json.dumps(good))
+        place = content
+        while isinstance(place, dict) and place:
+            key = data.draw(st.sampled_from(sorted(place)))
+            if data.draw(st.booleans()) or not isinstance(place[key], dict):
+                place[key] = data.draw(JSON)
+                break
+            place = place[key]
+        file.write_text(json.dumps(content))
+        try:
+            described = read_description(tmp_path / "m")
+            # what would be built may be of any size: only its description is read here
+            type(tiny_stair.config).from_dict(described["model"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            assert str(error)
+
+    run()
+
+
+# ------------------------------------------------------------------ indices
+
+
+@BOTH
+def test_a_damaged_index_is_refused_or_answers_rightly(tmp_path, slow):
+    query = np.ones((1, V), np.float32)
+    SparseIndex.build(tmp_path / "i", embeddings(30, metadata=[{"n": n, "t": f"t{n % 3}"} for n in range(30)]))
+    right = [(hit.id, hit.score, hit.metadata) for hit in SparseIndex.open(tmp_path / "i").search(query, 30)]
+    files = sorted(path for path in (tmp_path / "i").rglob("*") if path.is_file() and path.name != "lock")
+    whole = {path: path.read_bytes() for path in files}
+
+    @fuzz(25, slow)
+    @given(data=st.data())
+    def run(data):
+        path = data.draw(st.sampled_from(files))
+        content = bytearray(whole[path])
+        at = data.draw(st.integers(0, max(len(content) - 1, 0)))
+        how = data.draw(st.sampled_from(["flip", "flip", "cut", "insert", "zero", "gone"]))
+        if how == "flip" and content:
+            content[at] ^= 1 << data.draw(st.integers(0, 7))
+        elif how == "cut":
+            del content[at:]
+        elif how == "insert":
+            content[at:at] = data.draw(st.binary(min_size=1, max_size=40))
+        elif how == "zero":
+            content[at : at + 16] = bytes(len(content[at : at + 16]))
+        path.unlink() if how == "gone" else path.write_bytes(content)
+        try:
+            found = SparseIndex.open(tmp_path / "i").search(query, 30)
+            assert [(hit.id, hit.score, hit.metadata) for hit in found] == right
+        except (ValueError, FileNotFoundError) as error:
+            assert str(error)
+        finally:
+            path.write_bytes(whole[path])
+
+    run()
+
+
+@BOTH
+def test_damaged_embeddings_are_refused_or_read_rightly(tmp_path, slow):
+    part = embeddings(12, metadata=[{"n": n} for n in range(12)])
+    part.save(tmp_path / "part-0.safetensors")
+    whole = (tmp_path / "part-0.safetensors").read_bytes()
+
+    @fuzz(30, slow)
+    @given(at=st.integers(0, len(whole) - 1), bit=st.integers(0, 7), cut=st.booleans())
+    def run(at, bit, cut):
+        content = bytearray(whole)
+        if cut:
+            del content[at:]
+        else:
+            content[at] ^= 1 << bit
+        (tmp_path / "part-0.safetensors").write_bytes(content)
+        try:
+            read = Embeddings.load(tmp_path)
+        except ValueError as error:
+            assert "part-0.safetensors" in str(error)
+            return
+        # these files have no checksum: a weight or a letter may be another, nothing may point elsewhere
+        assert read.vectors.shape[1] == len(read.space.tokens) and read.vectors.indices.max(initial=0) < len(
+            read.space.tokens
+        )
+        assert len(read.ids) == read.vectors.shape[0]
+
+    run()
+
+
+@BOTH
+def test_what_people_type_is_a_query_or_refused(tmp_path, slow):
+    index = SparseIndex.build(tmp_path / "i", embeddings(9, metadata=[{"n": n, "t": "x"} for n in range(9)]))
+    words = st.lists(
+        st.sampled_from([*TOKENS[4:8], "dog:2", "-people", ":", "-", "a:b:c", "w9:nan", "w9:1e999"]) | ANY_TEXT
+    )
+    condition = st.builds(
+        "{}{}{}".format, st.sampled_from(["n", "t", "q", ""]), st.sampled_from(["=", "<=", "!", "!="]), ANY_TEXT
+    )
+
+    @fuzz(25, slow)
+    @given(typed=words.map(" ".join), where=st.lists(condition | ANY_TEXT, max_size=2))
+    def run(typed, where):
+        try:
+            hits = index.search(words=parse_words(typed), where=where, k=5)
+            assert all(np.isfinite(hit.score) and hit.score > 0 for hit in hits)
+        except ValueError as error:
+            assert str(error)
+
+    run()
+
+
+def test_conditions_of_many_blanks_take_no_longer_than_their_length():
+    start = time.process_time()
+    assert Condition("a =" + " " * 50_000 + "x" + " " * 50_000).value == "x"
+    with pytest.raises(ValueError, match="is not KEY=VALUE"):
+        Condition(" " * 100_000)
+    assert time.process_time() - start < 2
+
+
+# ------------------------------------------------------------------ the search page
+
+
+@pytest.fixture
+def client(tiny_stair, tmp_path):
+    (tmp_path / "p").mkdir()
+    image = Image.new("RGB", (16, 16), "red")
+    image.save(tmp_path / "p" / "0.png")
+    places = [{"file": "0.png"}, {"file": "0.png", "offset": -5}, {"file": "0.png", "offset": "x"}, {"file": "a\0b"}]
+    places += [{"file": "x" * 5000}, {"file": "."}, {"file": "0.png", "length": 1 << 50}, {"file": 3}, {}]
+    vectors = tiny_stair.encode(images=[image] * len(places))
+    index = SparseIndex.build(tmp_path / "i", vectors, [str(n) for n in range(len(places))], places, tiny_stair)
+    app = application(index, tiny_stair, tmp_path / "p", ["localhost"])
+    return TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
+
+
+WORDS = st.dictionaries(
+    st.sampled_from(["dog", "red", "##s"]) | ANY_TEXT, st.integers() | st.floats() | JSON, max_size=4
+)
+ASKED = st.fixed_dictionaries({}, optional={"text": ANY_TEXT | JSON, "words": WORDS | JSON, "k": JSON, "where": JSON})
+PATHS = ["/", "/api/about", "/api/text", "/api/image", "/api/search", "/api/words", "/picture", "/heat", "/x"]
+
+
+@st.composite
+def requests(draw):
+    path = draw(st.sampled_from(PATHS))
+    posts = path in ("/api/text", "/api/image", "/api/search")
+    method = draw(st.sampled_from(["POST" if posts else "GET"] * 6 + ["PUT", "HEAD", "GET", "POST"]))
+    body = draw(st.one_of(ASKED.map(lambda asked: json.dumps(asked).encode()), st.binary(max_size=80)))
+    if draw(st.integers(0, 9)) == 0:
+        body = draw(
+            st.sampled_from(
+                [b"[" * 30_000, b'{"words": {"dog": ' + b"9" * 5000 + b"}}", b'{"text": "\\ud800"}', b"x" * 70_000]
+            )
+        )
+    query = {}
+    if draw(st.booleans()):
+        query["id"] = draw(st.sampled_from([str(n) for n in range(9)]) | st.text(max_size=20))
+    if draw(st.booleans()):
+        query["words"] = draw(
+            WORDS.map(json.dumps) | st.sampled_from(["[" * 5000, "{", '{"dog": 1e999}', '{"red": NaN}'])
+        )
+    return method, path, body, query
+
+
+@BOTH
+def test_no_request_makes_the_search_page_fail(client, slow):
+    @fuzz(25, slow)
+    @given(asked=requests())
+    def run(asked):
+        method, path, body, query = asked
+        answer = client.request(method, path, content=body if method in ("POST", "PUT") else None, params=query)
+        assert answer.status_code < 500, (asked, answer.text)
+        if answer.status_code >= 400 and method != "HEAD":
+            assert answer.headers["content-type"] == "application/problem+json" and answer.json()["detail"]
+
+    run()
+
+
+def test_pictures_that_are_damaged_anywhere_are_shown_or_refused(client):
+    buffer = io.BytesIO()
+    Image.new("RGB", (24, 24), "blue").save(buffer, "JPEG")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        data = bytearray(buffer.getvalue())
+        for at in torch.randint(len(data), (3,), generator=generator).tolist():
+            data[at] ^= 255
+        assert client.post("/api/image", content=bytes(data)).status_code in (200, 400)
