@@ -100,7 +100,7 @@ class ImageTextShards(LightningDataModule):
         super().__init__()
         require(image_size >= 1, "image_size", image_size, "at least 1")
         require(max_tokens >= 3, "max_tokens", max_tokens, "at least 3: [CLS], a word, [SEP]")
-        require(global_batch_size >= 2, "global_batch_size", global_batch_size, "at least 2: one pair has no other to differ from")
+        require(global_batch_size >= 2, "global_batch_size", global_batch_size, "at least 2, pairs to tell apart")
         require(eval_batch_size >= 1, "eval_batch_size", eval_batch_size, "at least 1")
         require(workers >= 0, "workers", workers, "0 or more")
         require(shuffle >= 0, "shuffle", shuffle, "0 or more")
