@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from lightning_modules.parallel import numbered, put, rebuilt, refuse_code
+from lightning_modules.parallel import found, numbered, put, rebuilt, refuse_code
 from stair.clip import DenseClip
 from stair.model import Stair
 
@@ -29,7 +29,7 @@ def consolidate(checkpoint: str, out: str) -> None:
         FileNotFoundError: if there is no such checkpoint.
         ValueError: if it is none of ours, or `out` exists.
     """
-    source, target = Path(checkpoint), Path(out)
+    source, target = found(Path(checkpoint)), Path(out)
     if target.exists():
         raise ValueError(f"{target} exists; give another name, or remove it")
     content = _read(source)

@@ -35,6 +35,7 @@ from stair.towers import TwoTowers
 
 # neither may begin with "last": Lightning would resume from it
 _UNFINISHED, _REPLACED = ".unfinished.ckpt", ".replaced.ckpt"
+_NEW = "-new"
 
 
 def blocks(tower: nn.Module) -> list[nn.Module]:
@@ -216,13 +217,39 @@ def _renamed(state: dict[str, Any], new: dict[Any, Any]) -> dict[str, Any]:
 
 
 def put(fresh: Path, place: Path) -> None:
-    """Moves a file or a folder to its place, for what may be there."""
+    """Moves a file or a folder to its place, for what may be there.
+
+    A file takes the place of a file at once. That of a folder cannot be taken: a new `last.ckpt` is `last-new.ckpt` first,
+    a name that `--ckpt_path last` finds as well, before the old one goes. So whoever is killed in between, or while the old
+    one is being removed, leaves one of the two whole, and what is not whole has a name that nobody looks for.
+
+    Args:
+        fresh: what was written.
+        place: what it is to be called; in the same folder.
+    """
+    new = place.with_stem(place.stem + _NEW)
+    if new.exists():  # of a process that was killed below
+        _take(place, new)
+    if place.is_dir() or (fresh.is_dir() and place.exists()):
+        fresh.rename(new)
+        _take(place, new)
+    else:
+        fresh.replace(place)
+
+
+def _take(place: Path, new: Path) -> None:
     replaced = place.with_name(_REPLACED)
     remove(replaced)
-    if place.is_dir() or (fresh.is_dir() and place.exists()):
+    if place.exists():
         place.rename(replaced)
-    fresh.replace(place)
+    new.rename(place)
     remove(replaced)
+
+
+def found(place: Path) -> Path:
+    """A checkpoint under its name, or under the one that it has for as long as it takes the place of an older one."""
+    new = place.with_stem(place.stem + _NEW)
+    return new if new.exists() and not place.exists() else place
 
 
 def remove(path: Path) -> None:

@@ -1,6 +1,8 @@
 """Sharded training against replicated training: the same weights, checkpoints that both read, a release like any other."""
 
+import os
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from datamodules.synthetic import write_scenes
 from lightning_modules import Stage1, Stage2, Stage3
 from lightning_modules.consolidate import consolidate
-from lightning_modules.parallel import FullySharded, blocks, put
+from lightning_modules.parallel import FullySharded, blocks, found, put
 from main import main
 from stair import Stair
 from tests.test_parallel import STAGES, STEPS, Case, difference, fit, make, run, same
@@ -144,6 +146,60 @@ def test_a_new_checkpoint_takes_the_place_of_whatever_was_there(tmp_path, fresh_
     put(tmp_path / "fresh", tmp_path / "last.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     assert (tmp_path / "last.ckpt").is_dir() == fresh_is_folder
+
+
+class Killed(BaseException):
+    pass
+
+
+def checkpoint_of(folder, content):
+    folder.mkdir()
+    for name in ("meta.pt", "part"):
+        (folder / name).write_text(content)
+    return folder
+
+
+def put_and_be_killed(fresh, place, after, monkeypatch):
+    """Whether it was killed: before the change of a name, or the removal of a file, with this number."""
+    left = [after]
+
+    def dying(real):
+        def change(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return change
+
+    with monkeypatch.context() as patch:
+        for owner, names in ((Path, ("rename", "replace")), (os, ("unlink", "rmdir"))):
+            for name in names:
+                patch.setattr(owner, name, dying(getattr(owner, name)))
+        try:
+            put(fresh, place)
+        except Killed:
+            return True
+    return False
+
+
+def test_whoever_is_killed_while_a_folder_is_replaced_has_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    for after in count():
+        folder = tmp_path / str(after)
+        folder.mkdir()
+        place = checkpoint_of(folder / "last.ckpt", "old")
+        killed = put_and_be_killed(checkpoint_of(folder / "fresh", "new"), place, after, monkeypatch)
+        # what `--ckpt_path last` takes: the youngest that has the name
+        candidates = sorted(ModelCheckpoint(folder)._find_last_checkpoints(None), key=os.path.getmtime)
+        said = [(Path(candidates[-1]) / name).read_text() for name in ("meta.pt", "part")]
+        assert said in (["old", "old"], ["new", "new"]), (after, candidates)
+        assert (found(place) / "part").exists()
+        put(checkpoint_of(folder / "next", "next"), place)
+        assert {path.name for path in folder.iterdir()} <= {"last.ckpt", "fresh"}
+        assert [(place / name).read_text() for name in ("meta.pt", "part")] == ["next", "next"]
+        if not killed:
+            break
+    assert after >= 6  # three names, two files and their folder
 
 
 # ------------------------------------------------------------------ through the front door
