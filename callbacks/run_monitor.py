@@ -11,6 +11,8 @@ import torch
 
 from stair.batch import Batch
 
+_COUNTED = ("skipped", "converted")  # of the data module, each a count by cause
+
 
 def logs_now(trainer: L.Trainer, batch_idx: int) -> bool:
     """True in `on_train_batch_end` of the batches after which the loggers write: elsewhere a figure would be lost."""
@@ -26,6 +28,7 @@ class RunMonitor(L.Callback):
       start of the next, on the slowest rank: input that is not ready (and checkpoints, when one was written).
     - `run/max_memory_gib`: greatest memory PyTorch has held on a CUDA device since the start, largest over ranks.
     - `run/skipped/<cause>`: samples left out since the start (`datamodule.skipped`), all ranks together.
+    - `run/converted/<kind>`: images that were CMYK, of 16 bits, turned by EXIF, ... (`datamodule.converted`), likewise.
     """
 
     def __init__(self) -> None:
@@ -67,7 +70,7 @@ class RunMonitor(L.Callback):
             "seconds": self._seconds,
             "waiting": self._waiting / self._steps,
             "memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
-            "skipped": dict(getattr(trainer.datamodule, "skipped", {})),
+            **{what: dict(getattr(trainer.datamodule, what, {})) for what in _COUNTED},
         }
         ranks = [mine]
         if trainer.world_size > 1:
@@ -82,6 +85,7 @@ class RunMonitor(L.Callback):
         }
         if device.type == "cuda":
             figures["run/max_memory_gib"] = max(rank["memory"] for rank in ranks) / 2**30
-        for cause in {cause for rank in ranks for cause in rank["skipped"]}:
-            figures[f"run/skipped/{cause}"] = float(sum(rank["skipped"].get(cause, 0) for rank in ranks))
+        for what in _COUNTED:
+            for cause in {cause for rank in ranks for cause in rank[what]}:
+                figures[f"run/{what}/{cause}"] = float(sum(rank[what].get(cause, 0) for rank in ranks))
         return figures

@@ -20,6 +20,7 @@ class SourceMonitor(L.Callback):
     - `source/<name>/loss`: mean contrastive loss of the source's pairs in the logged batch, each against the whole global
       batch; weighted by pairs, the sources' losses add up to `train/contrastive`.
     - `source/<name>/skipped`: samples left out since this start (`datamodule.skipped_by_source`).
+    - `source/<name>/converted`: images that were converted since this start (`datamodule.converted_by_source`).
 
     With one source, nothing is logged and nothing computed.
     """
@@ -50,18 +51,23 @@ class SourceMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: dict[str, Any], own_SB: Tensor
     ) -> dict[str, float]:
         loss_B = pair_losses(pl_module, outputs)
-        skipped = getattr(trainer.datamodule, "skipped_by_source", {})
-        skipped_S = torch.tensor([skipped.get(name, 0) for name in self._names]).to(own_SB)
-        sums_3S = trainer.strategy.reduce(torch.stack([own_SB @ loss_B, own_SB.sum(1), skipped_S]), reduce_op="sum")
+        apart_2S = torch.stack([self._apart(trainer, what).to(own_SB) for what in ("skipped", "converted")])
+        sums_4S = torch.cat([torch.stack([own_SB @ loss_B, own_SB.sum(1)]), apart_2S])
+        sums_4S = trainer.strategy.reduce(sums_4S, reduce_op="sum")
         figures = {}
-        for name, pairs, (loss, count, left_out) in zip(
-            self._names, self._counts().values(), sums_3S.T.tolist(), strict=True
+        for name, pairs, (loss, count, left_out, converted) in zip(
+            self._names, self._counts().values(), sums_4S.T.tolist(), strict=True
         ):
             figures[f"source/{name}/pairs"] = float(pairs)
             figures[f"source/{name}/skipped"] = left_out
+            figures[f"source/{name}/converted"] = converted
             if count:
                 figures[f"source/{name}/loss"] = loss / count
         return figures
+
+    def _apart(self, trainer: L.Trainer, what: str) -> Tensor:
+        counts = getattr(trainer.datamodule, f"{what}_by_source", {})
+        return torch.tensor([counts.get(name, 0) for name in self._names])
 
     def _counts(self) -> dict[str, int]:
         here = dict(zip(self._names, [] if self._pairs is None else self._pairs.tolist(), strict=True))

@@ -41,6 +41,7 @@ class ShardLoader:
         self._plan, self._begun, self._processes = stream.plan, stream.plan, processes
         self._tally = Tally(stream.max_bad_share, min(ENOUGH, epoch_batches * stream.plan.batch_size))
         self._moved = False
+        self._told: set[str] = set()  # causes of which an example was logged
         self._iterator: Iterator[Any] | None = None  # the name by which Lightning finds workers to shut down
 
     def __len__(self) -> int:
@@ -79,13 +80,12 @@ class ShardLoader:
         )
 
     def _note(self, report: Report) -> None:
-        known = set(self.skipped)
         for skip in report[1]:
-            if skip.cause not in known:
+            if skip.cause not in self._told:
                 which = f" of source {skip.source!r}" if skip.source else ""
                 done = "skipped" if skip.samples else "met"
                 logger.warning("%s %s%s: %s; more of this cause are only counted", done, skip.place, which, skip.reason)
-                known.add(skip.cause)
+                self._told.add(skip.cause)
         self._tally.add(report)
         self._tally.judge()
 
@@ -98,6 +98,10 @@ class ShardLoader:
     def skipped_by_source(self) -> Counter[str]:
         """Bad samples met so far on this rank, by source."""
         return self._tally.by_source()
+
+    def converted(self, by_source: bool = False) -> Counter[str]:
+        """Images met so far on this rank that had to be converted, by kind or by source."""
+        return self._tally.conversions(1 if by_source else 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next iteration begin this epoch, unless it is the one under way."""

@@ -131,6 +131,16 @@ class ImageTextShards(LightningDataModule):
         """Bad training samples this rank has met so far, by source of the mixture."""
         return dict(self._loader.skipped_by_source) if self._loader else {}
 
+    @property
+    def converted(self) -> dict[str, int]:
+        """Training images this rank has met so far that were not plain 8-bit grayscale or RGB, by kind."""
+        return dict(self._loader.converted()) if self._loader else {}
+
+    @property
+    def converted_by_source(self) -> dict[str, int]:
+        """The same by source of the mixture."""
+        return dict(self._loader.converted(by_source=True)) if self._loader else {}
+
     def setup(self, stage: str) -> None:
         """Finds, counts and checks everything that the stage reads.
 

@@ -22,7 +22,7 @@ from datamodules.augment import Augment
 from datamodules.pairs import CollatePairs, Pair
 from datamodules.plan import Piece, Plan, seeded
 from datamodules.sources import Remote
-from datamodules.tally import Report, Skip, Tally
+from datamodules.tally import CONVERTED, Report, Skip, Tally
 from datamodules.tars import captions, image_bytes, stream
 from stair.batch import Batch
 
@@ -134,26 +134,29 @@ class Reader:
         if sample is _MISSING:
             return None
         self.tally.seen += 1
-        piece: Piece = sample["__piece__"]
-        place = f"{sample['__key__']!r} in {piece.shard}"
-        for oddity in sample["__odd__"]:
-            self.tally.note(Skip(oddity, piece.source, piece.shard, place, 0))
+        reasons: list[tuple[str, int]] = [(oddity, 0) for oddity in sample["__odd__"]]
+        converted: list[str] = []
+        pair = None
         try:
-            return self._pair(sample)
+            pair = self._pair(sample, converted)
         except ValueError as error:
-            self.tally.note(Skip(str(error), piece.source, piece.shard, place, 1))
-            return None
-        finally:
-            self.tally.judge()
+            reasons.append((str(error), 1))
+        for reason, lost in reasons + [(f"{CONVERTED}{kind}: to 8-bit RGB, upright", 0) for kind in converted]:
+            piece: Piece = sample["__piece__"]
+            place = f"{sample['__key__']!r} in {piece.shard}"
+            self.tally.note(Skip(reason, piece.source, piece.shard, place, lost))
+        self.tally.judge()
+        return pair
 
-    def _pair(self, sample: dict[str, Any]) -> Pair:
+    def _pair(self, sample: dict[str, Any], converted: list[str]) -> Pair:
         piece: Piece = sample["__piece__"]
         if sample["__wrong__"]:
             raise ValueError(sample["__wrong__"])
         texts = [text for text in captions(sample) if text]
         key = f"{_stem(piece.shard)}/{sample['__key__']}"
         rng = seeded(self.plan.seed, piece.visit, key)
-        return Pair(self.augment(image_bytes(sample), rng), [rng.choice(texts)], 0, key, piece.source)
+        pixels = self.augment(image_bytes(sample), rng, converted)
+        return Pair(pixels, [rng.choice(texts)], 0, key, piece.source)
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 # the share of bad samples among fewer than these is too rough to stop a run for
 ENOUGH = 200
 _NAMED = 3  # worst shards in the message
+CONVERTED = "converted "  # how causes begin that leave nothing out
 
 
 class Skip(NamedTuple):
@@ -80,8 +81,15 @@ class Tally:
             self._count(skip)
 
     def by_cause(self) -> Counter[str]:
-        """Bad samples and oddities of all shards."""
-        return self._summed(self.bad + self.odd, 0)
+        """Bad samples of all shards, and members that are ignored."""
+        causes = self._summed(self.bad + self.odd, 0)
+        return Counter({cause: count for cause, count in causes.items() if not cause.startswith(CONVERTED)})
+
+    def conversions(self, place: int) -> Counter[str]:
+        """Images that were converted, by kind (`place` 0) or source (1); one of two kinds is counted with each."""
+        found = Counter({where: count for where, count in self.odd.items() if where[0].startswith(CONVERTED)})
+        sums = self._summed(found, place)
+        return Counter({name.removeprefix(CONVERTED): count for name, count in sums.items()})
 
     def by_source(self) -> Counter[str]:
         """Bad samples by source."""

@@ -5,6 +5,7 @@ sets and the encoder both call `eval_pixels`. H × W pixels, S the side of the s
 """
 
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -28,7 +29,9 @@ _TURNS = {
 }
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, enough: int | None = None) -> Image.Image:
+def decode_image(
+    data: bytes, max_pixels: int = MAX_PIXELS, enough: int | None = None, converted: list[str] | None = None
+) -> Image.Image:
     """Decodes a picture as a viewer would show it: upright, on white, eight bits a channel.
 
     Args:
@@ -36,10 +39,12 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, enough: int | None =
         max_pixels: largest width × height that is decoded; checked on the header, before any pixel is.
         enough: pixels that suffice for the shorter side. A JPEG is then decoded at 1/2, 1/4 or 1/8 of its size if no side
             becomes shorter than that. None for full size.
+        converted: a list to which is added what else than 8-bit grayscale or RGB the picture was: some of `CMYK`,
+            `16 bits`, `palette`, `transparency`, `animation`, `EXIF orientation`.
 
     Returns:
         An RGB image. The EXIF orientation has been applied, transparency laid over white; grayscale, palette, CMYK and
-        16-bit images are converted.
+        16-bit images are converted, of an animation it is the first frame. Colour profiles are not applied.
 
     Raises:
         ValueError: if it cannot be. The message begins with the cause and a colon: `image empty`, `image too large`
@@ -51,10 +56,18 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, enough: int | None =
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
             if width * height <= max_pixels:
-                if enough:
-                    _decode_smaller(image, enough)
+                if image.mode in ("F", "I") and image.format == "TIFF":
+                    raise ValueError("its pixels are 32-bit numbers, and nothing says which of them is white")
+                if (scale := reduction(width, height, enough)) > 1:
+                    # rounded down: rounded up, Pillow would decode odd sizes in full. Other formats ignore it
+                    image.draft(None, (width // scale, height // scale))
+                deep = ";16" in str(image.tile)
                 image.load()
-                return _upright(as_rgb(image), _orientation(image))
+                turn = _TURNS.get(_orientation(image) or 1)
+                if converted is not None:
+                    converted += _peculiar(image, deep, turn is not None)
+                upright = as_rgb(image)
+                return upright if turn is None else upright.transpose(turn)
     except Image.DecompressionBombError as error:
         raise ValueError(f"image too large: {error}") from error
     except Exception as error:  # Pillow's decoders raise whatever their parser met: OSError, SyntaxError, struct.error
@@ -71,24 +84,31 @@ def image_format(data: bytes) -> str:
     return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
 
 
-def _decode_smaller(image: Image.Image, enough: int) -> None:
-    # its own choice of scale would be held by one side only
-    for scale in (8, 4, 2):
-        width, height = -(-image.width // scale), -(-image.height // scale)
-        if min(width, height) >= enough:
-            image.draft(None, (width, height))  # of JPEG files; the others have no such thing, and ignore it
-            return
+def reduction(width: int, height: int, enough: int | None) -> int:
+    """By how much (1, 2, 4 or 8) a JPEG may be decoded smaller such that no side becomes shorter than `enough`."""
+    # Pillow's own choice would be held by one side only
+    return next((scale for scale in (8, 4, 2) if enough and min(width, height) // scale >= enough), 1)
+
+
+def _peculiar(image: Image.Image, deep: bool, turned: bool) -> Iterator[str]:
+    if image.mode == "CMYK":
+        yield "CMYK"
+    if deep:
+        yield "16 bits"
+    if image.mode in ("P", "PA"):
+        yield "palette"
+    if image.has_transparency_data:
+        yield "transparency"
+    if image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False):
+        yield "animation"
+    if turned:
+        yield "EXIF orientation"
 
 
 def _orientation(image: Image.Image) -> int | None:
     if image.format == "JPEG" and not image.info.keys() & {"exif", "xmp"}:
         return None  # most JPEGs; asking would take as long as a tenth of decoding a small one
     return image.getexif().get(_ORIENTATION)
-
-
-def _upright(image: Image.Image, orientation: int | None) -> Image.Image:
-    turn = _TURNS.get(orientation or 1)
-    return image.transpose(turn) if turn is not None else image
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

@@ -4,21 +4,25 @@ import hashlib
 import io
 import json
 import os
+import random
 import tarfile
+import zlib
 from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
+from datamodules.augment import Augment, scaled, upright_jpeg
 from datamodules.loader import ShardLoader
 from datamodules.pairs import CollatePairs, EvaluationPairs, evaluation_loader
 from datamodules.shards import ImageTextShards
-from stair.images import decode_image, eval_pixels
+from stair.images import box_pixels, decode_image, eval_pixels
 from stair.vocabulary import Vocabulary
 
 WORDS = [f"word{i}" for i in range(64)]
@@ -146,14 +150,113 @@ def test_every_kind_of_image_becomes_the_rgb_a_viewer_shows(data, colour):
     assert decode_image(data).getpixel((1, 1)) == colour
 
 
-def test_a_photo_that_its_camera_marked_as_turned_is_turned():
-    assert decode_image(encode(Image.new("RGB", (8, 4)), "JPEG", exif=EXIF_TURNED)).size == (4, 8)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_that_its_camera_marked_as_turned_is_turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data, converted = encode(photo(32, 24), "JPEG", exif=exif), []
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert decode_image(data, converted=converted).tobytes() == upright.tobytes()
+    assert converted == ["EXIF orientation"] * (orientation > 1)
+    # training turns it before it crops
+    crop = Augment(16, (0.999, 1.0), False, 10_000)(data, random.Random(0))
+    whole = box_pixels(upright, (0, 0, *upright.size), 16)
+    assert (crop.int() - whole.int()).abs().float().mean() < 6
+
+
+def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """Noise with the smoothness of a photograph."""
+    noise = np.random.default_rng(width * height).integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def test_16_bits_are_scaled_and_not_cut_off_in_gray_and_in_colour():
+    deep = np.linspace(0, 65_535, 12, dtype=np.uint16).reshape(3, 4)
+    for form in ("PNG", "TIFF"):
+        converted = []
+        gray = np.asarray(decode_image(encode(Image.fromarray(deep), form), converted=converted))
+        assert np.abs(gray[..., 0].astype(int) - deep / 257).max() <= 1 and converted == ["16 bits"]
+    rows = b"".join(b"\0" + np.stack([row] * 3, -1).astype(">u2").tobytes() for row in deep)
+    parts = {b"IHDR": bytes([0, 0, 0, 4, 0, 0, 0, 3, 16, 2, 0, 0, 0]), b"IDAT": zlib.compress(rows), b"IEND": b""}
+    png = b"".join(len(d).to_bytes(4, "big") + n + d + zlib.crc32(n + d).to_bytes(4, "big") for n, d in parts.items())
+    colour = np.asarray(decode_image(b"\x89PNG\r\n\x1a\n" + png, converted=converted))
+    assert np.abs(colour.astype(int) - deep[..., None] / 257).max() <= 1 and converted == ["16 bits"] * 2
+
+
+def test_numbers_without_a_white_are_refused_rather_than_shown_black():
+    for pixels in (np.ones((4, 4), np.float32), np.full((4, 4), 9, np.int32)):
+        with pytest.raises(ValueError, match=r"image undecodable: .*nothing says which of them is white"):
+            decode_image(encode(Image.fromarray(pixels), "TIFF"))
+
+
+def test_cmyk_as_photoshop_writes_it_keeps_its_colours():
+    inks = np.zeros((8, 8, 4), np.uint8)
+    inks[:, 4:] = (0, 255, 255, 0)  # magenta and yellow make red, beside bare paper
+    converted = []
+    # Adobe's programs write what is left of the light, not the ink
+    seen = np.asarray(decode_image(simplejpeg.encode_jpeg(255 - inks, 100, "CMYK", "444"), converted=converted))
+    assert converted == ["CMYK"] and seen[0, 0].min() > 250 and seen[0, 7, 0] > 250 and seen[0, 7, 1:].max() < 5
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_frame_is_taken(form):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    converted = []
+    data = encode(frames[0], form, save_all=True, append_images=frames[1:])
+    assert decode_image(data, converted=converted).getpixel((4, 4))[2] < 10 and "animation" in converted
+
+
+def test_converted_images_are_trained_on_and_counted_by_kind_and_source(tmp_path, vocab, caplog):
+    odd = {
+        "00001.png": encode(photo(20, 16, "CMYK"), "JPEG"),
+        "00002.png": encode(photo(20, 16, "P")),
+        "00003.png": encode(photo(20, 16), "JPEG", exif=EXIF_TURNED),
+    }
+    data = shards({"web": write_shards(tmp_path, [8], odd)}, vocab, workers=1)
+    data.setup("fit")
+    assert len(set(keys(data.train_dataloader()))) == 8
+    assert data.converted == {"CMYK": 1, "palette": 1, "EXIF orientation": 1} and data.skipped == {}
+    assert data.converted_by_source == {"web": 3} and caplog.text.count("of source 'web': converted") == 3
+
+
+# ---- the faster road of upright JPEGs
+
+
+PLAIN = {
+    "420": {}, "444": {"subsampling": 0}, "422": {"subsampling": 1}, "progressive": {"progressive": True},
+    "restarts": {"restart_marker_blocks": 3}, "profile": {"icc_profile": b"x" * 70_000}, "comment": {"comment": b"c"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(61, 47), (1, 1), (300, 17), (640, 400)], ids=str)
+@pytest.mark.parametrize("name", [*PLAIN, "gray"])
+def test_upright_jpegs_have_the_very_pixels_of_the_common_road(name, size):
+    data = encode(photo(*size, "L" if name == "gray" else "RGB"), "JPEG", **PLAIN.get(name, {}))
+    for enough in (1, 40, 99, 10_000):
+        assert np.array_equal(upright_jpeg(data, 10**6, enough), np.asarray(decode_image(data, 10**6, enough)))
+
+
+def test_what_is_no_whole_upright_jpeg_goes_the_common_road():
+    whole = encode(photo(64, 48), "JPEG")
+    xmp = whole[:2] + b"\xff\xe1\x00\x20http://ns.adobe.com/xap/1.0/\0" + b" " + whole[2:]
+    turned, cmyk = encode(photo(8, 8), "JPEG", exif=EXIF_TURNED), encode(photo(8, 8, "CMYK"), "JPEG")
+    for data in (b"", b"\xff\xd8", b"\xff\xd8\xff\xda", whole[:100], whole[:-2], xmp, turned, cmyk, picture(1)):
+        assert upright_jpeg(data, 10**6, 1) is None
+    assert upright_jpeg(whole, 64 * 48 - 1, 1) is None
+
+
+@pytest.mark.parametrize("size", [(1, 1), (30, 90), (90, 50), (400, 300)], ids=str)
+def test_training_images_are_scaled_as_those_of_evaluation_but_for_rounding(size):
+    image = photo(*size)
+    for side in (8, 64):
+        difference = (scaled(np.array(image), side).int() - box_pixels(image, (0, 0, *size), side).int()).abs()
+        assert difference.max() <= 2 and difference.float().mean() < 0.5
 
 
 def test_an_image_over_the_limit_is_refused_before_it_is_decoded():
     header = bytearray(encode(Image.new("L", (1, 1))))
     header[16:24] = (50_000).to_bytes(4, "big") * 2
-    header[29:33] = __import__("zlib").crc32(header[12:29]).to_bytes(4, "big")
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
     with pytest.raises(ValueError, match="image too large"):
         decode_image(bytes(header))
     with pytest.raises(ValueError, match=r"image too large: 4 x 4 pixels, the limit is 15"):
