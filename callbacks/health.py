@@ -20,6 +20,7 @@ from callbacks.requeue import save_now
 from callbacks.run_monitor import logs_now
 from callbacks.sparsity_monitor import words_of
 from stair.batch import Batch
+from stair.plain import one_line
 
 _NEAR_CHANCE = 0.01
 _WIDE_LOGITS = 3.0
@@ -205,7 +206,7 @@ class Health(L.Callback):
         (step, _, keys), rank = min((found, rank) for rank, found in enumerate(ranks) if found is not None)
         more = f" and {len(keys) - _KEYS_SHOWN} more" if len(keys) > _KEYS_SHOWN else ""
         return (
-            f"the loss is not finite at step {step}; the batch of rank {rank} was {', '.join(keys[:_KEYS_SHOWN])}{more}"
+            f"the loss is not finite at step {step}; the batch of rank {rank} was {one_line(', '.join(keys[:_KEYS_SHOWN]))}{more}"
         )
 
     def _warn_of_wide_logits(self, spread: float) -> None:
