@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from callbacks.requeue import save_now
 from callbacks.run_monitor import logs_now
 from callbacks.sparsity_monitor import words_of
+from lightning_modules.contrastive import ContrastiveModule
 from stair.batch import Batch
 from stair.plain import one_line
 
@@ -29,9 +30,10 @@ _KEYS_SHOWN = 20
 
 
 class _Step(NamedTuple):
-    """A training step on this rank: whether its loss is finite, and the embeddings of each pair; its number and keys."""
+    """A training step on this rank: what of it is finite, and the embeddings of each pair; its number and keys."""
 
-    finite: Tensor
+    finite: Tensor  # loss and gradient
+    loss_finite: Tensor
     sound_B: Tensor
     number: int
     keys: list[str]
@@ -39,6 +41,10 @@ class _Step(NamedTuple):
     def culprits(self) -> list[str]:
         """Keys of the pairs whose embeddings are not finite; of all where none is to blame."""
         return [key for key, sound in zip(self.keys, self.sound_B.tolist(), strict=True) if not sound] or self.keys
+
+
+def _shown(keys: list[str], most: int) -> str:
+    return one_line(", ".join(keys[:most])) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def _sound(trainer: L.Trainer) -> bool:
@@ -51,8 +57,9 @@ def _sound(trainer: L.Trainer) -> bool:
 class Health(L.Callback):
     """Watches the training steps.
 
-    - The loss is not finite: warns, naming the step and the batch's keys. The stages leave such a step out; after more
-      than `skip` of them on end the run stops, and saves the state from before them if the weights are sound.
+    - The loss or the gradient is not finite: warns, naming the step and the batch's keys. The stages leave such a step
+      out (`health/left_out` counts them since the start); after more than `skip` of them on end the run stops, and saves
+      the state from before them if the weights are sound.
     - The weights are not finite: no checkpoint is written, the last one stays, and the run stops.
     - Dead, `patience` steps on end (contrastive loss within 0.01 of log N, and on either side less than one active
       word an embedding): stops.
@@ -69,7 +76,7 @@ class Health(L.Callback):
         patience: steps on end that a dead run is given; at least 1.
         dense_after: optimiser steps after which embeddings should have become sparse; at least 0.
         every: steps between two readings; a stop comes at most that much late. At least 1.
-        skip: steps on end whose loss may be not finite; 0 stops at the first.
+        skip: steps on end whose loss or gradient may be not finite; 0 stops at the first.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -93,6 +100,7 @@ class Health(L.Callback):
         self._alarm = 0.0
         self._broken_steps = torch.zeros((), device=pl_module.device)  # on end
         self._most_broken = torch.zeros((), device=pl_module.device)  # of these, since the last reading
+        self._left_out = torch.zeros((), device=pl_module.device)  # in all
         #: since the last reading
         self._recent: deque[_Step] = deque()
 
@@ -107,11 +115,13 @@ class Health(L.Callback):
         """Notes the step, and reads what was noted where it is time to.
 
         Raises:
-            RuntimeError: if too many losses on end were not finite, or the run is dead.
+            RuntimeError: if too many steps on end were not finite, or the run is dead.
         """
-        finite = outputs["loss"].detach().isfinite()
+        loss_finite = outputs["loss"].detach().isfinite()
+        finite = loss_finite & (not (isinstance(pl_module, ContrastiveModule) and pl_module.left_out))
         sound_B = (outputs["image_BV"].sum(1) + outputs["text_CV"].sum(1)).isfinite()
-        self._recent.append(_Step(finite, sound_B, trainer.global_step, batch["key"]))
+        self._recent.append(_Step(finite, loss_finite, sound_B, trainer.global_step, batch["key"]))
+        self._left_out = self._left_out + ~finite
         self._broken_steps = (self._broken_steps + 1) * ~finite
         self._most_broken = torch.maximum(self._most_broken, self._broken_steps)
         words = words_of(pl_module, outputs["image_BV"]) is not None
@@ -128,7 +138,7 @@ class Health(L.Callback):
         if len(self._recent) == self.every:
             self._read(trainer)
         if logs_now(trainer, batch_idx):
-            pl_module.log("health/alarm", self._alarm, batch_size=1)
+            pl_module.log_dict({"health/alarm": self._alarm, "health/left_out": self._left_out}, batch_size=1)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reads the last steps too: a broken run must not be handed over."""
@@ -196,18 +206,20 @@ class Health(L.Callback):
         )
 
     def _what_broke(self, trainer: L.Trainer) -> str:
-        mine = next(((s.number, bool(s.sound_B.all()), s.culprits()) for s in self._recent if not s.finite), None)
+        first = next((step for step in self._recent if not step.finite), None)
+        mine = first and (first.number, bool(first.sound_B.all()), first.culprits(), bool(first.loss_finite))
         ranks = [mine]
         if trainer.world_size > 1:
             # every rank names the batch: launchers end the others, and their messages, when the first one stops
             ranks = [None] * trainer.world_size
             torch.distributed.all_gather_object(ranks, mine)
-        # of ranks that saw it first, one whose own embeddings are broken: the loss is that of all ranks
-        (step, _, keys), rank = min((found, rank) for rank, found in enumerate(ranks) if found is not None)
-        more = f" and {len(keys) - _KEYS_SHOWN} more" if len(keys) > _KEYS_SHOWN else ""
-        return (
-            f"the loss is not finite at step {step}; the batch of rank {rank} was {one_line(', '.join(keys[:_KEYS_SHOWN]))}{more}"
-        )
+        # of ranks that saw it first, one whose own embeddings are broken: loss and gradient are those of all ranks
+        (step, _, keys, loss_finite), rank = min((found, rank) for rank, found in enumerate(ranks) if found is not None)
+        if not loss_finite:
+            return f"the loss is not finite at step {step}; the batch of rank {rank} was {_shown(keys, _KEYS_SHOWN)}"
+        each = max(1, _KEYS_SHOWN // len(ranks))
+        batches = (f"of rank {rank} {_shown(found[2], each)}" for rank, found in enumerate(ranks) if found is not None)
+        return f"the gradient is not finite at step {step}, though the loss is; the batch was {'; '.join(batches)}"
 
     def _warn_of_wide_logits(self, spread: float) -> None:
         if spread > _WIDE_LOGITS:

@@ -45,6 +45,8 @@ class ContrastiveModule(L.LightningModule):
     hand_over: ClassVar[str]
     #: which sides stay as they are: their parameters get no gradient and their modules stay in eval mode
     frozen: ClassVar[tuple[Literal["image", "text"], ...]] = ()
+    #: whether the last step was left out, as its loss or its gradient is not finite
+    left_out = False
 
     def __init__(
         self,
@@ -162,6 +164,7 @@ class ContrastiveModule(L.LightningModule):
             contrastive: of this step.
             encoded: of this step.
         """
+        self._loss = logged["loss"].detach()
         logged = {**logged, "contrastive": contrastive.loss, "logit_std": contrastive.logit_std}
         logged["scale"] = self.towers.scale[0]
         self.log_dict({f"train/{k}": v for k, v in logged.items() if k not in ("loss", "scale")}, batch_size=1)
@@ -173,14 +176,32 @@ class ContrastiveModule(L.LightningModule):
             "text_CV": encoded["text_CV"].detach(),
         }
 
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Leaves a step out whose loss is not finite: without gradients the optimiser moves nothing.
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips, and leaves a step out whose loss or gradient is not finite: without gradients nothing moves.
 
-        The loss is that of the global batch, the same on every rank, so all leave it out or none. (`callbacks/health.py`
-        counts such steps and stops the run.) In 16-mixed the gradient scaler does this.
+        Loss and norm are those of the global batch, the same on every rank, so all leave the step out or none.
+        (`callbacks/health.py` counts such steps and stops the run.) The host waits for the device here, once a step,
+        for the norm that clipping needs anyway. In 16-mixed the gradient scaler leaves steps out.
         """
-        if self.trainer.precision == "16-mixed" or bool(loss.isfinite().all()):
-            super().backward(loss, *args, **kwargs)
+        if self.trainer.precision == "16-mixed":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        self.left_out = not bool(norm.isfinite() & self._loss.isfinite().all())
+        if self.left_out:
+            optimizer.zero_grad(set_to_none=True)
+        elif gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser, and its schedule over the planned steps of the run."""

@@ -224,7 +224,7 @@ def test_dense_models_are_left_alone_and_that_is_said_once(vocabulary, tmp_path,
         trainer(tmp_path, SparsityMonitor(), RetrievalPanels(), Health(dense_after=0, every=1)).fit(
             module, datamodule=Data(vocabulary)
         )
-    assert set(scalars(tmp_path)) == {"epoch", "health/alarm"}
+    assert set(scalars(tmp_path)) == {"epoch", "health/alarm", "health/left_out"}
     assert set(scalars(tmp_path)["health/alarm"].values()) == {0}
     assert caplog.text.count("SparsityMonitor: the embeddings have no vocabulary") == 1
     assert caplog.text.count("RetrievalPanels: no panels") == 1
@@ -323,7 +323,8 @@ def not_a_number(step):
 
 def test_steps_whose_loss_is_not_finite_are_forgiven_so_many_times_on_end(vocabulary, tmp_path):
     with pytest.warns(UserWarning, match=r"not finite at step 2; .*more than health.skip=2 on end") as seen:
-        fit(vocabulary, tmp_path / "a", Health(every=1, skip=2), not_a_number)
+        logged = fit(vocabulary, tmp_path / "a", Health(every=1, skip=2), not_a_number)
+    assert logged["health/left_out"] == {1: 1, 3: 2, 5: 3}
     assert len([w for w in seen if "not finite" in str(w.message)]) == 3
     judge = trainer(tmp_path / "b", Health(every=1, skip=1))
     with pytest.raises(RuntimeError, match=r"and 2 steps on end were so; the state without these steps is saved in "):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_modules import Stage1, Stage2, Stage3, stage
 from lightning_modules.contrastive import sides
 from lightning_modules.optimizer import Optimizer
-from lightning_modules.parallel import FullySharded
+from lightning_modules.parallel import FullySharded, blocks
 from lightning_modules.stage import Objective
 from stair import losses, regularisers
 from tests.conftest import tiny_config
@@ -274,6 +274,19 @@ class OneBreaks(Stage3):
         return out
 
 
+class GradientBreaks(Stage3):
+    """In step 1 a layer in a tower of the last rank has no finite gradient."""
+
+    def on_fit_start(self):
+        super().on_fit_start()
+        blocks(self.stair.text_encoder)[0].register_forward_hook(self.break_it)
+
+    def break_it(self, module, inputs, output):
+        value = output[0] if isinstance(output, tuple) else output
+        if self.trainer.global_step == 1 and self.global_rank == self.trainer.world_size - 1:
+            value.register_hook(lambda gradient: gradient * float("inf"))
+
+
 class Around(L.Callback):
     """Writes down what each step moved."""
 
@@ -291,9 +304,22 @@ class Around(L.Callback):
         torch.save(self.moved, f"{self.folder}/moved{trainer.global_rank}.pt")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param(FullySharded, marks=pytest.mark.slow)])
-def test_a_step_whose_loss_is_not_finite_moves_no_rank(case, tmp_path, strategy):
-    got = run(case(OneBreaks, ranks=2, strategy=strategy, trainer={"callbacks": [Around(str(tmp_path))]}))
-    assert got["losses"].isfinite().tolist() == [True, False, True]
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [
+        ("ddp", {}),
+        pytest.param(FullySharded, {}, marks=pytest.mark.slow),
+        pytest.param("ddp", {"optimizer": "lamb"}, marks=pytest.mark.slow),
+        pytest.param("ddp", {"trainer": {"gradient_clip_val": None}}, marks=pytest.mark.slow),
+        pytest.param("ddp", {"trainer": {"gradient_clip_algorithm": "value"}}, marks=pytest.mark.slow),
+    ],
+    ids=["ddp", "fsdp2", "lamb", "not clipped", "clipped by value"],
+)
+@pytest.mark.parametrize("cls", [OneBreaks, GradientBreaks])
+def test_a_step_whose_loss_or_gradient_is_not_finite_moves_no_rank(case, tmp_path, cls, strategy, more):
+    trainer = {**more.get("trainer", {}), "callbacks": [Around(str(tmp_path))]}
+    got = run(case(cls, ranks=2, strategy=strategy, **{**more, "trainer": trainer}))
+    assert got["losses"].isfinite().tolist() == [True, cls is GradientBreaks, True]
+    assert all(value.isfinite().all() for value in got["weights"].values())
     for rank in range(2):
         assert torch.load(tmp_path / f"moved{rank}.pt") == [True, False, True]

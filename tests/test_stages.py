@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -175,6 +176,64 @@ def test_stage_2_without_a_stage_1_says_what_to_give(scenes, tmp_path):
 def test_a_stage_stopped_before_its_planned_end_hands_nothing_over(scenes, tmp_path):
     main(words(scenes, 1, tmp_path / "r", "--trainer.max_steps", "5000", "--trainer.max_time", "00:00:00:02"))
     assert not (tmp_path / "r" / "stage1" / "stair").exists()
+
+
+# ------------------------------------------------------------------ alarms
+
+
+class BreaksGradients(L.Callback):
+    """From step 3 on a layer of the image tower has no finite gradient, though the loss is."""
+
+    def on_fit_start(self, trainer, pl_module):
+        def broken(gradient):
+            return gradient * float("inf") if trainer.global_step >= 3 else gradient
+
+        next(pl_module.stair.image_encoder.parameters()).register_hook(broken)
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_step == 3:
+            torch.save(pl_module.state_dict(), Path(trainer.default_root_dir) / "before.pt")
+
+
+def test_gradients_that_are_not_finite_stop_the_run_with_keys_and_the_state_from_before(scenes, tmp_path):
+    more = ("--trainer.max_steps", "12", "--health.every", "1", "--health.skip", "2")
+    with (
+        pytest.warns(UserWarning, match=r"gradient is not finite at step 4, though.*Such steps are left out"),
+        pytest.raises(
+            RuntimeError, match=r"at step 6.* of rank 0 .*train-0000.*, and 3 steps on end were so; the state"
+        ),
+    ):
+        main(words(scenes, 1, tmp_path / "r", *more, "--trainer.callbacks+", "tests.test_stages.BreaksGradients"))
+    kept = tmp_path / "r" / "stage1" / "tensorboard" / "checkpoints" / "last.ckpt"
+    saved, before = (torch.load(path, weights_only=True) for path in (kept, tmp_path / "r" / "stage1" / "before.pt"))
+    assert saved["global_step"] == 6 and saved["state_dict"].keys() == before.keys()
+    for name, weight in before.items():
+        assert torch.equal(saved["state_dict"][name], weight), name
+    assert scalars(tmp_path / "r", 1)["health/left_out"] == [0, 0, 0, 1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("flops_image", "1e9"), "run is dead"),
+        (("scale_start", "1e-3"), "loss has been log N for"),
+        (("flops_image", "0"), "of the vocabulary is active"),
+    ],
+    ids=["all zero", "stuck at log N", "all dense"],
+)
+def test_a_collapse_is_told_within_a_few_hundred_steps_by_the_settings_as_they_are(scenes, tmp_path, more, message):
+    objective = ("--model.init_args.objective.flops_text", "0", f"--model.init_args.objective.{more[0]}", more[1])
+    lr = "1e-2" if "dead" in message else "1e-9"
+    rest = ("--model.init_args.optimizer.lr", lr, "--trainer.max_steps", "540", "--trainer.val_check_interval", "540")
+    run = tmp_path / "r"
+    if "dead" in message:
+        with pytest.raises(RuntimeError, match=message):
+            main(words(scenes, 1, run, *objective, *rest))
+    else:
+        with pytest.warns(UserWarning, match=message):
+            main(words(scenes, 1, run, *objective, *rest))
+        assert scalars(run, 1)["health/alarm"][0] == 0 and scalars(run, 1)["health/alarm"][-1] == 1
 
 
 def test_an_objective_that_cannot_train_is_refused():
