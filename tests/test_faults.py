@@ -284,9 +284,10 @@ def test_captions_that_are_all_the_same_raise_the_alarm(scenes, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rate_beyond_reason_stops_the_run_and_hands_nothing_over(scenes, tmp_path):
+@pytest.mark.parametrize("rate", ["0.5", "1e20"])  # 0.5: hundreds of times too high
+def test_a_rate_beyond_reason_stops_the_run_and_hands_nothing_over(scenes, tmp_path, rate):
     with pytest.raises(RuntimeError, match=r"not finite|the run is dead"):
-        main(words(scenes, 1, tmp_path / "r", *LONGER, "--model.init_args.optimizer.lr", "1e20"))
+        main(words(scenes, 1, tmp_path / "r", *LONGER, "--model.init_args.optimizer.lr", rate))
     assert not (tmp_path / "r" / "stage1" / "stair").exists()
 
 
