@@ -4,6 +4,11 @@ Names the families (stages, data, callbacks that are always on) and joins the se
 Lightning's own command line: `--print_config`, `--help`, overlays by further `--config`.
 """
 
+if __name__ == "__main__":  # before anything is imported that takes time
+    from stair.cli import hold_signals
+
+    hold_signals()
+
 import importlib
 import warnings
 from pathlib import Path

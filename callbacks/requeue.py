@@ -34,7 +34,12 @@ class Requeue(L.Callback):
 
     - SIGUSR1 under SLURM (`#SBATCH --signal=SIGUSR1@300`, without `B:`): the job is requeued. If SLURM refuses, training
       goes on: the minutes left are not thrown away, and SIGTERM at the time limit saves again.
+    - SIGTERM under SLURM: the job is requeued, unless SLURM is ending it for another reason than preemption or the time
+      limit: one that was cancelled stays so.
     - any other: the process ends with 128 + the signal's number, so that nothing takes the stage for finished.
+
+    Signals that came while Python started wait until here (`stair.cli.hold_signals`). SIGTERM then ends the run before
+    the first step, as nothing is new; after SIGUSR1 there is time for one, so that no start is for nothing.
 
     A signal that comes where a validation is due, or during it, waits for its end: a checkpoint from just before would
     make the resumed run leave it out. So the lead of the signal must be longer than a validation. After the last planned
@@ -72,10 +77,18 @@ class Requeue(L.Callback):
             self._previous = {signum: signal.signal(signum, self._note) for signum in _ORDER}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes SIGTERM over from Lightning, whose handler waits for other ranks."""
+        """Takes SIGTERM over from Lightning, whose handler waits for other ranks, and hears what came before.
+
+        Raises:
+            SystemExit: to leave, where the job is being ended already.
+        """
         if self._previous:
             signal.signal(signal.SIGTERM, self._note)
             self._give_back(trainer)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ORDER)
+        self._agree(trainer)
+        if self._agreed == 1 + _ORDER.index(signal.SIGTERM):
+            self._leave(trainer, f"step {trainer.global_step}, where it had started: nothing is new to save")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Sees that the handlers found are put back, also before training has begun."""
@@ -94,8 +107,7 @@ class Requeue(L.Callback):
     ) -> None:
         """Agrees, and saves. The step's figures are logged after this."""
         if not self._agreed and (trainer.world_size == 1 or trainer.global_step % self.every == 0):
-            noted = torch.tensor(self._noted, device=trainer.strategy.root_device)
-            self._agreed = int(trainer.strategy.reduce(noted, reduce_op="max"))
+            self._agree(trainer)
         if not self._agreed or trainer.global_step >= planned_steps(trainer):
             return
         loop = trainer.fit_loop
@@ -113,30 +125,40 @@ class Requeue(L.Callback):
         Raises:
             SystemExit: to leave; the status is that of the first rank, 0 on others (their launcher would kill the first).
         """
-        if self._saved is None:
-            return
-        signum, where = _ORDER[self._agreed - 1], f"step {trainer.global_step}, saved in {self._saved}"
-        if signum == signal.SIGUSR1 and SLURMEnvironment.detect():
-            refusal = trainer.strategy.broadcast(_requeue() if trainer.is_global_zero else "")
+        if self._saved is not None:
+            self._leave(trainer, f"step {trainer.global_step}, saved in {self._saved}")
+
+    def _agree(self, trainer: L.Trainer) -> None:
+        noted = torch.tensor(self._noted, device=trainer.strategy.root_device)
+        self._agreed = int(trainer.strategy.reduce(noted, reduce_op="max"))
+
+    def _leave(self, trainer: L.Trainer, where: str) -> None:
+        signum, refusal = _ORDER[self._agreed - 1], ""
+        if SLURMEnvironment.detect():
+            refusal = trainer.strategy.broadcast(_requeue(signum) if trainer.is_global_zero else "")
             if not refusal:
-                _say(trainer, logging.WARNING, f"SIGUSR1: this SLURM job goes on later from {where}")
+                _say(trainer, logging.WARNING, f"{signum.name}: this SLURM job goes on later from {where}")
                 raise SystemExit(0)
-            _say(
-                trainer,
-                logging.ERROR,
-                f"SIGUSR1, but SLURM does not requeue this job: {refusal}. Training goes on until the time limit, and this "
-                f"job will NOT come back by itself: submit it again, with --requeue. The state is that of {where}",
-            )
-            later = self._noted if self._noted > self._agreed else 0  # SIGTERM, meanwhile
-            self._clear()
-            self._noted = later
-            return
+            if signum == signal.SIGUSR1:
+                self._stay(trainer, refusal, where)
+                return
         _say(
             trainer,
             logging.WARNING,
-            f"{signum.name}: stopped at {where}. To go on, give the same command with --ckpt_path last",
+            f"{signum.name}: stopped at {where}. {refusal}To go on, give the same command with --ckpt_path last",
         )
         raise SystemExit(128 + signum if trainer.is_global_zero else 0)
+
+    def _stay(self, trainer: L.Trainer, refusal: str, where: str) -> None:
+        _say(
+            trainer,
+            logging.ERROR,
+            f"SIGUSR1. {refusal}Training goes on until the time limit, and this job will NOT come back by itself: submit "
+            f"it again, with --requeue. The state is that of {where}",
+        )
+        later = self._noted if self._noted > self._agreed else 0  # SIGTERM, meanwhile
+        self._clear()
+        self._noted = later
 
 
 def save_now(trainer: L.Trainer) -> Path:
@@ -171,19 +193,34 @@ def refuse_leftover(folder: str | Path) -> None:
         )
 
 
-def _requeue() -> str:
-    """Asks SLURM to run this job again. Returns why not, empty if it will."""
+def _requeue(signum: signal.Signals) -> str:
+    """Asks SLURM to run this job again. Returns a sentence why not, empty if it will."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"`scontrol requeue {job}`: {error}"
+    if signum == signal.SIGTERM:
+        state = _scontrol("show", "job", "-o", os.environ["SLURM_JOB_ID"]).stdout
+        # within the grace time of a preemption it still runs, and would be a failed job if it ended by itself. What is
+        # ending for another reason was cancelled, or is being requeued already
+        if "JobState=RUNNING" not in state and "Reason=TimeLimit" not in state:
+            return "SLURM is ending this job. "
+    done = _scontrol("requeue", job)
     if done.returncode in (0, -signal.SIGTERM):  # requeueing ends the job's processes, scontrol among them
         return ""
     said = (done.stderr + done.stdout).strip()
-    return f"`scontrol requeue {job}` ended with {done.returncode}" + (f", saying: {said}" if said else "")
+    return (
+        f"SLURM does not requeue this job: `scontrol requeue {job}` ended with {done.returncode}"
+        + (f", saying: {said}" if said else "")
+        + ". "
+    )
+
+
+def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
+    command = ["scontrol", *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 1, "", str(error))
 
 
 def _say(trainer: L.Trainer, level: int, message: str) -> None:

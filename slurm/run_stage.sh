@@ -13,7 +13,7 @@ refuse() {
     exit 2
 }
 
-# before srun, and for its tasks below: a signal that comes before Python listens is harmless
+# SLURM signals steps, but not every version only these; here there is nothing yet to save
 trap '' USR1
 export STAIR_HOME
 cd "$STAIR_HOME" || refuse "no checkout at STAIR_HOME=$STAIR_HOME"
@@ -88,4 +88,8 @@ command=(
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun has not inherited it since SLURM 22.05
 echo "stair, stage $STAGE: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), ${SLURM_JOB_NODELIST:-}:"
 echo "srun ${command[*]@Q}"
-exec srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$@"' stage "${command[@]}"
+# a signal that comes before Python listens waits, where `env` can say so (coreutils 8.31); else SIGUSR1 does no harm until
+# Python's first line (stair.cli.hold_signals)
+hold=()
+env --block-signal=USR1 true 2> /dev/null && hold=(env --block-signal=USR1 --block-signal=TERM)
+exec srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$@"' stage "${hold[@]}" "${command[@]}"

@@ -137,13 +137,14 @@ def test_out_of_range_arguments_are_refused():
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """Writes down what it is asked, and ends as told."""
+    """Writes down what it is asked, tells of the job, and ends as told."""
 
-    def make(ends_with):
+    def make(ends_with, job="JobState=RUNNING Reason=None"):
         folder = tmp_path / "bin"
         folder.mkdir()
         (folder / "scontrol").write_text(
-            f'#!/bin/sh\necho "$@" >> {folder}/asked\necho not today >&2\nexit {ends_with}\n'
+            f'#!/bin/sh\n[ "$1" != show ] || {{ echo "JobId=17 {job}"; exit 0; }}\n'
+            f'echo "$@" >> {folder}/asked\necho not today >&2\nexit {ends_with}\n'
         )
         (folder / "scontrol").chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -164,12 +165,41 @@ def test_a_task_of_an_array_is_requeued_and_not_the_array(scontrol, monkeypatch)
     asked = scontrol(0)
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "15")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    assert requeue._requeue() == "" and asked.read_text() == "requeue 15_2\n"
+    assert requeue._requeue(signal.SIGUSR1) == "" and asked.read_text() == "requeue 15_2\n"
 
 
-def test_sigterm_under_slurm_is_not_requeued(fit, scontrol):
+# as SLURM 22.05 shows them: in a preemption's grace time, at the time limit, cancelled, requeued by another hand
+@pytest.mark.parametrize(
+    ("job", "comes_back"),
+    [
+        ("JobState=RUNNING Reason=None", True),
+        ("JobState=COMPLETING Reason=TimeLimit", True),
+        ("JobState=COMPLETING Reason=None", False),
+        ("JobState=PENDING Reason=BeginTime", False),
+    ],
+)
+def test_sigterm_requeues_a_job_that_is_not_being_ended_for_good(fit, scontrol, job, comes_back):
+    asked = scontrol(0, job)
+    status, trainer = fit(Line(when=3))
+    assert status == (0 if comes_back else 128 + signal.SIGTERM) and trainer.global_step == 4
+    assert asked.exists() == comes_back
+
+
+class Early(Line):
+    """Is sent a signal before its first step."""
+
+    def on_fit_start(self):
+        if self.when == "before":
+            os.kill(os.getpid(), self.signum)
+
+
+def test_sigterm_before_the_first_step_leaves_at_once_and_sigusr1_after_one(fit, scontrol, tmp_path):
     asked = scontrol(0)
-    assert fit(Line(when=3))[0] == 128 + signal.SIGTERM and not asked.exists()
+    for signum, steps in ((signal.SIGTERM, 0), (signal.SIGUSR1, 1)):
+        status, trainer = fit(Early("before", signum))
+        assert status == 0 and trainer.global_step == steps
+        assert (tmp_path / "checkpoints" / "last.ckpt").exists() == (steps > 0)
+    assert asked.read_text() == "requeue 17\n" * 2
 
 
 def test_a_checkpoint_of_lightnings_own_requeueing_is_not_resumed_from(tmp_path, monkeypatch):
@@ -188,6 +218,33 @@ def test_where_slurm_refuses_training_goes_on_and_says_so(fit, scontrol, caplog,
     status, trainer = fit(module)
     assert status is None and trainer.global_step == 8 and module.w.item() == 8
     assert "not today" in caplog.text and "submit it again" in caplog.text and (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_signal_while_python_imports_waits_until_the_job_can_be_requeued(tmp_path, scontrol, monkeypatch, signum):
+    asked = scontrol(0)
+    task = {"NTASKS": "1", "NTASKS_PER_NODE": "1", "NNODES": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in {**task, "NODELIST": "here", "JOB_NAME": "stair"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    write_scenes(tmp_path, train=64, val=12, image_size=32)
+    (tmp_path / "small.yaml").write_text(SMALL)
+    process = start(words(tmp_path, 1, tmp_path / "r", "--trainer.devices", "1", "--ckpt_path", "last"))
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None and not held(status, signum):
+        time.sleep(0.005)
+    process.send_signal(signum)
+    output = process.communicate(timeout=250)[0]
+    assert process.returncode == 0 and asked.read_text() == "requeue 17\n", output[-3000:]
+    assert f"{signum.name}: this SLURM job goes on later from step" in output and "Traceback" not in output
+    saved = tmp_path / "r" / "stage1" / "tensorboard" / "checkpoints" / "last.ckpt"
+    assert saved.exists() == (signum == signal.SIGUSR1)  # which leaves time for a step
+    assert not (tmp_path / "r" / "stage1" / "stair").exists()
+
+
+def held(status, signum):
+    """Whether a process has a signal wait."""
+    mask = re.search(r"SigBlk:\s*([0-9a-f]+)", status.read_text())
+    return mask is not None and int(mask[1], 16) >> (signum - 1) & 1
 
 
 # ------------------------------------------------------------------ a real run

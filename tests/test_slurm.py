@@ -23,7 +23,7 @@ from tests.test_parallel import run as on_ranks
 from tests.test_stages import SMALL, weights
 from tests.test_stages import words as stage_words
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[1]
 TOOL = Path(os.environ.get("STAIR_SLURM_CLUSTER", ROOT.parent / "shared" / "tools" / "slurm-cluster"))
@@ -37,7 +37,8 @@ def cluster(tmp_path_factory):
     if not TOOL.exists():
         pytest.skip(f"no SLURM to be had: no tool at {TOOL}; name one in STAIR_SLURM_CLUSTER")
     folder = tmp_path_factory.mktemp("slurm")
-    asked = {**os.environ, "SLURM_CLUSTER_EXTRA": "JobRequeue=0"}
+    extra = "JobRequeue=0\nPreemptType=preempt/partition_prio\nPreemptMode=REQUEUE"
+    asked = {**os.environ, "SLURM_CLUSTER_EXTRA": extra, "SLURM_CLUSTER_PARTITIONS": "debug,urgent"}
     up = subprocess.run([TOOL, "up", folder, "2"], env=asked, capture_output=True, text=True)
     if up.returncode:
         pytest.skip(f"no SLURM to be had: {TOOL} up ended with {up.returncode}: {(up.stdout + up.stderr)[-500:]}")
@@ -110,7 +111,7 @@ def saved(run):
     return lambda: (run / "stage1" / "tensorboard" / "checkpoints" / "best.ckpt").exists()
 
 
-def wait(cluster, job, limit=600):
+def wait(cluster, job, limit=1500):
     end = time.monotonic() + limit
     while (now := state(cluster, job)) in LIVING or not now:
         assert time.monotonic() < end, f"job {job} is {now} after {limit} s"
@@ -208,15 +209,45 @@ def test_the_tasks_of_an_array_are_seeds(submit, cluster, tmp_path):
     assert not torch.equal(first["image_head.dense.weight"], second["image_head.dense.weight"])
 
 
-def test_a_signal_while_python_starts_is_harmless(submit, cluster, tmp_path):
-    job = submit("sbatch", "--parsable", *SHAPE, ROOT / "slurm" / "stage1.sh", run=tmp_path / "r").strip()
-    while "srun 'lightning'" not in log_of(tmp_path, job) and state(cluster, job) in LIVING:
-        time.sleep(0.05)
+def start_of_python(submit, cluster, folder, *options):
+    """A job whose tasks have just begun to import."""
+    job = submit("sbatch", "--parsable", *SHAPE, *options, ROOT / "slurm" / "stage1.sh", run=folder / "r").strip()
+    until(cluster, job, lambda: "srun 'lightning'" in log_of(folder, job))
     time.sleep(1)
-    subprocess.run(["scancel", "--signal=USR1", job], env=cluster, check=True)
-    time.sleep(2)
-    assert state(cluster, job) == "RUNNING", log_of(tmp_path, job)[-3000:]
-    subprocess.run(["scancel", "-f", job], env=cluster, check=True)
+    return job
+
+
+def test_a_signal_while_python_starts_requeues_the_job_after_a_step(submit, cluster, tmp_path):
+    job = start_of_python(submit, cluster, tmp_path)
+    tell(cluster, "scancel", "--signal=USR1", job)
+    assert wait(cluster, job) == "COMPLETED", log_of(tmp_path, job)[-3000:]
+    log = log_of(tmp_path, job)
+    assert "SIGUSR1: this SLURM job goes on later from step 1," in log and "start 2, node" in log
+    assert "Restored all states" in log and "Traceback" not in log and weights(tmp_path / "r", 1)
+
+
+def test_a_job_that_is_preempted_while_python_starts_comes_back(submit, cluster, tmp_path):
+    tell(cluster, "scontrol", "update", "PartitionName=debug", "GraceTime=600")
+    tell(cluster, "scontrol", "update", "PartitionName=urgent", "PriorityTier=10")
+    try:
+        job = start_of_python(submit, cluster, tmp_path)
+        tell(cluster, "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+        assert wait(cluster, job) == "COMPLETED", log_of(tmp_path, job)[-3000:]
+    finally:
+        tell(cluster, "scontrol", "update", "PartitionName=debug", "GraceTime=0")
+    log = log_of(tmp_path, job)
+    # by itself, before the grace time was over: SLURM takes a job that ends meanwhile for a failed one
+    assert "SIGTERM: this SLURM job goes on later from step 0," in log and "start 2, node" in log
+    assert "DUE TO PREEMPTION" not in log and weights(tmp_path / "r", 1)
+
+
+def test_a_job_that_may_not_be_requeued_says_so_and_trains_on(submit, cluster, tmp_path):
+    job = start_of_python(submit, cluster, tmp_path, "--no-requeue")
+    tell(cluster, "scancel", "--signal=USR1", job)
+    assert wait(cluster, job) == "COMPLETED", log_of(tmp_path, job)[-3000:]
+    log = log_of(tmp_path, job)
+    assert "SLURM does not requeue this job" in log and "submit it again" in log and "start 2" not in log
+    assert weights(tmp_path / "r", 1)
 
 
 def test_a_cancelled_stage_does_not_start_the_next(submit, cluster, tmp_path):

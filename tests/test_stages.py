@@ -214,18 +214,21 @@ def test_gradients_that_are_not_finite_stop_the_run_with_keys_and_the_state_from
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("more", "steps", "message"),
     [
-        (("flops_image", "1e9"), "run is dead"),
-        (("scale_start", "1e-3"), "loss has been log N for"),
-        (("flops_image", "0"), "of the vocabulary is active"),
+        (("flops_image", "1e9"), 200, "run is dead"),
+        (("scale_start", "1e-3"), 80, "loss has been log N for"),
+        (("flops_image", "0"), 530, "of the vocabulary is active"),
     ],
     ids=["all zero", "stuck at log N", "all dense"],
 )
-def test_a_collapse_is_told_within_a_few_hundred_steps_by_the_settings_as_they_are(scenes, tmp_path, more, message):
+def test_a_collapse_is_told_within_a_few_hundred_steps_by_the_settings_as_they_are(
+    scenes, tmp_path, more, steps, message
+):
     objective = ("--model.init_args.objective.flops_text", "0", f"--model.init_args.objective.{more[0]}", more[1])
     lr = "1e-2" if "dead" in message else "1e-9"
-    rest = ("--model.init_args.optimizer.lr", lr, "--trainer.max_steps", "540", "--trainer.val_check_interval", "540")
+    rest = ("--model.init_args.optimizer.lr", lr, "--trainer.max_steps", str(steps), "--data.global_batch_size", "8")
+    rest += ("--trainer.val_check_interval", str(steps), "--trainer.log_every_n_steps", "10")
     run = tmp_path / "r"
     if "dead" in message:
         with pytest.raises(RuntimeError, match=message):
