@@ -2,14 +2,22 @@
 
     python -m benchmarks.loader_speed 'shards/*.tar' --vocabulary vocab.txt --image_size 224
 
-Prints, for one process and by turns, the processor seconds an image costs (comparable on a busy machine), then with
-reading processes the images a second, the time to the first batch, and memory over several epochs.
+In one process and by turns, the processor time an image costs (comparable on a busy machine):
+
+- tar bytes: reading the files. tar members: finding the samples in them too.
+- decode + resize: what most loaders do, Pillow's decoder in full and its bicubic resize of the whole image to the square.
+  No crop, no flip, no caption, no batch.
+- decode + crop, ours: the decoder, random crop, scaling and tensor of our pipeline, alone in a loop.
+- plain webdataset: its own stages (tar, shuffle, batch) around *our* decoding, captions and tokenising.
+- ours: all of it, to the batch that a step is given (uint8; the model normalises).
+
+Then with reading processes: images a second, time to the first batch (processes started within it), and memory over one
+long epoch, in quarters.
 """
 
 import argparse
 import io
 import itertools
-import json
 import os
 import random
 import statistics
@@ -24,6 +32,7 @@ import torch
 import webdataset
 from PIL import Image
 
+from benchmarks.ratios import header
 from datamodules.augment import Augment
 from datamodules.pairs import Pair
 from datamodules.shards import ImageTextShards
@@ -59,7 +68,6 @@ def decode_and_resize_as_we_do(images: list[bytes], augment: Augment) -> None:
 
 
 def plain_webdataset(data: ImageTextShards, shards: list[str]) -> None:
-    """The same work by the library's own stages: shuffle, decode with Pillow, crop, one caption, tokenise, batch."""
     rng = random.Random(0)
 
     def pair(sample: dict[str, Any]) -> Pair:
@@ -80,34 +88,54 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def by_turns(contestants: dict[str, Callable[[], None]], images: int, repeats: int) -> dict[str, float]:
-    """Median processor microseconds an image."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _, (name, work) in itertools.product(range(repeats), contestants.items()):
+def by_turns(contestants: dict[str, Callable[[], None]], images: int, rounds: int) -> dict[str, list[float]]:
+    """Processor microseconds an image in each round, after one round to warm up."""
+    cost: dict[str, list[float]] = {name: [] for name in contestants}
+    for at, (name, work) in itertools.product(range(rounds + 1), contestants.items()):
         start = time.process_time()
         work()
-        seconds[name].append(time.process_time() - start)
-    return {name: statistics.median(values) / images * 1e6 for name, values in seconds.items()}
+        if at:
+            cost[name].append((time.process_time() - start) / images * 1e6)
+    return cost
 
 
-def resident_mib(pids: list[int]) -> float:
-    """Memory of processes, shared pages counted in each."""
-    return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE for pid in pids) / 2**20
+def _middle(values: list[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
-def with_processes(data: ImageTextShards, epochs: int) -> Iterator[dict[str, float]]:
+def side_by_side(cost: dict[str, list[float]]) -> Iterator[str]:
+    yield "| what | µs of processor an image, median (range) | images a second and core | ours has so much of its speed |"
+    yield "|---|---|---|---|"
+    for name, values in cost.items():
+        shares = [theirs / mine for theirs, mine in zip(values, cost["ours"], strict=True)]
+        rate = 1e6 / statistics.median(values)
+        yield f"| {name} | {_middle(values, '.0f')} | {rate:.0f} | {_middle(shares, '.3f')} |"
+
+
+def resident_mib(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE / 2**20
+
+
+def watched(loader: Any) -> Iterator[tuple[float, int, list[float]]]:
+    """The clock, the batch's size, and MiB of this process and of each worker, batch by batch; shared pages in each."""
+    for batch in loader:
+        workers = [process.pid for process in getattr(loader._iterator, "_workers", [])]
+        yield time.perf_counter(), len(batch["pixels"]), [resident_mib(pid) for pid in (os.getpid(), *workers)]
+
+
+def with_processes(data: ImageTextShards) -> Iterator[str]:
     data.setup("fit")
     loader = data.train_dataloader()
-    for epoch in range(epochs):
-        start = time.perf_counter()
-        for number, batch in enumerate(loader):
-            if number == 0:
-                first, size = time.perf_counter() - start, len(batch["pixels"])
-            if number == len(loader) - 2:
-                workers = [process.pid for process in getattr(loader._iterator, "_workers", [])]
-                memory = resident_mib([os.getpid(), *workers])
-        rate = (len(loader) - 1) * size / (time.perf_counter() - start - first)
-        yield {"epoch": epoch, "first_batch_s": first, "images_per_s": rate, "resident_MiB": memory}
+    start = time.perf_counter()
+    clock, sizes, memory = zip(*watched(loader), strict=True)
+    rate = sum(sizes[1:]) / (clock[-1] - clock[0])
+    yield f"{data.workers} workers: first batch after {clock[0] - start:.2f} s, then {rate:.0f} images a second\n"
+    names = ["this process", *(f"worker {i}" for i in range(data.workers))]
+    yield f"| MiB in quarters of {len(clock)} batches of {sizes[0]} | first | second | third | last |"
+    yield "|---|---|---|---|---|"
+    for name, values in zip(names, zip(*memory, strict=True), strict=True):
+        quarters = [statistics.mean(part) for part in np.array_split(values, 4)]
+        yield f"| {name} | " + " | ".join(f"{value:.0f}" for value in quarters) + " |"
 
 
 def main() -> None:
@@ -117,9 +145,9 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--shuffle", type=int, default=1000)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=400, help="with workers; 0 leaves that part out")
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -139,17 +167,14 @@ def main() -> None:
         "plain webdataset": partial(plain_webdataset, alone, shards),
         "ours": partial(ours, alone.train_dataloader()),
     }
-    cost = by_turns(contestants, len(images), args.repeats)
-    for name, microseconds in cost.items():
-        print(
-            f"{name:22}{microseconds:9.0f} us of processor an image {1e6 / microseconds:9.0f} images a second and core"
-        )
-    print(f"ours / decode + resize {cost['decode + resize'] / cost['ours']:.3f} of its speed")
-    print(f"ours / plain webdataset {cost['plain webdataset'] / cost['ours']:.3f} of its speed")
-    print(json.dumps({"images": len(images), "microseconds": cost}))
-    if args.epochs:
-        for line in with_processes(make(workers=args.workers), args.epochs):
-            print(json.dumps({key: round(value, 2) for key, value in line.items()}))
+    kib = statistics.mean(map(len, images)) / 1024
+    print(header("Reading images for training", torch.device("cpu")))
+    print(f"{len(images)} images of {kib:.0f} KiB, to {args.image_size} px, by turns in one process\n")
+    print(*side_by_side(by_turns(contestants, len(images), args.rounds)), sep="\n", flush=True)
+    if args.batches:
+        print()
+        samples = args.batches * args.batch_size
+        print(*with_processes(make(workers=args.workers, resample=True, train_samples=samples)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -187,6 +187,19 @@ def _of_shards(counted: Count, stated: bool) -> Iterator[Said]:
     elif counted.incomplete:
         what = f"{counted.incomplete} samples have no image or no caption member"
         yield "warns", what, "training skips and counts them, up to --data.max_bad_share; evaluation refuses them"
+    if copies := counted.copies.total():
+        shard, most = counted.copies.most_common(1)[0]
+        what = (
+            f"{copies} samples are in an earlier shard too, by key and size of all members: {most} of them in {shard}"
+        )
+        yield (
+            "warns",
+            what,
+            "leave one of the copies out of --data.train: they come twice an epoch, and against each other",
+        )
+    if counted.namesakes:
+        what = f"{counted.namesakes} keys come in several shards, with other content"
+        yield "notes", what, "nothing: a sample is told by its shard and key"
     for severity, found in (("stops", counted.stale), ("warns", counted.doubtful)):
         for shard, reason in list(found.items())[:1]:
             what = f"{len(found)} shards are not what their index says, the first is {shard}: {reason}"

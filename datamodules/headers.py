@@ -30,6 +30,8 @@ class Count:
         sizes: bytes of the local ones.
         broken: what is wrong with shards, by path.
         repeated: keys that come twice in one shard.
+        copies: samples that another shard has too, by key and the sizes of all members; by the path of the later one.
+        namesakes: samples whose key, but no more, another shard has too.
         incomplete: samples without image or caption member, in shards whose headers were read.
         walked: shards whose headers were read.
         stale: shards of another size than their index says, with both; a run refuses these.
@@ -41,10 +43,14 @@ class Count:
     sizes: dict[str, int] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     repeated: Counter[str] = field(default_factory=Counter)
+    copies: Counter[str] = field(default_factory=Counter)
+    namesakes: int = 0
     incomplete: int = 0
     walked: list[str] = field(default_factory=list)
     stale: dict[str, str] = field(default_factory=dict)
     doubtful: dict[str, str] = field(default_factory=dict)
+    _keys: set[int] = field(default_factory=set)
+    _samples: set[int] = field(default_factory=set)
 
     @property
     def total(self) -> int:
@@ -110,6 +116,7 @@ def _compare_checksums(count: Count, entries: dict[str, dict[str, Any] | None]) 
 
 def _walk(count: Count, shard: str) -> None:
     keys: set[int] = set()
+    sized: set[int] = set()
     samples = 0
     count.walked.append(shard)
     try:
@@ -117,10 +124,16 @@ def _walk(count: Count, shard: str) -> None:
             samples += 1
             count.repeated[shard] += hash(key) in keys
             keys.add(hash(key))
+            sized.add(hash((key, *sorted((kind, size) for kind, (_, size) in members.items()))))
             lacking = not members.keys() & set(IMAGE_TYPES) or not members.keys() & set(CAPTION_TYPES)
             count.incomplete += lacking
     except ValueError as error:
         count.broken[shard] = str(error)
+    if copies := len(sized & count._samples):
+        count.copies[shard] = copies
+    count.namesakes += len(keys & count._keys) - copies
+    count._keys |= keys
+    count._samples |= sized
     if count.samples.get(shard, samples) != samples and shard not in count.stale:
         count.doubtful[shard] = f"{count.samples[shard]} samples by its index or statistics, {samples} in the tar"
     count.samples[shard] = samples

@@ -184,6 +184,18 @@ def test_what_makes_a_run_worse_is_named_with_what_mends_it_and_the_status_is_0(
     assert status == 0 and re.search(said, mends(report, "warns")), report["findings"]
 
 
+def test_samples_that_are_in_two_shards_are_told_from_keys_that_are(tmp_path, capsys):
+    write_tar(tmp_path / "a-0.tar", members(range(20)))
+    write_tar(tmp_path / "a-1.tar", members(range(12, 32)))
+    report, status = told(capsys, str(tmp_path / "a-*.tar"))
+    assert status == 0 and re.search(
+        r"8 samples are in an earlier shard too.*8 of them in .*a-1", mends(report, "warns")
+    )
+    write_tar(tmp_path / "a-1.tar", members(range(12, 32), texts=lambda n: [f"another sentence {n}"]))
+    report, _ = told(capsys, str(tmp_path / "a-*.tar"))
+    assert "earlier shard" not in mends(report, "warns") and "8 keys come in several shards" in mends(report, "notes")
+
+
 def test_left_and_right_are_seen_where_the_runs_files_say_flip(tmp_path, vocab, capsys):
     write_tar(tmp_path / "a.tar", members(range(40), lambda n: [f"word{n} to the left of word1"]))
     recipe = tmp_path / "recipe.yaml"
