@@ -2,12 +2,14 @@
 
 python benchmarks/step.py                          ViT-B/16 and BERT-base from scratch, B=8, 1 % and 100 % active words
 python benchmarks/step.py --towers small --batch 256 --half      the towers of configs/small
+python benchmarks/step.py --towers demo --batch 128 --words 244 --plain  make demo's, and with a plain head
 Pixels are random, captions have the lengths of --lengths. Append `> benchmarks/results/step_CHIP_DATE.md` to keep a record.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from ratios import header, interleaved, table
@@ -15,10 +17,12 @@ from ratios import header, interleaved, table
 from lightning_modules.optimizer import Optimizer
 from stair.clip import ClipConfig, DenseClip
 from stair.encoders import ImageTower, TextTower
+from stair.kernels import vocabulary_max_reference
 from stair.losses import flops, info_nce
 from stair.model import Stair, StairConfig
 
 SMALL_IMAGE = {"patch_size": 16, "embed_dim": 192, "depth": 4, "num_heads": 3}
+DEMO_IMAGE = {"patch_size": 8, "embed_dim": 128, "depth": 3, "num_heads": 4}
 SMALL_TEXT = {
     "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 512,
     "max_position_embeddings": 32,
@@ -27,8 +31,9 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def towers(name):
-    if name == "small":
-        image = ImageTower("vit_tiny_patch16_224", pretrained=False, image_size=64, options=SMALL_IMAGE)
+    if name != "base":
+        options = SMALL_IMAGE if name == "small" else DEMO_IMAGE
+        image = ImageTower("vit_tiny_patch16_224", pretrained=False, image_size=64, options=options)
         return image, TextTower("bert", pretrained=False, max_tokens=32, options=SMALL_TEXT)
     return ImageTower(pretrained=False), TextTower("bert", pretrained=False)
 
@@ -89,15 +94,29 @@ def training(model, loss_of, device, half):
     return run
 
 
+def with_plain_head(run):
+    """The same step by the formula word for word, whose logits of all positions are kept for the backward pass."""
+
+    def plain(hidden, mask, weight, bias, active):
+        return vocabulary_max_reference(hidden, mask, weight, bias)
+
+    def patched():
+        with patch("stair.head.vocabulary_max", plain):
+            run()
+
+    return patched
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {"batch": 8, "words": 30_522, "rounds": 5, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--towers", choices=["base", "small"], default="base")
+    parser.add_argument("--towers", choices=["base", "small", "demo"], default="base")
     parser.add_argument(
         "--lengths", type=int, nargs=2, default=(8, 37), help="shortest and longest caption, word pieces"
     )
     parser.add_argument("--active", type=float, nargs="+", default=[0.01, 1.0])
+    parser.add_argument("--plain", action="store_true", help="STAIR with the textbook's head as well")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--half", action="store_true", help="bf16 autocast")
     args = parser.parse_args()
@@ -111,6 +130,8 @@ def main():
         with torch.no_grad():
             active = {side: int((out > 0).sum(1).float().mean()) for side, out in stair(*parts).items()}
         runs = {"dense CLIP": step(clip, parts, False, args.half), "STAIR": step(stair, parts, True, args.half)}
+        if args.plain:
+            runs["STAIR, plain head"] = with_plain_head(runs["STAIR"])
         seconds = interleaved(runs, args.rounds, device)
         print(f"{share:.0%} asked for; active words {active}\n\n{table(seconds, 'dense CLIP')}")
 
