@@ -220,6 +220,7 @@ def test_where_slurm_refuses_training_goes_on_and_says_so(fit, scontrol, caplog,
     assert "not today" in caplog.text and "submit it again" in caplog.text and (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_while_python_imports_waits_until_the_job_can_be_requeued(tmp_path, scontrol, monkeypatch, signum):
     asked = scontrol(0)
@@ -233,7 +234,7 @@ def test_a_signal_while_python_imports_waits_until_the_job_can_be_requeued(tmp_p
     while process.poll() is None and not held(status, signum):
         time.sleep(0.005)
     process.send_signal(signum)
-    output = process.communicate(timeout=250)[0]
+    output = process.communicate(timeout=800)[0]
     assert process.returncode == 0 and asked.read_text() == "requeue 17\n", output[-3000:]
     assert f"{signum.name}: this SLURM job goes on later from step" in output and "Traceback" not in output
     saved = tmp_path / "r" / "stage1" / "tensorboard" / "checkpoints" / "last.ckpt"
