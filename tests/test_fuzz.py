@@ -116,6 +116,17 @@ def test_descriptions_of_models_are_read_or_refused(tiny_stair, tmp_path, slow):
 # ------------------------------------------------------------------ indices
 
 
+@pytest.mark.parametrize("broken", [b"(452(, }", b"(452,", b"'\x00'"])
+def test_an_array_whose_header_is_no_python_is_a_damaged_index(tmp_path, broken):
+    SparseIndex.build(tmp_path / "i", embeddings(5))
+    path = next((tmp_path / "i").rglob("bytes.npy"))
+    content = path.read_bytes()
+    at = content.index(b"'shape': (") + 9
+    path.write_bytes(content[:at] + broken + content[at + len(broken) :])
+    with pytest.raises(ValueError, match=r"bytes\.npy"):
+        SparseIndex.open(tmp_path / "i")
+
+
 @BOTH
 def test_a_damaged_index_is_refused_or_answers_rightly(tmp_path, slow):
     query = np.ones((1, V), np.float32)

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from scipy import sparse
 from stair.index.columns import Columns, Condition, Texts, texts_to_arrays, write_columns
 from stair.index.files import Record, check, sync_folder, write_array
 from stair.index.postings import Arrays, checked, invert
+from stair.plain import plain
 
 _NAME = re.compile(r"segment-[0-9a-f]+/[a-z]+[a-z0-9_]*(-[0-9a-f]+)?\.npy")
 
@@ -191,5 +193,8 @@ def _lookup(ids: Sequence[str]) -> dict[str, NDArray[Any]]:
 
 
 def _mapped(path: Path) -> NDArray[Any]:
-    # asarray: a plain array over the map, for which numba compiles one form only
-    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    try:
+        # asarray: a plain array over the map, for which numba compiles one form only
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (ValueError, SyntaxError, TokenError) as error:  # of a damaged header, which numpy reads as Python
+        raise ValueError(f"{path} is no array ({plain(str(error))}): the index is damaged, build it again") from error
