@@ -217,7 +217,7 @@ def test_mixtures_that_make_no_sense_are_refused(tmp_path, vocab):
 
 # ---- a real run, killed hard
 
-LOG = re.compile(r"^SAW (\d+) (\w+)$", re.M)
+LOG = re.compile(r"^SAW (\d+) (\d+) (\w+)$", re.M)
 SPY = """
 import hashlib, os, sys
 sys.path.insert(0, {root!r})
@@ -228,7 +228,8 @@ from lightning_modules.stage import StairStage
 plain = StairStage.training_step
 def training_step(self, batch, batch_idx):
     saw = "|".join(batch["key"]).encode() + batch["ids"].numpy().tobytes() + batch["pixels"].numpy().tobytes()
-    print("SAW", self.trainer.global_step, hashlib.md5(saw).hexdigest(), flush=True)
+    line = ["SAW", self.global_rank, self.trainer.global_step, hashlib.md5(saw).hexdigest()]
+    os.write(1, ("\\n" + " ".join(map(str, line)) + "\\n").encode())  # at once: ranks share the pipe
     return plain(self, batch, batch_idx)
 StairStage.training_step = training_step
 main(sys.argv[1:])
@@ -247,30 +248,39 @@ def start(folder: Path, *more: str) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def seen(output: str) -> dict[int, str]:
-    return {int(step): what for step, what in LOG.findall(output)}
+def seen(output: str) -> dict[tuple[int, int], str]:
+    """What each rank saw at each step."""
+    return {(int(rank), int(step)): what for rank, step, what in LOG.findall(output)}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_fit_that_is_killed_goes_on_with_the_batches_it_would_have_seen(tmp_path, workers):
-    from tests.test_stages import SMALL
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_fit_that_is_killed_goes_on_with_the_batches_it_would_have_seen(tmp_path, ranks, workers):
+    from tests.test_stages import SMALL, scalars
 
     write_scenes(tmp_path, train=64, val=12, image_size=32)
     (tmp_path / "small.yaml").write_text(SMALL)
-    more = ["--trainer.max_steps", "40", "--trainer.val_check_interval", "7", "--data.workers", str(workers)]
-    whole = start(tmp_path, "whole", *more)
+    mixed = f"{{a: {{shards: '{tmp_path}/train-*.tar', weight: 3}}, b: {{shards: '{tmp_path}/val-*.tar', weight: 1}}}}"
+    more = ["--trainer.max_steps", "20", "--trainer.val_check_interval", "3", "--data.workers", str(workers)]
+    more += ["--trainer.accelerator", "cpu", "--trainer.devices", str(ranks), "--data.train", mixed]
+    whole = seen(start(tmp_path, "whole", *more).communicate(timeout=800)[0])
+    assert whole.keys() == set(itertools.product(range(ranks), range(20)))
     told = start(tmp_path, "told", *more)
     output = ""
     for line in told.stdout:  # killed hard: no signal it could act on
         output += line
-        if line.startswith("SAW 16 "):
+        if line.startswith("SAW 0 9 "):
             os.killpg(told.pid, signal.SIGKILL)
             break
     told.wait()
-    expected = seen(whole.communicate(timeout=200)[0])
-    assert len(expected) == 40
-    again = start(tmp_path, "told", *more, "--ckpt_path", "last").communicate(timeout=200)[0]
+    again = start(tmp_path, "told", *more, "--ckpt_path", "last").communicate(timeout=800)[0]
     resumed = seen(again)
-    assert min(resumed) == 14 and max(resumed) == 39, again[-2000:]
-    assert {**seen(output), **resumed} == expected
+    assert 0 < min(step for _, step in resumed) <= 9 and len(resumed) < len(whole), again[-2000:]
+    assert {**seen(output), **resumed} == whole
+    # of all ranks, and counted on
+    logged = scalars(tmp_path / "told", 1)
+    assert logged["source/a/pairs"][-1] == 20 * 12 and logged["source/b/pairs"][-1] == 20 * 4
+    losses = zip(logged["source/a/loss"], logged["source/b/loss"], strict=True)
+    assert [0.75 * a + 0.25 * b for a, b in losses] == pytest.approx(logged["train/contrastive"], rel=1e-3)
