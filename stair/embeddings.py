@@ -211,6 +211,8 @@ def read_header(path: Path) -> dict[str, str]:
         raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} holds no STAIR embeddings ({header.get('format')!r}); `stair embed` writes them")
+    if missing := {"model", "similarity", "tokens", "facts"} - header.keys():
+        raise ValueError(f"{path} is damaged: it does not say its {', '.join(sorted(missing))}; embed again")
     return header
 
 

@@ -162,6 +162,15 @@ def test_a_damaged_index_is_refused_or_answers_rightly(tmp_path, slow):
     run()
 
 
+@pytest.mark.parametrize("key", ["model", "similarity", "tokens", "facts"])
+def test_embeddings_that_do_not_say_what_they_are_are_damaged(tmp_path, key):
+    embeddings(3).save(tmp_path / "part-0.safetensors")
+    whole = (tmp_path / "part-0.safetensors").read_bytes()
+    (tmp_path / "part-0.safetensors").write_bytes(whole.replace(f'"{key}":'.encode(), f'"{key[:-1]}_":'.encode()))
+    with pytest.raises(ValueError, match=f"part-0.safetensors is damaged.* {key};"):
+        Embeddings.load(tmp_path)
+
+
 @BOTH
 def test_damaged_embeddings_are_refused_or_read_rightly(tmp_path, slow):
     part = embeddings(12, metadata=[{"n": n} for n in range(12)])
@@ -264,6 +273,15 @@ def requests(draw):
             WORDS.map(json.dumps) | st.sampled_from(["[" * 5000, "{", '{"dog": 1e999}', '{"red": NaN}'])
         )
     return method, path, body, query
+
+
+def test_a_picture_whose_place_is_none_is_not_found(client):
+    # a damaged or hostile index may name anything
+    assert [client.get("/picture", params={"id": str(n)}).status_code for n in range(9)] == [200] + [404] * 5 + [
+        200,
+        404,
+        404,
+    ]
 
 
 @BOTH

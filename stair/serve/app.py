@@ -143,10 +143,10 @@ class SearchPage:
         place = self.index.metadata(name)
         if self.root is None or not isinstance(place.get("file"), str):
             raise HTTPException(404, "no picture is known of this document")
-        path = (self.root / place["file"]).resolve()
-        if not path.is_relative_to(self.root) or not path.is_file():
-            raise HTTPException(404, "the picture is not in the collection")
         try:
+            path = (self.root / place["file"]).resolve()
+            if not path.is_relative_to(self.root) or not path.is_file():
+                raise HTTPException(404, "the picture is not in the collection")
             with path.open("rb") as file:
                 file.seek(int(place.get("offset", 0)))
                 data = file.read(min(int(place.get("length", _MOST_BYTES)), _MOST_BYTES))
