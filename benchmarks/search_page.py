@@ -30,7 +30,9 @@ def client(address: str, text: str, until: float, waits: dict[str, list[float]],
             waits[path].append(time.perf_counter() - start)
         return content
 
-    while time.perf_counter() < until:
+    asked = False
+    while not asked or time.perf_counter() < until:
+        asked = True
         ask("/api/search", {"words": ask("/api/text", {"text": text})["words"]})
 
 
@@ -42,6 +44,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10)
     options = parser.parse_args()
     waits: dict[str, list[float]] = {"/api/text": [], "/api/search": []}
+    try:
+        client(options.address, options.text, 0.0, waits, threading.Lock())
+    except OSError as error:
+        raise SystemExit(f"nothing answers at {options.address} ({error}); start `stair serve` first") from error
+    waits = {path: [] for path in waits}
     lock, until = threading.Lock(), time.perf_counter() + options.seconds
     threads = [
         threading.Thread(target=client, args=(options.address, options.text, until, waits, lock))
