@@ -109,7 +109,7 @@ class ContrastiveModule(L.LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        """Sets the scale's start.
+        """Checks the trainer.
 
         Raises:
             ValueError: if the trainer accumulates gradients, which would cut the contrastive batch into pieces.
@@ -119,6 +119,9 @@ class ContrastiveModule(L.LightningModule):
                 f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}: each piece would be compared "
                 "with itself only. Set model.micro_batch_size instead, which keeps the whole batch in one loss"
             )
+
+    def on_train_start(self) -> None:
+        """Sets the scale's start; not earlier, as only here a resumed run knows its step."""
         if self.scale_start is not None and self.trainer.global_step == 0:
             self.set_scale(self.scale_start)
 

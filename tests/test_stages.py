@@ -312,7 +312,15 @@ def start(arguments, **more):
 
 
 def test_a_run_killed_hard_resumes_to_the_same_weights_as_one_never_interrupted(scenes, tmp_path):
-    more = ["--trainer.max_steps", "14", "--trainer.val_check_interval", "2"]
+    # a scale whose start is set, which a resumed run must not do again
+    more = [
+        "--trainer.max_steps",
+        "14",
+        "--trainer.val_check_interval",
+        "2",
+        "--model.init_args.objective.scale_start",
+        "5",
+    ]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = start(words(scenes, 1, killed, *more))
     checkpoint = killed / "stage1" / "tensorboard" / "checkpoints" / "last.ckpt"
