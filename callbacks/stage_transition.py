@@ -35,6 +35,7 @@ class StageTransition(L.Callback):
         self.start_from = start_from
         self.hand_over = hand_over
         self.after = after
+        self._trained = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Takes over and freezes.
@@ -79,6 +80,19 @@ class StageTransition(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hands over, if the planned steps are done: this is also called when a time limit stopped the run."""
+        self._trained = True
+        self._hand_over(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hands over in a run that was killed between its last checkpoint and the hand-over, and is resumed.
+
+        It has no step left, and Lightning then calls nothing of training; the model is on the CPU again by now.
+        """
+        if not self._trained:
+            pl_module.to(trainer.strategy.root_device)
+            self._hand_over(trainer, pl_module)
+
+    def _hand_over(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not isinstance(pl_module, ContrastiveModule):
             return
         planned = planned_steps(trainer)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -336,6 +337,16 @@ def test_a_run_killed_hard_resumes_to_the_same_weights_as_one_never_interrupted(
     main(words(scenes, 1, whole, *more))
     for (name, a), b in zip(weights(killed, 1).items(), weights(whole, 1).values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_the_hand_over_hands_over_when_resumed(scenes, tmp_path):
+    more = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--ckpt_path", "last"]
+    main(words(scenes, 1, tmp_path / "r", *more))
+    before = weights(tmp_path / "r", 1)
+    shutil.rmtree(tmp_path / "r" / "stage1" / "stair")
+    main(words(scenes, 1, tmp_path / "r", *more))
+    after = weights(tmp_path / "r", 1)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
