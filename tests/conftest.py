@@ -78,3 +78,12 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip(f"no real images at {folder}; set STAIR_SHARED_DATA")
     return folder
+
+
+def write_small_scenes(folder: Path, settings: str) -> Path:
+    """Drawn scenes for runs of seconds, with a vocabulary, and `small.yaml` to overlay."""
+    from datamodules.synthetic import write_scenes
+
+    write_scenes(folder, train=64, val=12, image_size=32)
+    (folder / "small.yaml").write_text(settings)
+    return folder

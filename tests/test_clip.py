@@ -7,13 +7,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from datamodules.synthetic import write_scenes
 from lightning_modules import Clip
 from lightning_modules.optimizer import Optimizer
 from main import main
 from stair import Stair
 from stair.clip import ClipConfig, DenseClip
-from tests.conftest import tiny_config
+from tests.conftest import tiny_config, write_small_scenes
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
@@ -45,10 +44,7 @@ def words(scenes, run, *more, subcommand="fit"):
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, train=64, val=12, image_size=32)
-    (folder / "small.yaml").write_text(SMALL)
-    return folder
+    return write_small_scenes(tmp_path_factory.mktemp("scenes"), SMALL)
 
 
 @pytest.fixture(scope="module")

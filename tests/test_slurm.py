@@ -15,9 +15,9 @@ import lightning as L
 import pytest
 import torch
 
-from datamodules.synthetic import write_scenes
 from main import main
 from stair import Stair
+from tests.conftest import write_small_scenes
 from tests.test_parallel import Case
 from tests.test_parallel import run as on_ranks
 from tests.test_stages import SMALL, weights
@@ -54,10 +54,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, train=64, val=12, image_size=32)
-    (folder / "small.yaml").write_text(SMALL)
-    return folder
+    return write_small_scenes(tmp_path_factory.mktemp("scenes"), SMALL)
 
 
 class Pace(L.Callback):
@@ -179,7 +176,8 @@ def test_a_node_that_disappears_ends_in_a_new_start(submit, cluster, tmp_path):
         while state(cluster, job) == "RUNNING":
             time.sleep(0.1)
     finally:
-        tell(cluster, "scontrol", "update", "NodeName=node2", "State=RESUME")
+        # refused where the node has registered again meanwhile, and so is back
+        subprocess.run(["scontrol", "update", "NodeName=node2", "State=RESUME"], env=cluster, check=False)
     assert wait(cluster, job) == "COMPLETED", log_of(tmp_path, job)[-3000:]
     log = log_of(tmp_path, job)
     assert "start 2, node" in log and "Restored all states" in log and weights(run, 1)

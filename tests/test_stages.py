@@ -15,13 +15,12 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from datamodules.synthetic import write_scenes
 from lightning_modules import Stage1, Stage3
 from lightning_modules.optimizer import Optimizer
 from lightning_modules.stage import Objective
 from main import main
 from stair import Stair
-from tests.conftest import tiny_config
+from tests.conftest import tiny_config, write_small_scenes
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
@@ -39,10 +38,7 @@ trainer: {max_steps: 4, val_check_interval: 2, log_every_n_steps: 1, enable_prog
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, train=64, val=12, image_size=32)
-    (folder / "small.yaml").write_text(SMALL)
-    return folder
+    return write_small_scenes(tmp_path_factory.mktemp("scenes"), SMALL)
 
 
 def words(scenes, stage, run, *more, subcommand="fit"):
