@@ -2,6 +2,8 @@
 
 `L = InfoNCE(image, text) + r(t) · (λ_image · FLOPs(image) + λ_text · FLOPs(text))`   (STAIR, section 2)
 
+With `own_words_share` s, InfoNCE is `(1 - s) · InfoNCE(image, text) + s · InfoNCE(image, text cut to own words)`. [ours]
+
 B images, C captions (C = B in training), V words.
 """
 
@@ -39,6 +41,8 @@ class Objective:
         flops_text_words: which of a text's words λ_text weighs on in the masked stage. `own`: what the mask lets through,
             the paper's form. `all`: as if there were no mask, so that words outside it have a gradient; costs a full text
             head, and learned sentences far more slowly (docs/results.md).
+        own_words_share: how much of the contrastive loss of an unmasked stage is that of texts cut to their own words, in
+            [0, 1): what stage 1 taught words goes on being taught. 0, the paper's form, does without (docs/paper.md).
     """
 
     similarity: Literal["dot", "cosine"] = "dot"
@@ -51,6 +55,7 @@ class Objective:
     flops_text: float = 1e-3
     flops_ramp_steps: int = 0
     flops_text_words: Literal["own", "all"] = "own"
+    own_words_share: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuses values that cannot train."""
@@ -60,6 +65,10 @@ class Objective:
             raise ValueError(f"objective.scale_start is {self.scale_start}; the scale lies in (0, 100]")
         if min(self.flops_image, self.flops_text, self.flops_ramp_steps) < 0:
             raise ValueError("objective.flops_image, flops_text and flops_ramp_steps must not be negative")
+        if not 0 <= self.own_words_share < 1:
+            raise ValueError(
+                f"objective.own_words_share is {self.own_words_share}; give a share from 0 to below 1 (1 would be stage 1)"
+            )
 
 
 class StairStage(ContrastiveModule):
@@ -87,6 +96,11 @@ class StairStage(ContrastiveModule):
         recompute: bool = False,
         compile: str | None = None,
     ) -> None:
+        if self.text_words == "own" and objective.own_words_share:
+            raise ValueError(
+                f"objective.own_words_share is {objective.own_words_share}, but stage {self.stage} sees own words only; "
+                "set it in stages 2 and 3"
+            )
         start = objective.scale_start
         start = None if isinstance(start, str) else start
         super().__init__(optimizer, start, micro_batch_size, recompute, compile)
@@ -108,9 +122,16 @@ class StairStage(ContrastiveModule):
         return self.stair
 
     def embed(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Embeds one micro-batch; with `text_unmasked_CV` where λ_text weighs on more than the mask lets through."""
+        """Embeds one micro-batch.
+
+        With `text_unmasked_CV` where λ_text weighs on more than the mask lets through, and `text_own_CV` where texts are
+        also compared by their own words alone.
+        """
         unmasked = self.training and self.text_words == "own" and self.objective.flops_text_words != "own"
-        return self.stair(pixels, ids, mask, unmasked)
+        encoded: dict[str, Tensor] = self.stair(pixels, ids, mask, unmasked)
+        if self.training and self.objective.own_words_share:
+            encoded["text_own_CV"] = encoded["text_CV"] * self.stair.vocabulary.own_words(ids, mask)
+        return encoded
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One step: encode, compare with all ranks, regularise. Returns and logs the parts by name."""
@@ -121,12 +142,16 @@ class StairStage(ContrastiveModule):
             spread = info_nce(*(side.detach() for side in pairs), torch.ones(1, device=self.device), cosine).logit_std
             self.set_scale(self.objective.first_logit_std / max(float(spread), 1e-6))
         contrastive = info_nce(*pairs, self.stair.scale, cosine)
+        compared, own = contrastive.loss, dict[str, Tensor]()
+        if share := self.objective.own_words_share:
+            own["contrastive_own"] = info_nce(pairs[0], encoded["text_own_CV"], self.stair.scale, cosine).loss
+            compared = (1 - share) * compared + share * own["contrastive_own"]
         rising = ramp(self.trainer.global_step, self.objective.flops_ramp_steps)
         lambda_image = rising * self.objective.flops_image * self.regulariser_image.factor
         lambda_text = rising * self.objective.flops_text * self.regulariser_text.factor
         cost_image = self.regulariser_image(encoded["image_BV"], rising)
         cost_text = self.regulariser_text(encoded.get("text_unmasked_CV", encoded["text_CV"]), rising)
-        loss = contrastive.loss + lambda_image * cost_image + lambda_text * cost_text
+        loss = compared + lambda_image * cost_image + lambda_text * cost_text
         quantity = self.regulariser_image.quantity
         logged = {
             "loss": loss,
@@ -134,5 +159,6 @@ class StairStage(ContrastiveModule):
             f"{quantity}_text": cost_text,
             "lambda_image": lambda_image,
             "lambda_text": lambda_text,
+            **own,
         }
         return self.report(logged, contrastive, encoded)

@@ -39,6 +39,7 @@ class Case:
     strategy: Any = "ddp"
     optimizer: str = "adamw"
     settings: dict[str, Any] = field(default_factory=dict)  # of the stage
+    objective: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     wrong: tuple[str, ...] = ()  # parts of the loss that lose their factor of ranks
     resume: str | None = None  # a checkpoint
@@ -124,7 +125,8 @@ def make(case):
         "attention_probs_dropout_prob": case.dropout,
     }
     config.image.options = config.image.options | {"proj_drop_rate": case.dropout}
-    objective = Objective(similarity="cosine" if case.cls.stage == 3 else "dot", flops_image=0.05, flops_text=0.1)
+    similarity = "cosine" if case.cls.stage == 3 else "dot"
+    objective = Objective(similarity=similarity, flops_image=0.05, flops_text=0.1, **case.objective)
     module = case.cls(
         config, objective, Optimizer(case.optimizer, lr=1e-3, warmup_steps=1), case.micro, **case.settings
     )
@@ -216,6 +218,14 @@ def test_two_ranks_by_micro_batches_train_as_one_process_does(case, cls):
     want = run(case(cls))
     assert any(name.startswith("stair.image_encoder") for name in want["gradients"]) == (cls is not Stage2)
     assert same(run(case(cls, ranks=2, micro=4)), want) < 1e-5
+
+
+def test_ranks_share_the_loss_of_own_words_too(case):
+    half = {"objective": {"own_words_share": 0.5}}
+    want = run(case(Stage3, **half))
+    # two losses, twice the rounding
+    assert same(run(case(Stage3, ranks=2, micro=4, **half)), want) < 3e-5
+    assert same(run(case(Stage3)), want) > 1e-3
 
 
 @pytest.mark.slow

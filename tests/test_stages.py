@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -237,19 +238,54 @@ def test_a_collapse_is_told_within_a_few_hundred_steps_by_the_settings_as_they_a
 
 
 def test_an_objective_that_cannot_train_is_refused():
-    for bad in ({"scale_start": 0}, {"scale_start": 101.0}, {"scale_start": "warm"}, {"flops_text": -1.0}):
+    for bad in (
+        {"scale_start": 0},
+        {"scale_start": 101.0},
+        {"scale_start": "warm"},
+        {"flops_text": -1.0},
+        {"own_words_share": 1.0},
+    ):
         with pytest.raises(ValueError, match="objective"):
             Objective(**bad)
+
+
+def test_a_share_of_own_words_is_refused_where_there_are_no_others(vocab_file):
+    with pytest.raises(ValueError, match=r"own_words_share is 0\.5, but stage 1 sees own words only"):
+        module(vocab_file, None, objective=Objective(own_words_share=0.5))
+
+
+def test_a_share_of_own_words_mixes_the_loss_of_the_whole_text_with_that_of_its_own_words(vocab_file, batch):
+    def loss(share):
+        objective = Objective("dot", scale_start=2.0, flops_image=0.0, flops_text=0.0, own_words_share=share)
+        stage = module(vocab_file, None, Stage3, objective=objective)
+        stage._trainer, stage.log_dict = SimpleNamespace(global_step=0), lambda *args, **kwargs: None
+        return stage, stage.training_step(batch, 0)["loss"]
+
+    stage, got = loss(0.25)
+    out = stage.embed(batch["pixels"], batch["ids"], batch["mask"])
+    text_CV = torch.zeros_like(out["text_CV"])
+    for c, ids in enumerate(batch["ids"]):
+        for word in stage.stair.vocabulary.words(ids[batch["mask"][c]].tolist()):
+            if not word.startswith("["):
+                at = stage.stair.vocabulary.tokens.index(word)
+                text_CV[c, at] = out["text_CV"][c, at]
+    logits_BC = stage.stair.scale * out["image_BV"] @ text_CV.T
+    pair = torch.arange(len(logits_BC))
+    own = (
+        torch.nn.functional.cross_entropy(logits_BC, pair) + torch.nn.functional.cross_entropy(logits_BC.T, pair)
+    ) / 2
+    assert not torch.allclose(own, got)
+    torch.testing.assert_close(got, 0.75 * loss(0.0)[1] + 0.25 * own)
 
 
 # ------------------------------------------------------------------ micro-batches
 
 
-def module(vocab_file, micro, cls=Stage1, dropout=0.0):
+def module(vocab_file, micro, cls=Stage1, dropout=0.0, objective=None):
     torch.manual_seed(0)
     config = tiny_config(vocab_file)
     config.text.options |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    return cls(config, Objective(), Optimizer(), micro).train()
+    return cls(config, objective or Objective(), Optimizer(), micro).train()
 
 
 def embeddings_and_gradient(stage, batch, seed=5):
