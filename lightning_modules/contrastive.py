@@ -189,17 +189,17 @@ class ContrastiveModule(L.LightningModule):
 
         Loss and norm are those of the global batch, the same on every rank, so all leave the step out or none.
         (`callbacks/health.py` counts such steps and stops the run.) The host waits for the device here, once a step,
-        for the norm that clipping needs anyway. In 16-mixed the gradient scaler leaves steps out.
+        for the norm that clipping needs anyway. In 16-mixed the gradient scaler finds its scale by overflow: only
+        once that is below 1, and gradients overflow still, is a step counted.
         """
-        if self.trainer.precision == "16-mixed":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        self.left_out = not bool(norm.isfinite() & self._loss.isfinite().all())
-        if self.left_out:
+        finite = bool(norm.isfinite() & self._loss.isfinite().all())
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        self.left_out = not finite and (scaler is None or scaler.get_scale() < 1)
+        if not finite:
             optimizer.zero_grad(set_to_none=True)
         elif gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -216,7 +216,16 @@ class ContrastiveModule(L.LightningModule):
     # ---------------------------------------------------------------- evaluation
 
     def setup(self, stage: str) -> None:
-        """Makes a retrieval metric for every evaluation set."""
+        """Makes a retrieval metric for every evaluation set.
+
+        Raises:
+            ValueError: if the weights themselves are to be of 16 bits.
+        """
+        if str(self.trainer.precision) in ("16-true", "bf16-true"):
+            raise ValueError(
+                f"trainer.precision is {self.trainer.precision}: in weights of 16 bits small updates vanish. Give "
+                "bf16-mixed, or 32-true"
+            )
         names = self._set_names("test" if stage == "test" else "val") if stage != "predict" else []
         self.retrieval = torch.nn.ModuleDict({name: RetrievalRecall() for name in names})
 

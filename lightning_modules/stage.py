@@ -140,6 +140,11 @@ class StairStage(ContrastiveModule):
         cosine = self.stair.similarity == "cosine"
         if self.trainer.global_step == 0 and batch_idx == 0 and self.objective.scale_start == "measure":
             spread = info_nce(*(side.detach() for side in pairs), torch.ones(1, device=self.device), cosine).logit_std
+            if not spread.isfinite():  # a scale made of it would never be a number again
+                raise RuntimeError(
+                    "the first batch's logits are not finite, so objective.scale_start cannot be measured: give "
+                    "trainer.precision bf16-mixed or 32-true, or start from other weights"
+                )
             self.set_scale(self.objective.first_logit_std / max(float(spread), 1e-6))
         contrastive = info_nce(*pairs, self.stair.scale, cosine)
         compared, own = contrastive.loss, dict[str, Tensor]()

@@ -99,7 +99,12 @@ class TwoTowers(nn.Module):
 
         Returns:
             (B, V) fp32; of a `Stair` not negative, the weight of every word.
+
+        Raises:
+            ValueError: if pixels are of another type.
         """
+        if isinstance(images, Tensor) and images.dtype != torch.uint8:
+            raise ValueError(f"pixels are of {images.dtype}; give uint8 of 0 to 255, or pictures")
         if not isinstance(images, Tensor):
             images = torch.stack([eval_pixels(as_rgb(image), self.config.image.image_size) for image in images])
         return self.embed_pixels(images.to(self.log_scale.device))

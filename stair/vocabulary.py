@@ -13,8 +13,25 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizer
 
+from stair.plain import one_line
+
 _UNUSED = re.compile(r"\[unused\d+\]")
 _FILE = "vocab.txt"
+
+
+def refuse_halves(texts: Iterable[str]) -> None:
+    """Refuses what no tokeniser takes: halves of characters, as json and command lines can hold them.
+
+    Raises:
+        ValueError: naming the text.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{one_line(text[:80])!r} holds half of a character: give text that utf-8 can write"
+            ) from error
 
 
 class Vocabulary:
@@ -75,7 +92,11 @@ class Vocabulary:
 
         Returns:
             `ids_BT` int64 and `mask_BT` bool (True at real tokens, [CLS] and [SEP] included).
+
+        Raises:
+            ValueError: if a caption holds half of a character.
         """
+        refuse_halves(captions)
         # the fast tokenizer itself: what wraps it takes longer than it does
         tokenizer = self._tokenizer.backend_tokenizer
         tokenizer.no_padding()
@@ -88,7 +109,12 @@ class Vocabulary:
         return ids_BT, mask_BT
 
     def pieces(self, text: str) -> list[int]:
-        """Ids of a text's word pieces without special tokens, in order, those never active left out."""
+        """Ids of a text's word pieces without special tokens, in order, those never active left out.
+
+        Raises:
+            ValueError: if the text holds half of a character.
+        """
+        refuse_halves([text])
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         never = set(self.never_active)
         return [i for i in ids if i not in never]

@@ -222,6 +222,12 @@ def test_what_people_type_is_a_query_or_refused(tmp_path, slow):
     run()
 
 
+def test_half_of_a_character_is_refused_by_name_wherever_text_is_cut_into_pieces(vocabulary):
+    for cut in (vocabulary.pieces, lambda text: vocabulary.tokenize(["a dog", text], 12)):
+        with pytest.raises(ValueError, match=r"two .*ud800.*dogs.*holds half of a character"):
+            cut("two \ud800\ndogs")
+
+
 def test_conditions_of_many_blanks_take_no_longer_than_their_length():
     start = time.process_time()
     assert Condition("a =" + " " * 50_000 + "x" + " " * 50_000).value == "x"
