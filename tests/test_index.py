@@ -8,6 +8,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from scipy import sparse
 
 import stair.index.files as files
@@ -15,6 +17,7 @@ import stair.index.scoring as scoring
 import stair.index.writing as writing
 from stair.embeddings import Embeddings, Space, to_csr
 from stair.index import SparseIndex
+from stair.index.postings import checked, invert
 from stair.index.query import parse_words
 
 V = 300
@@ -82,6 +85,45 @@ def test_search_is_exact_for_weights_of_any_size_and_sign(tmp_path, way):
         wanted = oracle(documents, query, 10)
         assert ids == [n for n, _ in wanted]
         np.testing.assert_allclose(scores, [score for _, score in wanted], rtol=1e-9)
+
+
+@pytest.mark.parametrize("words", [V, 1])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 1 << 30), counts=st.lists(st.integers(1, 700), max_size=3), k=st.sampled_from([1, 3, 10, 900])
+)
+def test_search_is_exact_over_rare_and_frequent_words(way, words, seed, counts, k):
+    """Words that one document holds, or all; some documents hidden; sums of quarters, which are exact, so that many tie."""
+    generator = np.random.default_rng(seed)
+    density_V = 10.0 ** generator.uniform(-3, 0.2, words)
+    best, scores, shown = scoring.Best(k), [], []
+    chosen = np.sort(generator.choice(words, min(words, 6), replace=False))
+    weights = generator.integers(-4, 9, len(chosen)).astype(np.float32) / 4
+    query = scoring.Query(chosen[weights != 0], weights[weights != 0], words)
+    for count in counts:
+        dense = (generator.random((count, words)) < density_V) * generator.integers(1, 30, (count, words)) / 4
+        arrays = invert(checked(dense, words))
+        for array in arrays.values():
+            array.flags.writeable = False  # as maps are; for others the loops would be compiled once more
+        allowed = generator.random(count) < 0.7 if generator.random() < 0.5 else np.zeros(0, bool)
+        scoring.search_segment(arrays, query, query.dense(), allowed, sum(map(len, scores)), best)
+        scores.append(dense @ query.dense())
+        shown.append(allowed if len(allowed) else np.ones(count, bool))
+    score_N = np.concatenate([*scores, []]) * np.concatenate([*shown, []])
+    order = [n for n in np.lexsort((np.arange(len(score_N)), -score_N)) if score_N[n] > 0][:k]
+    assert best.documents[: best.count[0]].tolist() == order
+    assert best.scores[: best.count[0]].tolist() == score_N[order].tolist()
+
+
+def test_a_word_of_many_documents_takes_a_byte_for_each_of_them_and_no_numbers():
+    dense = np.zeros((100, 3), np.float32)
+    dense[:60, 0], dense[:20, 1], dense[:21, 2] = 2, 1, 1  # three fifths, just a fifth, a document more
+    arrays = invert(checked(dense, 3))
+    assert np.diff(arrays["number_start"]).tolist() == [0, 20, 0]
+    assert np.diff(arrays["run_start"]).tolist() == [100, 20, 100]
+    for word, (start, end) in enumerate(zip(arrays["run_start"][:-1], arrays["run_start"][1:], strict=True)):
+        held = arrays["bytes"][start:end] * arrays["scale"][word]
+        np.testing.assert_allclose(held, dense[: end - start, word], rtol=0.01)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -392,6 +434,14 @@ def test_damage_is_found(tmp_path):
         SparseIndex.open(tmp_path / "i")
     with pytest.raises(FileNotFoundError, match="no index"):
         SparseIndex.open(tmp_path)
+
+
+def test_an_index_of_an_older_format_is_refused_with_what_to_do(tmp_path):
+    SparseIndex.build(tmp_path / "i", embeddings(3))
+    content = files.read_manifest(tmp_path / "i" / "manifest.json")
+    files.write_manifest(tmp_path / "i" / "manifest.json", {**content, "format": 1})
+    with pytest.raises(ValueError, match=r"format 1; this version reads 2\. Make it again .* `stair index`"):
+        SparseIndex.open(tmp_path / "i")
 
 
 def test_opening_takes_no_longer_for_a_large_index(tmp_path):

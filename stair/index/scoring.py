@@ -24,6 +24,7 @@ from stair.index.postings import BLOCK, Arrays
 Array = NDArray[Any]
 Arrays2 = tuple[Array, Array]
 Arrays3 = tuple[Array, Array, Array]
+Arrays4 = tuple[Array, Array, Array, Array]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def search_segment(arrays: Arrays, query: Query, dense_V: Array, allowed: Array,
     _search(
         (arrays["words"], arrays["scale"]),
         (query.words, query.weights),
-        (arrays["run_start"], arrays["documents"], arrays["bytes"]),
+        (arrays["run_start"], arrays["number_start"], arrays["documents"], arrays["bytes"]),
         (arrays["row_start"], arrays["row_words"], arrays["row_weights"]),
         dense_V,
         allowed,
@@ -142,7 +143,7 @@ def _exact(document: int, rows: Arrays3, dense_V: Array) -> float:
 def _compiled_search(
     known: Arrays2,
     query: Arrays2,
-    postings: Arrays3,
+    postings: Arrays4,
     rows: Arrays3,
     dense_V: Array,
     allowed: Array,
@@ -153,38 +154,41 @@ def _compiled_search(
     rank_Q, factor_Q, unit = _factors(known, query)
     if len(rank_Q) == 0:
         return
-    run_start, documents, bytes_P = postings
     scores, found, count = best
     total, k = len(rows[0]) - 1, len(scores)
     blocks = (total + BLOCK - 1) // BLOCK
     floor = _floor(scores[k - 1], unit) if count[0] == k else 0
     # a true score is less than this below its bound: one step of each byte, one of each factor
     slack = np.abs(factor_Q).sum() + 256 * len(factor_Q) + 1
-    highest_K = np.full(k, _LOWEST, np.int64)
+    highest_K, peak_K, peaks = np.full(k, _LOWEST), np.full(k, _LOWEST), np.empty(BLOCK // _CHUNK, np.int32)
     # room for all, of which few pages are ever touched; arrays that grow would cost the loops most of their speed
     candidates, bounds, waiting = np.empty(total, np.int32), np.empty(total, np.int32), 0
     for block in range(blocks):
-        for q in range(len(rank_Q)):
-            run, factor = rank_Q[q] * blocks + block, factor_Q[q]
-            down = factor if factor < 0 else np.int32(0)
-            for i in range(run_start[run], run_start[run + 1]):
-                # of a negative factor only byte - 1 is certain
-                bound[documents[i]] += factor * np.int32(bytes_P[i]) - down
         size = min(BLOCK, total - block * BLOCK)
-        for begin in range(0, size, _CHUNK):
+        for q in range(len(rank_Q)):
+            _add(bound, _run(postings, rank_Q[q] * blocks + block), factor_Q[q])
+        for i in range(len(allowed[block * BLOCK : block * BLOCK + size])):
+            bound[i] *= allowed[block * BLOCK + i]
+        chunks = (size + _CHUNK - 1) // _CHUNK
+        for chunk in range(chunks):
             highest = np.int32(0)
-            for i in range(begin, begin + _CHUNK):
+            for i in range(chunk * _CHUNK, chunk * _CHUNK + _CHUNK):
                 highest = max(highest, bound[i])
-            if highest <= floor:
+            peaks[chunk] = highest
+            if highest > peak_K[k - 1]:
+                _raise(peak_K, highest)
+        # the k highest chunks hold k documents that score at least this
+        floor = max(floor, peak_K[k - 1] - slack)
+        for chunk in range(chunks):
+            if peaks[chunk] <= floor:
                 continue
-            for i in range(begin, min(begin + _CHUNK, size)):
-                document = block * BLOCK + i
-                if bound[i] > floor and (len(allowed) == 0 or allowed[document]):
-                    candidates[waiting], bounds[waiting] = document, bound[i]
+            for i in range(chunk * _CHUNK, min(chunk * _CHUNK + _CHUNK, size)):
+                if bound[i] > floor:
+                    candidates[waiting], bounds[waiting] = block * BLOCK + i, bound[i]
                     waiting += 1
                     if bound[i] > highest_K[k - 1]:
                         _raise(highest_K, bound[i])
-                        # k documents score at least this
+                        # and so do these k
                         floor = max(floor, highest_K[k - 1] - slack)
         bound[:size] = 0
     for i in range(waiting):
@@ -194,6 +198,24 @@ def _compiled_search(
                 _insert(score, first + candidates[i], scores, found, count)
                 if count[0] == k:
                     floor = max(floor, _floor(scores[k - 1], unit))
+
+
+def _run(postings: Arrays4, run: int) -> Arrays2:
+    """Documents and bytes of a run; a full one, or an empty one, has no documents."""
+    run_start, number_start, documents, bytes_S = postings
+    return documents[number_start[run] : number_start[run + 1]], bytes_S[run_start[run] : run_start[run + 1]]
+
+
+def _add(bound: Array, run: Arrays2, factor: int) -> None:
+    documents, bytes_S = run
+    # of a negative factor only byte - 1 is certain, and of a byte of 0, which is no posting, nothing at all
+    down, least = (factor, np.int32(1)) if factor < 0 else (np.int32(0), np.int32(0))
+    if len(documents):
+        for i in range(min(len(documents), len(bytes_S))):
+            bound[documents[i]] += factor * np.int32(bytes_S[i]) - down
+    else:
+        for i in range(min(len(bytes_S), BLOCK)):
+            bound[i] += factor * max(np.int32(bytes_S[i]), least) - down
 
 
 def _raise(highest_K: Array, bound: int) -> None:
@@ -208,7 +230,7 @@ def _raise(highest_K: Array, bound: int) -> None:
 def _numpy_search(
     known: Arrays2,
     query: Arrays2,
-    postings: Arrays3,
+    postings: Arrays4,
     rows: Arrays3,
     dense_V: Array,
     allowed: Array,
@@ -219,7 +241,6 @@ def _numpy_search(
     rank_Q, factor_Q, unit = _factors(known, query)
     if len(rank_Q) == 0:
         return
-    run_start, documents, bytes_P = postings
     scores, found, count = best
     total, k = len(rows[0]) - 1, len(scores)
     blocks = -(-total // BLOCK)
@@ -227,10 +248,11 @@ def _numpy_search(
         start = block * BLOCK
         bound[:] = 0
         size = min(BLOCK, total - start)
-        for run, factor in zip(rank_Q * blocks + block, factor_Q, strict=True):
-            there: Any = slice(run_start[run], run_start[run + 1])
+        for rank, factor in zip(rank_Q, factor_Q, strict=True):
+            documents, bytes_S = _run(postings, rank * blocks + block)
             # a document occurs once in a run, so the sum by index is right
-            bound[documents[there]] += factor * bytes_P[there].astype(np.int32) - min(factor, 0)
+            there: Any = documents if len(documents) else slice(len(bytes_S))
+            bound[there] += factor * np.maximum(bytes_S, factor < 0).astype(np.int32) - min(factor, 0)
         if len(allowed):
             bound[:size][~allowed[start : start + size]] = 0
         candidates = np.flatnonzero(bound > (_floor(scores[k - 1], unit) if count[0] == k else 0))
@@ -251,7 +273,7 @@ def _exact_row(document: int, rows: Arrays3, dense_V: Array) -> float:
     return float(products.cumsum()[-1]) if len(products) else 0.0
 
 
-_CHUNK = 64
+_CHUNK = 128
 _own = threading.local()
 _LOWEST = -(1 << 40)  # far below any bound
 compiled = importlib.util.find_spec("numba") is not None
@@ -264,4 +286,6 @@ if compiled:
     _insert = njit(cache=True)(_insert)
     _exact = njit(cache=True)(_exact)
     _raise = njit(cache=True)(_raise)
+    _run = njit(cache=True)(_run)
+    _add = njit(cache=True)(_add)
     _search = njit(cache=True, nogil=True)(_compiled_search)

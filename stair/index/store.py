@@ -8,7 +8,7 @@ from stair.embeddings import Space
 from stair.index.files import Record, check, read_manifest
 from stair.index.segment import Segment, records_of
 
-FORMAT = 1
+FORMAT = 2  # 1 had no full runs
 MANIFEST, WORDS = "manifest.json", "vocab.txt"
 #: bytes up to which opening reads all files and compares checksums: some milliseconds
 SMALL = 8 << 20
@@ -97,7 +97,10 @@ def _opened(folder: Path) -> tuple[Record, list[Segment]]:
     manifest = read_manifest(folder / MANIFEST)
     while True:
         if manifest.get("format") != FORMAT:
-            raise ValueError(f"{folder} has format {manifest.get('format')!r}; this version reads {FORMAT}")
+            raise ValueError(
+                f"{folder} has format {manifest.get('format')!r}; this version reads {FORMAT}. Make it again from its "
+                "embeddings with `stair index`"
+            )
         try:
             return manifest, _segments(folder, manifest)
         except (KeyError, TypeError, AttributeError) as error:
