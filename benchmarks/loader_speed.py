@@ -12,7 +12,11 @@ In one process and by turns, the processor time an image costs (comparable on a 
 - ours: all of it, to the batch that a step is given (uint8; the model normalises).
 
 Then with reading processes: images a second, time to the first batch (processes started within it), and memory over one
-long epoch, in quarters.
+long epoch, in eighths: that of the process itself, without the memory through which batches are handed over and without
+what files are mapped to. Memory that still rises in the last eighths wants more `--batches`; `--rounds 0` leaves out the
+first part.
+
+Pictures of the size of photographs, where there are none: `benchmarks/mosaics.py`.
 """
 
 import argparse
@@ -39,7 +43,7 @@ from datamodules.shards import ImageTextShards
 from datamodules.tars import captions, expand, image_bytes, stream
 
 _BLOCK = 1 << 20
-_PAGE = os.sysconf("SC_PAGE_SIZE")
+_PARTS = 8
 
 
 def tar_bytes(shards: list[str]) -> None:
@@ -112,15 +116,16 @@ def side_by_side(cost: dict[str, list[float]]) -> Iterator[str]:
         yield f"| {name} | {_middle(values, '.0f')} | {rate:.0f} | {_middle(shares, '.3f')} |"
 
 
-def resident_mib(pid: int) -> float:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE / 2**20
+def own_mib(pid: int) -> float:
+    said = Path(f"/proc/{pid}/status").read_text()
+    return int(said.partition("RssAnon:")[2].split(maxsplit=1)[0]) / 1024
 
 
 def watched(loader: Any) -> Iterator[tuple[float, int, list[float]]]:
-    """The clock, the batch's size, and MiB of this process and of each worker, batch by batch; shared pages in each."""
+    """The clock, the batch's size, and MiB of this process and of each worker, batch by batch."""
     for batch in loader:
         workers = [process.pid for process in getattr(loader._iterator, "_workers", [])]
-        yield time.perf_counter(), len(batch["pixels"]), [resident_mib(pid) for pid in (os.getpid(), *workers)]
+        yield time.perf_counter(), len(batch["pixels"]), [own_mib(pid) for pid in (os.getpid(), *workers)]
 
 
 def with_processes(data: ImageTextShards) -> Iterator[str]:
@@ -131,11 +136,12 @@ def with_processes(data: ImageTextShards) -> Iterator[str]:
     rate = sum(sizes[1:]) / (clock[-1] - clock[0])
     yield f"{data.workers} workers: first batch after {clock[0] - start:.2f} s, then {rate:.0f} images a second\n"
     names = ["this process", *(f"worker {i}" for i in range(data.workers))]
-    yield f"| MiB in quarters of {len(clock)} batches of {sizes[0]} | first | second | third | last |"
-    yield "|---|---|---|---|---|"
+    eighths = " | ".join(map(str, range(1, _PARTS + 1)))
+    yield f"| MiB in eighths of {len(clock)} batches of {sizes[0]} | {eighths} |"
+    yield "|---" * (_PARTS + 1) + "|"
     for name, values in zip(names, zip(*memory, strict=True), strict=True):
-        quarters = [statistics.mean(part) for part in np.array_split(values, 4)]
-        yield f"| {name} | " + " | ".join(f"{value:.0f}" for value in quarters) + " |"
+        means = [statistics.mean(part) for part in np.array_split(values, _PARTS)]
+        yield f"| {name} | " + " | ".join(f"{value:.0f}" for value in means) + " |"
 
 
 def main() -> None:
@@ -170,7 +176,8 @@ def main() -> None:
     kib = statistics.mean(map(len, images)) / 1024
     print(header("Reading images for training", torch.device("cpu")))
     print(f"{len(images)} images of {kib:.0f} KiB, to {args.image_size} px, by turns in one process\n")
-    print(*side_by_side(by_turns(contestants, len(images), args.rounds)), sep="\n", flush=True)
+    if args.rounds:
+        print(*side_by_side(by_turns(contestants, len(images), args.rounds)), sep="\n", flush=True)
     if args.batches:
         print()
         samples = args.batches * args.batch_size

@@ -29,6 +29,7 @@ class RunMonitor(L.Callback):
     - `run/max_memory_gib`: greatest memory PyTorch has held on a CUDA device since the start, largest over ranks.
     - `run/skipped/<cause>`: samples left out since the start (`datamodule.skipped`), all ranks together.
     - `run/converted/<kind>`: images that were CMYK, of 16 bits, turned by EXIF, ... (`datamodule.converted`), likewise.
+      Of a mixture, both also as `run/skipped/<source>/<cause>`.
     """
 
     def __init__(self) -> None:

@@ -140,7 +140,7 @@ def _named(word: str) -> dict[str, Shards]:
 def _examine(
     name: str, given: Shards, needs: Needs, settings: dict[str, Any], samples: int, seconds: float
 ) -> tuple[dict[str, Any], list[Finding]]:
-    remote = Remote(**settings["remote"])
+    remote = Remote(**settings["remote"]).at_first()
     try:
         shards = expand(given.shards)
         counted = count(shards, seconds, remote)
@@ -247,6 +247,7 @@ def _report(counted: Count, sight: Sight, settings: dict[str, Any], stated: int 
         report["short_side"] = _quantiles([min(side) for side in sight.sides])
         report["images_a_second"] = round(len(sight.sides) / max(sight.decode_seconds, 1e-9))
     if sight.texts:
+        report["caption_fields"] = dict(sight.fields)
         report["captions_an_image"] = _quantiles([len(texts) for texts in sight.texts])
     if sight.tokens:
         report["tokens"] = _quantiles(sight.tokens)
@@ -292,7 +293,8 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         yield f"images: {formats}; short side {_said(report['short_side'])} px; {pace}"
     if "captions_an_image" in report:
         tokens = f"; tokens {_said(report['tokens'])}, {report['share_cut']:.1%} cut" if "tokens" in report else ""
-        yield f"captions: {_said(report['captions_an_image'])} an image{tokens}"
+        fields = ", ".join(f"{count} in {field}" for field, count in report["caption_fields"].items())
+        yield f"captions: {fields}; {_said(report['captions_an_image'])} an image{tokens}"
 
 
 def _said(quantiles: dict[str, int]) -> str:

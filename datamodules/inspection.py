@@ -15,12 +15,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from datamodules.sources import Remote
-from datamodules.tars import CAPTION_TYPES, IMAGE_TYPES, captions, image_bytes, stream, types_of
+from datamodules.sources import Remote, is_remote
+from datamodules.tars import CAPTION_TYPES, IMAGE_TYPES, caption_field, captions, image_bytes, stream, types_of
 from stair.images import MAX_PIXELS, decode_image, eval_pixels, image_format
 from stair.vocabulary import Vocabulary
 
 PROBED = 20  # samples of a source that are looked at before a fit
+_PATIENCE = 20.0  # seconds, after which no further shard is tried
 _TRIED = 3  # shards, before all samples of a source are taken to be bad
 _CERTAIN = 200  # among fewer samples, a share of bad ones is too rough to stop for
 
@@ -79,7 +80,8 @@ class Sight:
         formats: of images that decode, by content.
         misnamed: images whose name says another format.
         sides: width and height of images, in pixels.
-        texts: captions, those of a sample together.
+        fields: samples by where their captions stand.
+    texts: captions, those of a sample together.
         blank: samples with a blank caption among others.
         tokens: length of each caption, [CLS] and [SEP] included; empty without a vocabulary.
         unknown: share of word pieces that the vocabulary does not have.
@@ -97,6 +99,7 @@ class Sight:
     formats: Counter[str] = field(default_factory=Counter)
     misnamed: int = 0
     sides: list[tuple[int, int]] = field(default_factory=list)
+    fields: Counter[str] = field(default_factory=Counter)
     texts: list[list[str]] = field(default_factory=list)
     blank: int = 0
     tokens: list[int] = field(default_factory=list)
@@ -128,6 +131,7 @@ def look(samples: Iterable[dict[str, Any]], needs: Needs) -> Sight:
         sight.no_caption += texts is None
         sight.no_image += data is None
         if texts is not None:
+            sight.fields[caption_field(sample)] += 1
             sight.texts.append([text for text in texts if text])
             sight.blank += not all(texts)
         if data is not None:
@@ -156,10 +160,10 @@ def _tried(sight: Sight, sample: dict[str, Any], read: Callable[[dict[str, Any]]
 
 
 def _measure(sight: Sight, sample: dict[str, Any], data: bytes, needs: Needs) -> tuple[int, int]:
-    start = time.perf_counter()
+    start = time.thread_time()  # of a processor: the machine may be busy with other work
     image = decode_image(data, needs.max_pixels)
     eval_pixels(image, needs.image_size)
-    sight.decode_seconds += time.perf_counter() - start
+    sight.decode_seconds += time.thread_time() - start
     sight.sides.append(image.size)
     held = image_format(data) or "other"
     sight.formats[held] += 1
@@ -190,10 +194,14 @@ def probe(name: str, shards: Sequence[str], needs: Needs, remote: Remote) -> lis
         remote: how to go about shards that are not local.
     """
     seen: list[dict[str, Any]] = []
-    reasons, tried = [], 0
+    reasons, tried, start = [], 0, time.monotonic()
+    if is_remote(shards[0]):  # each may take as long as it takes to give up
+        shards = list(dict.fromkeys([shards[0], shards[len(shards) // 2], shards[-1]]))
     for shard in shards:
         samples, reason = first_samples(shard, PROBED, remote)
-        reasons.append(reason or "not a tar, or empty")
+        reasons.append(reason or f"{shard} is not a tar, or empty")
+        if not samples and time.monotonic() - start > _PATIENCE:
+            break
         if samples:
             seen, tried = seen + samples, tried + 1
             sight = look(seen, needs)
@@ -201,7 +209,7 @@ def probe(name: str, shards: Sequence[str], needs: Needs, remote: Remote) -> lis
                 break
     if seen:
         return judge(name, sight, needs)
-    what = f"no sample in {shards[0]!r} and its {len(shards) - 1} neighbours: {reasons[0]}"
+    what = f"no sample could be read from {len(reasons)} of its shards, the first: {reasons[0]}"
     return [Finding("stops", name, what, "check --data.train; `stair prepare` makes shards")]
 
 

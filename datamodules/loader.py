@@ -1,7 +1,6 @@
 """Hands out one rank's batches, epoch after epoch, and knows where it stands."""
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from datamodules.stream import ShardStream
-from datamodules.tally import ENOUGH, Report, Tally
+from datamodules.tally import CAUSE, ENOUGH, Report, Tally
 from datamodules.workers import begin
 from stair.batch import Batch
 
@@ -33,15 +32,18 @@ class ShardLoader:
         stream: what the workers run; its plan is this run's own.
         processes: reading processes; 0 reads in this one.
         epoch_batches: batches after which an epoch counts as complete, where a trainer stops earlier than `len`.
+
+    Attributes:
+        tally: what this rank has met so far that was left out or converted.
     """
 
     def __init__(self, stream: ShardStream, processes: int, epoch_batches: int) -> None:
         self.stream, self.epoch_batches = stream, epoch_batches
         self.epoch = self.handed = 0
         self._plan, self._begun, self._processes = stream.plan, stream.plan, processes
-        self._tally = Tally(stream.max_bad_share, min(ENOUGH, epoch_batches * stream.plan.batch_size))
+        self.tally = Tally(stream.max_bad_share, min(ENOUGH, epoch_batches * stream.plan.batch_size))
         self._moved = False
-        self._told: set[str] = set()  # causes of which an example was logged
+        self._told: set[tuple[str, str]] = set()  # causes, by source, of which an example was logged
         self._iterator: Iterator[Any] | None = None  # the name by which Lightning finds workers to shut down
 
     def __len__(self) -> int:
@@ -55,12 +57,12 @@ class ShardLoader:
 
     def _batches(self) -> Iterator[Batch]:
         self._iterator = iter(self._workers())
-        before = self.skipped
+        before = self.tally.by_cause(CAUSE)
         for batch, report in self._iterator:
             self.handed += 1
             self._moved = True
             self._note(report)
-            if self.handed == self.epoch_batches and (fresh := self.skipped - before):
+            if self.handed == self.epoch_batches and (fresh := self.tally.by_cause(CAUSE) - before):
                 logger.warning("epoch %d: skipped %d samples: %s", self.epoch, fresh.total(), dict(fresh))
             yield batch
 
@@ -81,27 +83,13 @@ class ShardLoader:
 
     def _note(self, report: Report) -> None:
         for skip in report[1]:
-            if skip.cause not in self._told:
+            if (skip.cause, skip.source) not in self._told:
                 which = f" of source {skip.source!r}" if skip.source else ""
                 done = "skipped" if skip.samples else "met"
                 logger.warning("%s %s%s: %s; more of this cause are only counted", done, skip.place, which, skip.reason)
-                self._told.add(skip.cause)
-        self._tally.add(report)
-        self._tally.judge()
-
-    @property
-    def skipped(self) -> Counter[str]:
-        """Bad samples met so far on this rank, by cause."""
-        return self._tally.by_cause()
-
-    @property
-    def skipped_by_source(self) -> Counter[str]:
-        """Bad samples met so far on this rank, by source."""
-        return self._tally.by_source()
-
-    def converted(self, by_source: bool = False) -> Counter[str]:
-        """Images met so far on this rank that had to be converted, by kind or by source."""
-        return self._tally.conversions(1 if by_source else 0)
+                self._told.add((skip.cause, skip.source))
+        self.tally.add(report)
+        self.tally.judge()
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next iteration begin this epoch, unless it is the one under way."""

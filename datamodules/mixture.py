@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from datamodules.counts import Size, sizes, spread
 from datamodules.plan import Source
-from datamodules.sources import Remote
+from datamodules.sources import Remote, open_directly
+from datamodules.tally import Skip
 from datamodules.tars import expand
 
 logger = logging.getLogger(__name__)
@@ -32,20 +33,12 @@ class Shards:
     Args:
         shards: shard spec, or a list of them.
         weight: share of the pairs, relative to the other sources' weights; more than 0.
-        samples: pairs in these shards together, where they cannot be counted.
-
-    Raises:
-        ValueError: if a value is out of range.
+        samples: pairs in these shards together, where they cannot be counted; at least 1.
     """
 
     shards: str | list[str]
     weight: float | None = None
     samples: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses what cannot work."""
-        require(self.weight is None or 0 < self.weight < float("inf"), "weight", self.weight, "more than 0, or none")
-        require(self.samples is None or self.samples >= 1, "samples", self.samples, "at least 1, or none")
 
 
 def mixture(train: str | list[str] | dict[str, str | list[str] | Shards] | None) -> dict[str, Shards]:
@@ -54,11 +47,13 @@ def mixture(train: str | list[str] | dict[str, str | list[str] | Shards] | None)
     Raises:
         ValueError: if some have a weight and others none, or a mapping was not understood as one.
     """
-    if isinstance(train, str) and train.startswith("{") and ": " in train:
-        raise ValueError(
-            f"data.train={train!r} looks like a mapping that YAML cannot read: put patterns with brackets or braces "
-            "between quotes, as in {name: 'data/{00..09}.tar'}"
-        )
+    for spec in [train] if isinstance(train, str) else train or ():
+        if spec.startswith("{") and ": " in spec:
+            raise ValueError(
+                f"data.train={spec!r} looks like a mapping and cannot be read as one: wanted {{NAME: SPEC, ...}} or "
+                "{NAME: {shards: SPEC, weight: NUMBER, samples: NUMBER}, ...}; patterns with brackets or braces stand "
+                "between quotes, as in {name: 'data/{00..09}.tar'}"
+            )
     if not isinstance(train, dict):
         return {"": Shards(train)} if train else {}
     mixed = {name: given if isinstance(given, Shards) else Shards(given) for name, given in train.items()}
@@ -67,12 +62,18 @@ def mixture(train: str | list[str] | dict[str, str | list[str] | Shards] | None)
         raise ValueError(f"sources {without} have no weight and others have: give all of them one, or none")
     if "" in mixed:
         raise ValueError("a source of the mixture has an empty name")
+    for name, source in mixed.items():
+        weight, samples = source.weight, source.samples
+        require(
+            weight is None or 0 < weight < float("inf"), f"weight of source {name!r}", weight, "more than 0, or none"
+        )
+        require(samples is None or samples >= 1, f"samples of source {name!r}", samples, "at least 1, or none")
     return mixed
 
 
 def find(
     given: dict[str, Shards], samples: int | None, resample: bool, remote: Remote, rank: int, ranks: int
-) -> tuple[list[Source], int]:
+) -> tuple[list[Source], list[Skip]]:
     """Finds the shards of all sources and how many samples they hold.
 
     Args:
@@ -84,7 +85,7 @@ def find(
         ranks: processes in all, which share the counting.
 
     Returns:
-        The sources, and how many shards are broken.
+        The sources, and the shards that hold no sample, which nobody will read.
 
     Raises:
         FileNotFoundError: if a shard spec matches nothing.
@@ -97,7 +98,7 @@ def find(
         return [
             Source(name, tuple(found), tuple(itertools.islice(counts, len(found))), False, given[name].weight)
             for name, found in shards.items()
-        ], 0
+        ], []
     asked = [shard for name, found in shards.items() if given[name].samples is None for shard in found]
     sizes_by_shard = _sizes(asked, remote, rank, ranks)
     wrong = [size.wrong for size in sizes_by_shard.values() if size.wrong]
@@ -106,13 +107,34 @@ def find(
     for reason in wrong:
         logger.warning("shard broken: %s", reason)
     sources = [_source(name, given[name], found, sizes_by_shard) for name, found in shards.items()]
-    if samples is None and (unsized := next((source for source in sources if not source.counts), None)):
+    unsized = [shard for shard, size in sizes_by_shard.items() if size.samples is None]
+    if samples is None and unsized:
+        _touch(unsized[0], remote)
         raise ValueError(
-            f"{unsized.shards[0]!r} or others beside it cannot be counted without reading them all: give train_samples, "
-            "the number of pairs in all training shards (or of an epoch, with resample=true), or put an index.json beside "
-            "them"
+            f"{len(unsized)} of {len(sizes_by_shard)} shards are not local and in no index.json beside them, the first is "
+            f"{unsized[0]!r}: only reading them all would count them. Give train_samples, the number of pairs in all "
+            "training shards (or of an epoch, with resample=true), or put an index there that lists them"
         )
-    return sources, len(wrong)
+    lost = [
+        (source.name, shard) for source in sources for shard in source.shards if _holds_nothing(sizes_by_shard, shard)
+    ]
+    return sources, [
+        Skip(f"shard broken: {sizes_by_shard[shard].wrong}", name, shard, shard, 0) for name, shard in lost
+    ]
+
+
+def _touch(shard: str, remote: Remote) -> None:
+    """Tells a shard whose size is not known from one that is not there.
+
+    Raises:
+        OSError: if not a byte of it can be read.
+    """
+    with open_directly(shard, remote) as file:
+        file.read(1)
+
+
+def _holds_nothing(found: dict[str, Size], shard: str) -> bool:
+    return shard in found and bool(found[shard].wrong) and not found[shard].samples
 
 
 def _source(name: str, given: Shards, shards: list[str], found: dict[str, Size]) -> Source:

@@ -20,6 +20,23 @@ logger = logging.getLogger(__name__)
 _COPIES, _LOCKS = "*.shard", "locks"
 
 
+def check_folder(cache: str) -> None:
+    """Makes the folder of copies.
+
+    Raises:
+        ValueError: if nothing can be written there.
+    """
+    try:
+        (Path(cache) / _LOCKS).mkdir(parents=True, exist_ok=True)
+        with _locked(Path(cache) / _LOCKS / "room"):
+            pass
+    except OSError as error:
+        wanted = "wanted a folder that can be written to, with file locks"
+        raise ValueError(
+            f"data.remote.cache={cache!r} cannot hold copies ({error}): {wanted}; null keeps none"
+        ) from error
+
+
 def open_cached(shard: str, remote: Remote) -> BinaryIO | None:
     """Opens the local copy of a remote shard, fetched if need be.
 

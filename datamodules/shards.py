@@ -7,7 +7,7 @@ evaluation stays exact.
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -20,8 +20,10 @@ from datamodules.loader import ShardLoader
 from datamodules.mixture import Shards, find, mixture, require
 from datamodules.pairs import CollatePairs, EvaluationPairs, evaluation_loader
 from datamodules.plan import Plan, Source
+from datamodules.shard_cache import check_folder
 from datamodules.sources import Remote
 from datamodules.stream import ShardStream
+from datamodules.tally import CAUSE, SOURCE, Tally
 from stair.images import MAX_PIXELS
 from stair.vocabulary import Vocabulary
 
@@ -119,27 +121,32 @@ class ImageTextShards(LightningDataModule):
         self.collate = CollatePairs(Vocabulary(vocabulary), max_tokens)
         self._loader: ShardLoader | None = None
         self._sets: dict[str, dict[str, EvaluationPairs]] = {}
-        self._broken: Counter[str] = Counter()
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Bad training samples this rank has met so far, by cause, and unreadable shards."""
-        return dict(self._broken + (self._loader.skipped if self._loader else Counter()))
+        """Bad training samples this rank has met so far, by cause and, in a mixture, by `source/cause` too."""
+        return self._counted(Tally.by_cause)
 
     @property
     def skipped_by_source(self) -> dict[str, int]:
         """Bad training samples this rank has met so far, by source of the mixture."""
-        return dict(self._loader.skipped_by_source) if self._loader else {}
+        return dict(self._loader.tally.by_source()) if self._loader else {}
 
     @property
     def converted(self) -> dict[str, int]:
-        """Training images this rank has met so far that were not plain 8-bit grayscale or RGB, by kind."""
-        return dict(self._loader.converted()) if self._loader else {}
+        """Training images this rank has met so far that were not plain 8-bit grayscale or RGB, by kind, as `skipped`."""
+        return self._counted(Tally.conversions)
 
     @property
     def converted_by_source(self) -> dict[str, int]:
         """The same by source of the mixture."""
-        return dict(self._loader.converted(by_source=True)) if self._loader else {}
+        return dict(self._loader.tally.conversions(SOURCE)) if self._loader else {}
+
+    def _counted(self, count: Callable[..., Counter[str]]) -> dict[str, int]:
+        if self._loader is None:
+            return {}
+        apart = count(self._loader.tally, SOURCE, CAUSE) if self.source_names else {}
+        return {**count(self._loader.tally, CAUSE), **apart}
 
     def setup(self, stage: str) -> None:
         """Finds, counts and checks everything that the stage reads.
@@ -167,8 +174,9 @@ class ImageTextShards(LightningDataModule):
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} cannot be shared by {ranks} ranks; make it a multiple"
             )
-        sources, broken = find(self.train, self.train_samples, self.resample, self.remote, rank, ranks)
-        self._broken = Counter({"shard broken": broken})
+        if self.remote.cache:
+            check_folder(self.remote.cache)
+        sources, broken = find(self.train, self.train_samples, self.resample, self.remote.at_first(), rank, ranks)
         shards, counted = sum(len(s.shards) for s in sources), sum(sum(s.counts) for s in sources)
         samples = self.train_samples or counted
         if samples < self.global_batch_size:
@@ -185,12 +193,14 @@ class ImageTextShards(LightningDataModule):
         shard_stream = ShardStream(
             plan, rank, ranks, workers, self.augment, self.collate, self.shuffle, self.max_bad_share, self.remote
         )
-        return ShardLoader(shard_stream, self.workers, self._epoch_batches(plan.steps))
+        loader = ShardLoader(shard_stream, self.workers, self._epoch_batches(plan.steps))
+        loader.tally.add((0, broken if rank == 0 else []))  # nobody reads these again, and all ranks know of them
+        return loader
 
     def _check(self, source: Source, rank: int) -> None:
         bounds = (self.max_pixels, self.max_bad_share, self.augment.flip)
         needs = Needs(self.collate.vocabulary, self.collate.max_tokens, self.augment.size, *bounds)
-        for finding in probe(source.name or source.shards[0], source.shards, needs, self.remote):
+        for finding in probe(source.name or source.shards[0], source.shards, needs, self.remote.at_first()):
             if finding.severity == "stops":
                 raise ValueError(f"{finding.source}: {finding.what}; {finding.mend}")
             if finding.severity == "warns" and rank == 0:

@@ -5,9 +5,11 @@ again, and reading goes on at the byte where it stopped; so a sample is neither 
 not help, the shard is broken, with the cause, and nothing waits for ever.
 """
 
+import base64
 import io
 import ipaddress
 import logging
+import netrc
 import socket
 import subprocess
 import time
@@ -15,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -27,6 +29,7 @@ _SMALL = 1 << 28  # bytes of an index: a million shards have a tenth of it
 _PAUSE = 0.5  # seconds before the first new try; doubled each time
 _LONGEST_PAUSE = 30.0
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_FIRST_TIMEOUT, _FIRST_RETRIES = 10.0, 3  # before a run has begun: who waits there wants to know soon
 _LASTING = (400, 401, 403, 404, 405, 410, 416)  # another try would get the same answer
 
 
@@ -54,6 +57,10 @@ class Remote:
         """Refuses what cannot work."""
         if self.timeout <= 0 or self.retries < 0 or self.cache_gib <= 0:
             raise ValueError(f"{self}: wanted timeout and cache_gib above 0 and retries of 0 or more")
+
+    def at_first(self) -> "Remote":
+        """For looking at shards before the first step: gives up within a minute."""
+        return replace(self, timeout=min(self.timeout, _FIRST_TIMEOUT), retries=min(self.retries, _FIRST_RETRIES))
 
 
 class LastingError(OSError):
@@ -250,6 +257,8 @@ def _over_http(url: str, at: int, timeout: float) -> Connection:
     request = urllib.request.Request(url, headers={"Accept-Encoding": "identity", "User-Agent": "stair"})
     if at:
         request.add_header("Range", f"bytes={at}-")
+    if authorization := _authorization(urlsplit(url).hostname or ""):
+        request.add_unredirected_header("Authorization", authorization)
     opener = urllib.request.build_opener(_GuardedRedirects(urlsplit(url).netloc))
     try:
         answer = opener.open(request, timeout=timeout)
@@ -267,6 +276,15 @@ def _over_http(url: str, at: int, timeout: float) -> Connection:
         _skip(answer, at)
     length = int(declared) + at * resumed if declared and declared.isdigit() else None
     return Connection(answer, length, answer.headers.get("ETag"))
+
+
+def _authorization(host: str) -> str | None:
+    """What `~/.netrc` has for a host: a password in a URL would stand in logs and checkpoints."""
+    try:
+        entry = netrc.netrc().hosts.get(host)
+    except (OSError, netrc.NetrcParseError):
+        return None
+    return "Basic " + base64.b64encode(f"{entry[0]}:{entry[2]}".encode()).decode() if entry else None
 
 
 class _GuardedRedirects(urllib.request.HTTPRedirectHandler):
@@ -311,8 +329,10 @@ def _over_fsspec(url: str, at: int) -> Connection:
         import fsspec
 
         files, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
         raise LastingError(f"{url} cannot be opened: {error}; `pip install 'stair-embeddings[remote]'`") from error
+    except ValueError as error:
+        raise LastingError(f"{url} cannot be opened: {error}") from error
     try:
         stream = files.open(path, "rb", block_size=8 << 20, cache_type="readahead")
     except (FileNotFoundError, PermissionError) as error:

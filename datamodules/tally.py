@@ -1,6 +1,7 @@
 """What was read and what was left out: counted by cause, source and shard, in workers and over them, and judged."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from typing import NamedTuple
 ENOUGH = 200
 _NAMED = 3  # worst shards in the message
 CONVERTED = "converted "  # how causes begin that leave nothing out
+CAUSE, SOURCE, SHARD = range(3)  # places of what is counted by
 
 
 class Skip(NamedTuple):
@@ -80,26 +82,26 @@ class Tally:
         for skip in report[1]:
             self._count(skip)
 
-    def by_cause(self) -> Counter[str]:
-        """Bad samples of all shards, and members that are ignored."""
-        causes = self._summed(self.bad + self.odd, 0)
-        return Counter({cause: count for cause, count in causes.items() if not cause.startswith(CONVERTED)})
+    def by_cause(self, *places: int) -> Counter[str]:
+        """Bad samples of all shards, and what is ignored, summed by some of `CAUSE`, `SOURCE`, `SHARD`, as `a/b`."""
+        counts = {where: count for where, count in (self.bad + self.odd).items() if not where[0].startswith(CONVERTED)}
+        return self._summed(counts, *places)
 
-    def conversions(self, place: int) -> Counter[str]:
-        """Images that were converted, by kind (`place` 0) or source (1); one of two kinds is counted with each."""
-        found = Counter({where: count for where, count in self.odd.items() if where[0].startswith(CONVERTED)})
-        sums = self._summed(found, place)
-        return Counter({name.removeprefix(CONVERTED): count for name, count in sums.items()})
+    def conversions(self, *places: int) -> Counter[str]:
+        """As `by_cause`, images that were converted, whose cause is its kind; one of two kinds is counted with each."""
+        found = [(*where, count) for where, count in self.odd.items() if where[0].startswith(CONVERTED)]
+        kinds = {(cause.removeprefix(CONVERTED), source, shard): count for cause, source, shard, count in found}
+        return self._summed(kinds, *places)
 
     def by_source(self) -> Counter[str]:
         """Bad samples by source."""
-        return self._summed(self.bad, 1)
+        return self._summed(self.bad, SOURCE)
 
     @staticmethod
-    def _summed(counts: Counter[tuple[str, str, str]], place: int) -> Counter[str]:
+    def _summed(counts: Mapping[tuple[str, str, str], int], *places: int) -> Counter[str]:
         sums: Counter[str] = Counter()
         for where, count in counts.items():
-            sums[where[place]] += count
+            sums["/".join(where[place] for place in places)] += count
         return sums
 
     def judge(self) -> None:
@@ -111,10 +113,10 @@ class Tally:
         total = self.bad.total()
         if self.seen < self.enough or total <= self.limit * self.seen:
             return
-        shards = self._summed(self.bad, 2).most_common(_NAMED)
+        shards = self._summed(self.bad, SHARD).most_common(_NAMED)
         worst = ", ".join(f"{shard} with {count}" for shard, count in shards)
         raise RuntimeError(
             f"{total} of {self.seen} samples are bad, more than max_bad_share={self.limit}: "
-            f"{dict(self._summed(self.bad, 0))}; worst shard{'s' * (len(shards) > 1)} {worst}. "
+            f"{dict(self._summed(self.bad, CAUSE))}; worst shard{'s' * (len(shards) > 1)} {worst}. "
             "Repair the shards or raise max_bad_share"
         )

@@ -7,10 +7,12 @@ nothing is ever unpickled.
 
 import glob
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import braceexpand
 from webdataset.tariterators import base_plus_ext
@@ -41,18 +43,35 @@ def expand(spec: str | list[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: if a part of the spec matches no file.
+        ValueError: if its braces do not pair, or a URL has a star or a password in it.
     """
     if not isinstance(spec, str):
         return [shard for part in spec for shard in expand(part)]
-    return [shard for pattern in braceexpand.braceexpand(spec) for shard in _matches(pattern, spec)]
+    try:
+        patterns = list(braceexpand.braceexpand(spec))
+    except braceexpand.UnbalancedBracesError as error:
+        raise ValueError(
+            f"{spec!r} has a brace without its counterpart: wanted a pattern such as {{0000..0004}}"
+        ) from error
+    return [shard for pattern in patterns for shard in _matches(pattern, spec)]
 
 
 def _matches(pattern: str, spec: str) -> list[str]:
+    if pattern.startswith(("http://", "https://")) and "@" in (there := urlsplit(pattern)).netloc:
+        raise ValueError(
+            f"a shard on {there.hostname} has a name or password in its URL, which would stand in logs and checkpoints: "
+            f"put `machine {there.hostname} login NAME password WORD` into ~/.netrc"
+        )
+    if "*" in pattern and is_remote(pattern) and not pattern.startswith("pipe:"):
+        raise ValueError(
+            f"{pattern!r}: nobody is asked which URLs there are; give a brace pattern such as {{0000..0004}}.tar"
+        )
     if is_remote(pattern) or Path(pattern).is_file():
         return [pattern]
     found = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
     if not found:
         where = "" if pattern == spec else f" (of {spec!r})"
+        where += f", which is a folder: give {os.path.join(pattern, '*.tar')!r};" if os.path.isdir(pattern) else ""
         raise FileNotFoundError(
             f"no shard matches {pattern!r}{where}, looked for from {Path.cwd()}; "
             "give a path, a glob such as data/*.tar or a brace pattern such as data/{0000..0004}.tar"
@@ -205,6 +224,12 @@ def _in_json(text: str) -> list[str]:
     if several and not isinstance(several, list):
         raise TypeError(f"captions is a {type(several).__name__}, wanted a list of strings")
     return list(several or ([single] if single else []))
+
+
+def caption_field(sample: Mapping[str, bytes]) -> str:
+    """Where `captions` finds those of a sample that has some: `json: captions`, `json: caption` or `txt`."""
+    fields = json.loads(sample.get("json", b"{}"))
+    return next((f"json: {name}" for name in ("captions", "caption") if fields.get(name)), "txt")
 
 
 def types_of(sample: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit: 256 MiB of RGB
@@ -68,6 +68,8 @@ def decode_image(
                     converted += _peculiar(image, deep, turn is not None)
                 upright = as_rgb(image)
                 return upright if turn is None else upright.transpose(turn)
+    except UnidentifiedImageError as error:  # whose own words are an address in memory, another one each time
+        raise ValueError(f"image undecodable: by its content no readable {', '.join(_FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"image too large: {error}") from error
     except Exception as error:  # Pillow's decoders raise whatever their parser met: OSError, SyntaxError, struct.error

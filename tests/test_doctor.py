@@ -82,6 +82,7 @@ def test_sound_data_are_described_truly_and_nothing_is_complained_of(tmp_path, v
     assert source["formats"] == {"png": 60} and source["short_side"] == {"p50": 20, "p95": 20, "most": 20}
     assert source["tokens"]["most"] == lengths[-1] and source["tokens"]["p50"] == int(np.percentile(lengths, 50))
     assert source["share_cut"] == 0 and source["images_a_second"] > 0
+    assert source["caption_fields"] == {"json: captions": 60}
 
 
 STOPS = {

@@ -273,7 +273,21 @@ def test_bad_data_are_left_out_and_counted_by_cause_and_source(tmp_path, vocab, 
     data.setup("fit")
     seen = keys(data.train_dataloader())
     assert not {key for key in seen if key.rpartition("/")[2] == "0"}
-    assert data.skipped.keys() == {cause} and sum(data.skipped_by_source.values()) == data.skipped_by_source["web"] >= 1
+    count = data.skipped_by_source["web"]
+    assert count >= 1 and data.skipped == {cause: count, f"web/{cause}": count} and len(data.skipped_by_source) == 1
+
+
+@pytest.mark.parametrize(
+    "content", [WHOLE[:-9_000], b"no tar" * 999, b"", tar_of({})], ids=["cut", "no tar", "0", "empty"]
+)
+def test_a_broken_shard_beside_a_sound_one_is_counted_by_cause_and_source(tmp_path, vocab, content):
+    (tmp_path / "b.tar").write_bytes(content)
+    for name in "ac":
+        write_tar(tmp_path / f"{name}.tar", {k: v for n in range(20) for k, v in good(n).items()})
+    data = shards({"web": str(tmp_path / "[ab].tar"), "coco": str(tmp_path / "c.tar")}, vocab, max_bad_share=0.5)
+    data.setup("fit")
+    assert len(keys(data.train_dataloader())) >= 40
+    assert data.skipped == {"shard broken": 1, "web/shard broken": 1}
 
 
 @pytest.mark.parametrize(
@@ -307,9 +321,10 @@ def test_pickles_are_counted_and_the_samples_beside_them_kept(tmp_path, vocab):
         **good(2),
         **good(3),
     }
-    data = shards(str(write_tar(tmp_path / "a.tar", members)), vocab)
+    data = shards({"web": str(write_tar(tmp_path / "a.tar", members))}, vocab)
     data.setup("fit")
-    assert len(set(keys(data.train_dataloader()))) == 4 and data.skipped["pickle ignored"] >= 1
+    assert len(set(keys(data.train_dataloader()))) == 4
+    assert data.skipped["pickle ignored"] == data.skipped["web/pickle ignored"] >= 1 and data.skipped_by_source == {}
 
 
 def test_the_worst_shards_are_named_when_a_run_stops(tmp_path, vocab):

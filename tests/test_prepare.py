@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -167,7 +168,7 @@ def test_what_cannot_be_used_is_counted_by_cause_and_listed_and_too_much_of_it_s
     }
     assert told["samples"] == 20 and told["inputs"] == 30
     assert {entry["cause"] for entry in told["left_out_inputs"]} == set(told["left_out"])
-    assert any("cut.jpg" in entry["where"] for entry in told["left_out_inputs"])
+    assert any(entry["where"] == "cut.jpg" for entry in told["left_out_inputs"])
     assert any("t.csv:30" in entry["where"] for entry in told["left_out_inputs"])
     assert "left out 10 of 30 inputs" in capsys.readouterr().out
     assert len(by_file(tmp_path / "out")) == 20
@@ -180,6 +181,18 @@ def test_a_quote_that_is_not_closed_loses_the_lines_it_takes_in_and_each_is_coun
     folder(tmp_path / "t.csv", images, tmp_path / "out", workers=1, max_bad_share=0.9)
     assert report(tmp_path / "out")["left_out"] == {"line malformed": 4}
     assert len(by_file(tmp_path / "out")) == 5
+
+
+def test_a_table_or_a_template_that_is_none_is_refused_by_name(tmp_path):
+    images = write_images(tmp_path / "images" / "cat", 1).parent
+    (tmp_path / "t.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match=r"t.parquet cannot be read"):
+        folder(tmp_path / "t.parquet", images, tmp_path / "out", workers=1)
+    for template in ("a photo", "{x}", "{"):
+        with pytest.raises(ValueError, match=r"template=.*wanted text with \{\} for the name"):
+            classes(images, tmp_path / "out", template=template, workers=1)
+    with pytest.raises(ValueError, match=r"no folder .*nowhere; wanted the one with a folder for each class"):
+        classes(tmp_path / "nowhere", tmp_path / "out", workers=1)
 
 
 def test_columns_that_cannot_be_told_are_asked_for(tmp_path):
@@ -266,6 +279,16 @@ def test_a_killed_run_goes_on_keeps_what_is_finished_and_ends_as_one_that_was_no
     if not free:
         os.killpg(process.pid, signal.SIGKILL)  # so that a failure leaves nothing behind
     assert free
+    # and a second time, while it goes on
+    again = multiprocessing.get_context("fork").Process(
+        target=folder, args=(table, images, out), kwargs={"shard_samples": 2, "workers": 1}
+    )
+    again.start()
+    while len(list(out.glob("*.tar"))) < len(before) + 12 and again.is_alive():
+        time.sleep(0.001)
+    again.kill()
+    again.join()
+    assert again.exitcode == -signal.SIGKILL and not (out / "index.json").exists()
     folder(table, images, out, shard_samples=2, workers=1)
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
     assert contents(out) == contents(tmp_path / "calm")

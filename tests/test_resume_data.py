@@ -207,10 +207,15 @@ def test_mixtures_that_make_no_sense_are_refused(tmp_path, vocab):
     spec = write_shards(tmp_path, [8])
     with pytest.raises(ValueError, match=r"sources \['b'\] have no weight and others have"):
         shards({"a": Shards(spec, 1.0), "b": spec}, vocab)
-    with pytest.raises(ValueError, match=r"looks like a mapping that YAML cannot read: put patterns"):
-        shards("{a: x[0-1].tar}", vocab)
-    with pytest.raises(ValueError, match=r"weight=-1"):
-        Shards(spec, -1)
+    for text in ("{a: x[0-1].tar}", ["{a: {shards: x.tar, wieght: 3}}"]):  # the second as jsonargparse hands it on
+        with pytest.raises(
+            ValueError, match=r"looks like a mapping and cannot be read as one: wanted .* weight: NUMBER"
+        ):
+            shards(text, vocab)
+    with pytest.raises(ValueError, match=r"weight of source 'a'=-1"):
+        shards({"a": Shards(spec, -1)}, vocab)
+    with pytest.raises(ValueError, match=r"samples of source 'b'=0"):
+        shards({"a": spec, "b": Shards(spec, samples=0)}, vocab)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         loader({"a": spec, "b": str(tmp_path / "nowhere")}, vocab)
 

@@ -211,12 +211,15 @@ def test_converted_images_are_trained_on_and_counted_by_kind_and_source(tmp_path
         "00001.png": encode(photo(20, 16, "CMYK"), "JPEG"),
         "00002.png": encode(photo(20, 16, "P")),
         "00003.png": encode(photo(20, 16), "JPEG", exif=EXIF_TURNED),
+        "00004.png": encode(Image.fromarray(np.full((9, 9), 30_000, dtype=np.uint16))),
+        "00005.png": encode(photo(20, 16), "WEBP", save_all=True, append_images=[photo(20, 16, "L").convert("RGB")]),
     }
     data = shards({"web": write_shards(tmp_path, [8], odd)}, vocab, workers=1)
     data.setup("fit")
     assert len(set(keys(data.train_dataloader()))) == 8
-    assert data.converted == {"CMYK": 1, "palette": 1, "EXIF orientation": 1} and data.skipped == {}
-    assert data.converted_by_source == {"web": 3} and caplog.text.count("of source 'web': converted") == 3
+    kinds = dict.fromkeys(("CMYK", "palette", "EXIF orientation", "16 bits", "animation"), 1)
+    assert data.converted == {**kinds, **{f"web/{kind}": 1 for kind in kinds}} and data.skipped == {}
+    assert data.converted_by_source == {"web": 5} and caplog.text.count("of source 'web': converted") == 5
 
 
 # ---- the faster road of upright JPEGs
@@ -512,6 +515,10 @@ def test_a_spec_that_matches_nothing_and_a_set_below_one_batch_are_refused(tmp_p
     spec = write_shards(tmp_path, [3])
     with pytest.raises(FileNotFoundError, match=r"train-0001.tar"):
         loader(str(tmp_path / "train-{0000..0001}.tar"), vocab)
+    with pytest.raises(FileNotFoundError, match=rf"which is a folder: give '{tmp_path}/\*.tar'"):
+        loader(str(tmp_path), vocab)
+    with pytest.raises(ValueError, match=r"has a brace without its counterpart"):
+        loader(str(tmp_path / "train-{0000..0001.tar"), vocab)
     with pytest.raises(ValueError, match=r"hold 3 pairs, fewer than global_batch_size=4"):
         loader(spec, vocab)
     with pytest.raises(ValueError, match=r"global_batch_size=4 cannot be shared by 3 ranks"):

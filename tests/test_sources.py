@@ -316,8 +316,39 @@ def test_what_took_long_to_count_is_counted_once(tmp_path, monkeypatch):
 
 def test_remote_shards_without_sizes_are_refused_with_what_to_do(tmp_path, vocab, server):
     write_shards(tmp_path / "served", [8])
-    with pytest.raises(ValueError, match=r"train_samples.*resample=true.*index.json"):
+    with pytest.raises(ValueError, match=r"1 of 1 shards .*train_samples.*resample=true.*index"):
         loader(server.url("good", "train-0000.tar"), vocab, remote=QUICK)
+    index(tmp_path / "served", [8])
+    with pytest.raises(OSError, match=r"train-0001.tar: the server says 404"):  # not that it should be counted
+        loader(server.url("good", "train-{0000..0001}.tar"), vocab, remote=QUICK)
+
+
+def test_before_the_first_step_what_cannot_be_reached_is_given_up_after_few_tries_of_few_shards(vocab, monkeypatch):
+    tried = []
+
+    def refuse(url, at, timeout):
+        tried.append((url, timeout))
+        raise ConnectionRefusedError("refused")
+
+    monkeypatch.setattr(sources, "_over_http", refuse)
+    patient = Remote(timeout=600, retries=99)
+    with pytest.raises(OSError, match=r"index.json cannot be read beyond byte 0, tried 4 times: .*refused"):
+        loader("http://nowhere/{000..331}.tar", vocab, remote=patient)
+    with pytest.raises(ValueError, match=r"no sample could be read from 3 of its shards.*tried 4 times: .*refused"):
+        loader("http://nowhere/{000..331}.tar", vocab, remote=patient, train_samples=1000)
+    assert len(tried) == 4 + 3 * 4 and {timeout for _, timeout in tried} == {10}
+
+
+def test_urls_with_a_password_or_a_star_are_refused_and_netrc_is_read(tmp_path, vocab, monkeypatch):
+    with pytest.raises(ValueError, match=r"on host.x has a name or password in its URL.*netrc") as refused:
+        loader("https://me:secret@host.x/{0..3}.tar", vocab)
+    assert "secret" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"nobody is asked which URLs there are; give a brace pattern"):
+        loader("s3://bucket/*.tar", vocab)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").write_text("machine host.x login me password secret\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert sources._authorization("host.x") == "Basic bWU6c2VjcmV0" and sources._authorization("host.y") is None
 
 
 # ---- local copies
@@ -368,6 +399,12 @@ def test_processes_that_want_the_same_copy_fetch_it_once_and_a_killed_ones_leavi
     assert [process.exitcode for process in processes] == [0] * 4
     assert server.asked.total() == 2 * once
     assert not list((tmp_path / "cache").glob("*.part")) and copy.exists()
+
+
+def test_a_folder_that_cannot_hold_copies_is_refused_before_anything_is_read(tmp_path, vocab):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"data.remote.cache='.*file' cannot hold copies"):
+        loader("http://nowhere/0.tar", vocab, remote=Remote(cache=str(tmp_path / "file")))
 
 
 def test_out_of_range_settings_are_refused(tmp_path, vocab):

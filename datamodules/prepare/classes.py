@@ -17,8 +17,17 @@ def class_source(images: Path, split: str, names: Path | None, template: str) ->
     """Images in `images/CLASS/`, at any depth below it; a class's label is its place among the sorted folders.
 
     Raises:
-        ValueError: if there is no folder of a class, or `names` does not name each.
+        ValueError: if there is no folder of a class, `names` does not name each, or the template has no place for a name.
     """
+    try:
+        if template.format("a") == template.format("b"):
+            raise ValueError("all classes would have the same caption")
+    except (ValueError, LookupError) as error:
+        raise ValueError(
+            f"{template=}: {error}; wanted text with {{}} for the name, as in 'a photo of a {{}}'"
+        ) from error
+    if not images.is_dir():
+        raise ValueError(f"no folder {images}; wanted the one with a folder for each class")
     folders = sorted(path.name for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise ValueError(f"{images} holds no folder; wanted one for each class, with its images")

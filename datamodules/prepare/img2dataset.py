@@ -10,7 +10,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from datamodules.prepare.jobs import STATE, Job, alone_in, cores, read_json, run, sha256_of, tell_done, write_json
 from datamodules.prepare.shard import Hashed, Refused, add_member
@@ -27,6 +27,8 @@ def index_folder(folder: Path, mend: bool, max_bad_share: float, workers: int) -
     """
     if folder.is_file():
         raise ValueError(_command_for(folder))
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}; wanted the one that img2dataset wrote to")
     shards = sorted(folder.glob("*.tar"))
     if not shards or not any(_stats_of(shard).is_file() for shard in shards):
         raise ValueError(
@@ -137,6 +139,8 @@ def _check_header(data: bytes) -> None:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             image.size  # noqa: B018
+    except UnidentifiedImageError as error:
+        raise ValueError("image undecodable: by its content no readable JPEG, PNG, WEBP") from error
     except Exception as error:  # as in stair.images: a decoder raises whatever its parser met
         raise ValueError(f"image undecodable: {type(error).__name__}: {error}") from error
 

@@ -73,7 +73,7 @@ def make_shard(path: Path, keyed: list[tuple[str, Any]], read: Callable[[Any], R
                         raw, kind, image, why = _made(read, reference, limits)
                     except ValueError as error:
                         reason = printable(str(error))[:300]
-                        left_out.append(Refused(reason.partition(":")[0], printable(str(reference))[:300], reason))
+                        left_out.append(Refused(reason.partition(":")[0], _place(reference), reason))
                     else:
                         _add(tar, key, raw, kind, image)
                         samples, captions, anew[why] = samples + 1, captions + len(raw.captions), anew[why] + 1
@@ -87,6 +87,12 @@ def make_shard(path: Path, keyed: list[tuple[str, Any]], read: Callable[[Any], R
     del anew[""]
     made = {"samples": samples, "captions": captions, "bytes": hashed.bytes, "sha256": hashed.digest.hexdigest()}
     return {"inputs": len(keyed), **made, "written_anew": dict(anew), "left_out": left_out}
+
+
+def _place(reference: Any) -> str:
+    """What a user knows an input by: the names of its file, or a file and a row of it."""
+    names, sign = (reference[0], " or ") if isinstance(reference[0], tuple) else (reference, ":")
+    return printable(sign.join(map(str, names)))[:300]
 
 
 class Hashed:

@@ -158,7 +158,10 @@ def _jsonl(table: Path) -> Iterator[Line]:
 def _parquet(table: Path) -> Iterator[Line]:
     from datamodules.prepare.arrow import pyarrow_module
 
-    rows = pyarrow_module("parquet").ParquetFile(table).iter_batches()
+    try:
+        rows = pyarrow_module("parquet").ParquetFile(table).iter_batches()
+    except pyarrow_module("lib").ArrowInvalid as error:
+        raise ValueError(f"{table} cannot be read: {error}") from error
     number = 0
     for batch in rows:
         for cells in batch.to_pylist():
