@@ -71,7 +71,10 @@ def _matches(pattern: str, spec: str) -> list[str]:
     found = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
     if not found:
         where = "" if pattern == spec else f" (of {spec!r})"
-        where += f", which is a folder: give {os.path.join(pattern, '*.tar')!r};" if os.path.isdir(pattern) else ""
+        if os.path.isdir(pattern):
+            raise FileNotFoundError(
+                f"{pattern!r}{where} is a folder, no shard: give {os.path.join(pattern, '*.tar')!r}"
+            )
         raise FileNotFoundError(
             f"no shard matches {pattern!r}{where}, looked for from {Path.cwd()}; "
             "give a path, a glob such as data/*.tar or a brace pattern such as data/{0000..0004}.tar"

@@ -179,7 +179,10 @@ def _saved(folder: Path) -> list[Path]:
 
 
 def _schema(file: Path) -> Any:
-    return _table(file).schema if file.suffix == ".arrow" else pyarrow_module("parquet").read_schema(file)
+    try:
+        return _table(file).schema if file.suffix == ".arrow" else pyarrow_module("parquet").read_schema(file)
+    except pyarrow_module("lib").ArrowInvalid as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def _length(file: Path) -> int:
