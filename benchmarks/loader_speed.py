@@ -175,8 +175,9 @@ def main() -> None:
     }
     kib = statistics.mean(map(len, images)) / 1024
     print(header("Reading images for training", torch.device("cpu")))
-    print(f"{len(images)} images of {kib:.0f} KiB, to {args.image_size} px, by turns in one process\n")
+    print(f"{len(images)} images of {kib:.0f} KiB, to {args.image_size} px\n")
     if args.rounds:
+        print("By turns in one process:\n")
         print(*side_by_side(by_turns(contestants, len(images), args.rounds)), sep="\n", flush=True)
     if args.batches:
         print()
