@@ -3,6 +3,7 @@
     python benchmarks/search.py                                        # synthetic, 100,000 documents
     python benchmarks/search.py --documents 1000000 --queries 200
     python benchmarks/search.py --embeddings EMB --queries_from TEXTS  # what `stair embed` wrote: images, texts
+    python benchmarks/crops.py 'photos/*.tar' CROPS                    # many different pictures to embed, from few
 
 Engines take turns query by query, so that whatever else the machine does hits all of them. One thread each. CPU time and
 wall-clock time are both printed: on a busy machine believe the former, and no ratio of the latter. Recall counts a hit
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +168,9 @@ def measure(made: dict[str, dict[str, Any]], vectors: Any, queries: Any, k: int)
     """Times every engine on every query, in turns, and checks what it found."""
     cpu, wall = ({name: list[float]() for name in made} for _ in range(2))
     right: dict[str, list[float]] = {name: [] for name in made}
+    exact = vectors.astype(np.float64)
     for n in range(queries.shape[0]):
-        exact_N = (vectors.astype(np.float64) @ queries[n].toarray().ravel().astype(np.float64)).ravel()
+        exact_N = exact @ queries[n].toarray().ravel().astype(np.float64)
         true = np.sort(exact_N)[::-1][:k]
         bar = true[true > 0][-1] * (1 - 1e-6) if (true > 0).any() else np.inf
         for name, engine in made.items():
@@ -228,8 +231,10 @@ def main() -> None:
         rows = measure(made, vectors, queries, options.k)
     finally:
         shutil.rmtree(folder)
+    bounds = pairwise(vectors.indptr.tolist())
     facts = {
         "documents": vectors.shape[0],
+        "distinct": len({vectors.indices[a:b].tobytes() + vectors.data[a:b].tobytes() for a, b in bounds}),
         "nnz": vectors.nnz / vectors.shape[0],
         "queries": queries.shape[0],
         "query_nnz": queries.nnz / queries.shape[0],

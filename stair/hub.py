@@ -8,17 +8,12 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from stair.card import SPARSE, card, markdown_table
 from stair.towers import folder_of, read_description
 
 #: what a saved model consists of; nothing else in its folder is uploaded
 FILES = ("model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
-_LIMITS = """- A word is a word piece of an English vocabulary: rare words fall apart, and a dimension can mean
-  something else than its name says. Read what your own pictures say before you trust it.
-- Pictures are cropped to a square; texts are cut at {max_tokens} word pieces.
-- What it has seen decides what it knows: biases of the training pairs are in it, and nobody has audited them here.
-- Not for identifying people, nor for decisions about them."""
 
 
 def model_card(
@@ -37,54 +32,39 @@ def model_card(
         FileNotFoundError, ValueError: if the folder holds no saved model.
     """
     about = read_description(folder)
-    model, training = about["model"], about["training"]
-    rows = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in (results or {}).items())
-    measured = f"| measure | value |\n|---|---|\n{rows}" if rows else "Nothing was measured for this card."
-    steps = ", ".join(f"{key} {value}" for key, value in training.items()) or "not recorded"
-    return f"""---
+    model = about["model"]
+    image, text = model["image"], model["text"]
+    page = card(
+        name or folder.name,
+        [
+            SPARSE,
+            f"""```python
+from stair import Stair
+
+model = Stair.from_pretrained("{name or folder}")
+vectors = model.encode(images=["photo.jpg"])  # scipy CSR, one column a word
+```""",
+            "## Model",
+            f"Image tower `{image['name']}` at {image['image_size']} px, text tower `{text['name']}`, similarity "
+            f"`{model['similarity']}`. Vocabulary fingerprint `{about['vocabulary_fingerprint'][:16]}`.",
+        ],
+        about["training"],
+        [markdown_table(["measure", "value"], list(results.items()))] if results else [],
+        data,
+        [
+            "A word is a word piece of an English vocabulary: rare words fall apart, and a dimension can mean something "
+            "else than its name says. Read what your own pictures say before you trust it.",
+            f"Pictures are cropped to a square; texts are cut at {text['max_tokens']} word pieces.",
+        ],
+    )
+    head = f"""---
 license: {licence}
 library_name: stair-embeddings
 pipeline_tag: feature-extraction
 tags: [sparse, image-text, retrieval, stair]
 ---
-# {name or folder.name}
-
-Sparse, readable embeddings of images and texts: one weight for each word of a vocabulary, nearly all of them zero (method
-of Chen et al., EMNLP 2023, arXiv 2301.13081; an independent implementation).
-
-```python
-from stair import Stair
-
-model = Stair.from_pretrained("{name or folder}")
-vectors = model.encode(images=["photo.jpg"])  # scipy CSR, one column a word
-```
-
-## Model
-
-Image tower `{model["image"]["name"]}` at {model["image"]["image_size"]} px, text tower `{model["text"]["name"]}`, \
-similarity `{model["similarity"]}`. Vocabulary fingerprint `{about["vocabulary_fingerprint"][:16]}`.
-
-## Training
-
-{data or "What it was trained on is not stated."} Recorded with the weights: {steps}.
-
-## Results
-
-{measured}
-
-## Limits
-
-{_LIMITS.format(max_tokens=model["text"]["max_tokens"])}
-
-## Licence
-
-{licence}
 """
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return f"{head}{page}\n## Licence\n\n{licence}\n"
 
 
 def push(

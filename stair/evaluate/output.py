@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stair import __version__
+from stair.card import DENSE, SPARSE, card, markdown_table
 from stair.evaluate.embed import Embedded
 from stair.evaluate.scored import Scored
 from stair.evaluate.sets import EvaluationSet
@@ -58,30 +59,19 @@ def write(
 def model_card(result: Mapping[str, Any]) -> str:
     """Markdown that says what the model is, how it was measured and what came out."""
     model = result["model"]
-    facts = ", ".join(f"{key}: {value}" for key, value in model["training"].items()) or "not recorded"
-    kind = (
-        "Sparse embeddings of images and texts in the words of one vocabulary (STAIR, arXiv 2301.13081)."
-        if model["kind"] == "sparse"
-        else "Dense embeddings of images and texts (CLIP)."
+    return card(
+        model["name"],
+        [SPARSE if model["kind"] == "sparse" else DENSE, f"Embeddings are compared by {model['similarity']}."],
+        model["training"],
+        ["\n".join(f"- {protocol(name, figures)}" for name, figures in result["sets"].items())]
+        + [_markdown(found) for found in tables(result)],
+        limits=["Measured on the sets named above and on nothing else."],
     )
-    parts = [
-        f"# {model['name']}",
-        f"{kind} Embeddings are compared by {model['similarity']}.",
-        f"Training: {facts}.",
-        "## Evaluation",
-        *(f"- {protocol(name, figures)}" for name, figures in result["sets"].items()),
-        *map(_markdown, tables(result)),
-        "## Limits",
-        "Measured on the sets named above and on nothing else. It repeats what it was trained on, biases included.",
-    ]
-    return "\n\n".join(parts) + "\n"
 
 
 def _markdown(found: Table) -> str:
-    rows = [found.heads, ["---", *("--:" for _ in found.heads[1:])], *found.lines]
-    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-    notes = "\n\n".join(note for note in found.notes if found.title != "Retrieval")
-    return f"### {found.title}\n\n{body}" + (f"\n\n{notes}" if notes else "")
+    notes = [note for note in found.notes if found.title != "Retrieval"]
+    return "\n\n".join([f"### {found.title}", markdown_table(found.heads, found.lines), *notes])
 
 
 def _section(found: Table) -> str:
