@@ -50,7 +50,7 @@ class Vocabulary:
 
     Raises:
         ValueError: if the source is no WordPiece vocabulary with the special tokens of BERT.
-        OSError: if a hub name can neither be found in the cache nor fetched.
+        OSError: if there is no such file, or a hub name can neither be found in the cache nor fetched.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -60,6 +60,8 @@ class Vocabulary:
         if path.is_file():
             # `vocab_file=` is silently ignored by transformers 5 and gives a vocabulary of 5 words
             self._tokenizer = BertTokenizer(vocab=str(path))
+        elif not path.exists() and (path.is_absolute() or path.suffix == ".txt"):
+            raise FileNotFoundError(f"{source} does not exist; give a BERT vocab.txt, a folder with one, or a hub name")
         else:
             self._tokenizer = BertTokenizer.from_pretrained(str(source), trust_remote_code=False)
         # without added tokens: the tokeniser adds special ones that a file lacks

@@ -46,6 +46,12 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path):
         Vocabulary(tmp_path / "vocab.txt")
 
 
+@pytest.mark.parametrize("name", ["vocab.txt", "folder"])
+def test_a_vocabulary_that_is_not_there_is_named_and_not_asked_for_at_the_hub(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=rf"{name} does not exist; give a BERT vocab"):
+        Vocabulary(tmp_path / name)
+
+
 def test_padding_and_never_active_words_never_fire(tiny_stair, captions, pixels):
     ids, mask = tiny_stair.vocabulary.tokenize(captions, 12)
     with torch.no_grad():
