@@ -7,6 +7,7 @@ With `own_words_share` s, InfoNCE is `(1 - s) · InfoNCE(image, text) + s · Inf
 B images, C captions (C = B in training), V words.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -63,8 +64,10 @@ class Objective:
             raise ValueError(f"objective.scale_start is {self.scale_start!r}; give a number, 'measure' or 'keep'")
         if not isinstance(self.scale_start, str) and not 0 < self.scale_start <= 100:
             raise ValueError(f"objective.scale_start is {self.scale_start}; the scale lies in (0, 100]")
-        if min(self.flops_image, self.flops_text, self.flops_ramp_steps) < 0:
-            raise ValueError("objective.flops_image, flops_text and flops_ramp_steps must not be negative")
+        if not all(0 <= each < math.inf for each in (self.flops_image, self.flops_text, self.flops_ramp_steps)):
+            raise ValueError("objective.flops_image, flops_text and flops_ramp_steps must be finite and not negative")
+        if not 0 < self.first_logit_std < math.inf:
+            raise ValueError(f"objective.first_logit_std is {self.first_logit_std}; give a number above 0, such as 1")
         if not 0 <= self.own_words_share < 1:
             raise ValueError(
                 f"objective.own_words_share is {self.own_words_share}; give a share from 0 to below 1 (1 would be stage 1)"

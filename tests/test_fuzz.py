@@ -18,7 +18,9 @@ from PIL import Image
 from datamodules.tars import captions
 from stair import Embeddings, SparseIndex, Vocabulary
 from stair.index.columns import Condition
+from stair.index.files import write_manifest
 from stair.index.query import parse_words
+from stair.index.store import MANIFEST
 from stair.plain import escape, one_line
 from stair.towers import read_description
 from tests.conftest import write_vocabulary
@@ -125,6 +127,13 @@ def test_an_array_whose_header_is_no_python_is_a_damaged_index(tmp_path, broken)
     path.write_bytes(content[:at] + broken + content[at + len(broken) :])
     with pytest.raises(ValueError, match=r"bytes\.npy"):
         SparseIndex.open(tmp_path / "i")
+
+
+@pytest.mark.parametrize("content", [[], "x", 3, None])
+def test_a_manifest_that_is_no_table_is_refused(tmp_path, content):
+    write_manifest(tmp_path / MANIFEST, content)
+    with pytest.raises(ValueError, match="is no manifest of an index"):
+        SparseIndex.open(tmp_path)
 
 
 @BOTH

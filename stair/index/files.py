@@ -115,6 +115,8 @@ def read_manifest(path: Path) -> Record:
         if hashlib.sha256(body.encode()).hexdigest() != outer["sha256"]:
             raise ValueError("sha256 differs")
         content: Record = json.loads(body)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no manifest of an index, or damaged: {error}") from error
     return content

@@ -1,0 +1,217 @@
+"""Coverage-guided fuzzing (atheris) of the doors that strangers' bytes come through.
+
+pip install atheris && python -m benchmarks.fuzz FOLDER --seconds 60      # a table, and FOLDER/fuzz.json
+
+Each door has a process of its own, begins with whole examples, and keeps what reaches new code in FOLDER/door. An input
+may be refused with the errors that the door names; any other ends the process, and the input is kept beside.
+"""
+
+import argparse
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+Door = Callable[[bytes], None]
+
+
+def _tar(folder: Path) -> tuple[Door, list[bytes]]:
+    """A shard: members, samples, captions."""
+    from datamodules.tars import captions, index, stream
+    from tests.test_fuzz_shards import WHOLE
+
+    path = folder / "a.tar"
+
+    def door(data: bytes) -> None:
+        path.write_bytes(data)
+        broken: list[Exception] = []
+        for sample in stream(str(path), broken.append):
+            with suppress(ValueError):
+                captions(sample)
+        with suppress(ValueError):
+            list(index(path, "r:*"))
+
+    return door, [WHOLE[:4096], WHOLE[:1600]]
+
+
+def _captions(folder: Path) -> tuple[Door, list[bytes]]:
+    """The json and text of a sample, to word pieces."""
+    from datamodules.tars import captions
+    from stair import Vocabulary
+    from tests.conftest import write_vocabulary
+
+    vocabulary = Vocabulary(write_vocabulary(folder / "vocab.txt"))
+
+    def door(data: bytes) -> None:
+        for kind in ("json", "txt"):
+            with suppress(ValueError):
+                vocabulary.tokenize(captions({kind: data}), 12)
+
+    return door, [b'{"captions": ["a red dog", "two cats"]}', b'{"caption": "x"}', "naïve 犬".encode()]
+
+
+def _query(folder: Path) -> tuple[Door, list[bytes]]:
+    """What people type into a search: words, weights, conditions; halves of characters too."""
+    from stair import SparseIndex
+    from stair.index.query import parse_words
+    from tests.test_index import embeddings
+
+    index = SparseIndex.build(folder / "i", embeddings(9, metadata=[{"n": n, "t": "x"} for n in range(9)]))
+
+    def door(data: bytes) -> None:
+        typed, _, where = data.decode("utf-8", "surrogateescape").partition("\0")  # as on a command line
+        with suppress(ValueError):
+            index.search(words=parse_words(typed), where=[where] if where else [], k=5)
+
+    return door, [b"dog:2 beach -people\0n<=3", b"w9:-1e9\0t!=x", "\u00e9\u72ac".encode()]
+
+
+def _index(folder: Path) -> tuple[Door, list[bytes]]:
+    """The files of an index, chosen by the first byte, with checksums that agree, as a stranger could write them."""
+    import numpy as np
+
+    import stair.index.store as store
+    from stair import SparseIndex
+    from stair.index.files import read_manifest, write_manifest
+    from tests.test_index import V, embeddings
+
+    place = folder / "i"
+    SparseIndex.build(place, embeddings(5, metadata=[{"n": n, "t": f"t{n % 2}"} for n in range(5)]))
+    manifest = place / store.MANIFEST
+    files = sorted(path for path in place.glob("segment-*/*") if path.is_file())
+    whole = {path: path.read_bytes() for path in [manifest, *files]}
+    body = json.dumps(read_manifest(manifest)).encode()
+    _believe_checksums()
+
+    def door(data: bytes) -> None:
+        at = data[0] % len(whole) if data else 0
+        path = [manifest, *files][at]
+        if at:
+            path.write_bytes(data[1:])
+        else:
+            with suppress(ValueError, RecursionError):
+                write_manifest(path, json.loads(data[1:]))
+        try:
+            index = SparseIndex.open(place)
+            index.verify()
+            index.search(np.ones((1, V), np.float32), 5)
+        except (ValueError, FileNotFoundError):
+            pass
+        finally:
+            path.write_bytes(whole[path])
+
+    return door, [b"\0" + body, *(bytes([at]) + whole[path] for at, path in enumerate(files, 1))]
+
+
+def _believe_checksums() -> None:
+    """No file is refused for its length or checksum: what stands behind that check is to be tried."""
+    import stair.index.segment as segment
+    import stair.index.store as store
+
+    segment.check = store.check = lambda *_, **__: None  # type: ignore[assignment]
+
+
+def _model(folder: Path) -> tuple[Door, list[bytes]]:
+    """The description in a model's folder."""
+    from stair.model import StairConfig
+    from stair.towers import read_description
+
+    good = {"format": 1, "family": "stair", "vocabulary_fingerprint": "0", "training": {}}
+    good["model"] = {"vocabulary": "vocab.txt", "image": {"name": "x", "options": {}}, "text": {"max_tokens": 9}}
+    (folder / "model.safetensors").touch()
+
+    def door(data: bytes) -> None:
+        (folder / "config.json").write_bytes(data)
+        with suppress(ValueError):
+            described = read_description(folder)["model"]
+            with suppress(TypeError, KeyError, AttributeError):  # `from_pretrained` makes a ValueError of them
+                StairConfig.from_dict(described)
+
+    return door, [json.dumps(good).encode()]
+
+
+def _request(folder: Path) -> tuple[Door, list[bytes]]:
+    """A picture of a request: decoded, or refused."""
+    from PIL import Image
+
+    from stair.images import decode_image
+
+    examples = []
+    for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"):
+        Image.new("RGB", (5, 4), "red").save(file := io.BytesIO(), kind)
+        examples.append(file.getvalue())
+
+    def door(data: bytes) -> None:
+        with suppress(ValueError):
+            decode_image(data, max_pixels=1_000_000)
+
+    return door, examples
+
+
+DOORS = {
+    "shards": _tar,
+    "captions": _captions,
+    "queries": _query,
+    "index": _index,
+    "models": _model,
+    "pictures": _request,
+}
+
+
+def inside(name: str, folder: Path, seconds: int) -> None:
+    """Fuzzes one door; ends the process."""
+    import atheris
+
+    # numba cannot compile what is instrumented
+    with atheris.instrument_imports(include=["datamodules", "stair"], exclude=["stair.index.scoring"]):
+        door, examples = DOORS[name](folder)
+    kept = folder / "kept"
+    kept.mkdir()
+    for n, example in enumerate(examples):
+        door(example)  # what is compiled at the first call takes longer than any input may
+        (kept / f"example-{n}").write_bytes(example)
+    limits = [f"-max_total_time={seconds}", "-timeout=60", "-rss_limit_mb=4096", "-max_len=8192"]
+    atheris.Setup([name, *limits, "-print_final_stats=1", f"-artifact_prefix={folder}/", str(kept)], door)
+    atheris.Fuzz()
+
+
+def outside(name: str, folder: Path, seconds: int) -> dict[str, Any]:
+    """Starts the process of a door, and reads what it says."""
+    (folder / name).mkdir(parents=True)
+    command = [sys.executable, "-m", "benchmarks.fuzz", str(folder / name), "--seconds", str(seconds), "--door", name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    (folder / name / "log.txt").write_text(done.stdout + done.stderr)
+    tried = re.findall(r"stat::number_of_executed_units:\s*(\d+)", done.stderr)
+    reached = re.findall(r" cov: (\d+)", done.stderr)
+    raised = re.findall(r"=== Uncaught Python exception: ===\n(.*)", done.stdout + done.stderr)
+    found = {"door": name, "seconds": seconds, "tried": int(tried[-1]) if tried else 0}
+    return found | {"places": int(reached[-1]) if reached else 0, "ended": done.returncode, "raised": raised[:1]}
+
+
+def main() -> None:
+    """Runs what the words say, prints it and writes it down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="for what is kept; must not exist")
+    parser.add_argument("--seconds", type=int, default=60, help="for each door")
+    parser.add_argument("--only", nargs="*", choices=list(DOORS), default=list(DOORS))
+    parser.add_argument("--door", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.door:
+        inside(asked.door, asked.folder, asked.seconds)
+        return
+    results = []
+    for name in asked.only:
+        results.append(outside(name, asked.folder.resolve(), asked.seconds))
+        print(results[-1], flush=True)
+    (asked.folder / "fuzz.json").write_text(json.dumps(results, indent=1) + "\n")
+    sys.exit(any(result["ended"] for result in results))
+
+
+if __name__ == "__main__":
+    main()
