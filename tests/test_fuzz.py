@@ -18,7 +18,7 @@ from PIL import Image
 from datamodules.tars import captions
 from stair import Embeddings, SparseIndex, Vocabulary
 from stair.index.columns import Condition
-from stair.index.files import write_manifest
+from stair.index.files import read_manifest, write_manifest
 from stair.index.query import parse_words
 from stair.index.store import MANIFEST
 from stair.plain import escape, one_line
@@ -134,6 +134,16 @@ def test_a_manifest_that_is_no_table_is_refused(tmp_path, content):
     write_manifest(tmp_path / MANIFEST, content)
     with pytest.raises(ValueError, match="is no manifest of an index"):
         SparseIndex.open(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["space", "words", "segments"])
+def test_a_manifest_that_lacks_a_part_is_refused(tmp_path, key):
+    SparseIndex.build(tmp_path / "i", embeddings(3))
+    manifest = read_manifest(tmp_path / "i" / MANIFEST)
+    for broken in ({k: v for k, v in manifest.items() if k != key}, {**manifest, key: 7}):
+        write_manifest(tmp_path / "i" / MANIFEST, broken)
+        with pytest.raises(ValueError, match="is no manifest of an index"):
+            SparseIndex.open(tmp_path / "i")
 
 
 @BOTH

@@ -35,10 +35,13 @@ class Store:
         if not (folder / MANIFEST).is_file():
             raise FileNotFoundError(f"{folder} is no index; `stair index` or SparseIndex.build makes one")
         self.manifest, self.segments = _opened(folder)
-        check(folder / WORDS, self.manifest["words"], content=True)
+        try:
+            check(folder / WORDS, self.manifest["words"], content=True)
+            about = self.manifest["space"]["model"], self.manifest["space"]["similarity"]
+        except (KeyError, TypeError) as error:
+            raise _no_manifest(folder, error) from error
         tokens = (folder / WORDS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        about = self.manifest["space"]
-        self.space = Space(about["model"], about["similarity"], tuple(tokens))
+        self.space = Space(*about, tuple(tokens))
         if self.facts["bytes"] <= SMALL:
             for path, record in self._files():
                 check(path, record, content=True)
@@ -104,15 +107,17 @@ def _opened(folder: Path) -> tuple[Record, list[Segment]]:
         try:
             return manifest, _segments(folder, manifest)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{folder / MANIFEST} is no manifest of an index: {type(error).__name__}: {error}"
-            ) from error
+            raise _no_manifest(folder, error) from error
         except (ValueError, FileNotFoundError):
             # a writer may have replaced segments since the manifest was read
             newer = read_manifest(folder / MANIFEST)
             if newer == manifest:
                 raise
             manifest = newer
+
+
+def _no_manifest(folder: Path, error: Exception) -> ValueError:
+    return ValueError(f"{folder / MANIFEST} is no manifest of an index: {type(error).__name__}: {error}")
 
 
 def _segments(folder: Path, manifest: Record) -> list[Segment]:
