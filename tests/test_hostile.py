@@ -333,7 +333,7 @@ def rewritten(folder, name, change):
     write_manifest(folder / MANIFEST, manifest)
 
 
-@pytest.mark.parametrize("name", ["row_words", "row_start", "run_start", "documents", "bytes", "words", "scale"])
+@pytest.mark.parametrize("name", ["row_words", "row_start", "run_start", "number_start", "documents", "bytes", "words", "scale"])
 def test_an_index_whose_numbers_point_elsewhere_is_found(tmp_path, name):
     SparseIndex.build(tmp_path / "i", embeddings(9)).verify()
     rewritten(tmp_path / "i", name, lambda array: array.__setitem__(3, array.max() + 9))
