@@ -265,9 +265,12 @@ def folder_of(source: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: if the source looks like a path and there is no such folder.
+        ValueError: if the source is a file.
     """
     if Path(source).is_dir():
         return Path(source)
+    if Path(source).is_file():
+        raise ValueError(f"{source} is a file; give a model's folder. `stair consolidate` makes one of a checkpoint")
     if str(source).count("/") > 1 or str(source).startswith((".", "/", "~")):
         raise FileNotFoundError(f"{source}: no such folder")
     from huggingface_hub import snapshot_download

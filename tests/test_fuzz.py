@@ -118,13 +118,14 @@ def test_descriptions_of_models_are_read_or_refused(tiny_stair, tmp_path, slow):
 # ------------------------------------------------------------------ indices
 
 
-@pytest.mark.parametrize("broken", [b"(452(, }", b"(452,", b"'\x00'"])
-def test_an_array_whose_header_is_no_python_is_a_damaged_index(tmp_path, broken):
+@pytest.mark.parametrize("broken", [b"(452(, }", b"(452,", b"'\x00'", b""])
+def test_an_array_whose_header_is_no_python_is_a_damaged_index(tmp_path, monkeypatch, broken):
     SparseIndex.build(tmp_path / "i", embeddings(5))
     path = next((tmp_path / "i").rglob("bytes.npy"))
     content = path.read_bytes()
     at = content.index(b"'shape': (") + 9
-    path.write_bytes(content[:at] + broken + content[at + len(broken) :])
+    path.write_bytes(content[:at] + broken + content[at + len(broken) :] if broken else b"")
+    monkeypatch.setattr("stair.index.segment.check", lambda *_, **__: None)  # as if the manifest were written for it
     with pytest.raises(ValueError, match=r"bytes\.npy"):
         SparseIndex.open(tmp_path / "i")
 

@@ -191,6 +191,8 @@ def test_weights_that_are_a_pickle_run_nothing(model, trap):
     torch.save({"a": trap}, model / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         Stair.from_pretrained(model)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is a file; give a model's folder"):
+        Stair.from_pretrained(model / "pytorch_model.bin")
 
 
 def test_weights_that_are_not_finite_are_refused(model):
@@ -333,7 +335,9 @@ def rewritten(folder, name, change):
     write_manifest(folder / MANIFEST, manifest)
 
 
-@pytest.mark.parametrize("name", ["row_words", "row_start", "run_start", "number_start", "documents", "bytes", "words", "scale"])
+@pytest.mark.parametrize(
+    "name", ["row_words", "row_start", "run_start", "number_start", "documents", "bytes", "words", "scale"]
+)
 def test_an_index_whose_numbers_point_elsewhere_is_found(tmp_path, name):
     SparseIndex.build(tmp_path / "i", embeddings(9)).verify()
     rewritten(tmp_path / "i", name, lambda array: array.__setitem__(3, array.max() + 9))

@@ -196,5 +196,5 @@ def _mapped(path: Path) -> NDArray[Any]:
     try:
         # asarray: a plain array over the map, for which numba compiles one form only
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (ValueError, SyntaxError, TokenError) as error:  # of a damaged header, which numpy reads as Python
+    except (ValueError, SyntaxError, TokenError, EOFError) as error:  # of a damaged header, which numpy reads as Python
         raise ValueError(f"{path} is no array ({plain(str(error))}): the index is damaged, build it again") from error
