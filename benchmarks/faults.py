@@ -1,7 +1,6 @@
 """Kills small trainings of three stages at random moments, lets them go on, and compares with one that was left alone.
 
 python -m benchmarks.faults FOLDER --kills 100 --seed 0          # a table by moment and signal, and FOLDER/faults.json
-python -m benchmarks.faults FOLDER --memory 10000                # resident memory over so many steps, by quarter
 
 A kill happens inside the process that is meant, at a moment of its own choice: while it starts, in a step, in a
 validation, with part of a checkpoint or of a hand-over written, before it is renamed, at a wait for the disk while an index
@@ -24,7 +23,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -352,30 +350,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------ memory
-
-
-def memory(folder: Path, steps: int) -> dict[str, Any]:
-    """Resident memory of a training process over many steps with a hundred validations, in MiB."""
-    torch.set_num_threads(1)
-    data, found = folder / "data", list[tuple[int, float]]()
-    write_scenes(data, train=64, val=12, image_size=32)
-    (data / "small.yaml").write_text(SMALL)
-    step, page = StairStage.training_step, os.sysconf("SC_PAGE_SIZE")
-
-    def noted(self: Any, batch: Any, batch_idx: int) -> Any:
-        if self.trainer.global_step % max(1, steps // 200) == 0:
-            resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
-            found.append((self.trainer.global_step, resident / 2**20))
-        return step(self, batch, batch_idx)
-
-    StairStage.training_step = noted  # type: ignore[method-assign]
-    every = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(max(1, steps // 100))]
-    train([*words(data, folder / "run", 1, 1), *every, "--data.workers", "0"])
-    quarters = [np.mean([mib for at, mib in found if q <= 4 * at / steps < q + 1]) for q in range(4)]
-    return {"steps": steps, "validations": 100, "mib_by_quarter": [round(float(q), 1) for q in quarters]}
-
-
 def main() -> None:
     """Runs what the words say, prints it and writes it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -383,17 +357,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=1e9, help="after which no further run is begun")
-    parser.add_argument("--memory", type=int, default=0, metavar="STEPS")
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True)
-    if asked.memory:
-        result = memory(asked.folder, asked.memory)
-        print(result)
-    else:
-        result = campaign(asked.folder, asked.kills, asked.seed, minutes=asked.minutes)
-        print(table(result), *result["wrong"], sep="\n")
+    result = campaign(asked.folder, asked.kills, asked.seed, minutes=asked.minutes)
+    print(table(result), *result["wrong"], sep="\n")
     (asked.folder / "faults.json").write_text(json.dumps(result, indent=1) + "\n")
-    sys.exit(bool(result.get("wrong")))
+    sys.exit(bool(result["wrong"]))
 
 
 if __name__ == "__main__":
