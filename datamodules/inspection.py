@@ -81,7 +81,7 @@ class Sight:
         misnamed: images whose name says another format.
         sides: width and height of images, in pixels.
         fields: samples by where their captions stand.
-    texts: captions, those of a sample together.
+        texts: captions, those of a sample together.
         blank: samples with a blank caption among others.
         tokens: length of each caption, [CLS] and [SEP] included; empty without a vocabulary.
         unknown: share of word pieces that the vocabulary does not have.

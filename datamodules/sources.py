@@ -15,6 +15,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -282,7 +283,10 @@ def _authorization(host: str) -> str | None:
     """What `~/.netrc` has for a host: a password in a URL would stand in logs and checkpoints."""
     try:
         entry = netrc.netrc().hosts.get(host)
-    except (OSError, netrc.NetrcParseError):
+    except FileNotFoundError:
+        return None
+    except (OSError, netrc.NetrcParseError) as error:  # what is public needs none of it
+        warnings.warn(f"~/.netrc cannot be read, so no password is sent: {error}", stacklevel=2)
         return None
     return "Basic " + base64.b64encode(f"{entry[0]}:{entry[2]}".encode()).decode() if entry else None
 

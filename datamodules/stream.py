@@ -22,7 +22,7 @@ from datamodules.augment import Augment
 from datamodules.pairs import CollatePairs, Pair
 from datamodules.plan import Piece, Plan, seeded
 from datamodules.sources import Remote
-from datamodules.tally import CONVERTED, Report, Skip, Tally
+from datamodules.tally import CAUSE, CONVERTED, Report, Skip, Tally
 from datamodules.tars import captions, image_bytes, stream
 from stair.batch import Batch
 
@@ -101,7 +101,8 @@ class Reader:
             if empty:
                 raise RuntimeError(
                     f"no sample could be read from {[shard for s in self.plan.lines[line] for shard in s.shards][:3]} or "
-                    f"others of them: {dict(self.tally.by_cause())}; check the files, and train_samples if it was given"
+                    f"others of them: {dict(self.tally.by_cause(CAUSE))}; check the files, and train_samples if "
+                    "it was given"
                 )
 
     def _pieces(self, line: int, rng: Any, lap: int) -> Iterator[Piece]:

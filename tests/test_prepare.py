@@ -190,7 +190,7 @@ def test_a_table_or_a_template_that_is_none_is_refused_by_name(tmp_path):
         folder(tmp_path / "t.parquet", images, tmp_path / "out", workers=1)
     with pytest.raises(ValueError, match=r"t.parquet cannot be read"):
         datasets(tmp_path, tmp_path / "out", workers=1)
-    for template in ("a photo", "{x}", "{"):
+    for template in ("a photo", "{x}", "{", "{.x}"):
         with pytest.raises(ValueError, match=r"template=.*wanted text with \{\} for the name"):
             classes(images, tmp_path / "out", template=template, workers=1)
     with pytest.raises(ValueError, match=r"no folder .*nowhere; wanted the one with a folder for each class"):

@@ -349,6 +349,9 @@ def test_urls_with_a_password_or_a_star_are_refused_and_netrc_is_read(tmp_path, 
     (tmp_path / ".netrc").write_text("machine host.x login me password secret\n")
     (tmp_path / ".netrc").chmod(0o600)
     assert sources._authorization("host.x") == "Basic bWU6c2VjcmV0" and sources._authorization("host.y") is None
+    (tmp_path / ".netrc").write_text("machine host.x nonsense\n")
+    with pytest.warns(UserWarning, match=r"netrc cannot be read, so no password is sent: .*nonsense"):
+        assert sources._authorization("host.x") is None
 
 
 # ---- local copies

@@ -22,7 +22,7 @@ def class_source(images: Path, split: str, names: Path | None, template: str) ->
     try:
         if template.format("a") == template.format("b"):
             raise ValueError("all classes would have the same caption")
-    except (ValueError, LookupError) as error:
+    except (ValueError, LookupError, AttributeError) as error:
         raise ValueError(
             f"{template=}: {error}; wanted text with {{}} for the name, as in 'a photo of a {{}}'"
         ) from error
