@@ -345,6 +345,18 @@ def test_an_index_whose_numbers_point_elsewhere_is_found(tmp_path, name):
         SparseIndex.open(tmp_path / "i").verify()
 
 
+def test_a_list_of_deleted_documents_of_another_type_is_found(tmp_path):
+    SparseIndex.build(tmp_path / "i", embeddings(9)).delete(["d3"])
+    SparseIndex.open(tmp_path / "i").verify()
+    manifest = json.loads(json.loads((tmp_path / "i" / MANIFEST).read_text())["body"])
+    deleted = manifest["segments"][0]["deleted"]
+    path = tmp_path / "i" / deleted["file"]
+    deleted |= write_array(path, np.load(path).astype(np.uint8))  # of which ~ leaves no zero: nothing would be hidden
+    write_manifest(tmp_path / "i" / MANIFEST, manifest)
+    with pytest.raises(ValueError, match="the list of deleted documents contradicts"):
+        SparseIndex.open(tmp_path / "i").verify()
+
+
 def test_a_manifest_cannot_name_files_outside_the_index(tmp_path):
     SparseIndex.build(tmp_path / "i", embeddings(9))
     manifest = json.loads(json.loads((tmp_path / "i" / MANIFEST).read_text())["body"])

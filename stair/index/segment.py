@@ -167,10 +167,13 @@ class Segment:
                 return f"{name}_start"
         ids = [self.ids[document] for document in range(len(self))]
         wanted = {**invert(checked(vectors, words)), **_lookup(ids), **texts_to_arrays("id", ids)}
-        if odd := [name for name, array in wanted.items() if not np.array_equal(self.arrays[name], array)]:
+        if odd := [name for name, array in wanted.items() if not _same(self.arrays[name], array)]:
             return odd[0]
-        if len(self.deleted) and (
-            len(self.deleted) != len(self) or self.deleted.sum() != self.record["deleted"]["count"]
+        deleted = self.record["deleted"]
+        if deleted and not (
+            self.deleted.dtype == np.bool_
+            and self.deleted.shape == (len(self),)
+            and self.deleted.sum() == deleted["count"]
         ):
             return "the list of deleted documents"
         return next((column["key"] for column in self.record["columns"] if self._column_is_wrong(column)), None)
@@ -184,6 +187,11 @@ class Segment:
             return len(self.arrays[column["name"] + "_number"]) != len(self)
         codes, start = (self.arrays[f"{column['name']}_{part}"] for part in ("code", "start"))
         return len(codes) != len(self) or bool((codes < -1).any() or (codes >= len(start) - 1).any())
+
+
+def _same(array: NDArray[Any], wanted: NDArray[Any]) -> bool:
+    # the type too: another one compares as equal, and the compiled search stops at it
+    return array.dtype == wanted.dtype and np.array_equal(array, wanted)
 
 
 def _lookup(ids: Sequence[str]) -> dict[str, NDArray[Any]]:
