@@ -24,7 +24,11 @@ def crop(image: Image.Image, generator: np.random.Generator, size: int) -> bytes
     wide = min(1.0, np.sqrt(area * ratio)) * image.width
     high = min(1.0, np.sqrt(area / ratio)) * image.height
     left, top = generator.uniform(0, image.width - wide), generator.uniform(0, image.height - high)
-    piece = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + wide, top + high))
+    piece = image.resize(
+        (size, size),
+        Image.Resampling.BICUBIC,
+        box=(left, top, min(left + wide, image.width), min(top + high, image.height)),
+    )
     buffer = io.BytesIO()
     (ImageOps.mirror(piece) if generator.random() < 0.5 else piece).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()

@@ -4,8 +4,8 @@ Rounded up, a sum over a query's words is never below the true score: whatever i
 exactly from the rows (stair/index/scoring.py). Eight bits and 16-bit document numbers within blocks of 65,536 make three
 bytes a posting, and accumulators of a block that stay in the processor's cache. The postings of a word in a block are a
 run. A word that more than one in `FULL` of a block's documents hold has a *full* run: a byte for each document, zeros
-included, and no numbers. Adding it up is plain arithmetic on neighbours, eight or more at a time: frequent words are most of
-the work of a short query, and their runs hardly grow.
+included, and no numbers. Adding it up is plain arithmetic on neighbours, eight or more at a time; frequent words are most
+of the work of a short query, and their runs hardly grow.
 
 N documents, V words, U words that occur, R = ceil(N / 65,536) blocks, P non-zeros, S bytes of all runs.
 """
