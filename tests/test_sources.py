@@ -213,7 +213,10 @@ def test_buckets_are_read_through_fsspec_and_through_their_failures(tmp_path, vo
     assert len(set(keys(train))) == 16
     with pytest.raises(LastingError, match="FileNotFoundError"):
         open_shard("flaky://bucket/other.tar", QUICK).read()
-    with pytest.raises(LastingError, match=r"pip install .*remote"):
+    fsspec.register_implementation("absent", "no_such_package.Files", errtxt="Install no_such_package", clobber=True)
+    with pytest.raises(LastingError, match=r"Install no_such_package; `pip install .*remote"):
+        open_shard("absent://bucket/a.tar", QUICK).read()
+    with pytest.raises(LastingError, match=r"nosuch://bucket/a.tar cannot be opened: Protocol not known: nosuch"):
         open_shard("nosuch://bucket/a.tar", QUICK).read()
 
 
