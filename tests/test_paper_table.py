@@ -73,6 +73,7 @@ def test_the_table_means_over_seeds_and_chooses_on_validation(scripts, tmp_path)
         "other": [("dense", 0.99, 0.9)],  # dense too: never the sparse choice
         "a": [("sparse", 0.40, 0.1), ("sparse", 0.50, 0.1)],
         "b": [("sparse", 0.35, 0.9), ("sparse", 0.45, 0.9)],  # better on test, which must not matter
+        "lucky": [("sparse", 0.60, 0.9)],  # a single seed is not chosen
     }
     for name, seeds in runs.items():
         for seed, values in enumerate(seeds):
@@ -86,6 +87,7 @@ def test_the_table_means_over_seeds_and_chooses_on_validation(scripts, tmp_path)
     assert f"| a ← (2) | 45.0 ± {spread:.1f} |" in text and "b ←" not in text
     assert f"v, t→i R@1: {0.45 / 0.32:.2f} × dense, wanted 1.13: met" in text
     assert f"t, i→t R@1: {0.1 / 0.4:.2f} × dense, wanted 1.08: not met" in text
+    assert f"| v | b (2) | {0.40 / 0.32:.2f} | " in text and "lucky ←" not in text
     assert (tmp_path / "recall_against_words.png").stat().st_size > 1000
     assert json.loads((tmp_path / "table.json").read_text())["selected"] == "a"
 
