@@ -155,6 +155,7 @@ def _plot(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]], out: Pat
     """Recall of every run against its active words, on the first validation set; the dense baseline as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     first = next(iter(plan["val"]))
     figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
@@ -168,7 +169,9 @@ def _plot(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]], out: Pat
             elif words:
                 spread = statistics.stdev(recall) if len(recall) > 1 else 0
                 axis.errorbar(statistics.mean(words), statistics.mean(recall), spread, fmt="o", label=name)
-        axis.set(xscale="log", xlabel="active words an image", ylabel=f"{head}, %", title=first)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.set(xlabel="active words an image", ylabel=f"{head}, %", title=first)
         axis.grid(alpha=0.3)
     figure.axes[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(out / "recall_against_words.png")
