@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from datamodules.stream import ShardStream
 from datamodules.tally import CAUSE, ENOUGH, Report, Tally
-from datamodules.workers import begin
+from datamodules.workers import LivelyLoader
 from stair.batch import Batch
 
 logger = logging.getLogger(__name__)
@@ -66,17 +65,16 @@ class ShardLoader:
                 logger.warning("epoch %d: skipped %d samples: %s", self.epoch, fresh.total(), dict(fresh))
             yield batch
 
-    def _workers(self) -> "DataLoader[tuple[Batch, Report]]":
+    def _workers(self) -> LivelyLoader:
         # each of the plan's workers must be read by one process: fewer processes take several, more would have none
         planned = self._begun.workers
         processes = max((n for n in range(1, self._processes + 1) if planned % n == 0), default=0)
         made = replace(self.stream, plan=self._begun, processes=max(processes, 1), epoch=self.epoch, handed=self.handed)
-        return DataLoader(
+        return LivelyLoader(
             made,
             batch_size=None,
             num_workers=processes,
             collate_fn=_as_is,
-            worker_init_fn=begin,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # the default one would draw from the global state
         )

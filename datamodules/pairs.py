@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from datamodules.sources import is_remote
 from datamodules.tars import CAPTION_TYPES, IMAGE_TYPES, captions, expand, image_bytes, index
-from datamodules.workers import begin
+from datamodules.workers import LivelyLoader
 from stair.batch import Batch
 from stair.images import decode_image, eval_pixels
 from stair.vocabulary import Vocabulary
@@ -149,7 +149,7 @@ class CollatePairs:
 
 def evaluation_loader(
     pairs: EvaluationPairs, collate: CollatePairs, batch_size: int, workers: int, rank: int, ranks: int
-) -> DataLoader[Pair]:
+) -> LivelyLoader:
     """A loader of this rank's share of a set: the same number of batches, of the same sizes, on every rank.
 
     Args:
@@ -160,13 +160,12 @@ def evaluation_loader(
         rank: this process, from 0.
         ranks: processes in all.
     """
-    return DataLoader(
+    return LivelyLoader(
         pairs,
         batch_size=batch_size,
         sampler=RankShare(pairs, ranks, rank, shuffle=False),
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=begin,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # the default one would draw from the global state
     )

@@ -1,27 +1,110 @@
-"""What a reading process does before it reads: it leaves signals to the training process, and ends with it.
+"""Reading processes: all of them come to life, leave signals to the training process, and end with it.
 
 Under SLURM a signal to the job reaches every process of it. A reader that ended at once would take away the batches that
 the training process still needs to come to the point where it saves.
 """
 
+import logging
+import multiprocessing
 import os
 import signal
 import threading
+import time
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 60.0  # seconds that processes have from their fork to their first line; it takes milliseconds
+_ATTEMPTS = 3
 
 
-def begin(worker: int) -> None:
-    """For `worker_init_fn`: heeds SIGTERM only from the training process, and no SIGUSR1; tokenises without threads."""
+class LivelyLoader(DataLoader[Any]):
+    """A DataLoader whose processes are all alive before it is asked for a batch.
+
+    A process that is forked while another thread holds a lock waits for that lock for ever, and the training process for
+    its batches. Before Python 3.12 the interpreter itself has such a lock: a thread of a collective that takes the
+    interpreter at the moment of the fork is enough. Processes that have not said a word after a minute are ended, and all
+    are started again; what they read follows from the dataset alone.
+    """
+
+    def __iter__(self) -> Any:
+        """Starts the processes, then iterates.
+
+        Raises:
+            RuntimeError: if some did not come to life, three times over.
+        """
+        if not self.num_workers or multiprocessing.get_start_method() != "fork":
+            self.worker_init_fn = begin
+            return super().__iter__()
+        for _ in range(_ATTEMPTS):
+            hears, says = multiprocessing.Pipe(duplex=False)
+            self.worker_init_fn = partial(begin, says=says)
+            iterator = super().__iter__()
+            says.close()
+            silent = self.num_workers - _heard(hears, self.num_workers)
+            hears.close()
+            if not silent:
+                return iterator
+            logger.warning(
+                "%d of %d reading processes did not start within %.0f s of their fork, most likely for a lock that another "
+                "thread held: starting all of them again",
+                *(silent, self.num_workers, _PATIENCE),
+            )
+            _end(iterator)
+        raise RuntimeError(
+            f"{silent} of {self.num_workers} reading processes did not start, {_ATTEMPTS} times over; set "
+            "data.workers: 0 to read in the training process, or look for what starts threads in it before training"
+        )
+
+
+def _heard(hears: Connection, expected: int) -> int:
+    """How many processes have begun, all `expected` if one has ended: DataLoader tells of that better."""
+    limit = time.monotonic() + _PATIENCE
+    for heard in range(expected):
+        if not hears.poll(max(limit - time.monotonic(), 0)):
+            return heard
+        try:
+            hears.recv_bytes()
+        except EOFError:
+            break
+    return expected
+
+
+def _end(iterator: Any) -> None:
+    processes = iterator._workers
+    iterator._shutdown_workers()  # as Lightning does, and an iterator that nobody needs any more
+    for process in processes:
+        process.kill()  # one that is stuck in its fork heeds no other signal
+        process.join()
+
+
+def begin(worker: int, says: Connection | None = None) -> None:
+    """For `worker_init_fn`: heeds SIGTERM only from the training process, and no SIGUSR1; tokenises without threads.
+
+    Args:
+        worker: number of this process.
+        says: is told that this process lives, and closed.
+    """
     # a tokenizer that starts threads in a forked worker can lock up
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        parent = multiprocessing.parent_process()
+        ours = parent.pid if parent else os.getppid()  # under forkserver it is not the parent of the system
+        threading.Thread(target=_end_with, args=(os.getppid(), ours), daemon=True).start()
+    if says is not None:
+        says.send_bytes(b"!")
+        says.close()
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process when the parent says so, or is gone: it may have been killed with no time for farewells."""
+def _end_with(parent: int, trainer: int | None) -> None:
+    """Ends this process when the trainer says so, or the parent is gone: it may have been killed with no farewells."""
     while True:
         received = signal.sigtimedwait({signal.SIGTERM}, 2)
-        if os.getppid() != parent or (received is not None and received.si_pid == parent):
+        if os.getppid() != parent or (received is not None and received.si_pid == trainer):
             os._exit(0)
