@@ -214,6 +214,16 @@ def test_the_vocabulary_test_reads_sparse_weights_off_and_ties_count_against():
     assert (found["images"], found["left_out"]) == (3, 1)
 
 
+def test_the_vocabulary_test_says_what_naming_the_commonest_words_would_get():
+    right = [[7, 3], [7], [7, 5], [3, 5], [9], []]
+    found = naming(SparseRows.of(torch.rand(6, 12)), right, 12)
+    # said of every image: 7 (right for three), then 3 and 5 (two each, tied), then 9: ranks 1, 1, 1, 2 (behind 7), 4
+    assert found["commonest/top1"] == 3 / 5 and found["commonest/top5"] == 1
+    alone = naming(SparseRows.of(torch.rand(12, 12)), [[i] for i in range(12)], 12)
+    # each right once: all tied, and ties count against
+    assert alone["commonest/top10"] == 0
+
+
 def test_the_vocabulary_test_of_a_dense_model_embeds_every_whole_word(models, vocabulary):
     scored = open_model(str(models / "clip"))
     rows, ids = word_rows(scored)

@@ -32,7 +32,8 @@ def record(kind: str, t2i: float, test: float) -> dict:
         return {"retrieval": {"t2i/recall@1": recall, "i2t/recall@1": recall, "t2i/recall@10": 1, "i2t/recall@10": 1}}
 
     words = {"words": {"sparsity/image/active_words": 20.0}} if kind == "sparse" else {}
-    return {"model": {"kind": kind}, "sets": {"v": figures(t2i) | words, "t": figures(test) | words}}
+    naming = {"naming": {"captions": {"top1": t2i, "commonest/top1": 0.324}}}
+    return {"model": {"kind": kind}, "sets": {"v": figures(t2i) | words | naming, "t": figures(test) | words}}
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
@@ -88,6 +89,7 @@ def test_the_table_means_over_seeds_and_chooses_on_validation(scripts, tmp_path)
     assert f"v, t→i R@1: {0.45 / 0.32:.2f} × dense, wanted 1.13: met" in text
     assert f"t, i→t R@1: {0.1 / 0.4:.2f} × dense, wanted 1.08: not met" in text
     assert f"| v | b (2) | {0.40 / 0.32:.2f} | " in text and "lucky ←" not in text
+    assert text.count("Saying the commonest word of every image, no model: captions 32.4.") == 1
     assert (tmp_path / "recall_against_words.png").stat().st_size > 1000
     assert json.loads((tmp_path / "table.json").read_text())["selected"] == "a"
 

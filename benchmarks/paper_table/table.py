@@ -53,7 +53,7 @@ def write_table(plan: dict[str, Any], out: Path) -> None:
             cells = [_cell(head, _values(records, name, head)) for head in heads]
             lines.append(f"| {plan['variants'][variant]['title']}{mark} ({len(records)}) | {' | '.join(cells)} |")
             numbers.setdefault(name, {})[variant] = {head: _values(records, name, head) for head in heads}
-        lines.append("")
+        lines += [*_commonest(found, name), ""]
     lines += _targets(plan, found, selected)
     (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "table.json").write_text(json.dumps({"selected": selected, "sets": numbers}, indent=2) + "\n")
@@ -81,6 +81,14 @@ def select(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> str 
 def _records(folder: Path) -> list[dict[str, Any]]:
     paths = sorted(folder.glob("seed*/evaluation/evaluation.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def _commonest(found: dict[str, list[dict[str, Any]]], name: str) -> list[str]:
+    """What the vocabulary test gives to one who looks at no image: the same for every run."""
+    sets = [record["sets"].get(name, {}) for records in found.values() for record in records]
+    naming = [item for figures in sets for item in figures.get("naming", {}).items()]
+    said = {kind: f"{kind} {100 * of['commonest/top1']:.1f}" for kind, of in naming if "commonest/top1" in of}
+    return ["", f"Saying the commonest word of every image, no model: {', '.join(said.values())}."] if said else []
 
 
 def _values(records: list[dict[str, Any]], name: str, head: str) -> list[float]:

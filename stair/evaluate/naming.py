@@ -15,6 +15,7 @@ N images, V words, W words a dense model chooses among, Q images of a block.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -77,7 +78,8 @@ def naming(
         words: of a dense model (`word_rows`); None: the columns of `images` are the words.
 
     Returns:
-        `top1`, `top5`, `top10`, in 0 to 1, `median_rank`; `images` ranked, and `left_out`.
+        `top1`, `top5`, `top10`, in 0 to 1, `median_rank`; `images` ranked, and `left_out`; and under `commonest/` the same
+        shares for one who looks at no image and names these images' right words by how many of them have each.
     """
     place = {} if words is None else {int(v): row for row, v in enumerate(words[1])}
     word_WV = None if words is None else words[0].matrix(width)
@@ -92,6 +94,21 @@ def naming(
                 best = score_W[at].max()
                 ranks.append(1 + int((score_W >= best).sum()) - int((score_W[at] >= best).sum()))
     found = torch.tensor(ranks, dtype=torch.float64)
-    figures = {f"top{k}": float((found <= k).double().mean()) for k in _KS}
     median = float(found.median()) if len(found) else float("nan")
-    return figures | {"median_rank": median, "images": float(len(found)), "left_out": float(len(right) - len(found))}
+    figures = {"median_rank": median, "images": float(len(found)), "left_out": float(len(right) - len(found))}
+    guessed = torch.tensor(_commonest(right), dtype=torch.float64)
+    return _shares(found) | {f"commonest/{key}": share for key, share in _shares(guessed).items()} | figures
+
+
+def _shares(rank_N: Tensor) -> dict[str, float]:
+    return {f"top{k}": float((rank_N <= k).double().mean()) for k in _KS}
+
+
+def _commonest(right: Sequence[Sequence[int]]) -> list[int]:
+    """The ranks if the same words were said of every image, those right for most images first."""
+    count = Counter(i for wanted in right for i in set(wanted))
+    ranks = []
+    for wanted in filter(None, right):
+        best = max(count[i] for i in wanted)
+        ranks.append(1 + sum(times >= best for i, times in count.items() if i not in wanted))
+    return ranks

@@ -95,19 +95,24 @@ def _classification(sets: Mapping[str, Any]) -> Table:
 
 
 def _naming(sets: Mapping[str, Any]) -> Table:
-    lines = [
-        [f"{name}, {'class name' if kind == 'class' else 'caption words'}"]
-        + [_percent(found[f"top{k}"]) for k in (1, 5, 10)]
-        + [_number(found["median_rank"]), f"{found['images']:.0f}", f"{found['left_out']:.0f}"]
-        for name, figures in sets.items()
-        for kind, found in figures.get("naming", {}).items()
-    ]
+    lines = []
+    for name, figures in sets.items():
+        for kind, found in figures.get("naming", {}).items():
+            what = f"{name}, {'class name' if kind == 'class' else 'caption words'}"
+            size = [f"{found['images']:.0f}", f"{found['left_out']:.0f}"]
+            lines.append([what, *_tops(found, ""), _number(found["median_rank"]), *size])
+            lines.append([f"{what}: the commonest", *_tops(found, "commonest/"), "", *size])
     heads = ["right word among all, %", "top-1", "top-5", "top-10", "median rank", "images", "left out"]
     note = (
         "Every word of the vocabulary competes: a sparse model's weights are read straight off, a dense one embeds each "
-        "word alone. Right are whole words, no stop words; images without one are left out."
+        "word alone. Right are whole words, no stop words; images without one are left out. The commonest: what saying the "
+        "same words of every image gets, this set's own commonest first; a model that is not above it has named a habit."
     )
     return Table("Vocabulary test", heads, lines, [note])
+
+
+def _tops(found: Mapping[str, float], of: str) -> list[str]:
+    return [_percent(found[f"{of}top{k}"]) for k in (1, 5, 10)]
 
 
 def _words(sets: Mapping[str, Any]) -> Table:
