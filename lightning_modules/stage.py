@@ -42,8 +42,10 @@ class Objective:
         flops_text_words: which of a text's words λ_text weighs on in the masked stage. `own`: what the mask lets through,
             the paper's form. `all`: as if there were no mask, so that words outside it have a gradient; costs a full text
             head, and learned sentences far more slowly (docs/results.md).
-        own_words_share: how much of the contrastive loss of an unmasked stage is that of texts cut to their own words, in
-            [0, 1): what stage 1 taught words goes on being taught. 0, the paper's form, does without (docs/paper.md).
+        own_words_share: how much of the contrastive loss is that of texts cut to their own words; the rest is that of all
+            words. None is the paper's form: 1 in stage 1, 0 in stages 2 and 3. Below 1 in stage 1, in (0, 1], the mask is
+            soft: images keep words that no caption holds yet. Above 0 in stages 2 and 3, in [0, 1), what stage 1 taught
+            words goes on being taught (docs/paper.md).
     """
 
     similarity: Literal["dot", "cosine"] = "dot"
@@ -56,7 +58,7 @@ class Objective:
     flops_text: float = 1e-3
     flops_ramp_steps: int = 0
     flops_text_words: Literal["own", "all"] = "own"
-    own_words_share: float = 0.0
+    own_words_share: float | None = None
 
     def __post_init__(self) -> None:
         """Refuses values that cannot train."""
@@ -68,10 +70,8 @@ class Objective:
             raise ValueError("objective.flops_image, flops_text and flops_ramp_steps must be finite and not negative")
         if not 0 < self.first_logit_std < math.inf:
             raise ValueError(f"objective.first_logit_std is {self.first_logit_std}; give a number above 0, such as 1")
-        if not 0 <= self.own_words_share < 1:
-            raise ValueError(
-                f"objective.own_words_share is {self.own_words_share}; give a share from 0 to below 1 (1 would be stage 1)"
-            )
+        if self.own_words_share is not None and not 0 <= self.own_words_share <= 1:
+            raise ValueError(f"objective.own_words_share is {self.own_words_share}; give a share from 0 to 1, or null")
 
 
 class StairStage(ContrastiveModule):
@@ -99,11 +99,8 @@ class StairStage(ContrastiveModule):
         recompute: bool = False,
         compile: str | None = None,
     ) -> None:
-        if self.text_words == "own" and objective.own_words_share:
-            raise ValueError(
-                f"objective.own_words_share is {objective.own_words_share}, but stage {self.stage} sees own words only; "
-                "set it in stages 2 and 3"
-            )
+        # of the loss, for the text's other form than the one this stage sees: all words in stage 1, own words later
+        self.other_share = self._other_share(objective.own_words_share)
         start = objective.scale_start
         start = None if isinstance(start, str) else start
         super().__init__(optimizer, start, micro_batch_size, recompute, compile)
@@ -113,6 +110,15 @@ class StairStage(ContrastiveModule):
         words, kind = len(self.stair.vocabulary), objective.regulariser
         self.regulariser_image = regulariser(kind, words, objective.target_image)
         self.regulariser_text = regulariser(kind, words, objective.target_text)
+
+    @classmethod
+    def _other_share(cls, own: float | None) -> float:
+        masked = cls.text_words == "own"
+        share = float(masked) if own is None else own
+        if share == float(not masked):
+            way = "above 0, or leave the mask out and begin with stage 3" if masked else "below 1, or run stage 1"
+            raise ValueError(f"objective.own_words_share is {own} in stage {cls.stage}: give a share {way}")
+        return 1 - share if masked else share
 
     @classmethod
     def home(cls) -> str:
@@ -127,12 +133,13 @@ class StairStage(ContrastiveModule):
     def embed(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Embeds one micro-batch.
 
-        With `text_unmasked_CV` where λ_text weighs on more than the mask lets through, and `text_own_CV` where texts are
-        also compared by their own words alone.
+        With `text_unmasked_CV` where the mask is soft or λ_text weighs on more than it lets through, and `text_own_CV`
+        where unmasked texts are also compared by their own words alone.
         """
-        unmasked = self.training and self.text_words == "own" and self.objective.flops_text_words != "own"
+        masked = self.text_words == "own"
+        unmasked = self.training and masked and bool(self.other_share or self.objective.flops_text_words != "own")
         encoded: dict[str, Tensor] = self.stair(pixels, ids, mask, unmasked)
-        if self.training and self.objective.own_words_share:
+        if self.training and not masked and self.other_share:
             encoded["text_own_CV"] = encoded["text_CV"] * self.stair.vocabulary.own_words(ids, mask)
         return encoded
 
@@ -150,15 +157,18 @@ class StairStage(ContrastiveModule):
                 )
             self.set_scale(self.objective.first_logit_std / max(float(spread), 1e-6))
         contrastive = info_nce(*pairs, self.stair.scale, cosine)
-        compared, own = contrastive.loss, dict[str, Tensor]()
-        if share := self.objective.own_words_share:
-            own["contrastive_own"] = info_nce(pairs[0], encoded["text_own_CV"], self.stair.scale, cosine).loss
-            compared = (1 - share) * compared + share * own["contrastive_own"]
+        compared, other = contrastive.loss, dict[str, Tensor]()
+        if share := self.other_share:
+            name, form = ("all", "unmasked") if self.text_words == "own" else ("own", "own")
+            loss = info_nce(pairs[0], encoded[f"text_{form}_CV"], self.stair.scale, cosine).loss
+            other[f"contrastive_{name}"] = loss
+            compared = (1 - share) * compared + share * loss
         rising = ramp(self.trainer.global_step, self.objective.flops_ramp_steps)
         lambda_image = rising * self.objective.flops_image * self.regulariser_image.factor
         lambda_text = rising * self.objective.flops_text * self.regulariser_text.factor
         cost_image = self.regulariser_image(encoded["image_BV"], rising)
-        cost_text = self.regulariser_text(encoded.get("text_unmasked_CV", encoded["text_CV"]), rising)
+        weighed = "text_unmasked_CV" if self.objective.flops_text_words == "all" else "text_CV"
+        cost_text = self.regulariser_text(encoded.get(weighed, encoded["text_CV"]), rising)
         loss = compared + lambda_image * cost_image + lambda_text * cost_text
         quantity = self.regulariser_image.quantity
         logged = {
@@ -167,6 +177,6 @@ class StairStage(ContrastiveModule):
             f"{quantity}_text": cost_text,
             "lambda_image": lambda_image,
             "lambda_text": lambda_text,
-            **own,
+            **other,
         }
         return self.report(logged, contrastive, encoded)

@@ -220,12 +220,13 @@ def test_two_ranks_by_micro_batches_train_as_one_process_does(case, cls):
     assert same(run(case(cls, ranks=2, micro=4)), want) < 1e-5
 
 
-def test_ranks_share_the_loss_of_own_words_too(case):
+@pytest.mark.parametrize("cls", [Stage1, Stage3])
+def test_ranks_share_the_loss_of_own_words_and_that_of_all(case, cls):
     half = {"objective": {"own_words_share": 0.5}}
-    want = run(case(Stage3, **half))
+    want = run(case(cls, **half))
     # two losses, twice the rounding
-    assert same(run(case(Stage3, ranks=2, micro=4, **half)), want) < 3e-5
-    assert same(run(case(Stage3)), want) > 1e-3
+    assert same(run(case(cls, ranks=2, micro=4, **half)), want) < 3e-5
+    assert same(run(case(cls)), want) > 1e-3
 
 
 @pytest.mark.slow

@@ -243,39 +243,46 @@ def test_an_objective_that_cannot_train_is_refused():
         {"scale_start": 101.0},
         {"scale_start": "warm"},
         {"flops_text": -1.0},
-        {"own_words_share": 1.0},
+        {"own_words_share": 1.5},
     ):
         with pytest.raises(ValueError, match="objective"):
             Objective(**bad)
 
 
-def test_a_share_of_own_words_is_refused_where_there_are_no_others(vocab_file):
-    with pytest.raises(ValueError, match=r"own_words_share is 0\.5, but stage 1 sees own words only"):
-        module(vocab_file, None, objective=Objective(own_words_share=0.5))
+@pytest.mark.parametrize("cls, share, way", [(Stage1, 0.0, "begin with stage 3"), (Stage3, 1.0, "run stage 1")])
+def test_a_share_of_own_words_that_makes_a_stage_another_one_is_refused(vocab_file, cls, share, way):
+    with pytest.raises(ValueError, match=rf"own_words_share is {share} in stage {cls.stage}: .* {way}"):
+        module(vocab_file, None, cls, objective=Objective(own_words_share=share))
 
 
-def test_a_share_of_own_words_mixes_the_loss_of_the_whole_text_with_that_of_its_own_words(vocab_file, batch):
+@pytest.mark.parametrize("cls", [Stage1, Stage3])
+def test_a_share_of_own_words_mixes_the_loss_of_the_whole_text_with_that_of_its_own_words(vocab_file, batch, cls):
     def loss(share):
         objective = Objective("dot", scale_start=2.0, flops_image=0.0, flops_text=0.0, own_words_share=share)
-        stage = module(vocab_file, None, Stage3, objective=objective)
+        stage = module(vocab_file, None, cls, objective=objective)
         stage._trainer, stage.log_dict = SimpleNamespace(global_step=0), lambda *args, **kwargs: None
         return stage, stage.training_step(batch, 0)["loss"]
 
     stage, got = loss(0.25)
-    out = stage.embed(batch["pixels"], batch["ids"], batch["mask"])
-    text_CV = torch.zeros_like(out["text_CV"])
+    out = stage.stair(batch["pixels"], batch["ids"], batch["mask"], True)
+    whole_CV = out.get("text_unmasked_CV", out["text_CV"])
+    own_CV = torch.zeros_like(whole_CV)
     for c, ids in enumerate(batch["ids"]):
         for word in stage.stair.vocabulary.words(ids[batch["mask"][c]].tolist()):
             if not word.startswith("["):
                 at = stage.stair.vocabulary.tokens.index(word)
-                text_CV[c, at] = out["text_CV"][c, at]
-    logits_BC = stage.stair.scale * out["image_BV"] @ text_CV.T
-    pair = torch.arange(len(logits_BC))
-    own = (
-        torch.nn.functional.cross_entropy(logits_BC, pair) + torch.nn.functional.cross_entropy(logits_BC.T, pair)
-    ) / 2
-    assert not torch.allclose(own, got)
-    torch.testing.assert_close(got, 0.75 * loss(0.0)[1] + 0.25 * own)
+                own_CV[c, at] = whole_CV[c, at]
+
+    def compared(text_CV):
+        logits_BC = stage.stair.scale * out["image_BV"] @ text_CV.T
+        pair = torch.arange(len(logits_BC))
+        entropy = torch.nn.functional.cross_entropy
+        return (entropy(logits_BC, pair) + entropy(logits_BC.T, pair)) / 2
+
+    assert not torch.allclose(compared(own_CV), got)
+    torch.testing.assert_close(got, 0.75 * compared(whole_CV) + 0.25 * compared(own_CV))
+    # the paper's form is what is not asked for: own words alone in stage 1, all of them in stage 3
+    torch.testing.assert_close(loss(None)[1], compared(own_CV if cls is Stage1 else whole_CV))
 
 
 # ------------------------------------------------------------------ micro-batches
