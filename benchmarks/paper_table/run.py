@@ -96,7 +96,7 @@ def _run(plan: dict[str, Any], out: Path, name: str, seed: int) -> str:
     for stage in plan["variants"][name]["stages"]:
         chain.append(stage)
         # variants that begin alike share what they have in common
-        home = out / "trained" / hashlib.sha256(json.dumps(chain).encode()).hexdigest()[:16]
+        home = out / "trained" / hashlib.sha256(json.dumps(chain, sort_keys=True).encode()).hexdigest()[:16]
         with _LOCKS.setdefault(home, threading.Lock()):
             model = _train(plan, out, stage, seed, home, model)
         if model is None:
