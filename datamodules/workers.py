@@ -23,12 +23,12 @@ _ATTEMPTS = 3
 
 
 class LivelyLoader(DataLoader[Any]):
-    """A DataLoader whose processes are all alive before it is asked for a batch.
+    """A DataLoader whose processes are all alive before it is asked for a batch; `worker_init_fn` is its own.
 
     A process that is forked while another thread holds a lock waits for that lock for ever, and the training process for
-    its batches. Before Python 3.12 the interpreter itself has such a lock: a thread of a collective that takes the
-    interpreter at the moment of the fork is enough. Processes that have not said a word after a minute are ended, and all
-    are started again; what they read follows from the dataset alone.
+    its batches. The interpreter itself has such a lock (seen in CPython 3.11: the list of its threads, which a thread of a
+    collective had locked). Processes that have not said a word after a minute are ended, and all are started again; what
+    they read follows from the dataset alone.
     """
 
     def __iter__(self) -> Any:
@@ -42,11 +42,15 @@ class LivelyLoader(DataLoader[Any]):
             return super().__iter__()
         for _ in range(_ATTEMPTS):
             hears, says = multiprocessing.Pipe(duplex=False)
-            self.worker_init_fn = partial(begin, says=says)
-            iterator = super().__iter__()
-            says.close()
-            silent = self.num_workers - _heard(hears, self.num_workers)
-            hears.close()
+            with hears:
+                with says:
+                    self.worker_init_fn = partial(begin, says=says)
+                    iterator = super().__iter__()
+                try:
+                    silent = self.num_workers - _heard(hears, self.num_workers)
+                except BaseException:  # Ctrl-C: a process that is stuck would hold up the end of this one
+                    _end(iterator)
+                    raise
             if not silent:
                 return iterator
             logger.warning(
@@ -55,6 +59,7 @@ class LivelyLoader(DataLoader[Any]):
                 *(silent, self.num_workers, _PATIENCE),
             )
             _end(iterator)
+            self._iterator = None  # torch would take up the one that ended, with persistent workers
         raise RuntimeError(
             f"{silent} of {self.num_workers} reading processes did not start, {_ATTEMPTS} times over; set "
             "data.workers: 0 to read in the training process, or look for what starts threads in it before training"
@@ -89,17 +94,20 @@ def begin(worker: int, says: Connection | None = None) -> None:
         worker: number of this process.
         says: is told that this process lives, and closed.
     """
-    # a tokenizer that starts threads in a forked worker can lock up
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        parent = multiprocessing.parent_process()
-        ours = parent.pid if parent else os.getppid()  # under forkserver it is not the parent of the system
-        threading.Thread(target=_end_with, args=(os.getppid(), ours), daemon=True).start()
-    if says is not None:
-        says.send_bytes(b"!")
-        says.close()
+    try:
+        # a tokenizer that starts threads in a forked worker can lock up
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        if hasattr(signal, "sigtimedwait"):  # not on macOS
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            parent = multiprocessing.parent_process()
+            ours = parent.pid if parent else os.getppid()  # under forkserver it is not the parent of the system
+            threading.Thread(target=_end_with, args=(os.getppid(), ours), daemon=True).start()
+        if says is not None:
+            says.send_bytes(b"!")
+    finally:
+        if says is not None:
+            says.close()
 
 
 def _end_with(parent: int, trainer: int | None) -> None:

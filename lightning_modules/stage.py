@@ -29,7 +29,8 @@ class Objective:
     Args:
         similarity: `dot` of the weights, or `cosine`.
         scale_start: start of the learnable scale (inverse temperature): a number; `measure` sets it so that the first
-            batch's scaled logits have the spread `first_logit_std`; `keep` carries over the previous stage's.
+            batch's scaled logits, with that form of the texts that weighs most, have the spread `first_logit_std`; `keep`
+            carries over the previous stage's.
         first_logit_std: wanted standard deviation of the first batch's logits; 0.3 to 1.5 trains, above 2.2 collapses.
         regulariser: what λ weighs (`stair.regularisers`): `flops`, the paper's; `l1`; `df_flops`, which spares rare words;
             `overuse`, which weighs words by their share of all use; `target`, FLOPs with λ adapted so that
@@ -41,7 +42,7 @@ class Objective:
         flops_ramp_steps: optimiser steps over which λ grows quadratically from 0; 0 for none.
         flops_text_words: which of a text's words λ_text weighs on in the masked stage. `own`: what the mask lets through,
             the paper's form. `all`: as if there were no mask, so that words outside it have a gradient; costs a full text
-            head, and learned sentences far more slowly (docs/results.md).
+            head, and with a hard mask learned sentences far more slowly (docs/results.md).
         own_words_share: how much of the contrastive loss is that of texts cut to their own words; the rest is that of all
             words. None is the paper's form: 1 in stage 1, 0 in stages 2 and 3. Below 1 in stage 1, in (0, 1], the mask is
             soft: images keep words that no caption holds yet. Above 0 in stages 2 and 3, in [0, 1), what stage 1 taught
@@ -99,26 +100,31 @@ class StairStage(ContrastiveModule):
         recompute: bool = False,
         compile: str | None = None,
     ) -> None:
-        # of the loss, for the text's other form than the one this stage sees: all words in stage 1, own words later
-        self.other_share = self._other_share(objective.own_words_share)
         start = objective.scale_start
         start = None if isinstance(start, str) else start
         super().__init__(optimizer, start, micro_batch_size, recompute, compile)
         stair.similarity, stair.text_words = objective.similarity, self.text_words
         self.stair = Stair(stair)
         self.objective = objective
+        self._compared = self._forms(objective.own_words_share)
         words, kind = len(self.stair.vocabulary), objective.regulariser
         self.regulariser_image = regulariser(kind, words, objective.target_image)
         self.regulariser_text = regulariser(kind, words, objective.target_text)
 
     @classmethod
-    def _other_share(cls, own: float | None) -> float:
+    def _forms(cls, own: float | None) -> dict[str, tuple[str, float]]:
+        """The forms of a text that are compared, heaviest first: where `embed` puts them, and their share of the loss."""
         masked = cls.text_words == "own"
         share = float(masked) if own is None else own
         if share == float(not masked):
             way = "above 0, or leave the mask out and begin with stage 3" if masked else "below 1, or run stage 1"
-            raise ValueError(f"objective.own_words_share is {own} in stage {cls.stage}: give a share {way}")
-        return 1 - share if masked else share
+            raise ValueError(
+                f"objective.own_words_share is {own} in stage {cls.stage}: give a share {way}; null is the paper's form"
+            )
+        places = ("text_CV", "text_unmasked_CV") if masked else ("text_own_CV", "text_CV")
+        forms = {"own": (places[0], share), "all": (places[1], 1 - share)}
+        heaviest_first = sorted(forms.items(), key=lambda item: -item[1][1])
+        return {name: form for name, form in heaviest_first if form[1] > 0}
 
     @classmethod
     def home(cls) -> str:
@@ -136,37 +142,38 @@ class StairStage(ContrastiveModule):
         With `text_unmasked_CV` where the mask is soft or λ_text weighs on more than it lets through, and `text_own_CV`
         where unmasked texts are also compared by their own words alone.
         """
-        masked = self.text_words == "own"
-        unmasked = self.training and masked and bool(self.other_share or self.objective.flops_text_words != "own")
-        encoded: dict[str, Tensor] = self.stair(pixels, ids, mask, unmasked)
-        if self.training and not masked and self.other_share:
+        wanted = {place for place, _ in self._compared.values()} if self.training else set()
+        if self.training and self.text_words == "own" and self.objective.flops_text_words != "own":
+            wanted.add("text_unmasked_CV")
+        encoded: dict[str, Tensor] = self.stair(pixels, ids, mask, "text_unmasked_CV" in wanted)
+        if "text_own_CV" in wanted:
             encoded["text_own_CV"] = encoded["text_CV"] * self.stair.vocabulary.own_words(ids, mask)
         return encoded
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One step: encode, compare with all ranks, regularise. Returns and logs the parts by name."""
         encoded = self.encode(batch)
-        pairs = encoded["image_BV"], encoded["text_CV"]
-        cosine = self.stair.similarity == "cosine"
+        image_BV, cosine = encoded["image_BV"], self.stair.similarity == "cosine"
+        main, *others = self._compared
         if self.trainer.global_step == 0 and batch_idx == 0 and self.objective.scale_start == "measure":
-            spread = info_nce(*(side.detach() for side in pairs), torch.ones(1, device=self.device), cosine).logit_std
+            sides = (encoded[key].detach() for key in ("image_BV", self._compared[main][0]))
+            spread = info_nce(*sides, torch.ones(1, device=self.device), cosine).logit_std
             if not spread.isfinite():  # a scale made of it would never be a number again
                 raise RuntimeError(
                     "the first batch's logits are not finite, so objective.scale_start cannot be measured: give "
                     "trainer.precision bf16-mixed or 32-true, or start from other weights"
                 )
             self.set_scale(self.objective.first_logit_std / max(float(spread), 1e-6))
-        contrastive = info_nce(*pairs, self.stair.scale, cosine)
-        compared, other = contrastive.loss, dict[str, Tensor]()
-        if share := self.other_share:
-            name, form = ("all", "unmasked") if self.text_words == "own" else ("own", "own")
-            loss = info_nce(pairs[0], encoded[f"text_{form}_CV"], self.stair.scale, cosine).loss
-            other[f"contrastive_{name}"] = loss
-            compared = (1 - share) * compared + share * loss
+        losses = {
+            form: info_nce(image_BV, encoded[place], self.stair.scale, cosine)
+            for form, (place, _) in self._compared.items()
+        }
+        compared = torch.stack([share * losses[form].loss for form, (_, share) in self._compared.items()]).sum()
         rising = ramp(self.trainer.global_step, self.objective.flops_ramp_steps)
         lambda_image = rising * self.objective.flops_image * self.regulariser_image.factor
         lambda_text = rising * self.objective.flops_text * self.regulariser_text.factor
         cost_image = self.regulariser_image(encoded["image_BV"], rising)
+        # a soft mask has the unmasked text too, which λ_text weighs on only where asked
         weighed = "text_unmasked_CV" if self.objective.flops_text_words == "all" else "text_CV"
         cost_text = self.regulariser_text(encoded.get(weighed, encoded["text_CV"]), rising)
         loss = compared + lambda_image * cost_image + lambda_text * cost_text
@@ -177,6 +184,6 @@ class StairStage(ContrastiveModule):
             f"{quantity}_text": cost_text,
             "lambda_image": lambda_image,
             "lambda_text": lambda_text,
-            **other,
+            **{f"contrastive_{form}": losses[form].loss for form in others},
         }
-        return self.report(logged, contrastive, encoded)
+        return self.report(logged, losses[main], encoded)

@@ -113,3 +113,6 @@ def test_the_miniature_runs_and_is_not_run_twice(tmp_path):
     assert "STAIR ← (1)" in (tmp_path / "out" / "table.md").read_text()
     again = subprocess.run(command, capture_output=True, text=True, timeout=50)
     assert again.returncode == 0 and "done:" not in again.stdout
+    (tmp_path / "plan.yaml").write_text(plan.replace("warmup_steps: 1", "warmup_steps: 0"))
+    changed = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert "again: dense, seed 0: the plan says other settings" in changed.stdout and changed.returncode == 0

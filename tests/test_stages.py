@@ -285,6 +285,28 @@ def test_a_share_of_own_words_mixes_the_loss_of_the_whole_text_with_that_of_its_
     torch.testing.assert_close(loss(None)[1], compared(own_CV if cls is Stage1 else whole_CV))
 
 
+@pytest.mark.parametrize("words", ["own", "all"])
+def test_a_soft_mask_is_regularised_on_the_words_that_were_asked_for(vocab_file, batch, words):
+    objective = Objective("dot", 2.0, flops_image=0, flops_text=1, flops_text_words=words, own_words_share=0.25)
+    stage = module(vocab_file, None, objective=objective)
+    stage._trainer, stage.log_dict = SimpleNamespace(global_step=0), lambda *args, **kwargs: None
+    logged = stage.training_step(batch, 0)
+    out = stage.embed(batch["pixels"], batch["ids"], batch["mask"])
+    text_CV = out["text_CV" if words == "own" else "text_unmasked_CV"]
+    torch.testing.assert_close(logged["flops_text"], (text_CV.mean(0) ** 2).sum().detach())
+
+
+@pytest.mark.parametrize("share", [0.25, 0.75, None])
+def test_the_scale_is_measured_on_the_texts_that_weigh_most(vocab_file, batch, share):
+    stage = module(vocab_file, None, objective=Objective("dot", "measure", own_words_share=share))
+    stage._trainer, stage.log_dict = SimpleNamespace(global_step=0), lambda *args, **kwargs: None
+    out = stage.stair(batch["pixels"], batch["ids"], batch["mask"], True)
+    heavy_CV = out["text_unmasked_CV" if share == 0.25 else "text_CV"]
+    stage.training_step(batch, 0)
+    logits_BC = stage.stair.scale * out["image_BV"] @ heavy_CV.T
+    assert logits_BC.std(correction=0).item() == pytest.approx(1, rel=1e-3)
+
+
 # ------------------------------------------------------------------ micro-batches
 
 

@@ -66,10 +66,11 @@ def test_a_reader_ends_when_the_training_process_is_killed():
     assert not alive(pid)
 
 
-def iterate(pipe, stuck):
+def iterate(pipe, stuck, interrupted):
     """Reads ten numbers with two processes; the first `stuck` ones wait for a lock from their fork on."""
     workers._PATIENCE = 2
     torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # how long torch waits for one that should end
+    signal.signal(signal.SIGTERM, lambda *args: None)  # as a trainer has: a stuck process then heeds SIGKILL only
     left = mp.Value("i", stuck)
     lock = threading.Lock()
     lock.acquire()
@@ -79,23 +80,73 @@ def iterate(pipe, stuck):
             left.value -= 1
             waits = left.value >= 0
         if waits:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             lock.acquire()
 
     os.register_at_fork(after_in_child=wait)
+    told: list[str] = []
+    workers.logger.warning = lambda text, *values: told.append(text % values)
+    if interrupted:
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.alarm(1)
     try:
-        pipe.send(list(LivelyLoader(range(10), batch_size=None, num_workers=2)))
-    except RuntimeError as error:
-        pipe.send(str(error))
-    pipe.send([child.pid for child in mp.active_children()])
+        got = list(LivelyLoader(range(10), batch_size=None, num_workers=2))
+    except (RuntimeError, KeyboardInterrupt) as error:
+        got = repr(error)
+    pipe.send((got, told, [child.pid for child in mp.active_children()]))
 
 
-@pytest.mark.parametrize("stuck", [0, 1, pytest.param(100, marks=pytest.mark.slow)])
-def test_readers_that_are_stuck_in_their_fork_are_started_again_three_times(stuck):
-    here, there = fork.Pipe()
-    reader = fork.Process(target=iterate, args=(there, stuck))
-    reader.start()
-    got, left = here.recv(), here.recv()
-    reader.join(10)
-    assert reader.exitcode == 0 and left == []
-    assert got == list(range(10)) if stuck < 100 else "2 of 2 reading processes did not start, 3 times over" in got
+@pytest.fixture
+def outcome():
+    """Runs `iterate` in a process of its own, which must end by itself."""
+    started = []
+
+    def run(stuck, interrupted=False):
+        here, there = fork.Pipe()
+        reader = fork.Process(target=iterate, args=(there, stuck, interrupted))
+        reader.start()
+        started.append(reader)
+        there.close()
+        assert here.poll(100)
+        result = here.recv()
+        reader.join(20)
+        assert reader.exitcode == 0
+        return result
+
+    yield run
+    for reader in started:
+        reader.kill()
+
+
+@pytest.mark.parametrize("stuck", [0, 1])
+def test_readers_that_are_stuck_in_their_fork_are_started_again(outcome, stuck):
+    got, told, left = outcome(stuck)
+    assert got == list(range(10)) and left == []
+    assert [line[:40] for line in told] == ["1 of 2 reading processes did not start w"] * stuck
+
+
+@pytest.mark.slow
+def test_readers_that_are_stuck_each_time_end_in_a_message(outcome):
+    got, told, left = outcome(100)
+    assert "2 of 2 reading processes did not start, 3 times over" in got and len(told) == 3 and left == []
+
+
+def test_who_gives_up_waiting_for_stuck_readers_is_not_held_up_by_them(outcome):
+    got, told, left = outcome(2, interrupted=True)
+    assert got == "KeyboardInterrupt()" and told == [] and left == []
+
+
+class Four(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return index
+
+
+def test_a_reader_that_dies_before_its_first_word_is_told_of_at_once(monkeypatch):
+    def dies(*args):
+        raise RuntimeError("no signals here")
+
+    monkeypatch.setattr(workers.signal, "pthread_sigmask", dies)
+    with pytest.raises(RuntimeError, match="no signals here"):
+        list(LivelyLoader(Four(), num_workers=2))

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -87,16 +88,22 @@ def _write_words(plan: dict[str, Any], path: Path) -> None:
 def _run(plan: dict[str, Any], out: Path, name: str, seed: int) -> str:
     """Trains and measures one variant with one seed. Returns why it failed, or nothing."""
     folder = out / name / f"seed{seed}"
-    if (folder / "evaluation" / "evaluation.json").is_file():
-        return ""
-    folder.mkdir(parents=True, exist_ok=True)
-    model: Path | None = None
     chain: list[Any] = [plan["files"], plan.get("settings"), seed]
-    trained: dict[str, Any] = {}
+    homes = []
     for stage in plan["variants"][name]["stages"]:
         chain.append(stage)
         # variants that begin alike share what they have in common
-        home = out / "trained" / hashlib.sha256(json.dumps(chain, sort_keys=True).encode()).hexdigest()[:16]
+        homes.append(out / "trained" / hashlib.sha256(json.dumps(chain, sort_keys=True).encode()).hexdigest()[:16])
+    if (folder / "evaluation" / "evaluation.json").is_file():
+        known = json.loads((folder / "record.json").read_text())
+        if [each["at"] for each in known.values()] == [home.name for home in homes]:
+            return ""
+        print(f"again: {name}, seed {seed}: the plan says other settings than it was run with", flush=True)
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model: Path | None = None
+    trained: dict[str, Any] = {}
+    for stage, home in zip(plan["variants"][name]["stages"], homes, strict=True):
         with _LOCKS.setdefault(home, threading.Lock()):
             model = _train(plan, out, stage, seed, home, model)
         if model is None:

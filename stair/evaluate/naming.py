@@ -15,6 +15,7 @@ N images, V words, W words a dense model chooses among, Q images of a block.
 """
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 
@@ -107,8 +108,10 @@ def _shares(rank_N: Tensor) -> dict[str, float]:
 def _commonest(right: Sequence[Sequence[int]]) -> list[int]:
     """The ranks if the same words were said of every image, those right for most images first."""
     count = Counter(i for wanted in right for i in set(wanted))
+    times = sorted(count.values())
     ranks = []
     for wanted in filter(None, right):
         best = max(count[i] for i in wanted)
-        ranks.append(1 + sum(times >= best for i, times in count.items() if i not in wanted))
+        as_common = len(times) - bisect_left(times, best)
+        ranks.append(1 + as_common - sum(count[i] == best for i in set(wanted)))
     return ranks
