@@ -10,8 +10,9 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 import braceexpand
@@ -92,7 +93,8 @@ def _key_and_type(name: str) -> tuple[str, str]:
     return (key, kind.lower()) if key and not _META.match(name) else ("", "")
 
 
-class _Found(NamedTuple, Generic[Value]):
+@dataclass
+class _Found(Generic[Value]):
     key: str
     values: dict[str, Value]  # by type
     wrong: list[str]  # reasons to leave the sample out
