@@ -166,8 +166,7 @@ class SparsityStats(Metric):
     - products_per_pair = Σ_v P_image(v) · P_text(v), the multiplications a pair of rows costs an inverted index, and
       the sign of co-activation: it nears V when both sides light up the same words always.
 
-    Repeated images are not recognised: mark padding with -1. Without rows the figures are NaN (counts of words: V
-    dead, 0 always on).
+    Repeated images are not recognised: mark padding with -1. A side without rows has NaN figures.
 
     Args:
         vocabulary_size: V.
@@ -225,11 +224,16 @@ class SparsityStats(Metric):
                 f"{side}/active_words": active_V.sum() / rows,
                 f"{side}/active_words_p50": _percentile(counts, rows, 0.5),
                 f"{side}/active_words_p95": _percentile(counts, rows, 0.95),
-                f"{side}/dead_words": (active_V == 0).sum().float(),
-                f"{side}/always_on_words": (share_V[side] > _ALWAYS_ON).sum().float(),
+                f"{side}/dead_words": _counted(active_V == 0, rows),
+                f"{side}/always_on_words": _counted(share_V[side] > _ALWAYS_ON, rows),
                 f"{side}/max_share": share_V[side].max(),
             }
         return figures
+
+
+def _counted(those_V: Tensor, rows: Tensor) -> Tensor:
+    """How many words; NaN without rows."""
+    return torch.where(rows > 0, those_V.sum().float(), torch.nan)
 
 
 def _percentile(counts: Tensor, rows: Tensor, share: float) -> Tensor:

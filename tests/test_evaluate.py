@@ -83,6 +83,8 @@ def test_the_command_measures_shards_and_classes_and_writes_what_it_found(
     assert {"i2t/recall@1", "t2i/recall@3", "t2i/mrr", "i2t/ndcg@10", "t2i/median_rank"} <= scenes["retrieval"].keys()
     # captions that only name the class tell no images apart
     assert "retrieval" not in pets and pets["protocol"]["images_with_the_captions_of_another"] == 4
+    assert pets["words"]["sparsity/image/active_words"] > 0
+    assert not any("text" in name or name.startswith(("grounding", "expansion")) for name in pets["words"])
     assert set(pets["zero_shot"]["per_class"]) == {"dog", "cat"} and pets["linear_probe"]["images"]["test"] == 6
     assert scenes["pruned"][0]["kept"] == "all" and scenes["cost"]["index_bytes"] > 0
     page = (tmp_path / "out" / "report.html").read_text()

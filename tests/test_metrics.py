@@ -235,6 +235,23 @@ def test_sparsity_by_hand():
     )
 
 
+def test_a_side_without_rows_has_no_figures_rather_than_dead_words():
+    metric = SparsityStats(4)
+    metric.update(torch.tensor([[1.0, 0, 2, 0]]), torch.zeros(0, 4))
+    figures = metric.compute()
+    assert {name for name, value in figures.items() if not value.isnan()} == {
+        f"image/{name}"
+        for name in (
+            "active_words",
+            "active_words_p50",
+            "active_words_p95",
+            "dead_words",
+            "always_on_words",
+            "max_share",
+        )
+    }
+
+
 @given(st.integers(0, 1000))
 @settings(max_examples=20, deadline=None)
 def test_products_per_pair_is_the_mean_over_all_pairs(seed):

@@ -124,4 +124,5 @@ class _Words:
             self.metrics["expansion"].update(text_CV, own_CV, image_id, caption_image)
 
     def figures(self) -> dict[str, float]:
-        return {f"{group}/{k}": float(v) for group, metric in self.metrics.items() for k, v in metric.compute().items()}
+        told = {group: metric for group, metric in self.metrics.items() if metric.update_called}
+        return {f"{group}/{k}": float(v) for group, metric in told.items() for k, v in metric.compute().items()}
