@@ -20,6 +20,7 @@ from callbacks.requeue import save_now
 from callbacks.run_monitor import logs_now
 from callbacks.sparsity_monitor import words_of
 from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.stage import StairStage
 from stair.batch import Batch
 from stair.plain import one_line
 
@@ -94,6 +95,12 @@ class Health(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins anew; a resumed run's first batch is not the first batch of the run."""
         self._first_batch = trainer.global_step == 0
+        self._remedy = (
+            "a lower objective.flops_image and objective.flops_text or a longer objective.flops_ramp_steps; in stages 2 "
+            "and 3 look first at whether the stage before learned enough"
+            if isinstance(pl_module, StairStage)
+            else "a lower optimizer.lr or a longer optimizer.warmup_steps"
+        )
         self._dead_steps = torch.zeros((), device=pl_module.device)
         self._chance_steps = torch.zeros((), device=pl_module.device)
         self._share = torch.zeros((), device=pl_module.device)  # of V, active in the last step; 0 for dense models
@@ -180,9 +187,7 @@ class Health(L.Callback):
             self._warned_chance = True
             rank_zero_warn(
                 f"the loss has been log N for {-chance_steps:.0f} steps, up to step {trainer.global_step}: all images, or "
-                "all texts, say the same, and the run has learned nothing it could use. Start again with a lower "
-                "objective.flops_image and objective.flops_text or a longer objective.flops_ramp_steps; in stages 2 "
-                "and 3 look first at whether the stage before learned enough"
+                f"all texts, say the same, and the run has learned nothing it could use. Start again with {self._remedy}"
             )
         if dense and not self._warned_dense:
             self._warned_dense = True
@@ -227,5 +232,5 @@ class Health(L.Callback):
                 f"the first batch's logits spread by {spread:.1f}, wanted 0.3 to 1.5: above {_WIDE_LOGITS:.0f} stage 1 "
                 "collapses. Set objective.scale_start to 'measure', which takes the scale from the first batch. In stage 2 "
                 "texts are dense at first; where recall does not come back within 100 steps, give all stages a higher "
-                "stair.own_word_lead"
+                "stair.own_word_lead; with a soft mask (objective.own_words_share) one of 1.5 or more starves them"
             )

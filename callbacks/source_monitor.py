@@ -3,10 +3,12 @@
 B pairs here, G pairs on all ranks, V words.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from callbacks.run_monitor import logs_now
@@ -88,14 +90,25 @@ def pair_losses(pl_module: L.LightningModule, outputs: dict[str, Any]) -> Tensor
 
     Args:
         pl_module: the stage; its `towers.comparable` makes embeddings what their dot products are taken of.
-        outputs: of `training_step`.
+        outputs: of `training_step`; `compared_CV` are the texts that `train/contrastive` is of.
 
     Returns:
-        (B,) fp32; their mean over all ranks is the contrastive loss.
+        (B,) fp32; their mean over all ranks is `train/contrastive`.
     """
-    image_BV, text_BV = (pl_module.towers.comparable(outputs[side]).float() for side in ("image_BV", "text_CV"))
-    image_GV, text_GV = (pl_module.all_gather(rows).reshape(-1, rows.shape[1]) for rows in (image_BV, text_BV))
+    image_BV, text_BV = (pl_module.towers.comparable(outputs[side]).float() for side in ("image_BV", "compared_CV"))
     scale = float(outputs["scale"])
-    by_image_BG, by_text_BG = scale * (image_BV @ text_GV.T), scale * (text_BV @ image_GV.T)
+    by_image_BG = torch.cat([scale * (image_BV @ peer_BV.T) for peer_BV in _of_all_ranks(text_BV)], 1)
+    by_text_BG = torch.cat([scale * (text_BV @ peer_BV.T) for peer_BV in _of_all_ranks(image_BV)], 1)
     matched_B = scale * (image_BV * text_BV).sum(1)
     return (by_image_BG.logsumexp(1) + by_text_BG.logsumexp(1)) / 2 - matched_B
+
+
+def _of_all_ranks(rows_BV: Tensor) -> Iterator[Tensor]:
+    """The (B, V) rows of each rank, one after the other: those of all at once would not fit where there are many."""
+    if not dist.is_initialized():
+        yield rows_BV
+        return
+    for rank in range(dist.get_world_size()):
+        peer_BV = rows_BV.contiguous() if rank == dist.get_rank() else torch.empty_like(rows_BV)
+        dist.broadcast(peer_BV, rank)
+        yield peer_BV

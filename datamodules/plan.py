@@ -87,7 +87,7 @@ class Plan:
     """
 
     sources: tuple[Source, ...]
-    seed: int
+    seed: int | str
     ranks: int
     workers: int
     batch_size: int

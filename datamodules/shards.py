@@ -64,7 +64,7 @@ class ImageTextShards(LightningDataModule):
         max_pixels: largest width × height that is decoded; larger images count as bad.
         max_bad_share: greatest share of bad samples that are skipped, in [0, 1); judged on each rank, from 200 samples on
             or from an epoch on where that is smaller.
-        seed: of shard order, shuffling, caption draws and crops.
+        seed: of shard order, shuffling, caption draws and crops; stages after the first draw otherwise from the same seed.
         train_samples: pairs in all training shards together, taken to be spread evenly. Needed where shards that are not
             local have no index (`stair prepare` writes one) or statistics; otherwise it replaces counting them.
         remote: time-out, retries and local copies of shards that are not local files.
@@ -187,7 +187,7 @@ class ImageTextShards(LightningDataModule):
         for source in sources:
             self._check(source, rank)
         workers, batch_size = max(self.workers, 1), self.global_batch_size // ranks
-        plan = Plan(tuple(sources), self.seed, ranks, workers, batch_size, samples, self.resample)
+        plan = Plan(tuple(sources), self._stage_seed(), ranks, workers, batch_size, samples, self.resample)
         if shards < ranks * workers:
             logger.info("%d shards for %d readers: some read parts of one", shards, ranks * workers)
         shard_stream = ShardStream(
@@ -196,6 +196,12 @@ class ImageTextShards(LightningDataModule):
         loader = ShardLoader(shard_stream, self.workers, self._epoch_batches(plan.steps))
         loader.tally.add((0, broken if rank == 0 else []))  # nobody reads these again, and all ranks know of them
         return loader
+
+    def _stage_seed(self) -> int | str:
+        # else each stage would show the first stage's beginning again: its samples, captions and crops
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        stage = getattr(module, "stage", None) or 1
+        return self.seed if stage == 1 else f"{self.seed}, stage {stage}"
 
     def _check(self, source: Source, rank: int) -> None:
         bounds = (self.max_pixels, self.max_bad_share, self.augment.flip)

@@ -121,7 +121,13 @@ class ContrastiveModule(L.LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Sets the scale's start; not earlier, as only here a resumed run knows its step."""
+        """Sets what a checkpoint must not: how parameters move, and at step 0 the scale.
+
+        Not earlier, as only here a resumed run has its state and knows its step.
+        """
+        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        if isinstance(optimizer, torch.optim.Optimizer) and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            self.optimizer.govern(optimizer, scheduler, self)
         if self.scale_start is not None and self.trainer.global_step == 0:
             self.set_scale(self.scale_start)
 
@@ -136,9 +142,14 @@ class ContrastiveModule(L.LightningModule):
             self.towers.unshard()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Makes dropout a function of seed, step and rank, so that a resumed run draws what it would have drawn."""
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        """Makes dropout a function of seed, stage, step and rank, so that a resumed run draws what it would have drawn."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) + ((self.stage or 0) << 40)
         torch.manual_seed(seed + 1 + self.trainer.global_step * self.trainer.world_size + self.trainer.global_rank)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Holds the scale at 100: held in the forward pass, it would have no gradient there to come back by."""
+        with torch.no_grad():
+            self.towers.log_scale.clamp_(max=math.log(100))
 
     def embed(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Embeds one micro-batch: `image_BV`, `text_CV`, and whatever else the loss wants."""
@@ -148,7 +159,8 @@ class ContrastiveModule(L.LightningModule):
         """Encodes the batch, by micro-batches if so set.
 
         Each micro-batch is a checkpointed segment: forwards only its embeddings are kept, backwards it is encoded again
-        with the same random state. So one loss sees the whole batch while memory holds one micro-batch.
+        with the same random state. So one loss sees the whole batch while memory holds one micro-batch. Models encode
+        images last, and encoding again stops where nothing is missing any more: frozen images are not encoded again.
         """
         parts = batch["pixels"], batch["ids"], batch["mask"]
         if not self.training or self.micro_batch_size is None or self.micro_batch_size >= len(parts[0]):
@@ -159,13 +171,16 @@ class ContrastiveModule(L.LightningModule):
         ]
         return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
 
-    def report(self, logged: dict[str, Any], contrastive: Contrastive, encoded: dict[str, Tensor]) -> dict[str, Any]:
+    def report(
+        self, logged: dict[str, Any], contrastive: Contrastive, encoded: dict[str, Tensor], compared: str = "text_CV"
+    ) -> dict[str, Any]:
         """Logs the parts of a step by name, and returns them with what callbacks read.
 
         Args:
             logged: `loss` and its parts, already of the global batch on every rank.
             contrastive: of this step.
             encoded: of this step.
+            compared: where `encoded` has the texts that `contrastive` is of.
         """
         self._loss = logged["loss"].detach()
         logged = {**logged, "contrastive": contrastive.loss, "logit_std": contrastive.logit_std}
@@ -177,6 +192,7 @@ class ContrastiveModule(L.LightningModule):
             "pairs": contrastive.pairs,
             "image_BV": encoded["image_BV"].detach(),
             "text_CV": encoded["text_CV"].detach(),
+            "compared_CV": encoded[compared].detach(),
         }
 
     def configure_gradient_clipping(

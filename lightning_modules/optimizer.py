@@ -3,11 +3,15 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.optim import Lamb
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+# places and tokens of a ViT that are stored as matrices
+_SPARED = ("pos_embed", "cls_token", "reg_token", "dist_token")
 
 
 @dataclass
@@ -15,9 +19,10 @@ class Optimizer:
     """How parameters move.
 
     Args:
-        name: `adamw` or `lamb` (You et al. 2020; recalled as the paper's choice at a batch of 16,384).
+        name: `adamw` or `lamb` (You et al. 2020; recalled as the paper's choice at a batch of 16,384). LAMB's trust ratio
+            is for what decays: the rest, word embeddings among it, moves as by Adam.
         lr: peak learning rate.
-        weight_decay: on matrices only, never on word embeddings, norms, biases or the scale.
+        weight_decay: on matrices only, never on word embeddings, places, class tokens, norms, biases or the scale.
         betas: decay of the two moments.
         eps: added to the denominator.
         warmup_steps: optimiser steps of linear warm-up from 0.
@@ -55,10 +60,27 @@ class Optimizer:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 is_matrix = parameter.ndim > 1 and id(parameter) not in embeddings and not name.endswith(".words")
-                (decayed if is_matrix and "pos_embed" not in name else spared).append(parameter)
+                (decayed if is_matrix and not name.endswith(_SPARED) else spared).append(parameter)
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-        family = Lamb if self.name == "lamb" else torch.optim.AdamW
-        return family([g for g in groups if g["params"]], lr=self.lr, betas=tuple(self.betas), eps=self.eps)
+        groups = [group for group in groups if group["params"]]
+        how: dict[str, Any] = {"lr": self.lr, "betas": tuple(self.betas), "eps": self.eps}
+        if self.name == "lamb":
+            return Lamb(groups, **how, max_grad_norm=None)  # the trainer clips, as far as it is asked to
+        return torch.optim.AdamW(groups, **how)
+
+    def govern(self, optimizer: torch.optim.Optimizer, scheduler: LambdaLR, model: nn.Module) -> None:
+        """Puts these settings over those that a checkpoint brought: it brings moments and places, never settings.
+
+        Args:
+            optimizer: as `build` made it of `model`, its state loaded.
+            scheduler: of it, its state loaded.
+            model: whose parameters move.
+        """
+        asked = self.build(model).param_groups
+        for group, wanted, factor in zip(optimizer.param_groups, asked, scheduler.lr_lambdas, strict=True):
+            group |= {name: value for name, value in wanted.items() if name != "params"}
+            group |= {"initial_lr": self.lr, "lr": self.lr * factor(scheduler.last_epoch)}
+        scheduler.base_lrs = [self.lr for _ in asked]
 
     def schedule(self, total_steps: int) -> Callable[[int], float]:
         """Factor on `lr` at each optimiser step of a run of `total_steps`.

@@ -145,9 +145,7 @@ class StairStage(ContrastiveModule):
         wanted = {place for place, _ in self._compared.values()} if self.training else set()
         if self.training and self.text_words == "own" and self.objective.flops_text_words != "own":
             wanted.add("text_unmasked_CV")
-        encoded: dict[str, Tensor] = self.stair(pixels, ids, mask, "text_unmasked_CV" in wanted)
-        if "text_own_CV" in wanted:
-            encoded["text_own_CV"] = encoded["text_CV"] * self.stair.vocabulary.own_words(ids, mask)
+        encoded: dict[str, Tensor] = self.stair(pixels, ids, mask, wanted)
         return encoded
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -186,4 +184,4 @@ class StairStage(ContrastiveModule):
             "lambda_text": lambda_text,
             **{f"contrastive_{form}": losses[form].loss for form in others},
         }
-        return self.report(logged, losses[main], encoded)
+        return self.report(logged, losses[main], encoded, self._compared[main][0])

@@ -11,7 +11,7 @@ B images, C captions, N of either, T positions, V words.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -113,25 +113,32 @@ class Stair(TwoTowers):
         )
         self.log_scale = nn.Parameter(torch.zeros(1))
 
-    def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor, unmasked: bool = False) -> dict[str, Tensor]:
+    def forward(
+        self, pixels: Tensor, ids: Tensor, mask: Tensor, forms: Collection[str] = ("text_CV",)
+    ) -> dict[str, Tensor]:
         """Encodes a batch, with gradients where parameters require them.
 
         Args:
             pixels: (B, 3, H, W), uint8 in 0 to 255.
             ids: (C, T) int64.
             mask: (C, T) bool.
-            unmasked: also return the text weighed over all words, when `config.text_words` is `own`.
+            forms: of the text that are wanted beside `text_CV`: `text_unmasked_CV`, weighed over all words,
+                `text_own_CV`, cut to the text's own words.
 
         Returns:
-            `image_BV` and `text_CV`, fp32 and not negative; with `unmasked` also `text_unmasked_CV`.
+            `image_BV`, `text_CV`, which is the one or the other as `config.text_words` says, and the wanted forms: fp32
+            and not negative.
         """
-        if not unmasked:
+        if set(forms) <= {"text_CV"}:
             return super().forward(pixels, ids, mask)
-        text_CV = self._weigh(ids, mask, own_only=False)
-        out = {"image_BV": self.embed_pixels(pixels), "text_CV": text_CV, "text_unmasked_CV": text_CV}
+        whole_CV = self._weigh(ids, mask, own_only=False)
+        texts = {"text_CV": whole_CV, "text_unmasked_CV": whole_CV}
+        if self.config.text_words == "own" or "text_own_CV" in forms:
+            texts["text_own_CV"] = whole_CV * self.vocabulary.own_words(ids, mask)
         if self.config.text_words == "own":
-            out["text_CV"] = text_CV * self.vocabulary.own_words(ids, mask)
-        return out
+            texts["text_CV"] = texts["text_own_CV"]
+        out = {form: text_CV for form, text_CV in texts.items() if form in ("text_CV", *forms)}
+        return {**out, "image_BV": self.embed_pixels(pixels)}  # images last: see `ContrastiveModule.encode`
 
     @property
     def similarity(self) -> Literal["dot", "cosine"]:
@@ -224,20 +231,21 @@ class Stair(TwoTowers):
     def fingerprint(self) -> str:
         """Sha256 of all that makes an embedding: weights, words, sizes. Two models are one if theirs agree.
 
-        Reads every weight: keep the value rather than asking for it again.
+        Reads every weight: keep the value rather than asking for it again. Of a sharded model all ranks must ask.
         """
         image, text = self.config.image, self.config.text
         sizes = [image.image_size, image.positions, text.max_tokens, self.config.text_words, self.config.own_word_lead]
         digest = hashlib.sha256(json.dumps([self.vocabulary.fingerprint, *sizes]).encode())
         for name, value in sorted(self.state_dict().items()):
             if name != "log_scale":  # scales scores, not embeddings
+                value = value.full_tensor() if hasattr(value, "full_tensor") else value  # a part of it under FSDP2
                 digest.update(f"{name}{tuple(value.shape)}".encode())
                 digest.update(value.detach().cpu().float().contiguous().numpy())
         return digest.hexdigest()
 
     @property
     def space(self) -> "Space":
-        """What this model's embeddings are comparable with; see `fingerprint`."""
+        """What this model's embeddings are comparable with; see `fingerprint`, also for when to ask."""
         from stair.embeddings import Space
 
         return Space(self.fingerprint, self.similarity, tuple(self.vocabulary.tokens))

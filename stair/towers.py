@@ -7,7 +7,6 @@ B images, C captions, T positions, V words (or the width of a dense embedding).
 """
 
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -88,7 +87,8 @@ class TwoTowers(nn.Module):
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Embeds a batch: `image_BV` (B, V) and `text_CV` (C, V), with gradients where parameters require them."""
-        return {"image_BV": self.embed_pixels(pixels), "text_CV": self.embed_tokens(ids, mask)}
+        text_CV = self.embed_tokens(ids, mask)  # images last: see `ContrastiveModule.encode`
+        return {"image_BV": self.embed_pixels(pixels), "text_CV": text_CV}
 
     @torch.no_grad()
     def encode_image(self, images: Sequence[Image] | Tensor) -> Tensor:
@@ -138,8 +138,8 @@ class TwoTowers(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """(1,) the similarity's scale, at most 100."""
-        return self.log_scale.clamp(max=math.log(100)).exp()
+        """(1,) the similarity's scale; training holds it at 100 at most."""
+        return self.log_scale.exp()
 
     def save_pretrained(self, folder: str | Path, facts: dict[str, Any] | None = None) -> None:
         """Writes the model: weights as safetensors, configuration as json, the tokenizer's files. No pickle.

@@ -8,6 +8,7 @@ import random
 import tarfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -96,6 +97,24 @@ def digest(batch: dict) -> list[tuple[str, str, str]]:
 
 def keys(batches) -> list[str]:
     return [key for batch in batches for key in batch["key"]]
+
+
+def test_each_stage_draws_for_itself_and_the_same_when_begun_again(tmp_path, vocab):
+    spec = write_shards(tmp_path, [12, 9, 7])
+
+    def drawn(stage):
+        data = shards(spec, vocab, flip=True, crop_scale=(0.3, 1.0))
+        module = SimpleNamespace(stage=stage)
+        data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1, limit_train_batches=1.0)
+        data.setup("fit")
+        batches = list(data.train_dataloader())
+        return [row for batch in batches for row in digest(batch)], keys(batches)
+
+    stages = {stage: drawn(stage) for stage in (None, 1, 2, 3)}
+    assert stages[None] == stages[1] == drawn(1) and stages[2] == drawn(2)
+    for one, other in ((1, 2), (2, 3), (1, 3)):
+        assert sorted(stages[one][1]) == sorted(stages[other][1])
+        assert stages[one][1] != stages[other][1] and len(set(stages[one][0]) & set(stages[other][0])) < 14
 
 
 # ---- what reaches the model

@@ -8,6 +8,20 @@ from tests.test_stages import SMALL, scalars, words
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("share", [0.25, 0.75])
+def test_with_a_soft_mask_and_two_ranks_sources_losses_add_up_to_that_of_the_texts_that_weigh_most(tmp_path, share):
+    write_scenes(tmp_path, train=64, val=12, image_size=32)
+    (tmp_path / "small.yaml").write_text(SMALL)
+    mixed = f"{{a: {{shards: '{tmp_path}/train-*.tar', weight: 3}}, b: {{shards: '{tmp_path}/val-*.tar', weight: 1}}}}"
+    soft = ("--model.init_args.objective.own_words_share", str(share), "--trainer.max_steps", "2")
+    ranks = ("--trainer.devices", "2", "--trainer.strategy", "ddp_fork")
+    main(words(tmp_path, 1, tmp_path / "run", "--data.train", mixed, *soft, *ranks))
+    seen = scalars(tmp_path / "run", 1)
+    losses = zip(seen["source/a/loss"], seen["source/b/loss"], strict=True)
+    assert [0.75 * a + 0.25 * b for a, b in losses] == pytest.approx(seen["train/contrastive"], rel=1e-3)
+
+
+@pytest.mark.timeout(600)
 def test_sources_losses_add_up_to_the_loss_and_their_pairs_are_counted_on_when_resumed(tmp_path):
     write_scenes(tmp_path, train=64, val=12, image_size=32)
     (tmp_path / "small.yaml").write_text(SMALL)

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_modules import Stage1, Stage3
+from lightning_modules import Stage1, Stage2, Stage3
+from lightning_modules.contrastive import sides
 from lightning_modules.optimizer import Optimizer
 from lightning_modules.stage import Objective
 from main import main
@@ -264,7 +265,7 @@ def test_a_share_of_own_words_mixes_the_loss_of_the_whole_text_with_that_of_its_
         return stage, stage.training_step(batch, 0)["loss"]
 
     stage, got = loss(0.25)
-    out = stage.stair(batch["pixels"], batch["ids"], batch["mask"], True)
+    out = stage.stair(batch["pixels"], batch["ids"], batch["mask"], {"text_unmasked_CV"})
     whole_CV = out.get("text_unmasked_CV", out["text_CV"])
     own_CV = torch.zeros_like(whole_CV)
     for c, ids in enumerate(batch["ids"]):
@@ -300,7 +301,7 @@ def test_a_soft_mask_is_regularised_on_the_words_that_were_asked_for(vocab_file,
 def test_the_scale_is_measured_on_the_texts_that_weigh_most(vocab_file, batch, share):
     stage = module(vocab_file, None, objective=Objective("dot", "measure", own_words_share=share))
     stage._trainer, stage.log_dict = SimpleNamespace(global_step=0), lambda *args, **kwargs: None
-    out = stage.stair(batch["pixels"], batch["ids"], batch["mask"], True)
+    out = stage.stair(batch["pixels"], batch["ids"], batch["mask"], {"text_unmasked_CV"})
     heavy_CV = out["text_unmasked_CV" if share == 0.25 else "text_CV"]
     stage.training_step(batch, 0)
     logits_BC = stage.stair.scale * out["image_BV"] @ heavy_CV.T
@@ -339,6 +340,41 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(vocab_file, batch, m
     for part in (0, 1):
         for name in want[part]:
             torch.testing.assert_close(got[part][name], want[part][name], rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_encode_a_frozen_image_once(vocab_file, batch):
+    for share in (None, 0.25):
+        stage = module(vocab_file, 2, Stage2, objective=Objective(own_words_share=share))
+        for tower in sides(stage.towers)["image"]:
+            tower.requires_grad_(False)
+        seen = []
+        stage.stair.image_encoder.register_forward_hook(lambda module, given, out, seen=seen: seen.append(len(out)))
+        assert embeddings_and_gradient(stage, batch)[1] and seen == [2, 2]
+
+
+def test_a_scale_at_its_bound_comes_back_when_the_loss_asks(vocab_file):
+    stage = module(vocab_file, None)
+    optimizer = torch.optim.SGD([stage.stair.log_scale], lr=0.1)
+    scales = []
+    for wanted in (1.0, 1.0, -1.0):
+        stage.set_scale(99.0) if not scales else None
+        optimizer.zero_grad()
+        (-wanted * stage.stair.scale).sum().backward()
+        optimizer.step()
+        stage.on_train_batch_end({}, {}, 0)
+        scales.append(stage.stair.scale.item())
+    assert scales[:2] == pytest.approx([100, 100]) and scales[2] < 99
+
+
+def test_what_is_no_matrix_does_not_decay_and_lamb_leaves_clipping_to_the_trainer(vocab_file):
+    stage = module(vocab_file, None)
+    decays, spared = Optimizer(name="lamb").build(stage).param_groups
+    names = {id(p): name for name, p in stage.named_parameters()}
+    assert decays["weight_decay"] > spared["weight_decay"] == 0
+    spared = {names[id(p)] for p in spared["params"]}
+    assert {"stair.image_encoder.vit.cls_token", "stair.image_encoder.vit.pos_embed", "stair.log_scale"} <= spared
+    assert all(names[id(p)].endswith("weight") for p in decays["params"])
+    assert Optimizer(name="lamb").build(stage).defaults["max_grad_norm"] is None
 
 
 def test_micro_batches_replay_their_dropout(vocab_file, batch):
@@ -408,6 +444,20 @@ def test_a_run_killed_between_its_last_checkpoint_and_the_hand_over_hands_over_w
     main(words(scenes, 1, tmp_path / "r", *more))
     after = weights(tmp_path / "r", 1)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_resumed_run_moves_as_it_is_told_now(scenes, tmp_path):
+    optimizer = "--model.init_args.optimizer"
+    before = main(words(scenes, 1, tmp_path / "r", "--trainer.max_steps", "2", f"{optimizer}.weight_decay", "0"))
+    told = (f"{optimizer}.lr", "1e-5", f"{optimizer}.weight_decay", "0.3", f"{optimizer}.betas", "[0.5, 0.6]")
+    resumed = main(words(scenes, 1, tmp_path / "r", "--ckpt_path", "last", *told))
+    groups = resumed.trainer.optimizers[0].param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0] and groups[0]["betas"] == (0.5, 0.6)
+    factor = resumed.model.optimizer.schedule(4)
+    assert before.model.optimizer.lr == 2e-3
+    assert scalars(tmp_path / "r", 1)["lr-AdamW/pg1"][-2:] == pytest.approx([1e-5 * factor(2), 1e-5 * factor(3)])
+    moments = resumed.trainer.optimizers[0].state.values()
+    assert {int(moment["step"]) for moment in moments} == {4}
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
