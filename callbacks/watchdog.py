@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 
 _EXIT = 70  # EX_SOFTWARE
+_READING_ON = 10  # times the limit that a resumed run has until its first step is done
 
 
 class Watchdog(L.Callback):
@@ -24,21 +25,26 @@ class Watchdog(L.Callback):
     ends. Every rank watches itself, so the messages together say which rank waits for input and which for the others.
     Time in which the process was suspended does not count.
 
+    A run that was resumed from a checkpoint has ten times as long until its first step is done: before its first batch it
+    reads all shards up to its place in the epoch, and nothing moves meanwhile. (The step's end, not the batch: a rank that
+    has read faster waits in it for the others.)
+
     Args:
-        limit: seconds without movement, longer than the slowest start, checkpoint or final count of an evaluation; 0
-            for no watchdog. Below the 30 minutes after which collectives give up by themselves.
+        limit: seconds without movement, longer than the slowest start, checkpoint or final count of an evaluation, and
+            than a tenth of what it takes to read the shards of an epoch; 0 for no watchdog. Below the 30 minutes after
+            which collectives give up by themselves.
     """
 
     def __init__(self, limit: float = 1200.0) -> None:
         if limit < 0:
             raise ValueError(f"limit={limit}: wanted seconds, or 0 for no watchdog")
-        self.limit = limit
+        self.limit = self._patience = limit
         self._thread: threading.Thread | None = None
 
     # ------------------------------------------------------------------ movement
 
     def _move(self, what: str) -> None:
-        self._doing, self._still = what, 0.0
+        self._at = what, self._patience  # one new object: the thread sees both change at once
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Begins to watch."""
@@ -48,8 +54,15 @@ class Watchdog(L.Callback):
         self._who = f"rank {trainer.global_rank} of {trainer.world_size} on {socket.gethostname()}"
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._patience = self.limit
         self._move("getting ready")
         self._thread.start()
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Gives a resumed training time to read up to its place."""
+        if trainer.training and self._thread is not None:
+            self._patience = _READING_ON * self.limit
+            self._move("getting ready to go on")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -61,6 +74,7 @@ class Watchdog(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Notes that a step is done."""
+        self._patience = self.limit
         self._move(f"waiting for the batch after step {trainer.global_step}: input, or what is logged")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -109,19 +123,29 @@ class Watchdog(L.Callback):
 
     def _watch(self) -> None:
         tick = min(self.limit / 10, 5.0)
-        last = time.monotonic()
+        last, seen, still = time.monotonic(), self._at, 0.0
         while not self._end.wait(tick):
             now = time.monotonic()
-            self._still += min(now - last, 2 * tick)  # a suspended process has not stood still
-            last = now
-            if self._still > self.limit:
-                self._bark()
+            still += min(now - last, 2 * tick)  # a suspended process has not stood still
+            last, at = now, self._at
+            if at is not seen:
+                seen, still = at, 0.0
+            elif still > at[1]:
+                self._bark(still, *at)
 
-    def _bark(self) -> None:
+    def _bark(self, still: float, doing: str, patience: float) -> None:
+        if patience > self.limit:
+            advice = (
+                f"A resumed run first reads its shards up to its place, and has {_READING_ON} times watchdog.limit "
+                f"({self.limit:g} s) until its first step is done. If it was reading still, the same command would end "
+                "here again: raise --watchdog.limit"
+            )
+        else:
+            advice = "The same command with --ckpt_path last goes on from the last checkpoint"
         print(
-            f"watchdog: {self._who} has not moved for {self._still:.0f} s. It is {self._doing}. Compare with the messages "
-            "of other ranks: one that waits for input, or is missing, holds up the rest. Ending this process; the same "
-            "command with --ckpt_path last goes on from the last checkpoint. Stacks of all threads:",
+            f"watchdog: {self._who} has not moved for {still:.0f} s. It is {doing}. Compare with the messages of other "
+            "ranks: one that waits for input, or is missing, holds up the rest. Ending this process. "
+            f"{advice}. Stacks of all threads:",
             file=sys.__stderr__,
             flush=True,
         )
