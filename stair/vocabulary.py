@@ -5,18 +5,29 @@ any stage (docs/paper.md): the special tokens and BERT's `[unusedN]` place holde
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from tokenizers import AddedToken
+from tokenizers.models import WordPiece
 from torch import Tensor
 from transformers import BertTokenizer
 
 from stair.plain import one_line
 
 _UNUSED = re.compile(r"\[unused\d+\]")
-_FILE = "vocab.txt"
+_FILE, _TOKENIZER, _SETTINGS = "vocab.txt", "tokenizer.json", "tokenizer_config.json"
+_MAX_BYTES = 64 << 20  # of a json file; that of 120,000 pieces has 3 MB
+# what tokenizer_config.json calls it, what tokenizer.json does, and what neither of them says
+_NORMALISER = {
+    "do_lower_case": ("lowercase", True),
+    "strip_accents": ("strip_accents", None),  # if lower-casing
+    "tokenize_chinese_chars": ("handle_chinese_chars", True),
+}
 
 
 def refuse_halves(texts: Iterable[str]) -> None:
@@ -40,24 +51,27 @@ class Vocabulary:
     V is the vocabulary size, B captions, T token positions.
 
     Args:
-        source: a `vocab.txt`, a folder that holds one (or a `tokenizer.json`), or the name of a model on the hub.
+        source: a `vocab.txt`, which is lower-casing; a folder that holds one or a `tokenizer.json`, whose tokenizer files
+            say whether it is; or the name of a model on the hub.
 
     Attributes:
         tokens: V strings, `tokens[v]` is the piece of dimension v; pieces that continue a word begin with `##`.
         pad_id: id of the padding token.
         never_active: sorted ids of the pieces that are excluded from every embedding.
-        fingerprint: sha256 of the pieces in order; two models are comparable only if theirs agree.
+        fingerprint: sha256 of the pieces in order, and of how texts are normalised where they are not lower-cased; two
+            models are comparable only if theirs agree.
 
     Raises:
-        ValueError: if the source is no WordPiece vocabulary with the special tokens of BERT.
+        ValueError: if the source is no WordPiece vocabulary with the special tokens of BERT, or its tokenizer files are
+            damaged or say what no BERT tokenizer does.
         OSError: if there is no such file, or a hub name can neither be found in the cache nor fetched.
     """
 
     def __init__(self, source: str | Path) -> None:
         path = Path(source)
-        if path.is_dir() and (path / _FILE).is_file():
-            path = path / _FILE
-        if path.is_file():
+        if path.is_dir():
+            self._tokenizer = _of_folder(path)
+        elif path.is_file():
             # `vocab_file=` is silently ignored by transformers 5 and gives a vocabulary of 5 words
             self._tokenizer = BertTokenizer(vocab=str(path))
         elif not path.exists() and (path.is_absolute() or path.suffix == ".txt"):
@@ -80,7 +94,12 @@ class Vocabulary:
         self.never_active: list[int] = [
             i for i, token in enumerate(self.tokens) if i in special or _UNUSED.fullmatch(token)
         ]
-        self.fingerprint: str = hashlib.sha256("\n".join(self.tokens).encode()).hexdigest()
+        facts = "\n".join(self.tokens)
+        normaliser = self._tokenizer.backend_tokenizer.normalizer
+        if not normaliser.lowercase:  # of the others it is what it was before there were any such
+            strip, chinese = bool(normaliser.strip_accents), normaliser.handle_chinese_chars
+            facts += f"\0cased, strip_accents={strip}, handle_chinese_chars={chinese}"
+        self.fingerprint: str = hashlib.sha256(facts.encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -145,3 +164,77 @@ class Vocabulary:
         """Writes `vocab.txt` and the tokenizer's own files, from which `Vocabulary(folder)` is built again."""
         (folder / _FILE).write_text("\n".join(self.tokens) + "\n", encoding="utf-8")
         self._tokenizer.save_pretrained(str(folder))
+
+
+def _of_folder(folder: Path) -> BertTokenizer:
+    """The tokenizer that a folder's files describe, as transformers would build it.
+
+    Only plain values are taken from the files, and `vocab.txt` counts for the pieces: transformers would also open other
+    files that they name.
+    """
+    described, settings = _json(folder / _TOKENIZER), _json(folder / _SETTINGS)
+    if not (folder / _FILE).is_file() and not described:
+        raise FileNotFoundError(f"{folder} has neither {_FILE} nor {_TOKENIZER}; give a folder with one of them")
+    normaliser = _normaliser(folder, described, settings)
+    try:
+        listed = {token["content"]: token for token in described.get("added_tokens", [])}
+        special = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+        special = [token["content"] if isinstance(token, dict) else token for token in special]
+        if (folder / _FILE).is_file():
+            pieces = WordPiece.read_file(str(folder / _FILE))
+        else:
+            pieces = {**described["model"]["vocab"]}  # the name of a file would be opened
+            refuse_halves(pieces)
+        # tokens that are never cut; beyond the vocabulary they would be no dimension
+        added = {pieces[content]: _added(token) for content, token in listed.items() if content in pieces}
+        return BertTokenizer(
+            vocab=pieces,
+            added_tokens_decoder=added,
+            extra_special_tokens=[token for token in special if token in pieces],
+            **normaliser,
+        )
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / _TOKENIZER}, or {_SETTINGS} beside it, describes no BERT tokenizer ({type(error).__name__}: "
+            f"{one_line(str(error))[:200]}); save the tokenizer anew"
+        ) from error
+
+
+def _added(token: dict[str, Any]) -> AddedToken:
+    return AddedToken(**{key: value for key, value in token.items() if key != "id"})
+
+
+def _normaliser(folder: Path, described: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """How texts are normalised: what the settings say, as for transformers, else what `tokenizer.json` says."""
+    said = described.get("normalizer")
+    said = said if isinstance(said, dict) else {"type": said}
+    kind = said.get("type")
+    if described and kind != "BertNormalizer" and "do_lower_case" not in settings:
+        raise ValueError(
+            f"{folder / _TOKENIZER} has the normalizer {one_line(str(kind))[:80]}, wanted BertNormalizer: say in "
+            f"{_SETTINGS} what BERT's is to do (do_lower_case, strip_accents)"
+        )
+    values = {}
+    for name, (theirs, otherwise) in _NORMALISER.items():
+        value = settings.get(name, said.get(theirs, otherwise) if kind == "BertNormalizer" else otherwise)
+        if not isinstance(value, bool) and (value, name) != (None, "strip_accents"):
+            raise ValueError(
+                f"{folder}: {name} is {one_line(repr(value))[:80]} in {_SETTINGS} or {_TOKENIZER}; wanted true or false"
+            )
+        values[name] = value
+    return values
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What a json file says; nothing if there is none."""
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; a tokenizer's file has at most {_MAX_BYTES}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no json: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, wanted an object; save the tokenizer anew")
+    return content

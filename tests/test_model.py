@@ -1,13 +1,16 @@
 """The model: vocabulary, towers from published files, saving and loading, what can and cannot light up."""
 
+import hashlib
 import json
+import os
 
 import pytest
 import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
+from tokenizers import AddedToken
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer, DistilBertConfig, DistilBertForMaskedLM
 
 from stair import Stair, Vocabulary
 from stair.encoders import ImageTower, TextTower
@@ -50,6 +53,138 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path):
 def test_a_vocabulary_that_is_not_there_is_named_and_not_asked_for_at_the_hub(tmp_path, name):
     with pytest.raises(FileNotFoundError, match=rf"{name} does not exist; give a BERT vocab"):
         Vocabulary(tmp_path / name)
+
+
+CASED = "[PAD] [UNK] [CLS] [SEP] [MASK] [DOM] Apple apple Éa éa ea A a e p ##é ##e 中".split()
+TEXTS = ["Apple apple", "Éa éa aé", "[DOM] a [MASK]", "中中 a"]
+
+
+def published_tokenizer(folder, left_out=(), **settings):
+    """A folder as the hub holds it, of pieces of which no two are one but for case and accents."""
+    (folder / "vocab.txt").write_text("\n".join(CASED) + "\n")
+    tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"), **settings)
+    tokenizer.save_pretrained(folder)
+    for name in left_out:
+        (folder / name).unlink()
+    return tokenizer
+
+
+def cut(tokenizer):
+    return [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+def cut_by(vocabulary):
+    return [row[real].tolist() for text in TEXTS for row, real in zip(*vocabulary.tokenize([text], 20), strict=True)]
+
+
+FORMS = {
+    "uncased": {},
+    "cased": {"do_lower_case": False},
+    "cased, no accents": {"do_lower_case": False, "strip_accents": True},
+    "uncased, accents": {"strip_accents": False},
+    "Chinese as other letters": {"do_lower_case": False, "tokenize_chinese_chars": False},
+    "a special token more": {"extra_special_tokens": ["[DOM]"]},
+}
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [(), ("vocab.txt",), ("tokenizer.json",), ("tokenizer_config.json",)],
+    ids=lambda left_out: str(*left_out),
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_folder_cuts_texts_as_its_tokenizer_files_say_also_when_saved_again(tmp_path, form, left_out):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    published = published_tokenizer(tmp_path / "a", left_out, **FORMS[form])
+    loaded = Vocabulary(tmp_path / "a")
+    loaded.save(tmp_path / "b")
+    again = Vocabulary(tmp_path / "b")
+    assert cut_by(loaded) == cut_by(again) == cut(published)
+    assert (again.never_active, again.fingerprint) == (loaded.never_active, loaded.fingerprint)
+    if left_out != ("tokenizer_config.json",):  # only there stands that a token is special
+        assert loaded.tokens[5] == "[DOM]" and (5 in loaded.never_active) == ("special" in form)
+
+
+def test_a_cased_hub_vocabulary_is_cased_after_saving_too(tmp_path, monkeypatch):
+    published = published_tokenizer(tmp_path, do_lower_case=False)
+    published.add_tokens([AddedToken("[DOM]", special=True), AddedToken("aé", normalized=False)])
+    monkeypatch.setattr(BertTokenizer, "from_pretrained", lambda name, trust_remote_code: published)
+    vocabulary = Vocabulary("somebody/cased")
+    vocabulary.save(tmp_path)
+    saved = Vocabulary(tmp_path)
+    assert (
+        saved.tokens[saved.tokenize(["Apple"], 9)[0][0, 1]] == "Apple" and saved.fingerprint == vocabulary.fingerprint
+    )
+    # a token beyond the vocabulary would be no dimension
+    assert [5 in row for row in cut_by(saved)] == [False, False, True, False]
+    assert max(max(row) for row in cut_by(saved)) < len(saved)
+
+
+def test_fingerprints_of_cased_vocabularies_say_so_and_of_others_are_as_ever(tmp_path):
+    found = {}
+    for form in ("uncased", "cased", "cased, no accents", "Chinese as other letters"):
+        (tmp_path / form).mkdir()
+        published_tokenizer(tmp_path / form, **FORMS[form])
+        found[form] = Vocabulary(tmp_path / form).fingerprint
+    assert len(set(found.values())) == 4
+    wanted = hashlib.sha256("\n".join(CASED).encode()).hexdigest()
+    assert found["uncased"] == Vocabulary(tmp_path / "cased" / "vocab.txt").fingerprint == wanted
+    published_tokenizer(tmp_path / "cased", do_lower_case=False, strip_accents=False)  # what null means there
+    assert Vocabulary(tmp_path / "cased").fingerprint == found["cased"]
+
+
+def written(name, **changes):
+    """Puts values in the place of those of a tokenizer's file."""
+
+    def change(folder):
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **changes}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: (d / "tokenizer.json").write_text("{"), r"tokenizer\.json is no json"),
+        (lambda d: (d / "tokenizer_config.json").write_text("[" * 100_000), r"tokenizer_config\.json is no json"),
+        (lambda d: (d / "tokenizer_config.json").write_text("[]"), "holds list, wanted an object"),
+        (lambda d: os.truncate(d / "tokenizer_config.json", (64 << 20) + 1), "has at most 67108864"),
+        (written("tokenizer_config.json", do_lower_case="no"), "do_lower_case is 'no' in .*; wanted true or false"),
+        (written("tokenizer_config.json", extra_special_tokens=[{}]), "describes no BERT tokenizer .KeyError"),
+        (written("tokenizer.json", added_tokens=[{"content": ["a"]}]), "describes no BERT tokenizer .TypeError"),
+        (written("tokenizer.json", added_tokens=[{"content": "a", "special": 3}]), "describes no BERT tokenizer"),
+        (lambda d: [(d / name).unlink() for name in ("vocab.txt", "tokenizer.json")], "has neither vocab.txt nor"),
+    ],
+)
+def test_tokenizer_files_that_are_damaged_are_refused_by_name(tmp_path, change, message):
+    published_tokenizer(tmp_path)
+    change(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Vocabulary(tmp_path)
+
+
+def test_pieces_are_taken_from_no_file_that_a_folder_names(tmp_path):
+    published_tokenizer(tmp_path)
+    (tmp_path / "vocab.txt").rename(tmp_path / "other.txt")
+    other = str(tmp_path / "other.txt")
+    written("tokenizer_config.json", vocab=other, vocab_file=other, tokenizer_file=other, gguf_file=other)(tmp_path)
+    assert Vocabulary(tmp_path).tokens == CASED
+    for vocab in (other, {"a": "b"}, {"\ud800": 0}):
+        written("tokenizer.json", model={"type": "WordPiece", "vocab": vocab})(tmp_path)
+        with pytest.raises(ValueError, match=r"describes no BERT tokenizer|half of a character"):
+            Vocabulary(tmp_path)
+
+
+def test_a_normaliser_that_is_not_berts_is_refused_unless_the_settings_say_what_to_do(tmp_path):
+    published_tokenizer(tmp_path, do_lower_case=False)
+    written("tokenizer.json", normalizer={"type": "Lowercase"})(tmp_path)
+    assert Vocabulary(tmp_path).tokenize(["Apple"], 9)[0].tolist() == [[2, 6, 3]]
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(
+        ValueError, match="has the normalizer Lowercase, wanted BertNormalizer: say in tokenizer_config"
+    ):
+        Vocabulary(tmp_path)
 
 
 def test_padding_and_never_active_words_never_fire(tiny_stair, captions, pixels):
