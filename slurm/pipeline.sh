@@ -1,7 +1,7 @@
 #!/bin/bash
 # Queues the three stages, each to start when the one before has finished:
 #   RUN=runs/mine DATA_TRAIN='shards/{0000..0999}.tar' DATA_VAL='{coco: val/*.tar}' slurm/pipeline.sh [--from K] [words for the command]
-# SBATCH_OPTIONS holds options of sbatch for all three: SBATCH_OPTIONS='--nodes=13 --partition=gpu'
+# SBATCH_OPTIONS holds options of sbatch for all three: SBATCH_OPTIONS='--nodes=16 --partition=gpu'
 set -eu
 STAIR_HOME="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export STAIR_HOME

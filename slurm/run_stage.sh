@@ -1,7 +1,7 @@
 # The body of stage1.sh, stage2.sh and stage3.sh, which say only what they ask of SLURM and which STAGE they are.
 #
 # RUN         the run's folder; stage k works in RUN/stagek and starts from RUN/stage(k-1)/stair. Needed.
-# DATA_TRAIN  shard spec of the training data. Needed (site.sh may set it).
+# DATA_TRAIN  shard spec of the training data, or a mixture '{name: spec, ...}'. Needed (site.sh may set it).
 # DATA_VAL    '{name: spec, ...}', or one spec. Needed (site.sh may set it).
 # STRATEGY    ddp or fsdp2: an overlay in configs/hardware; ddp if not set.
 # Words after the script go to the command: sbatch slurm/stage2.sh --data.workers 12
@@ -30,12 +30,10 @@ case "$DATA_VAL" in
 esac
 STRATEGY="${STRATEGY:-ddp}"
 [ -f "configs/hardware/$STRATEGY.yaml" ] || refuse "STRATEGY=$STRATEGY: there is no configs/hardware/$STRATEGY.yaml; known are ddp and fsdp2"
-own_start=""
 for word in "$@"; do
     case "$word" in
         --trainer.devices* | --trainer.num_nodes* | --trainer.strategy* | --run | --run=*)
             refuse "$word: the job says that itself. Give --nodes and --ntasks-per-node to sbatch, RUN and STRATEGY in the environment" ;;
-        --transition.start_from*) own_start=yes ;;
     esac
 done
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
@@ -57,26 +55,14 @@ fi
 case "${SLURM_JOB_NAME:-}" in
     bash | interactive) refuse "a job named $SLURM_JOB_NAME is not taken for a SLURM job by Lightning: every task would train alone. Give another --job-name" ;;
 esac
-before="$RUN/stage$((STAGE - 1))/stair"
-if [ "$STAGE" -gt 1 ] && [ -z "$own_start" ] && [ ! -f "$before/config.json" ]; then
-    refuse "no hand-over of stage $((STAGE - 1)) at $before: it is written when that stage has finished its planned steps. Finish it, or correct RUN=$RUN; all three in turn: slurm/pipeline.sh"
-fi
-mkdir -p "$RUN/stage$STAGE" && touch "$RUN/stage$STAGE/.writable" && rm "$RUN/stage$STAGE/.writable" ||
-    refuse "cannot write to $RUN/stage$STAGE: correct RUN, or its rights"
 command -v lightning > /dev/null || refuse "no command 'lightning': run \`make setup\` in the checkout, and let slurm/site.sh activate it"
-python -c 'import sys, yaml; from datamodules.tars import expand
-train, val, ranks, *words = sys.argv[1:]
-try:
-    shards = len(expand(yaml.safe_load(train) if train.startswith("[") else train))
-    expand(list(yaml.safe_load(val).values()))
-except FileNotFoundError as error: sys.exit(str(error))
-base = yaml.safe_load(open("configs/base.yaml"))["data"]["workers"]
-said = [value for word, value in zip(words, words[1:]) if word == "--data.workers"]
-said += [word.partition("=")[2] for word in words if word.startswith("--data.workers=")]
-readers = int(ranks) * max(1, int(said[-1] if said else base))
-print(shards, "training shards for", readers, "readers" + (": some read parts of one" if shards < readers else ""))' \
-    "$DATA_TRAIN" "$DATA_VAL" "$SLURM_NTASKS" "$@" ||
-    refuse "DATA_TRAIN=$DATA_TRAIN, DATA_VAL=$DATA_VAL: not found, or not shard specs, or Python lacks what make setup installs; see above"
+python slurm/preflight.py "$STAGE" "$RUN" "$DATA_TRAIN" "$DATA_VAL" \
+    --config "configs/stage$STAGE.yaml" --config "configs/hardware/$STRATEGY.yaml" "$@"
+case $? in
+    0) ;;
+    2) exit 2 ;; # it has said why
+    *) refuse "slurm/preflight.py could not check the job; does Python have what \`make setup\` installs? See above" ;;
+esac
 
 # ---- train
 

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Stage 2 as a SLURM job, from the checkout's root:
 #   RUN=runs/mine DATA_TRAIN='shards/{0000..0999}.tar' DATA_VAL='{coco: val/*.tar}' sbatch slurm/stage2.sh [words for the command]
-# Other sizes: sbatch --nodes=13 slurm/stage2.sh. A task drives a GPU: --ntasks-per-node and --gpus-per-node go together.
+# Other sizes: sbatch --nodes=16 slurm/stage2.sh. A task drives a GPU: --ntasks-per-node and --gpus-per-node go together.
 #SBATCH --job-name=stair-stage2
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
