@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 from scipy import sparse
 
-from stair.embeddings import PLAN, Embeddings, to_csr
+from stair.embeddings import PLAN, Embeddings, Space, to_csr
 from stair.model import Stair
 
 
@@ -31,10 +31,13 @@ class EmbeddingWriter(L.Callback):
 
     def __init__(self, folder: str, top: int | None = None, threshold: float = 0.0) -> None:
         self.folder, self.top, self.threshold = Path(folder), top, threshold
+        self._space: Space | None = None
         self._rows: dict[tuple[str, str], tuple[list[sparse.csr_matrix], list[str]]] = {}
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses models without words, and a folder that holds embeddings already.
+        """Refuses models without words, and a folder that holds embeddings already; takes the model's fingerprint.
+
+        Here and not at the end, where embeddings could be lost for it; on all ranks, as a sharded model wants it.
 
         Raises:
             ValueError: if the model is dense.
@@ -44,6 +47,7 @@ class EmbeddingWriter(L.Callback):
             raise ValueError("EmbeddingWriter writes sparse embeddings; this model's are dense")
         if trainer.is_global_zero and any(self.folder.glob(f"*/*/{PLAN}")):
             raise FileExistsError(f"{self.folder} holds embeddings; give another folder")
+        self._space = pl_module.stair.space
 
     def on_predict_batch_end(
         self,
@@ -72,7 +76,8 @@ class EmbeddingWriter(L.Callback):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes this rank's parts."""
-        space = pl_module.stair.space
+        space = self._space
+        assert space is not None  # since `on_predict_start`
         for (name, side), (rows, ids) in self._rows.items():
             folder = self.folder / name / side
             part = Embeddings(sparse.vstack(rows, format="csr"), ids, space)
