@@ -10,12 +10,16 @@ if __name__ == "__main__":  # before anything is imported that takes time
     hold_signals()
 
 import importlib
+import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.health import Health
 from callbacks.requeue import Requeue, refuse_leftover
@@ -39,10 +43,16 @@ for notice in (
     warnings.filterwarnings("ignore", notice)
 
 BASE = Path(__file__).parent / "configs" / "base.yaml"
+RECORD = "tensorboard"  # the logger's name in base.yaml: the folder of a training's curves, settings and checkpoints
+
+# when a ModelCheckpoint acts, where it is told to
+_TIMES = ("every_n_train_steps", "train_time_interval", "every_n_epochs", "save_on_train_epoch_end")
 
 
 class StairCLI(LightningCLI):
     """Lightning's command line with the project's callbacks, and `--run`."""
+
+    _checkpoints: str | None = None  # where the training keeps them, for a command that logs elsewhere
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the always-on callbacks under keys of their own, the run's name, and the links."""
@@ -51,7 +61,8 @@ class StairCLI(LightningCLI):
             type=str | None,
             default=None,
             help="folder of a run. Stage k then works in RUN/stagek and starts from RUN/stage(k-1)/stair; "
-            "validate, test and predict load RUN/stagek/stair. The dense baseline works in RUN/clip",
+            "validate, test and predict load RUN/stagek/stair and log in RUN/stagek/validate, .../test and .../predict. "
+            "The dense baseline works in RUN/clip",
         )
         parser.add_lightning_class_args(StageTransition, "transition")
         parser.add_lightning_class_args(SparsityMonitor, "sparsity")
@@ -66,19 +77,27 @@ class StairCLI(LightningCLI):
         parser.link_arguments("model.init_args.stair.text.max_tokens", "data.max_tokens")
 
     def before_instantiate_classes(self) -> None:
-        """Spells out `--run`: where the stage works and what it starts from."""
+        """Spells out `--run`: where the stage works and what it starts from; and what follows from the command."""
         config = self.config[self.subcommand]
         if config.run is not None:
             self._spell_out(config)
         if config.weights_only is None:
             config.weights_only = True  # Lightning would unpickle, and so run, what comes over http
-        if self.subcommand == "fit" and config.ckpt_path is None:
+        if self.subcommand != "fit":
+            self._set_apart(config)
+            return
+        if config.ckpt_path is None:
             refuse_leftover(config.trainer.default_root_dir or ".")
+        if not config.data.val or config.trainer.limit_val_batches == 0:
+            _save_without_validation(config.trainer)
 
     def instantiate_trainer(self, **more: Any) -> Trainer:
-        """The trainer, whose checkpoints are whole or absent."""
+        """The trainer, whose checkpoints are whole or absent, and looked for where the training keeps them."""
         trainer = super().instantiate_trainer(**more)
         keep_whole(trainer)
+        for keeper in trainer.checkpoint_callbacks:
+            if self._checkpoints is not None and isinstance(keeper, ModelCheckpoint) and keeper.dirpath is None:
+                keeper.dirpath = self._checkpoints
         return trainer
 
     def _parse_ckpt_path(self) -> None:
@@ -88,8 +107,7 @@ class StairCLI(LightningCLI):
         family = _family_of(config.model.class_path)
         home = Path(config.run) / family.home()
         config.trainer.default_root_dir = str(home)
-        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
-        for logger in loggers:
+        for logger in _listed(config.trainer.logger):
             if hasattr(logger, "init_args") and "save_dir" in logger.init_args:
                 logger.init_args.save_dir = str(home)
         if config.transition.start_from is None:
@@ -99,6 +117,52 @@ class StairCLI(LightningCLI):
             else:  # a checkpoint that is named wins over the hand-over
                 source = home if getattr(config, "ckpt_path", None) is None else None
             config.transition.start_from = str(source / family.hand_over) if source else None
+
+    def _set_apart(self, config: Any) -> None:
+        """Keeps a command that does not train out of the record of the training, whose curves begin at step 0 too."""
+        # a name of its own even so: a logger without a folder of its own would have the settings overwritten
+        self.save_config_kwargs = {**self.save_config_kwargs, "config_filename": f"{self.subcommand}.yaml"}
+        for place, logger in enumerate(_listed(config.trainer.logger)):
+            if getattr(logger, "class_path", "").split(".")[-1] not in ("TensorBoardLogger", "CSVLogger"):
+                continue  # their names are no folders
+            options = logger.init_args
+            if options.name != RECORD:
+                continue  # the user's choice
+            if place == 0:  # Lightning looks for checkpoints where the first logger writes
+                version = options.version if isinstance(options.version, str) else f"version_{options.version}"
+                self._checkpoints = os.path.join(options.save_dir, RECORD, version, "checkpoints")
+            options.name = self.subcommand
+        if config.ckpt_path == "best" and self._checkpoints is not None:
+            # to Lightning, the best of this process
+            config.ckpt_path = os.path.join(self._checkpoints, "best.ckpt")
+
+
+def _save_without_validation(trainer: Any) -> None:
+    """Has checkpoints written that would wait for validations, and says so: there would never be one."""
+    interval = trainer.val_check_interval
+    if isinstance(interval, int):
+        name, value, said = "every_n_train_steps", interval, f"every {interval} steps (trainer.val_check_interval)"
+    elif isinstance(interval, float | None):  # of an epoch
+        name, value, said = "save_on_train_epoch_end", True, "at the end of each epoch"
+    else:  # of time
+        name, value, said = "train_time_interval", timedelta(minutes=15), "every 15 minutes"
+    written = []
+    for callback in _listed(trainer.callbacks):
+        if getattr(callback, "class_path", "").split(".")[-1] != "ModelCheckpoint":
+            continue
+        options = callback.init_args
+        # what monitors has nothing to monitor, what has a time of its own keeps it
+        if all(options[key] is None for key in ("monitor", *_TIMES)):
+            options[name] = value
+            written.append(f"{options.filename}.ckpt" if options.filename else "a checkpoint")
+    rank_zero_info(
+        "nothing is validated (data.val is not given, or trainer.limit_val_batches is 0), so nothing chooses a best "
+        "checkpoint" + (f"; {', '.join(written)} is written {said}" if written else "")
+    )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _family_of(class_path: str) -> type[ContrastiveModule]:
