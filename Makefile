@@ -10,6 +10,9 @@ comma := ,
 export UV_FIND_LINKS ?= $(subst $(empty) $(empty),$(comma),$(strip $(PIP_FIND_LINKS)))
 endif
 
+# where this is set, each process compiles the sources of torch, transformers and timm anew, for 15 s and more
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test check
 setup: $(VENV)/.installed
 

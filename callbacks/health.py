@@ -7,6 +7,7 @@ B pairs on this rank, V words.
 """
 
 import math
+import time
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ _NEAR_CHANCE = 0.01
 _WIDE_LOGITS = 3.0
 _DENSE = 0.5
 _KEYS_SHOWN = 20
+_SLOW_BF16 = 2.0
 
 
 class _Step(NamedTuple):
@@ -55,6 +57,21 @@ def _sound(trainer: L.Trainer) -> bool:
     return bool(trainer.strategy.reduce(finite.float(), reduce_op="min"))
 
 
+def bf16_cost() -> float:
+    """How many times as long as in fp32 this CPU takes for a product of two matrices in bf16: 30 times and more have been
+    seen where it has no instructions for it."""
+    seconds = []
+    for kind in (torch.bfloat16, torch.float32):
+        square = torch.ones(256, 256, dtype=kind)
+        best = math.inf
+        for _ in range(3):  # the first also sets up
+            started = time.perf_counter()
+            square @ square
+            best = min(best, time.perf_counter() - started)
+        seconds.append(best)
+    return seconds[0] / seconds[1]
+
+
 class Health(L.Callback):
     """Watches the training steps.
 
@@ -69,6 +86,7 @@ class Health(L.Callback):
     - The first batch's scaled logits of a model of words spread by more than 3 (standard deviation): warns.
     - Dense (more than half of V active on either side, after `dense_after` steps): warns once, and
       `health/alarm` is 1 for as long; otherwise it is 0.
+    - In bf16-mixed on a CPU that takes more than twice as long for it as for fp32: warns, also where nothing is trained.
 
     The figures wait on the device and are read, over all ranks, every few steps: reading each step would make the host
     wait for the device, and all ranks must come to the same decision or the others hang.
@@ -91,6 +109,16 @@ class Health(L.Callback):
             )
         self.patience, self.dense_after, self.every, self.skip = patience, dense_after, every, skip
         self._warned_dense = self._warned_chance = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Compares bf16 with fp32, if it is asked of a CPU."""
+        if trainer.precision != "bf16-mixed" or trainer.strategy.root_device.type != "cpu":
+            return
+        if (cost := bf16_cost()) > _SLOW_BF16:
+            rank_zero_warn(
+                f"trainer.precision is bf16-mixed, and this CPU takes {cost:.0f} times as long for a product in bf16 "
+                "as in fp32: give --trainer.precision 32-true"
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins anew; a resumed run's first batch is not the first batch of the run."""

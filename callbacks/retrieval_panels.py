@@ -15,6 +15,7 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -24,7 +25,8 @@ from stair.batch import Batch
 from stair.plain import escape
 from stair.vocabulary import Vocabulary
 
-_COLUMNS = 4
+_COLUMNS, _DPI = 4, 80
+_WIDTH, _HEIGHT = 336, 192  # of a panel, in pixels
 _FOUND, _OTHER = "tab:green", "tab:gray"
 
 
@@ -117,31 +119,37 @@ def _panel(row: int, image_BV: Tensor, batch: Batch, vocabulary: Vocabulary, k: 
 
 
 def _draw(panels: list[_Panel]) -> np.ndarray:
-    """(H, W, 3) uint8: for each image its picture under its first caption, and bars for its words."""
+    """(H, W, 3) uint8: for each image its picture under its first caption, and bars for its words with their weights."""
     columns = min(_COLUMNS, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.2 * columns, 2.4 * rows), dpi=80, layout="constrained")
-    axes = figure.subplots(rows, 2 * columns, squeeze=False).reshape(-1, 2)
-    for (left, right), panel in zip(axes, panels, strict=False):
-        left.imshow(panel.pixels)
-        # captions and words are anybody's text: a dollar sign must not start a formula
-        title = textwrap.shorten(next(iter(panel.captions), ""), 60, placeholder=" …")
-        left.set_title(textwrap.fill(title, 30), fontsize=7, parse_math=False)
-        names, weights, found = zip(*panel.words, strict=True) if panel.words else ((), (), ())
-        places = range(len(names))
-        right.barh(places, weights, color=[_FOUND if f else _OTHER for f in found])
-        right.set_yticks(places, names, fontsize=7, parse_math=False)
-        right.set_xlim(0, max(weights, default=1))
-        right.invert_yaxis()
-        right.tick_params(axis="x", labelsize=6)
-        right.set_frame_on(False)
-    for axis in (*axes[:, 0], *axes[len(panels) :, 1]):
-        axis.set_axis_off()
+    size = columns * _WIDTH, math.ceil(len(panels) / columns) * _HEIGHT
+    figure = Figure(figsize=(size[0] / _DPI, size[1] / _DPI), dpi=_DPI)
+    # one pair of axes, in pixels: matplotlib takes longer to lay out a pair for each image than to draw them
+    axis = figure.add_axes((0, 0, 1, 1))
+    for place, panel in enumerate(panels):
+        _draw_panel(axis, panel, place % columns * _WIDTH, place // columns * _HEIGHT)
+    axis.set(xlim=(0, size[0]), ylim=(size[1], 0))
+    axis.set_axis_off()
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the vocabulary has Chinese, the font has not
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def _draw_panel(axis: Axes, panel: _Panel, x: int, y: int) -> None:
+    """Draws an image's panel with its upper left corner at (x, y)."""
+    # captions and words are anybody's text: a dollar sign must not start a formula
+    text: dict[str, Any] = {"parse_math": False, "fontsize": 7, "verticalalignment": "center"}
+    title = textwrap.fill(next(iter(panel.captions), ""), 32, max_lines=2, placeholder=" …")
+    axis.text(x + 10, y + 18, title, **text)
+    axis.imshow(panel.pixels, extent=(x + 10, x + 150, y + 178, y + 38), aspect="auto")
+    heaviest = max((weight for _, weight, _ in panel.words), default=1)
+    for place, (word, weight, found) in enumerate(panel.words):
+        colour, middle = _FOUND if found else _OTHER, y + 38 + 140 * (place + 0.5) / len(panel.words)
+        end = x + 225 + 75 * weight / heaviest
+        axis.barh(middle, end - (x + 225), 110 / len(panel.words), left=x + 225, color=colour)
+        axis.text(x + 221, middle, word, horizontalalignment="right", **text)
+        axis.text(end + 3, middle, f"{weight:.2f}", color="gray", **text)
 
 
 def _table(panels: list[_Panel]) -> str:

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from callbacks.health import Health
+from callbacks.health import Health, bf16_cost
 from callbacks.retrieval_panels import RetrievalPanels
 from callbacks.run_monitor import RunMonitor
 from callbacks.sparsity_monitor import SparsityMonitor
@@ -306,6 +306,32 @@ def fit(vocabulary, folder, health, says, batches=6, **kwargs):
 def test_a_healthy_run_raises_no_alarm(vocabulary, tmp_path):
     logged = fit(vocabulary, tmp_path, Health(patience=1, dense_after=0, every=1), lambda step: {})
     assert logged["health/alarm"] == {1: 0, 3: 0, 5: 0}
+
+
+@pytest.mark.parametrize(
+    ("precision", "cost", "warned"), [("bf16-mixed", 33.0, True), ("bf16-mixed", 0.5, False), ("32-true", 33.0, False)]
+)
+def test_bf16_where_it_is_slower_is_warned_of(vocabulary, tmp_path, monkeypatch, precision, cost, warned):
+    monkeypatch.setattr("callbacks.health.bf16_cost", lambda: cost)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fit(vocabulary, tmp_path, Health(), lambda step: {}, precision=precision)
+    told = [str(w.message) for w in seen if "33 times as long" in str(w.message)]
+    assert len(told) == warned and all("--trainer.precision 32-true" in text for text in told)
+
+
+def test_the_cost_of_bf16_is_that_of_its_products(monkeypatch):
+    now, seconds = [0.0], {torch.bfloat16: 6.0, torch.float32: 2.0}
+    monkeypatch.setattr("callbacks.health.time.perf_counter", lambda: now[0])
+
+    class Square(torch.Tensor):
+        def __matmul__(self, other):
+            now[0] += seconds[self.dtype]
+            return self
+
+    ones = torch.ones
+    monkeypatch.setattr("callbacks.health.torch.ones", lambda *a, **k: ones(*a, **k).as_subclass(Square))
+    assert bf16_cost() == 3.0
 
 
 @pytest.mark.parametrize("every", [1, 4, 10])

@@ -35,6 +35,7 @@ model:
     objective: {flops_ramp_steps: 2}
 data: {global_batch_size: 16, workers: 0, eval_batch_size: 8}
 trainer: {max_steps: 4, val_check_interval: 2, log_every_n_steps: 1, enable_progress_bar: false}
+panels: {images: 2}
 """
 
 
