@@ -44,7 +44,8 @@ class TextTower:
 
     Args:
         name: with `pretrained` a model of the hub or a folder; without, a model type of transformers such as `bert`.
-        pretrained: start from the published weights, the masked-LM head included; False starts from scratch.
+        pretrained: start from the published weights, the masked-LM head included where there is one; False starts from
+            scratch.
         max_tokens: longest caption in word pieces, [CLS] and [SEP] included; what is longer is cut.
         options: fields of the transformers configuration, for example `{hidden_size: 192, num_hidden_layers: 2}`.
     """
@@ -176,21 +177,23 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def build(cls, tower: TextTower, vocabulary_size: int) -> tuple["TextEncoder", MaskedLMHead | None]:
-        """Builds the tower, and its published masked-LM head (None from scratch).
+        """Builds the tower, and its published masked-LM head (None from scratch, or where none was published).
 
         Args:
             tower: what to build.
             vocabulary_size: V, which the word embeddings must have.
 
         Raises:
-            ValueError: if the vocabulary sizes differ, captions may be longer than the tower's positions, or the published
-                model has no masked-LM head we know.
+            ValueError: if the vocabulary sizes differ, captions may be longer than the tower's positions, weights of the
+                encoder were not published, or it is of a family whose masked-LM head we do not know.
             OSError: if the hub name can neither be found in the cache nor fetched.
         """
         masked_lm = None
         if tower.pretrained:
-            whole = AutoModelForMaskedLM.from_pretrained(tower.name, trust_remote_code=False, **tower.options)
-            masked_lm = _masked_lm_head(whole, tower.name)
+            whole, loading = AutoModelForMaskedLM.from_pretrained(
+                tower.name, trust_remote_code=False, output_loading_info=True, **tower.options
+            )
+            masked_lm = _masked_lm_head(whole, tower, set(loading["missing_keys"]))
             encoder = cls(whole.base_model)
         else:
             encoder = cls(AutoModel.from_config(_text_config(tower, vocabulary_size), trust_remote_code=False))
@@ -251,16 +254,25 @@ _MASKED_LM_PARTS = (
 )
 
 
-def _masked_lm_head(model: nn.Module, name: str) -> MaskedLMHead:
-    output: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
+def _masked_lm_head(model: nn.Module, tower: TextTower, missing: set[str]) -> MaskedLMHead | None:
+    """The published head; None where only the encoder was published. `missing`: weights that are new."""
+    if lost := sorted(key for key in missing if key.startswith(f"{model.base_model_prefix}.")):
+        raise ValueError(
+            f"text tower {tower.name!r} has no {lost[0]}{f' and {len(lost) - 1} more weights' if len(lost) > 1 else ''} of "
+            f"its encoder (text.options: {tower.options}): give options that what is published fits, or text.pretrained: "
+            "false"
+        )
     for dense_path, norm_path in _MASKED_LM_PARTS:
         try:
             dense, norm = model.get_submodule(dense_path), model.get_submodule(norm_path)
         except AttributeError:
             continue
+        if f"{dense_path}.weight" in missing:
+            return None
         assert isinstance(dense, nn.Linear) and isinstance(norm, nn.LayerNorm)
+        output: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
         return MaskedLMHead(dense, norm, output.bias)
     raise ValueError(
-        f"{name!r} ({type(model).__name__}) has no masked-LM head of a family known here (BERT, DistilBERT, RoBERTa, "
+        f"{tower.name!r} ({type(model).__name__}) has no masked-LM head of a family known here (BERT, DistilBERT, RoBERTa, "
         "MPNet); choose such a model, or text.pretrained: false"
     )

@@ -11,6 +11,7 @@ B images, C captions, N of either, T positions, V words.
 
 import hashlib
 import json
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -94,6 +95,12 @@ class Stair(TwoTowers):
         self.vocabulary = Vocabulary(config.vocabulary)
         self.image_encoder = ImageEncoder(config.image)
         self.text_encoder, masked_lm = TextEncoder.build(config.text, len(self.vocabulary))
+        if config.text.pretrained and masked_lm is None:
+            warnings.warn(
+                f"text tower {config.text.name!r} was published without a masked-LM head: both vocabulary heads start from "
+                "its word embeddings, and their other layers from scratch",
+                stacklevel=2,
+            )
         text_words: nn.Parameter = self.text_encoder.words.weight  # type: ignore[assignment]
         never = self.vocabulary.never_active
         self.text_head = VocabularyHead(

@@ -314,6 +314,29 @@ def test_published_text_weights_and_masked_lm_head_are_loaded(tmp_path, vocab_fi
     )
 
 
+def test_a_published_encoder_without_a_masked_lm_head_gives_its_words_and_says_so(tmp_path, vocab_file):
+    published = published_bert(tmp_path / "whole", vocab_file)
+    published.bert.save_pretrained(tmp_path / "encoder")
+    config = tiny_config(tmp_path / "whole", text_bias_start=0.25)
+    config.text = TextTower(str(tmp_path / "encoder"), True, 12)
+    with pytest.warns(UserWarning, match="was published without a masked-LM head"):
+        stair = Stair(config)
+    words = published.bert.embeddings.word_embeddings.weight
+    for head in (stair.text_head, stair.image_head):
+        torch.testing.assert_close(head.words, words, check_stride=False)
+    assert set(stair.text_head.bias.tolist()) == {0.25}  # from scratch, as the settings say
+
+
+def test_a_text_tower_whose_layers_were_not_published_is_refused_by_name(tmp_path, vocab_file):
+    published_bert(tmp_path, vocab_file)
+    config = tiny_config(tmp_path)
+    config.text = TextTower(str(tmp_path), True, 12, {"num_hidden_layers": 2})
+    with pytest.raises(
+        ValueError, match=r"has no bert.encoder.layer.1.* more weights of its encoder .*num_hidden_layers"
+    ):
+        Stair(config)
+
+
 def published_vit(folder, **options):
     """Writes a folder as timm's hub repositories are: config.json and model.safetensors."""
     folder.mkdir()
