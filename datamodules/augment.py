@@ -1,4 +1,4 @@
-"""Random resized crop and flip of training images, decoded no larger than they are needed.
+"""Random crop, flip and colours of training images, which are decoded no larger than they are needed.
 
 The upright JPEG, which nearly every training image is, goes a faster road than that of `stair.images`, from libjpeg-turbo
 to torch without Pillow between them: the same decoded pixels, and scaled ones that differ from Pillow's by rounding.
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torchvision.transforms.v2 import functional as colours
 
 from stair.images import decode_image, eval_pixels, reduction
 
@@ -33,19 +34,24 @@ class Augment:
         scale: least and greatest share of the area that is kept; (1, 1) is the crop of evaluation.
         flip: mirror half of the images.
         max_pixels: largest width × height that is decoded.
+        color_jitter: brightness, contrast and saturation are each multiplied by a factor uniform in 1 ± this. No hue: at
+            224 px that alone would take three times as long as decoding.
+        grayscale: share of images that lose their colours.
     """
 
     size: int
     scale: tuple[float, float]
     flip: bool
     max_pixels: int
+    color_jitter: float = 0.0
+    grayscale: float = 0.0
 
     def __call__(self, data: bytes, rng: random.Random, converted: list[str] | None = None) -> Tensor:
         """A picture's training image.
 
         Args:
             data: the bytes of an image file.
-            rng: of crop and flip.
+            rng: of crop, flip and colours.
             converted: a list to which is added what had to be converted, see `decode_image`.
 
         Returns:
@@ -64,7 +70,18 @@ class Augment:
         else:
             left, top, right, bottom = _random_box(image_HW3.shape[1], image_HW3.shape[0], self.scale, rng)
             pixels = scaled(image_HW3[top:bottom, left:right], self.size)
-        return pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
+        if self.flip and rng.random() < 0.5:
+            pixels = pixels.flip(-1)
+        return self._coloured(pixels, rng)
+
+    def _coloured(self, pixels: Tensor, rng: random.Random) -> Tensor:
+        # what is off draws nothing: crops are those of a run without it
+        if self.color_jitter > 0:
+            for adjust in (colours.adjust_brightness, colours.adjust_contrast, colours.adjust_saturation):
+                pixels = adjust(pixels, rng.uniform(1 - self.color_jitter, 1 + self.color_jitter))
+        if self.grayscale > 0 and rng.random() < self.grayscale:
+            pixels = colours.rgb_to_grayscale(pixels, 3)
+        return pixels
 
 
 def upright_jpeg(data: bytes, max_pixels: int, enough: int) -> NDArray[np.uint8] | None:

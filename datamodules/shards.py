@@ -61,6 +61,9 @@ class ImageTextShards(LightningDataModule):
         crop_scale: least and greatest share of an image's area that the training crop keeps, in (0, 1]; the crop's
             aspect ratio is 3/4 to 4/3. (1, 1) is evaluation's centre crop.
         flip: mirror half of the training images; wrong where captions say left and right.
+        color_jitter: brightness, contrast and saturation of a training image are each multiplied by a factor uniform in
+            1 ± this, in [0, 1].
+        grayscale: share of the training images that lose their colours, in [0, 1].
         max_pixels: largest width × height that is decoded; larger images count as bad.
         max_bad_share: greatest share of bad samples that are skipped, in [0, 1); judged on each rank, from 200 samples on
             or from an epoch on where that is smaller.
@@ -93,6 +96,8 @@ class ImageTextShards(LightningDataModule):
         resample: bool = False,
         crop_scale: tuple[float, float] = (0.9, 1.0),
         flip: bool = False,
+        color_jitter: float = 0.0,
+        grayscale: float = 0.0,
         max_pixels: int = MAX_PIXELS,
         max_bad_share: float = 0.1,
         seed: int = 0,
@@ -107,6 +112,8 @@ class ImageTextShards(LightningDataModule):
         require(workers >= 0, "workers", workers, "0 or more")
         require(shuffle >= 0, "shuffle", shuffle, "0 or more")
         require(0 < crop_scale[0] <= crop_scale[1] <= 1, "crop_scale", crop_scale, "0 < least <= greatest <= 1")
+        require(0 <= color_jitter <= 1, "color_jitter", color_jitter, "0 to 1")
+        require(0 <= grayscale <= 1, "grayscale", grayscale, "0 to 1")
         require(max_pixels >= 1, "max_pixels", max_pixels, "at least 1")
         require(0 <= max_bad_share < 1, "max_bad_share", max_bad_share, "0 or more and less than 1")
         require(train_samples is None or train_samples >= 1, "train_samples", train_samples, "at least 1, or none")
@@ -117,7 +124,7 @@ class ImageTextShards(LightningDataModule):
         self.global_batch_size, self.eval_batch_size, self.workers = global_batch_size, eval_batch_size, workers
         self.shuffle, self.max_pixels, self.max_bad_share, self.seed = shuffle, max_pixels, max_bad_share, seed
         self.resample, self.train_samples, self.remote = resample, train_samples, remote
-        self.augment = Augment(image_size, (crop_scale[0], crop_scale[1]), flip, max_pixels)
+        self.augment = Augment(image_size, (crop_scale[0], crop_scale[1]), flip, max_pixels, color_jitter, grayscale)
         self.collate = CollatePairs(Vocabulary(vocabulary), max_tokens)
         self._loader: ShardLoader | None = None
         self._sets: dict[str, dict[str, EvaluationPairs]] = {}

@@ -189,6 +189,26 @@ def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
 
+def test_colours_are_torchvisions_by_factors_around_one_and_off_draws_nothing():
+    data, least, most = encode(photo(32, 24), "PNG"), [9.0] * 3, [0.0] * 3
+    still = random.Random(3)
+    plain = Augment(16, (0.5, 1.0), True, 10_000)(data, still)
+    for seed in range(60):
+        rng, again = random.Random(seed), random.Random(seed)
+        pixels = Augment(16, (0.5, 1.0), True, 10_000, 0.4, 0.3)(data, rng)
+        wanted = Augment(16, (0.5, 1.0), True, 10_000)(data, again)
+        factors = [again.uniform(0.6, 1.4) for _ in range(3)]
+        for name, factor in zip(("brightness", "contrast", "saturation"), factors, strict=True):
+            wanted = getattr(v2.functional, f"adjust_{name}")(wanted, factor)
+        if again.random() < 0.3:
+            wanted = v2.functional.rgb_to_grayscale(wanted, 3)
+        assert torch.equal(pixels, wanted) and rng.random() == again.random()
+        least, most = [*map(min, least, factors)], [*map(max, most, factors)]
+    assert max(least) < 0.7 and min(most) > 1.3
+    gray = Augment(16, (0.5, 1.0), True, 10_000, grayscale=1.0)(data, random.Random(3))
+    assert (gray == gray[:1]).all() and not (plain == plain[:1]).all()
+
+
 def test_16_bits_are_scaled_and_not_cut_off_in_gray_and_in_colour():
     deep = np.linspace(0, 65_535, 12, dtype=np.uint16).reshape(3, 4)
     for form in ("PNG", "TIFF"):
@@ -544,6 +564,10 @@ def test_a_spec_that_matches_nothing_and_a_set_below_one_batch_are_refused(tmp_p
         loader(spec, vocab, 0, 3)
     with pytest.raises(ValueError, match=r"crop_scale=\(0.0, 1.0\)"):
         shards(spec, vocab, crop_scale=(0.0, 1.0))
+    with pytest.raises(ValueError, match=r"color_jitter=1.5: wanted 0 to 1"):
+        shards(spec, vocab, color_jitter=1.5)
+    with pytest.raises(ValueError, match=r"grayscale=-0.1"):
+        shards(spec, vocab, grayscale=-0.1)
 
 
 def test_pickles_in_a_shard_are_never_opened(tmp_path, vocab):
