@@ -90,12 +90,12 @@ def pair_losses(pl_module: L.LightningModule, outputs: dict[str, Any]) -> Tensor
 
     Args:
         pl_module: the stage; its `towers.comparable` makes embeddings what their dot products are taken of.
-        outputs: of `training_step`; `compared_CV` are the texts that `train/contrastive` is of.
+        outputs: of `training_step`; `compared` are the images and texts that `train/contrastive` is of.
 
     Returns:
         (B,) fp32; their mean over all ranks is `train/contrastive`.
     """
-    image_BV, text_BV = (pl_module.towers.comparable(outputs[side]).float() for side in ("image_BV", "compared_CV"))
+    image_BV, text_BV = (pl_module.towers.comparable(side).float() for side in outputs["compared"])
     scale = float(outputs["scale"])
     by_image_BG = torch.cat([scale * (image_BV @ peer_BV.T) for peer_BV in _of_all_ranks(text_BV)], 1)
     by_text_BG = torch.cat([scale * (text_BV @ peer_BV.T) for peer_BV in _of_all_ranks(image_BV)], 1)

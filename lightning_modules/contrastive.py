@@ -172,7 +172,11 @@ class ContrastiveModule(L.LightningModule):
         return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
 
     def report(
-        self, logged: dict[str, Any], contrastive: Contrastive, encoded: dict[str, Tensor], compared: str = "text_CV"
+        self,
+        logged: dict[str, Any],
+        contrastive: Contrastive,
+        encoded: dict[str, Tensor],
+        compared: tuple[str, str] = ("image_BV", "text_CV"),
     ) -> dict[str, Any]:
         """Logs the parts of a step by name, and returns them with what callbacks read.
 
@@ -180,7 +184,7 @@ class ContrastiveModule(L.LightningModule):
             logged: `loss` and its parts, already of the global batch on every rank.
             contrastive: of this step.
             encoded: of this step.
-            compared: where `encoded` has the texts that `contrastive` is of.
+            compared: where `encoded` has the images and the texts that `contrastive` is of.
         """
         self._loss = logged["loss"].detach()
         logged = {**logged, "contrastive": contrastive.loss, "logit_std": contrastive.logit_std}
@@ -192,7 +196,7 @@ class ContrastiveModule(L.LightningModule):
             "pairs": contrastive.pairs,
             "image_BV": encoded["image_BV"].detach(),
             "text_CV": encoded["text_CV"].detach(),
-            "compared_CV": encoded[compared].detach(),
+            "compared": tuple(encoded[side].detach() for side in compared),
         }
 
     def configure_gradient_clipping(

@@ -47,6 +47,10 @@ class Objective:
             words. None is the paper's form: 1 in stage 1, 0 in stages 2 and 3. Below 1 in stage 1, in (0, 1], the mask is
             soft: images keep words that no caption holds yet. Above 0 in stages 2 and 3, in [0, 1), what stage 1 taught
             words goes on being taught (docs/paper.md).
+        own_words_leak: slope below zero, while training, of what an image weighs the words of its caption; the rest of its
+            words keep ReLU, and so does whatever is saved, regularised or measured. ReLU has no gradient where a word is
+            off: one that is off for every image never comes back, and under the mask most words end so where towers start
+            from scratch (docs/results.md). 0, the paper's form, to 1.
     """
 
     similarity: Literal["dot", "cosine"] = "dot"
@@ -60,6 +64,7 @@ class Objective:
     flops_ramp_steps: int = 0
     flops_text_words: Literal["own", "all"] = "own"
     own_words_share: float | None = None
+    own_words_leak: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuses values that cannot train."""
@@ -73,6 +78,8 @@ class Objective:
             raise ValueError(f"objective.first_logit_std is {self.first_logit_std}; give a number above 0, such as 1")
         if self.own_words_share is not None and not 0 <= self.own_words_share <= 1:
             raise ValueError(f"objective.own_words_share is {self.own_words_share}; give a share from 0 to 1, or null")
+        if not 0 <= self.own_words_leak <= 1:
+            raise ValueError(f"objective.own_words_leak is {self.own_words_leak}; give a slope from 0 (none) to 1")
 
 
 class StairStage(ContrastiveModule):
@@ -139,22 +146,24 @@ class StairStage(ContrastiveModule):
     def embed(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Embeds one micro-batch.
 
-        With `text_unmasked_CV` where the mask is soft or λ_text weighs on more than it lets through, and `text_own_CV`
-        where unmasked texts are also compared by their own words alone.
+        With `text_unmasked_CV` where the mask is soft or λ_text weighs on more than it lets through, `text_own_CV` where
+        unmasked texts are also compared by their own words alone, and `image_leaky_BV` where own words leak.
         """
         wanted = {place for place, _ in self._compared.values()} if self.training else set()
         if self.training and self.text_words == "own" and self.objective.flops_text_words != "own":
             wanted.add("text_unmasked_CV")
-        encoded: dict[str, Tensor] = self.stair(pixels, ids, mask, wanted)
+        leak = self.objective.own_words_leak if self.training and "image" not in self.frozen else 0.0
+        encoded: dict[str, Tensor] = self.stair(pixels, ids, mask, wanted, leak)
         return encoded
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One step: encode, compare with all ranks, regularise. Returns and logs the parts by name."""
         encoded = self.encode(batch)
-        image_BV, cosine = encoded["image_BV"], self.stair.similarity == "cosine"
+        images = "image_leaky_BV" if "image_leaky_BV" in encoded else "image_BV"
+        image_BV, cosine = encoded[images], self.stair.similarity == "cosine"
         main, *others = self._compared
         if self.trainer.global_step == 0 and batch_idx == 0 and self.objective.scale_start == "measure":
-            sides = (encoded[key].detach() for key in ("image_BV", self._compared[main][0]))
+            sides = (side.detach() for side in (image_BV, encoded[self._compared[main][0]]))
             spread = info_nce(*sides, torch.ones(1, device=self.device), cosine).logit_std
             if not spread.isfinite():  # a scale made of it would never be a number again
                 raise RuntimeError(
@@ -184,4 +193,4 @@ class StairStage(ContrastiveModule):
             "lambda_text": lambda_text,
             **{f"contrastive_{form}": losses[form].loss for form in others},
         }
-        return self.report(logged, losses[main], encoded, self._compared[main][0])
+        return self.report(logged, losses[main], encoded, (images, self._compared[main][0]))

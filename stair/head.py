@@ -54,7 +54,12 @@ class VocabularyHead(nn.Module):
             self.bias.copy_(masked_lm.bias_V)
 
     def forward(
-        self, hidden: Tensor, mask: Tensor, own_ids: Tensor | None = None, others_behind: float | None = None
+        self,
+        hidden: Tensor,
+        mask: Tensor,
+        own_ids: Tensor | None = None,
+        others_behind: float | None = None,
+        leak: float = 0.0,
     ) -> Tensor:
         """Weighs the words.
 
@@ -64,28 +69,34 @@ class VocabularyHead(nn.Module):
             own_ids: (B, W) int64: words of the row itself. Doubles and never-active words are harmless.
             others_behind: how far the logits of all other words are lowered; None: others are zero (stage 1) and not
                 even computed, so that the cost of the head falls from V to W words a row.
+            leak: slope of own words below zero, for training: `z_v = leak · p_v` where their greatest logit p_v is
+                negative. ReLU has no gradient there, and what is off in every row could not come back.
 
         Returns:
-            (B, V) in fp32, not negative.
+            (B, V) in fp32, not negative but for own words with a leak.
         """
         hidden_BTE = self.norm(torch.nn.functional.gelu(self.dense(hidden)))
-        if own_ids is None or others_behind == 0:
+        if own_ids is None or (others_behind == 0 and leak == 0):
             return vocabulary_max(hidden_BTE, mask, self.words, self.bias, self._active)
-        own_BV = self._own_words(hidden_BTE, mask, own_ids)
+        own_BV = self._own_words(hidden_BTE, mask, own_ids, leak)
         if others_behind is None:
             return own_BV
         others_BV = vocabulary_max(hidden_BTE, mask, self.words, self.bias - others_behind, self._active)
         # logits lowered for all, then own words written over: where an own word is zero, the lowered one is zero too
         return others_BV.scatter(1, own_ids, 0.0) + own_BV
 
-    def _own_words(self, hidden_BTE: Tensor, mask_BT: Tensor, own_BW: Tensor) -> Tensor:
+    def _own_words(self, hidden_BTE: Tensor, mask_BT: Tensor, own_BW: Tensor, leak: float) -> Tensor:
         own_BW = own_BW.sort(dim=1).values
-        first_BW = torch.ones_like(own_BW, dtype=torch.bool)
-        first_BW[:, 1:] = own_BW[:, 1:] != own_BW[:, :-1]
+        counts_BW = self._can_be_active(own_BW)
+        counts_BW[:, 1:] &= own_BW[:, 1:] != own_BW[:, :-1]
+        counts_BW &= mask_BT.any(1, keepdim=True)
         logits_BWT = self.words[own_BW] @ hidden_BTE.transpose(1, 2).to(self.words.dtype)
         # fp32 from here on, whatever the towers' precision
-        logits_BW = logits_BWT.float().masked_fill(~mask_BT[:, None], float("-inf")).amax(dim=2)
-        weight_BW = torch.log1p(torch.relu(logits_BW + self.bias[own_BW])) * (first_BW & self._can_be_active(own_BW))
+        logits_BW = logits_BWT.float().masked_fill(~mask_BT[:, None], float("-inf")).amax(dim=2) + self.bias[own_BW]
+        weight_BW = torch.log1p(torch.relu(logits_BW))
+        if leak > 0:
+            weight_BW = weight_BW + leak * logits_BW.clamp(max=0)
+        weight_BW = weight_BW.where(counts_BW, 0.0)
         return torch.zeros(len(own_BW), len(self.words), device=own_BW.device).scatter_add(1, own_BW, weight_BW)
 
     def _can_be_active(self, ids: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class Stair(TwoTowers):
         self.log_scale = nn.Parameter(torch.zeros(1))
 
     def forward(
-        self, pixels: Tensor, ids: Tensor, mask: Tensor, forms: Collection[str] = ("text_CV",)
+        self, pixels: Tensor, ids: Tensor, mask: Tensor, forms: Collection[str] = ("text_CV",), leak: float = 0.0
     ) -> dict[str, Tensor]:
         """Encodes a batch, with gradients where parameters require them.
 
@@ -131,32 +131,39 @@ class Stair(TwoTowers):
             mask: (C, T) bool.
             forms: of the text that are wanted beside `text_CV`: `text_unmasked_CV`, weighed over all words,
                 `text_own_CV`, cut to the text's own words.
+            leak: for training, of pairs (C = B): slope below zero of an image's weights of the words of its text.
 
         Returns:
             `image_BV`, `text_CV`, which is the one or the other as `config.text_words` says, and the wanted forms: fp32
-            and not negative.
+            and not negative. With a leak also `image_leaky_BV`, which is.
         """
-        if set(forms) <= {"text_CV"}:
-            return super().forward(pixels, ids, mask)
-        whole_CV = self._weigh(ids, mask, own_only=False)
+        texts = self._forms(ids, mask, {"text_CV", *forms})
+        image_BV = self.embed_pixels(pixels, ids, leak)  # images last: see `ContrastiveModule.encode`
+        if leak > 0:
+            return {**texts, "image_BV": image_BV.relu(), "image_leaky_BV": image_BV}
+        return {**texts, "image_BV": image_BV}
+
+    def _forms(self, ids_CT: Tensor, mask_CT: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        if set(wanted) == {"text_CV"}:
+            return {"text_CV": self.embed_tokens(ids_CT, mask_CT)}
+        whole_CV = self._weigh(ids_CT, mask_CT, own_only=False)
         texts = {"text_CV": whole_CV, "text_unmasked_CV": whole_CV}
-        if self.config.text_words == "own" or "text_own_CV" in forms:
-            texts["text_own_CV"] = whole_CV * self.vocabulary.own_words(ids, mask)
+        if self.config.text_words == "own" or "text_own_CV" in wanted:
+            texts["text_own_CV"] = whole_CV * self.vocabulary.own_words(ids_CT, mask_CT)
         if self.config.text_words == "own":
             texts["text_CV"] = texts["text_own_CV"]
-        out = {form: text_CV for form, text_CV in texts.items() if form in ("text_CV", *forms)}
-        return {**out, "image_BV": self.embed_pixels(pixels)}  # images last: see `ContrastiveModule.encode`
+        return {form: text_CV for form, text_CV in texts.items() if form in wanted}
 
     @property
     def similarity(self) -> Literal["dot", "cosine"]:
         """How embeddings are compared; a stage sets it."""
         return self.config.similarity
 
-    def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """Weighs the words of images, with gradients; see `TwoTowers`."""
+    def embed_pixels(self, pixels: Tensor, own_ids: Tensor | None = None, leak: float = 0.0) -> Tensor:
+        """Weighs the words of images, with gradients; see `TwoTowers`. `own_ids` and `leak` as in `VocabularyHead`."""
         hidden_BTD = self.image_encoder(pixels)
         everywhere_BT = torch.ones(hidden_BTD.shape[:2], dtype=torch.bool, device=hidden_BTD.device)
-        image_BV: Tensor = self.image_head(hidden_BTD, everywhere_BT)
+        image_BV: Tensor = self.image_head(hidden_BTD, everywhere_BT, own_ids, others_behind=0, leak=leak)
         return image_BV
 
     def embed_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:

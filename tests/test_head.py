@@ -195,3 +195,30 @@ def test_own_words_alone_equal_the_whole_head_times_the_mask_in_value_and_gradie
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert (results[0][0][0] > 0).nonzero().flatten().tolist() != []
+
+
+@pytest.mark.parametrize("behind", [None, 0, 1.5])
+def test_own_words_with_a_leak_go_below_zero_by_its_slope_and_no_others_do(behind):
+    torch.manual_seed(0)
+    head = VocabularyHead(8, torch.nn.Parameter(torch.randn(20, 8)), [0, 1, 2])
+    with torch.no_grad():
+        head.bias[7:10] = torch.tensor([-9.0, -9.0, 9.0])  # 7 and 8 are off, 9 is on
+    hidden = torch.randn(3, 5, 8, requires_grad=True)
+    mask = torch.tensor([[1] * 5, [1, 1, 1, 0, 0], [0] * 5]).bool()
+    own = torch.tensor(
+        [[1, 7, 9, 7, 2], [2, 19, 3, 0, 0], [7, 8, 9, 2, 1]]
+    )  # doubles, specials; a row without positions
+    logits = torch.stack([head.norm(torch.nn.functional.gelu(head.dense(row))) @ head.words.T for row in hidden])
+    logits = logits.masked_fill(~mask[..., None], -1e4).amax(1) + head.bias
+    held = torch.zeros(3, 20, dtype=torch.bool).scatter(1, own, True)
+    held[:, :3] = False
+    lowered = torch.where(held, logits, -1 if behind is None else logits - behind)
+    want = torch.log1p(torch.relu(lowered)) + 0.25 * logits.clamp(max=0) * held
+    want = want * (torch.arange(20) > 2) * mask.any(1, keepdim=True)
+    got = head(hidden, mask, own, others_behind=behind, leak=0.25)
+    assert got[0, 7] < 0 < got[0, 9] and got[1, 7:9].min() >= 0 and (got[2] == 0).all()
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    seed = torch.randn(3, 20)
+    leaves = [hidden, *head.parameters()]
+    for a, b in zip(*(torch.autograd.grad((out * seed).sum(), leaves) for out in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -38,6 +38,7 @@ class Case:
     dropout: float = 0.0
     strategy: Any = "ddp"
     optimizer: str = "adamw"
+    stair: dict[str, Any] = field(default_factory=dict)  # of the model
     settings: dict[str, Any] = field(default_factory=dict)  # of the stage
     objective: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -119,7 +120,7 @@ def without_factor(part, ranks):
 
 def make(case):
     torch.manual_seed(0)
-    config = tiny_config(case.vocabulary)
+    config = tiny_config(case.vocabulary, **case.stair)
     config.text.options = config.text.options | {
         "hidden_dropout_prob": case.dropout,
         "attention_probs_dropout_prob": case.dropout,
@@ -227,6 +228,15 @@ def test_ranks_share_the_loss_of_own_words_and_that_of_all(case, cls):
     # two losses, twice the rounding
     assert same(run(case(cls, ranks=2, micro=4, **half)), want) < 3e-5
     assert same(run(case(cls)), want) > 1e-3
+
+
+@pytest.mark.parametrize("cls", [Stage1, Stage3])
+def test_ranks_share_what_leaks_below_zero(case, cls):
+    quiet = {"stair": {"image_bias_start": -0.2}}  # some words are off
+    leaky = {"objective": {"own_words_leak": 0.5}, **quiet}
+    want = run(case(cls, **leaky))
+    assert same(run(case(cls, ranks=2, micro=4, **leaky)), want) < 3e-5
+    assert same(run(case(cls, **quiet)), want) > 1e-3
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ def test_with_a_soft_mask_and_two_ranks_sources_losses_add_up_to_that_of_the_tex
     (tmp_path / "small.yaml").write_text(SMALL)
     mixed = f"{{a: {{shards: '{tmp_path}/train-*.tar', weight: 3}}, b: {{shards: '{tmp_path}/val-*.tar', weight: 1}}}}"
     soft = ("--model.init_args.objective.own_words_share", str(share), "--trainer.max_steps", "2")
+    soft += ("--model.init_args.objective.own_words_leak", "0.5")
     ranks = ("--trainer.devices", "2", "--trainer.strategy", "ddp_fork")
     main(words(tmp_path, 1, tmp_path / "run", "--data.train", mixed, *soft, *ranks))
     seen = scalars(tmp_path / "run", 1)

@@ -246,6 +246,8 @@ def test_an_objective_that_cannot_train_is_refused():
         {"scale_start": "warm"},
         {"flops_text": -1.0},
         {"own_words_share": 1.5},
+        {"own_words_leak": -0.1},
+        {"own_words_leak": 1.5},
     ):
         with pytest.raises(ValueError, match="objective"):
             Objective(**bad)
@@ -285,6 +287,32 @@ def test_a_share_of_own_words_mixes_the_loss_of_the_whole_text_with_that_of_its_
     torch.testing.assert_close(got, 0.75 * compared(whole_CV) + 0.25 * compared(own_CV))
     # the paper's form is what is not asked for: own words alone in stage 1, all of them in stage 3
     torch.testing.assert_close(loss(None)[1], compared(own_CV if cls is Stage1 else whole_CV))
+
+
+@pytest.mark.parametrize("cls", [Stage1, Stage2, Stage3])
+def test_a_leak_gives_words_that_are_off_a_gradient_and_is_seen_by_nothing_but_the_comparison(vocab_file, batch, cls):
+    def step(leak):
+        objective = Objective("dot", scale_start=2.0, flops_image=1.0, flops_text=0.0, own_words_leak=leak)
+        stage = module(vocab_file, None, cls, objective=objective)
+        stage._trainer, stage.log_dict = SimpleNamespace(global_step=0), lambda *args, **kwargs: None
+        with torch.no_grad():
+            stage.stair.image_head.bias.fill_(-50.0)  # every word is off in every image
+        stage.stair.image_head.requires_grad_(cls is not Stage2)
+        return stage, stage.training_step(batch, 0)
+
+    leaky, got = step(0.5)
+    still, plain = step(0.0)
+    assert got["flops_image"] == plain["flops_image"] == 0 and (got["image_BV"] == 0).all()
+    leaky.eval()
+    assert (leaky.embed(batch["pixels"], batch["ids"], batch["mask"])["image_BV"] == 0).all()
+    if cls is Stage2:  # images are frozen: nothing could come back
+        assert got["loss"] == plain["loss"]
+        return
+    assert got["loss"] != plain["loss"]
+    (gradient_V,) = torch.autograd.grad(got["loss"], [leaky.stair.image_head.bias])
+    own_CV = leaky.stair.vocabulary.own_words(batch["ids"], batch["mask"])
+    assert (gradient_V != 0).any() and not (gradient_V[~own_CV.any(0)] != 0).any()
+    assert (torch.autograd.grad(plain["loss"], [still.stair.image_head.bias])[0] == 0).all()
 
 
 @pytest.mark.parametrize("words", ["own", "all"])
