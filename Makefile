@@ -1,4 +1,4 @@
-# make setup | demo | test | check.   Another Python or place: make demo PYTHON=python3.12 VENV=/tmp/venv
+# make setup | demo | test | test-gpu | check.   Another Python or place: make demo PYTHON=python3.12 VENV=/tmp/venv
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ endif
 # where this is set, each process compiles the sources of torch, transformers and timm anew, for 15 s and more
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test check
+.PHONY: setup demo test test-gpu check
 setup: $(VENV)/.installed
 
 # uv resolves and unpacks in parallel, twice as fast as pip; without it, pip does the same
@@ -32,6 +32,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
 
 check: setup
 	$(BIN)/ruff check .
