@@ -2,6 +2,8 @@
 
     python benchmarks/paper_table/run.py benchmarks/paper_table/plans/emoji.yaml runs/paper_table/emoji [--jobs 2]
 
+Further words (`--trainer.accelerator gpu --data.workers 1`) go to every stage: where it runs, and not what is trained.
+
 A plan (`plans/*.yaml`) names data, seeds and variants; a variant is a chain of stages, each with the settings that differ.
 Every stage goes through `main.py fit`, every measurement through `stair evaluate`, as anybody's would. A stage that has
 handed over is not trained again, variants that begin alike share what they have in common, a run that has been measured is
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,9 @@ HOME = Path(__file__).parents[2]
 _LOCKS: dict[Path, threading.Lock] = {}
 
 
-def main(plan_path: Path, out: Path, jobs: int, only: list[str], seeds: list[int] | None) -> int:
+def main(
+    plan_path: Path, out: Path, jobs: int, only: list[str], seeds: list[int] | None, further: Sequence[str] = ()
+) -> int:
     """Runs what is missing. Returns the number of runs that failed."""
     plan = read_plan(plan_path)
     out.mkdir(parents=True, exist_ok=True)
@@ -42,7 +47,7 @@ def main(plan_path: Path, out: Path, jobs: int, only: list[str], seeds: list[int
     ]
     print(f"{len(wanted)} runs of {plan['steps']} steps, {jobs} at a time, in {out}", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        failed = [reason for reason in pool.map(lambda run: _run(plan, out, *run), wanted) if reason]
+        failed = [reason for reason in pool.map(lambda run: _run(plan, out, *run, further), wanted) if reason]
     for reason in failed:
         print(f"failed: {reason}")
     from table import write_table
@@ -85,7 +90,7 @@ def _write_words(plan: dict[str, Any], path: Path) -> None:
     path.write_text("\n".join([*special, *whole.words(sorted(used))]) + "\n", encoding="utf-8")
 
 
-def _run(plan: dict[str, Any], out: Path, name: str, seed: int) -> str:
+def _run(plan: dict[str, Any], out: Path, name: str, seed: int, further: Sequence[str]) -> str:
     """Trains and measures one variant with one seed. Returns why it failed, or nothing."""
     folder = out / name / f"seed{seed}"
     chain: list[Any] = [plan["files"], plan.get("settings"), seed]
@@ -105,7 +110,7 @@ def _run(plan: dict[str, Any], out: Path, name: str, seed: int) -> str:
     trained: dict[str, Any] = {}
     for stage, home in zip(plan["variants"][name]["stages"], homes, strict=True):
         with _LOCKS.setdefault(home, threading.Lock()):
-            model = _train(plan, out, stage, seed, home, model)
+            model = _train(plan, out, stage, seed, home, model, further)
         if model is None:
             return f"{name}, seed {seed}: {home / 'train.log'} has the reason"
         trained[stage["config"]] = {"at": home.name, **json.loads((home / "record.json").read_text())}
@@ -122,7 +127,13 @@ def _run(plan: dict[str, Any], out: Path, name: str, seed: int) -> str:
 
 
 def _train(
-    plan: dict[str, Any], out: Path, stage: dict[str, Any], seed: int, home: Path, before: Path | None
+    plan: dict[str, Any],
+    out: Path,
+    stage: dict[str, Any],
+    seed: int,
+    home: Path,
+    before: Path | None,
+    further: Sequence[str],
 ) -> Path | None:
     """Trains one stage in a folder of its own, unless it has been. Returns its hand-over, None if it failed."""
     config, steps = stage["config"], str(stage["steps"])
@@ -143,6 +154,7 @@ def _train(
     command += ["--data.val", json.dumps(plan["val"]), "--model.init_args.stair.vocabulary", str(vocabulary)]
     if before is not None:
         command += ["--transition.start_from", str(before)]
+    command += further
     started = time.perf_counter()
     if not _call(command, home / "train.log"):
         return None
@@ -166,5 +178,6 @@ if __name__ == "__main__":
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--only", nargs="*", default=[], help="names of variants; all by default")
     parser.add_argument("--seeds", nargs="*", type=int, help="seeds; those of the plan by default")
-    arguments = parser.parse_args()
-    sys.exit(main(arguments.plan, arguments.out.resolve(), arguments.jobs, arguments.only, arguments.seeds) > 0)
+    arguments, further = parser.parse_known_args()
+    failed = main(arguments.plan, arguments.out.resolve(), arguments.jobs, arguments.only, arguments.seeds, further)
+    sys.exit(failed > 0)
