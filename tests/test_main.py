@@ -108,6 +108,7 @@ def without_val(line):
     return line[:at] + line[at + 2 :]
 
 
+@pytest.mark.slow
 def test_a_run_without_validations_that_is_killed_goes_on_from_its_last_checkpoint(scenes, tmp_path):
     more = ["--trainer.max_steps", "40", "--trainer.val_check_interval", "3"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"

@@ -14,6 +14,7 @@ SIZE = ["--data.global_batch_size", "16", "--data.eval_batch_size", "8", "--data
 
 
 @pytest.mark.shared
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overlay", "sets"),
     [

@@ -252,6 +252,7 @@ def held(status, signum):
 # ------------------------------------------------------------------ a real run
 
 
+@pytest.mark.slow
 def test_sigterm_saves_ends_with_its_status_and_resumes_to_the_same_weights(tmp_path):
     write_scenes(tmp_path, train=64, val=12, image_size=32)
     (tmp_path / "small.yaml").write_text(SMALL)
