@@ -15,7 +15,7 @@ from stair import Stair
 from stair.embeddings import Embeddings
 from stair.kernels import fused, vocabulary_max, vocabulary_max_reference
 from tests.conftest import tiny_config, write_small_scenes
-from tests.test_kernels_triton import SHAPES
+from tests.test_kernels_triton import SHAPES, gradients
 from tests.test_stages import SMALL, scalars, weights, words
 
 pytestmark = [
@@ -34,13 +34,6 @@ def head_inputs(B, T, D, V, keep, dtype, seed=0):
     return mask.cuda(), [hidden.to("cuda", dtype), (weight / D**0.5).to("cuda", dtype), bias.to("cuda", dtype)]
 
 
-def with_gradients(function, inputs, mask, **options):
-    leaves = [value.detach().clone().requires_grad_() for value in inputs]
-    out = function(leaves[0], mask, *leaves[1:], **options)
-    seed = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
-    return [out.detach(), *torch.autograd.grad((out * seed).sum(), leaves)]
-
-
 def relative_error(got, want):
     got, want = got.double(), want.double()
     return float((got - want).norm() / want.norm().clamp_min(1e-12))
@@ -53,7 +46,7 @@ def relative_error(got, want):
 @pytest.mark.parametrize("shape", [*SHAPES, (32, 197, 768, 30_522, 1.0), (64, 30, 768, 5_000, 0.5)], ids=str)
 def test_the_head_equals_the_plain_formula_in_double_precision(shape, dtype):
     mask, inputs = head_inputs(*shape, dtype)
-    got = with_gradients(vocabulary_max, inputs, mask)
+    got = gradients(vocabulary_max, inputs, mask)
     # row by row: the oracle holds every logit
     wide = [value.double().requires_grad_() for value in inputs]
     rows = [vocabulary_max_reference(wide[0][at : at + 1], mask[at : at + 1], *wide[1:]) for at in range(len(mask))]
@@ -61,10 +54,11 @@ def test_the_head_equals_the_plain_formula_in_double_precision(shape, dtype):
     for out, part in zip(rows, seed.split(1), strict=True):
         (out * part).sum().backward(retain_graph=True)
     want = [torch.cat(rows).detach(), *(leaf.grad for leaf in wide)]
-    # products of halves are exact in fp32, and gradients are returned in the type of the inputs
+    # products of halves are exact in fp32, and gradients are returned in the type of the inputs; in fp32 another one of two
+    # nearly equal positions may win, and has the gradient
     assert relative_error(got[0], want[0]) < 1e-5
     for ours, theirs in zip(got[1:], want[1:], strict=True):
-        assert relative_error(ours, theirs) < {torch.bfloat16: 4e-3, torch.float16: 2e-3, torch.float32: 2e-3}[dtype]
+        assert relative_error(ours, theirs) < {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 2e-3}[dtype]
 
 
 def test_half_precision_takes_the_triton_form_and_single_does_not():
@@ -74,14 +68,14 @@ def test_half_precision_takes_the_triton_form_and_single_does_not():
 
 def test_the_head_gives_the_same_bits_twice():
     mask, inputs = head_inputs(16, 197, 256, 30_522, 0.9, torch.bfloat16)
-    once, twice = (with_gradients(vocabulary_max, inputs, mask) for _ in range(2))
+    once, twice = (gradients(vocabulary_max, inputs, mask) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
 def test_of_equal_positions_the_first_has_the_gradient():
     mask, (hidden, weight, bias) = head_inputs(2, 1, 32, 200, 1.0, torch.bfloat16)
     mask = torch.ones(2, 4, dtype=torch.bool, device="cuda")
-    got = with_gradients(vocabulary_max, [hidden.repeat(1, 4, 1), weight, bias], mask)[1]
+    got = gradients(vocabulary_max, [hidden.repeat(1, 4, 1), weight, bias], mask)[1]
     assert (got[:, 1:] == 0).all() and (got[:, 0] != 0).any()
 
 
@@ -104,7 +98,7 @@ def test_no_tensor_of_positions_times_words_exists():
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with_gradients(vocabulary_max, inputs, mask)
+    gradients(vocabulary_max, inputs, mask)
     # 64 x 197 x 30,522 logits in bf16 have 770 MB; the plain form holds several of them
     assert torch.cuda.max_memory_allocated() - before < 770e6
 
@@ -139,7 +133,7 @@ def test_stage_2_leaves_the_image_side_bitwise_on_a_gpu(finished):
     assert not torch.equal(before["text_head.dense.weight"], after["text_head.dense.weight"])
 
 
-def test_the_first_loss_of_a_gpu_is_that_of_a_cpu(scenes, tmp_path):
+def test_the_first_losses_of_a_gpu_are_those_of_a_cpu(scenes, tmp_path):
     losses = []
     for name, where in (("gpu", ["--trainer.accelerator", "gpu"]), ("cpu", ["--trainer.accelerator", "cpu"])):
         main(words(scenes, 1, tmp_path / name, *where, "--trainer.precision", "32-true"))

@@ -36,16 +36,18 @@ def test_interpreted_triton_equals_the_plain_formula():
     assert result.stdout.count("equal") == 2 * len(SHAPES) + 2
 
 
+def gradients(function, inputs, mask, **options):
+    """What a head says, and its gradients, in fp32, for an incoming gradient that differs everywhere."""
+    leaves = [value.detach().clone().requires_grad_() for value in inputs]
+    out = function(leaves[0], mask, *leaves[1:], **options)
+    seed = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
+    return [out.detach().float(), *(g.float() for g in torch.autograd.grad((out * seed).sum(), leaves))]
+
+
 def main():
     from stair.kernels import fused, triton_head, vocabulary_max, vocabulary_max_reference
 
     fused._form = lambda device, compute: triton_head
-
-    def gradients(function, inputs, mask, **options):
-        leaves = [value.detach().clone().requires_grad_() for value in inputs]
-        out = function(leaves[0], mask, *leaves[1:], **options)
-        seed = torch.linspace(-1, 1, out.numel()).view_as(out)
-        return [out.detach().float(), *(g.float() for g in torch.autograd.grad((out * seed).sum(), leaves))]
 
     def compare(got, want, tolerance):
         for a, b in zip(got, want, strict=True):
