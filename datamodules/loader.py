@@ -43,6 +43,7 @@ class ShardLoader:
         self.tally = Tally(stream.max_bad_share, min(ENOUGH, epoch_batches * stream.plan.batch_size))
         self._moved = False
         self._told: set[tuple[str, str]] = set()  # causes, by source, of which an example was logged
+        self._readers: tuple[ShardStream, LivelyLoader] | None = None
         self._iterator: Iterator[Any] | None = None  # the name by which Lightning finds workers to shut down
 
     def __len__(self) -> int:
@@ -51,29 +52,46 @@ class ShardLoader:
     def __iter__(self) -> Iterator[Batch]:
         if self._moved:
             self.set_epoch(self.epoch + 1)
-        self._iterator = None
         return self._batches()
 
     def _batches(self) -> Iterator[Batch]:
-        self._iterator = iter(self._workers())
+        self._iterator = self._begin()
         before = self.tally.by_cause(CAUSE)
-        for batch, report in self._iterator:
-            self.handed += 1
-            self._moved = True
-            self._note(report)
-            if self.handed == self.epoch_batches and (fresh := self.tally.by_cause(CAUSE) - before):
-                logger.warning("epoch %d: skipped %d samples: %s", self.epoch, fresh.total(), dict(fresh))
-            yield batch
+        try:
+            for batch, report in self._iterator:
+                self.handed += 1
+                self._moved = True
+                self._note(report)
+                if self.handed == self.epoch_batches and (fresh := self.tally.by_cause(CAUSE) - before):
+                    logger.warning("epoch %d: skipped %d samples: %s", self.epoch, fresh.total(), dict(fresh))
+                yield batch
+        except Exception:
+            self._iterator = None  # whoever tries again gets other processes
+            raise
 
-    def _workers(self) -> LivelyLoader:
+    def _begin(self) -> Iterator[Any]:
+        """Iterates from where this loader stands, by the processes that read the epoch before if they read by this plan.
+
+        To fork anew for each epoch would cost a copy of all memory that training then writes to, page by page.
+        """
+        if self._readers is None or self._iterator is None or self._readers[0].plan != self._begun:
+            self._iterator = None
+            self._readers = self._started()
+        made, loader = self._readers
+        made.place.copy_(torch.tensor([self.epoch, self.handed]))
+        return iter(loader)
+
+    def _started(self) -> tuple[ShardStream, LivelyLoader]:
         # each of the plan's workers must be read by one process: fewer processes take several, more would have none
         planned = self._begun.workers
         processes = max((n for n in range(1, self._processes + 1) if planned % n == 0), default=0)
-        made = replace(self.stream, plan=self._begun, processes=max(processes, 1), epoch=self.epoch, handed=self.handed)
-        return LivelyLoader(
+        place = torch.zeros(2, dtype=torch.int64).share_memory_()
+        made = replace(self.stream, plan=self._begun, processes=max(processes, 1), place=place)
+        return made, LivelyLoader(
             made,
             batch_size=None,
             num_workers=processes,
+            persistent_workers=processes > 0,
             collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # the default one would draw from the global state

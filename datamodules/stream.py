@@ -10,11 +10,12 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
@@ -177,8 +178,8 @@ class ShardStream(IterableDataset[tuple[Batch, Report]]):
         buffer: samples, as they lie in the tar, that a worker shuffles among each other.
         max_bad_share: greatest share of bad samples.
         remote: how shards that are not local files are read.
-        epoch: the epoch to make.
-        handed: batches of that epoch to leave out.
+        place: (2,) int64, the epoch to make and how many of its batches to leave out, read as an iteration begins. In
+            shared memory, as reading processes live for more than an epoch.
     """
 
     plan: Plan
@@ -190,24 +191,24 @@ class ShardStream(IterableDataset[tuple[Batch, Report]]):
     buffer: int
     max_bad_share: float
     remote: Remote
-    epoch: int = 0
-    handed: int = 0
+    place: torch.Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64).share_memory_())
 
     def __iter__(self) -> Iterator[tuple[Batch, Report]]:
         info = get_worker_info()
+        epoch, handed = self.place.tolist()
         # alone, a worker judges only by a good number: its part may be small, and one bad sample a great share of it
         tally = Tally(self.max_bad_share)
         readers: dict[tuple[int, int], Iterator[list[Pair]]] = {}
         # the loader asks its processes in turn, whichever step it begins at
-        for step in range(self.handed + (info.id if info else 0), self.plan.steps, self.processes):
+        for step in range(handed + (info.id if info else 0), self.plan.steps, self.processes):
             worker = step % self.plan.workers
             rows: list[Pair] = []
             for rank, part in self._shares():
                 if (rank, worker) not in readers:
                     # what two ranks read is counted by the one that has its first row
                     told = tally if part.start == 0 else Tally(self.max_bad_share)
-                    reader = Reader(self.plan, self.augment, self.buffer, self.remote, self.epoch, rank, worker, told)
-                    readers[rank, worker] = reader.batches(self.handed)
+                    reader = Reader(self.plan, self.augment, self.buffer, self.remote, epoch, rank, worker, told)
+                    readers[rank, worker] = reader.batches(handed)
                 rows += next(readers[rank, worker])[part]
             yield self.collate([replace(pair, image_id=row) for row, pair in enumerate(rows)]), tally.report()
 

@@ -40,6 +40,8 @@ class LivelyLoader(DataLoader[Any]):
         if not self.num_workers or multiprocessing.get_start_method() != "fork":
             self.worker_init_fn = begin
             return super().__iter__()
+        if self._iterator is not None:  # those of the epoch before go on
+            return super().__iter__()
         for _ in range(_ATTEMPTS):
             hears, says = multiprocessing.Pipe(duplex=False)
             with hears:

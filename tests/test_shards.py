@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -359,6 +360,31 @@ def test_epochs_differ_and_the_same_epoch_is_the_same_whatever_the_global_state(
     assert [row for batch in other for row in digest(batch)] == second != first
     assert torch.equal(torch.random.get_rng_state(), before)
     assert {row[0] for row in first} != set() and [row[0] for row in first] != [row[0] for row in second]
+
+
+def test_readers_live_on_from_epoch_to_epoch_also_after_one_that_was_left_early(tmp_path, vocab):
+    train = write_shards(tmp_path, [7, 9, 8])
+    here = loader(train, vocab, workers=2)
+    seen, pids = [], set()
+    for epoch in range(4):
+        batches = itertools.islice(iter(here), 2 if epoch == 1 else None)
+        seen.append([digest(batch) for batch in batches])
+        pids |= {process.pid for process in here._iterator._workers}
+    assert len(pids) == 2
+    for epoch, digests in enumerate(seen):
+        fresh = loader(train, vocab, workers=2)
+        fresh.set_epoch(epoch)
+        assert digests == [digest(batch) for batch in fresh][: len(digests)]
+    assert len(seen[3]) == len(here) > len(seen[1]) == 2
+
+
+def test_readers_that_were_shut_down_between_epochs_are_replaced(tmp_path, vocab):
+    here, fresh = (loader(write_shards(tmp_path, [7, 9, 8]), vocab, workers=2) for _ in range(2))
+    list(here)
+    here._iterator._shutdown_workers()  # as Lightning does at the end of a fit
+    here._iterator = None
+    fresh.set_epoch(1)
+    assert [digest(batch) for batch in here] == [digest(batch) for batch in fresh]
 
 
 def test_img2dataset_counts_are_used_and_a_shard_that_holds_less_counts_as_broken(tmp_path, vocab):
