@@ -66,7 +66,8 @@ class ShardLoader:
                     logger.warning("epoch %d: skipped %d samples: %s", self.epoch, fresh.total(), dict(fresh))
                 yield batch
         except Exception:
-            self._iterator = None  # whoever tries again gets other processes
+            # whoever tries again gets other processes; the iterator stays, for Lightning to shut down
+            self._readers = None
             raise
 
     def _begin(self) -> Iterator[Any]:
@@ -77,16 +78,14 @@ class ShardLoader:
         if self._readers is None or self._iterator is None or self._readers[0].plan != self._begun:
             self._iterator = None
             self._readers = self._started()
-        made, loader = self._readers
-        made.place.copy_(torch.tensor([self.epoch, self.handed]))
-        return iter(loader)
+        self.stream.place.copy_(torch.tensor([self.epoch, self.handed]))
+        return iter(self._readers[1])
 
     def _started(self) -> tuple[ShardStream, LivelyLoader]:
         # each of the plan's workers must be read by one process: fewer processes take several, more would have none
         planned = self._begun.workers
         processes = max((n for n in range(1, self._processes + 1) if planned % n == 0), default=0)
-        place = torch.zeros(2, dtype=torch.int64).share_memory_()
-        made = replace(self.stream, plan=self._begun, processes=max(processes, 1), place=place)
+        made = replace(self.stream, plan=self._begun, processes=max(processes, 1))
         return made, LivelyLoader(
             made,
             batch_size=None,

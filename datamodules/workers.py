@@ -32,7 +32,7 @@ class LivelyLoader(DataLoader[Any]):
     """
 
     def __iter__(self) -> Any:
-        """Starts the processes, then iterates.
+        """Starts the processes, unless those of an epoch before live on, then iterates.
 
         Raises:
             RuntimeError: if some did not come to life, three times over.
