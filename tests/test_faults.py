@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lightning as L
@@ -221,6 +222,7 @@ class Dying(IterableDataset):
     def __iter__(self):
         for n in range(100):
             if n == 3:
+                time.sleep(0.5)  # what it gave has arrived: otherwise a broken connection may be what is said
                 os.kill(os.getpid(), signal.SIGKILL)
             yield torch.zeros(1)
 
