@@ -98,7 +98,9 @@ def test_the_table_means_over_seeds_and_chooses_on_validation(scripts, tmp_path)
     assert (tmp_path / "recall_against_words.png").stat().st_size > 1000
     chosen = json.loads((tmp_path / "table.json").read_text())
     assert (chosen["selected"], chosen["baseline"]) == ("a", "dense")
-    assert "v, t2i R@1 at 64 words: 0.889 of its best" in text  # (0.3 + 0.5) / 2 of (0.4 + 0.5) / 2
+    assert "v, t→i R@1 at 64 words: 0.889 of its best" in text  # (0.3 + 0.5) / 2 of (0.4 + 0.5) / 2
+    assert "| v | b (2) | 1.25 | 1.25 | – | 1.25 | 1.000 | 1.000 |" in text
+    assert f"| v | weaker (2) | {0.20 / 0.32:.2f} | {0.20 / 0.32:.2f} | – | {0.20 / 0.32:.2f} | – | – |" in text
 
 
 @pytest.mark.slow
