@@ -11,15 +11,17 @@ import signal
 import threading
 import time
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 60.0  # seconds that processes have from their fork to their first line; it takes milliseconds
 _ATTEMPTS = 3
+_FAREWELL = 5.0  # seconds in which a process whose connection broke off is gone; it takes milliseconds
 
 
 class LivelyLoader(DataLoader[Any]):
@@ -28,8 +30,11 @@ class LivelyLoader(DataLoader[Any]):
     A process that is forked while another thread holds a lock waits for that lock for ever, and the training process for
     its batches. The interpreter itself has such a lock (seen in CPython 3.11: the list of its threads, which a thread of a
     collective had locked). Processes that have not said a word after a minute are ended, and all are started again; what
-    they read follows from the dataset alone.
+    they read follows from the dataset alone. One that is killed later ends the iteration with an error that says so.
     """
+
+    def _get_iterator(self) -> Any:
+        return _Reading(self) if self.num_workers else super()._get_iterator()
 
     def __iter__(self) -> Any:
         """Starts the processes, unless those of an epoch before live on, then iterates.
@@ -66,6 +71,34 @@ class LivelyLoader(DataLoader[Any]):
             f"{silent} of {self.num_workers} reading processes did not start, {_ATTEMPTS} times over; set "
             "data.workers: 0 to read in the training process, or look for what starts threads in it before training"
         )
+
+
+class _Reading(_MultiProcessingDataLoaderIter):
+    """Says that a process was killed where torch may only find that its batches break off.
+
+    Torch's own handler of SIGCHLD says it too, at any line of the training process, these included, if it is the first.
+    """
+
+    def __next__(self) -> Any:
+        try:
+            return super().__next__()
+        except (RuntimeError, OSError, EOFError) as error:
+            # sockets and files of a process close before it counts as ended
+            broken = isinstance(error, ConnectionError | FileNotFoundError | EOFError)
+            closed = wait([process.sentinel for process in self._workers], _FAREWELL if broken else 0)
+            gone = [process for process in self._workers if process.sentinel in closed]
+            for process in gone:
+                process.join(_FAREWELL)
+            killed = {
+                p.pid: signal.Signals(-p.exitcode).name for p in gone if p.exitcode is not None and p.exitcode < 0
+            }
+            if not killed:
+                raise
+            raise RuntimeError(
+                f"{len(killed)} of {len(self._workers)} reading processes were killed: {killed}. SIGKILL is most often the "
+                "system's answer to want of memory (its log, or that of the SLURM job, says): ask for more of it, or set "
+                "data.workers or data.shuffle lower. What was saved stands, and the same command goes on from there"
+            ) from error
 
 
 def _heard(hears: Connection, expected: int) -> int:

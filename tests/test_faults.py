@@ -16,10 +16,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from scipy import sparse
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 import lightning_modules.checkpoints as checkpoints
 from datamodules.prepare import folder as prepare_folder
+from datamodules.workers import LivelyLoader
 from lightning_modules.checkpoints import WholeFiles, keep_whole
 from main import main
 from stair import Embeddings, SparseIndex, Stair
@@ -222,17 +223,29 @@ class Dying(IterableDataset):
     def __iter__(self):
         for n in range(100):
             if n == 3:
-                time.sleep(0.5)  # what it gave has arrived: otherwise a broken connection may be what is said
                 os.kill(os.getpid(), signal.SIGKILL)
             yield torch.zeros(1)
 
 
-def test_a_reader_killed_for_memory_ends_the_run_with_a_reason(trainer):
-    # a hang would meet the limit that every test has
-    with pytest.raises(
-        RuntimeError, match=r"DataLoader worker \(pid.*\) (is killed by signal: Killed|exited unexpectedly)"
-    ):
-        trainer.fit(Line(), DataLoader(Dying(), num_workers=1))
+@pytest.mark.parametrize("wait", [0.0, 0.3])
+def test_a_reader_killed_for_memory_ends_the_run_with_a_reason(trainer, wait, monkeypatch):
+    # at once, before what it gave has arrived, and after; a hang would meet the limit that every test has
+    kill = os.kill
+    monkeypatch.setattr(os, "kill", lambda *killed: (time.sleep(wait), kill(*killed)))
+    # torch's handler of SIGCHLD has the word if it comes first
+    with pytest.raises(RuntimeError, match=r"were killed: {\d+: 'SIGKILL'}.*data\.workers|killed by signal: Kill"):
+        trainer.fit(Line(), LivelyLoader(Dying(), num_workers=1))
+
+
+class Broken(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(1)
+        raise EOFError("the shard ends early")
+
+
+def test_an_error_of_a_reader_that_lives_is_what_it_was():
+    with pytest.raises(EOFError, match="the shard ends early"):
+        list(LivelyLoader(Broken(), num_workers=1))
 
 
 def test_nothing_is_decided_by_the_time_of_day():
