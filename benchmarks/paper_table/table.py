@@ -180,19 +180,21 @@ def _plot(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]], out: Pat
     from matplotlib.ticker import ScalarFormatter
 
     first = next(iter(plan["val"]))
-    figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     for axis, head in zip(figure.subplots(1, 2), ("t→i R@1", "i→t R@1"), strict=True):
         for place, (name, records) in enumerate(found.items()):
             recall = [100 * value for value in _values(records, first, head)]
             words = _values(records, first, "words an image")
             if name == baseline:
-                axis.axhline(statistics.mean(recall), linestyle="--", color="gray", label="dense")
+                axis.axhline(
+                    statistics.mean(recall), linestyle="--", color="gray", label=plan["variants"][name]["title"]
+                )
             elif words:
                 spread = statistics.stdev(recall) if len(recall) > 1 else 0
-                axis.errorbar(
-                    statistics.mean(words), statistics.mean(recall), spread, fmt="os^D"[place // 10 % 4], label=name
-                )  # colours come back after ten
+                shape = "os^D"[place // 10 % 4]  # colours come back after ten
+                title = plan["variants"][name]["title"]
+                axis.errorbar(statistics.mean(words), statistics.mean(recall), spread, fmt=shape, label=title)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.set(xlabel="active words an image", ylabel=f"{head}, %", title=first)
