@@ -89,15 +89,14 @@ class _Reading(_MultiProcessingDataLoaderIter):
             gone = [process for process in self._workers if process.sentinel in closed]
             for process in gone:
                 process.join(_FAREWELL)
-            killed = {
-                p.pid: signal.Signals(-p.exitcode).name for p in gone if p.exitcode is not None and p.exitcode < 0
-            }
+            killed = {p.pid: signal.strsignal(-p.exitcode) for p in gone if p.exitcode is not None and p.exitcode < 0}
             if not killed:
                 raise
             raise RuntimeError(
                 f"{len(killed)} of {len(self._workers)} reading processes were killed: {killed}. SIGKILL is most often the "
                 "system's answer to want of memory (its log, or that of the SLURM job, says): ask for more of it, or set "
-                "data.workers or data.shuffle lower. What was saved stands, and the same command goes on from there"
+                "data.workers or data.shuffle lower. A training goes on from its last checkpoint by the same command with "
+                "--ckpt_path last"
             ) from error
 
 

@@ -233,7 +233,7 @@ def test_a_reader_killed_for_memory_ends_the_run_with_a_reason(trainer, wait, mo
     kill = os.kill
     monkeypatch.setattr(os, "kill", lambda *killed: (time.sleep(wait), kill(*killed)))
     # torch's handler of SIGCHLD has the word if it comes first
-    with pytest.raises(RuntimeError, match=r"were killed: {\d+: 'SIGKILL'}.*data\.workers|killed by signal: Kill"):
+    with pytest.raises(RuntimeError, match=r"were killed: {\d+: 'Killed'}.*data\.workers|killed by signal: Kill"):
         trainer.fit(Line(), LivelyLoader(Dying(), num_workers=1))
 
 
