@@ -242,11 +242,23 @@ def test_pruning_loses_what_it_cuts_and_size_is_counted():
     images[:, 5] = 3
     texts, owner = SparseRows.of(torch.eye(4, 6)), torch.arange(4)
     lines = curve(SparseRows.of(images), texts, owner, "dot", [1], [0.7])
-    by_name = {line["kept"]: line for line in lines}
+    by_name = {line["kept"]: line for line in lines if line["side"] == "both"}
     assert by_name["all"]["t2i"] == 1 and by_name["all"]["index_bytes"] == 8 * 8 + 5 * 8
     assert by_name["top 1"]["t2i"] == 0 and by_name["top 1"]["images"] == 1
     assert by_name["≥ 0.7 of the heaviest"]["index_bytes"] == index_bytes(SparseRows.of(images * (images > 2)))
     assert cost(SparseRows.of(images), texts, 6, True)["search_ms_p50"] > 0
+
+
+def test_images_are_pruned_alone_too_as_an_index_is():
+    # text i says word i less loudly than word 5, image i says word i alone: cutting texts loses it, cutting images does not
+    images, texts, owner = torch.eye(4, 6) * 2, torch.eye(4, 6), torch.arange(4)
+    images[:, 4], texts[:, 5] = 1, 3
+    lines = curve(SparseRows.of(images), SparseRows.of(texts), owner, "dot", [1], [])
+    found = {(line["kept"], line["side"]): line for line in lines}
+    assert set(found) == {("all", "both"), ("top 1", "both"), ("top 1", "images")}
+    assert found["top 1", "both"]["t2i"] == 0 and found["top 1", "both"]["texts"] == 1
+    assert found["top 1", "images"]["t2i"] == 1 and found["top 1", "images"]["texts"] == 2
+    assert found["top 1", "images"]["images"] == 1
 
 
 def test_names_that_are_hostile_stay_text(models, tmp_path, monkeypatch):

@@ -96,12 +96,15 @@ def _plots(result: Mapping[str, Any]) -> list[str]:
             figure = Figure(figsize=(7, 3.4), dpi=110, layout="constrained")
             axis = figure.subplots()
             for way, spoken in (("t2i", "text → image"), ("i2t", "image → text")):
-                for marks, style in (("top", "o-"), ("≥", "s--")):
+                for marks, side, style in (("top", "both", "o-"), ("top", "images", "^:"), ("≥", "both", "s--")):
                     points = sorted(
-                        (p["images"], 100 * p[way]) for p in figures["pruned"] if p["kept"].startswith(("all", marks))
+                        (p["images"], 100 * p[way])
+                        for p in figures["pruned"]
+                        if p["kept"] == "all" or (p["side"] == side and p["kept"].startswith(marks))
                     )
+                    label = f"{spoken}, {marks}" + (", images only" if side == "images" else "")
                     if points:
-                        axis.plot(*zip(*points, strict=True), style, label=f"{spoken}, {marks}", markersize=4)
+                        axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:g}")
             axis.set(xlabel="active words an image", ylabel="R@1, %")

@@ -25,7 +25,7 @@ def curve(
     most: Sequence[int],
     shares: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """Recall when both sides keep only their heaviest words.
+    """Recall when both sides keep only their heaviest words, and when images alone do, as in an index asked by whole texts.
 
     Args:
         images, texts: weights as the model gives them. With `cosine` they are brought to length 1 after pruning.
@@ -35,20 +35,23 @@ def curve(
         shares: keep words of at least this share of the embedding's heaviest.
 
     Returns:
-        A line each: `kept`, mean active words of `images` and `texts`, `i2t` and `t2i` recall@1, `index_bytes` of the
-        images. The first line is of everything.
+        A line each: `kept`, whose words were cut (`side`: `both` or `images`), mean active words of `images` and `texts`,
+        `i2t` and `t2i` recall@1, `index_bytes` of the images. The first line is of everything.
     """
-    cuts = [("all", images, texts)]
+    cuts = [("all", "both", images, texts)]
     longest = max(int(rows.entries.max()) if len(rows.entries) else 0 for rows in (images, texts))
-    cuts += [(f"top {k}", images.largest(k), texts.largest(k)) for k in most if k < longest]
-    cuts += [(f"≥ {share:g} of the heaviest", images.above(share), texts.above(share)) for share in shares]
+    cuts += [(f"top {k}", "both", images.largest(k), texts.largest(k)) for k in most if k < longest]
+    longest = int(images.entries.max()) if len(images.entries) else 0
+    cuts += [(f"top {k}", "images", images.largest(k), texts) for k in most if k < longest]
+    cuts += [(f"≥ {share:g} of the heaviest", "both", images.above(share), texts.above(share)) for share in shares]
     lines = []
-    for kept, some_images, some_texts in cuts:
+    for kept, side, some_images, some_texts in cuts:
         pair = (some_images.unit(), some_texts.unit()) if similarity == "cosine" else (some_images, some_texts)
         figures = retrieval_figures(*pair, owner, (1,))
         lines.append(
             {
                 "kept": kept,
+                "side": side,
                 "images": float(some_images.entries.float().mean()),
                 "texts": float(some_texts.entries.float().mean()),
                 "i2t": float(figures["i2t/recall@1"]),

@@ -154,6 +154,7 @@ def _pruned(name: str, lines: Sequence[Mapping[str, Any]]) -> Table:
     cells = [
         [
             line["kept"],
+            line["side"],
             _number(line["images"]),
             _number(line["texts"]),
             _percent(line["t2i"]),
@@ -162,5 +163,6 @@ def _pruned(name: str, lines: Sequence[Mapping[str, Any]]) -> Table:
         ]
         for line in lines
     ]
-    heads = ["words kept", "an image", "a text", "t→i R@1", "i→t R@1", "index bytes"]
-    return Table(f"Quality against size: {name}", heads, cells, ["Both sides are pruned."])
+    heads = ["words kept", "of", "an image", "a text", "t→i R@1", "i→t R@1", "index bytes"]
+    note = "`images`: only images are pruned, as in an index that whole texts ask."
+    return Table(f"Quality against size: {name}", heads, cells, [note])
