@@ -72,7 +72,7 @@ def main() -> None:
 
 def _train(stage: int, options: Sequence[str]) -> None:
     """Runs a stage through the front door; ends the demo if it fails."""
-    files = (f"stage{stage}", "model/tiny", "demo/scenes", f"demo/stage{stage}")
+    files = (f"stage{stage}", f"paper/stage{stage}", "model/tiny", "demo/scenes", f"demo/stage{stage}")
     command = [sys.executable, str(HOME / "main.py"), "fit"]
     for file in files:
         command += ["--config", str(HOME / "configs" / f"{file}.yaml")]

@@ -203,10 +203,9 @@ class Health(L.Callback):
         if -dead_steps >= self.patience:
             raise RuntimeError(
                 "the run is dead: every embedding is empty on at least one side and the loss has been log N for "
-                f"{-dead_steps:.0f} steps, up to step {trainer.global_step}. There is no gradient to come back by: start "
+                f"{-dead_steps:.0f} steps, up to step {trainer.global_step}. It does not come back by itself: start "
                 "again with a lower objective.flops_image and objective.flops_text, or a longer "
-                "objective.flops_ramp_steps; if it died "
-                "within the first steps, set objective.scale_start to 'measure'"
+                "objective.flops_ramp_steps; if it died within the first steps, set objective.scale_start to 'measure'"
             )
         dense = greatest_share > _DENSE and trainer.global_step > self.dense_after
         at_chance = -chance_steps >= self.patience

@@ -14,6 +14,7 @@ import lightning as L
 
 from lightning_modules.contrastive import ContrastiveModule, planned_steps, sides
 from lightning_modules.parallel import gathered
+from lightning_modules.stage import StairStage
 from stair.towers import TowersConfig, load_weights, read_description
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ class StageTransition(L.Callback):
 
         Raises:
             FileNotFoundError: if there is no hand-over at `start_from`.
-            ValueError: if it is not the previous stage's, unfinished, of another model or vocabulary; naming both sides.
+            ValueError: if it is not the previous stage's, unfinished, of another model or vocabulary, naming both sides; or
+                if its scale is to be kept and there is none, or one of another similarity.
         """
         if not isinstance(pl_module, ContrastiveModule):
             return
@@ -63,6 +65,7 @@ class StageTransition(L.Callback):
                     f"stage {module.stage} starts from stage {previous}: give --transition.start_from "
                     f"RUN/stage{previous}/stair, or --run RUN where both stages live"
                 )
+            _check_scale(module, None)
             return
         if previous == 0:
             what = "stage 1 is the first" if module.stage == 1 else f"{module.home()} begins from nothing"
@@ -75,6 +78,7 @@ class StageTransition(L.Callback):
             )
         description = read_description(folder)
         _check_order(module, previous, folder, description["training"])
+        _check_scale(module, description["model"].get("similarity"))
         _load(module, folder, description)
         log.info("stage %d takes over from %s", module.stage, folder)
 
@@ -131,6 +135,20 @@ def _check_order(module: ContrastiveModule, previous: int, folder: Path, trainin
         )
     if not training.get("finished"):
         raise ValueError(f"{folder} comes from a stage {training.get('stage')} that did not finish; finish it first")
+
+
+def _check_scale(module: ContrastiveModule, similarity: str | None) -> None:
+    """Refuses to keep a scale that means nothing here. `similarity` is that of the stage before, None if there is none."""
+    if not isinstance(module, StairStage) or module.objective.scale_start != "keep":
+        return
+    ours = module.stair.similarity
+    if similarity != ours:
+        before = "it begins from nothing" if similarity is None else f"the stage before compares by {similarity!r}"
+        start = "14.3" if ours == "cosine" else "'measure'"
+        raise ValueError(
+            f"objective.scale_start is 'keep' in stage {module.stage}, but {before}: there is no scale for {ours!r} to "
+            f"keep. Give --model.init_args.objective.scale_start {start}"
+        )
 
 
 def _load(module: ContrastiveModule, folder: Path, description: dict[str, Any]) -> None:

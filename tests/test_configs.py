@@ -93,8 +93,29 @@ def test_an_overlay_of_one_stage_goes_over_that_stage(parsed, stage: int, overla
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_the_papers_form_is_an_overlay_of_each_stage(parsed, stage: int):
+    def objective(*more: str) -> dict:
+        return parsed(*files(f"stage{stage}", *more), SHARDS)["model"]["init_args"]["objective"]
+
+    ours, papers = objective(), objective(f"paper/stage{stage}")
+    assert (ours["own_words_share"], ours["own_words_leak"], ours["similarity"]) == (0.25, 0.3, "cosine")
+    # no share given: the text is masked in stage 1 and whole in stages 2 and 3
+    assert (papers["own_words_share"], papers["own_words_leak"], papers["flops_text_words"]) == (None, 0.0, "own")
+    assert papers["similarity"] == ("cosine" if stage == 3 else "dot")
+
+
+@pytest.mark.parametrize("form", ["", "paper/"])
+def test_three_stages_take_as_many_steps_as_the_dense_baseline(parsed, form: str):
+    runs = [parsed(*files(f"stage{k}", *([f"{form}stage{k}"] if form else [])), SHARDS) for k in STAGES]
+    dense = parsed(*files("clip"), SHARDS)
+    assert sum(run["trainer"]["max_steps"] for run in runs) == dense["trainer"]["max_steps"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_demo_validates_the_weights_it_hands_over(parsed, stage: int):
-    trainer = parsed(*files(f"stage{stage}", "model/tiny", "demo/scenes", f"demo/stage{stage}"))["trainer"]
+    trainer = parsed(*files(f"stage{stage}", f"paper/stage{stage}", "model/tiny", "demo/scenes", f"demo/stage{stage}"))[
+        "trainer"
+    ]
     assert trainer["max_steps"] % trainer["val_check_interval"] == 0
 
 

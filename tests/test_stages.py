@@ -92,8 +92,8 @@ def test_three_stages_log_what_people_watch(finished):
 
 
 def test_lambda_rises_quadratically_with_the_step(finished):
-    # 2 ramp steps towards 1e-3: steps 0, 1, 2, 3
-    assert scalars(finished, 1)["train/lambda_image"] == pytest.approx([0, 2.5e-4, 1e-3, 1e-3])
+    # 2 ramp steps towards 1e-4: steps 0, 1, 2, 3
+    assert scalars(finished, 1)["train/lambda_image"] == pytest.approx([0, 2.5e-5, 1e-4, 1e-4])
 
 
 def test_stage_2_leaves_the_image_side_bitwise_unchanged_while_text_moves(finished):
@@ -149,6 +149,7 @@ def test_predict_gives_the_embeddings_of_every_test_image_once(finished, scenes)
         (2, ["--trainer.accumulate_grad_batches", "2"], "micro_batch_size"),
         (2, ["--model.init_args.optimizer.warmup_steps", "9"], "warmup_steps is 9 but the run has 4"),
         (2, ["--data.global_batch_size", "1000"], "64.*1000|1000.*64"),
+        (2, ["--model.init_args.objective.similarity", "dot"], "stage before compares by 'cosine'.*'dot' to keep"),
     ],
 )
 def test_what_cannot_train_is_refused_before_the_first_step(finished, scenes, stage, more, message, tmp_path):
@@ -166,6 +167,14 @@ def test_another_vocabulary_is_refused_naming_both(finished, scenes, tmp_path):
     start = ("--transition.start_from", str(finished / "stage1" / "stair"))
     with pytest.raises(ValueError, match="every dimension would mean another word"):
         main(words(scenes, 2, tmp_path / "new", "--model.init_args.stair.vocabulary", str(other), *start))
+
+
+def test_a_stage_that_begins_from_nothing_has_no_scale_to_keep(scenes, tmp_path):
+    alone = words(scenes, 3, tmp_path / "new", "--transition.after", "0")
+    with pytest.raises(ValueError, match=r"begins from nothing.*scale_start 14\.3"):
+        main(alone)
+    main([*alone, "--model.init_args.objective.scale_start", "14.3", "--trainer.max_steps", "2"])
+    assert (tmp_path / "new" / "stage3" / "stair").is_dir()
 
 
 def test_stage_2_without_a_stage_1_says_what_to_give(scenes, tmp_path):
@@ -216,7 +225,7 @@ def test_gradients_that_are_not_finite_stop_the_run_with_keys_and_the_state_from
 @pytest.mark.parametrize(
     ("more", "steps", "message"),
     [
-        (("flops_image", "1e9"), 200, "run is dead"),
+        (("flops_image", "1e9"), 400, "run is dead"),
         (("scale_start", "1e-3"), 80, "loss has been log N for"),
         (("flops_image", "0"), 530, "of the vocabulary is active"),
     ],
@@ -419,8 +428,12 @@ def test_micro_batches_replay_their_dropout(vocab_file, batch):
             torch.testing.assert_close(got[1][name], p.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_the_first_batch_sets_the_scale_that_gives_the_wanted_spread(finished):
-    assert scalars(finished, 1)["train/logit_std"][0] == pytest.approx(1.0, abs=1e-3)
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_the_first_batch_sets_the_scale_that_gives_the_wanted_spread(scenes, tmp_path, similarity):
+    name = "--model.init_args.objective."
+    asked = (f"{name}similarity", similarity, f"{name}scale_start", "measure", f"{name}first_logit_std", "0.7")
+    main(words(scenes, 1, tmp_path / "r", *asked, "--trainer.max_steps", "2"))
+    assert scalars(tmp_path / "r", 1)["train/logit_std"][0] == pytest.approx(0.7, abs=1e-3)
 
 
 # ------------------------------------------------------------------ other processes

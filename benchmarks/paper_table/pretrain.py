@@ -1,0 +1,67 @@
+"""Towers that know something before the first step, for plans that ask what published towers would change.
+
+    python benchmarks/paper_table/pretrain.py PLAN DENSE OUT [--steps 3000]
+
+OUT/text is a BERT with its masked-LM head, taught on the captions of the plan's training shards (15 % of the pieces are
+hidden: 80 % of these behind [MASK], 10 % each behind another word and behind themselves, as for BERT); OUT/image the ViT of
+DENSE, a dense CLIP model of another seed than the plan's. `stair.text.name` and `stair.image.name` (`local-dir:OUT/image`)
+take them; sizes are those of DENSE. No stand-in for BERT's billions of words: it gives every word a vector with a meaning.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import torch
+from run import HOME, read_plan
+from timm.models import save_for_hf
+from transformers import BertConfig, BertForMaskedLM
+
+sys.path.insert(0, str(HOME))
+from datamodules.pairs import EvaluationPairs, read_entry
+from datamodules.tars import captions
+from stair.clip import DenseClip
+from stair.images import MAX_PIXELS
+
+_BATCH, _RATE, _HIDDEN = 256, 2e-3, 0.15
+
+
+def pretrain(plan_path: Path, dense: Path, out: Path, steps: int) -> None:
+    """Writes both towers."""
+    torch.manual_seed(0)
+    clip = DenseClip.from_pretrained(dense)
+    save_for_hf(clip.image_encoder.vit, out / "image", safe_serialization=True)
+    entries = EvaluationPairs(read_plan(plan_path)["train"], 1, MAX_PIXELS).entries
+    texts = [text for entry in entries for text in captions(read_entry(entry))]
+    settings = {k: v for k, v in clip.text_encoder.config.to_diff_dict().items() if k != "model_type"}
+    bert = BertForMaskedLM(BertConfig(**settings)).train()
+    optimizer = torch.optim.AdamW(bert.parameters(), _RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, steps)
+    hidden_id = clip.vocabulary.tokens.index("[MASK]")
+    never = torch.tensor(clip.vocabulary.never_active)
+    rng = random.Random(0)
+    for step in range(steps):
+        ids, mask = clip.vocabulary.tokenize(rng.sample(texts, _BATCH), clip.config.text.max_tokens)
+        chosen = (torch.rand(ids.shape) < _HIDDEN) & mask & ~torch.isin(ids, never)
+        way, others = torch.rand(ids.shape), torch.randint(len(clip.vocabulary), ids.shape)
+        shown = torch.where(chosen & (way < 0.8), hidden_id, torch.where(chosen & (way > 0.9), others, ids))
+        hidden_HD = bert.bert(input_ids=shown, attention_mask=mask.long()).last_hidden_state[chosen]  # H hidden pieces
+        loss = torch.nn.functional.cross_entropy(bert.cls(hidden_HD), ids[chosen])
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"step {step}: loss of hidden words {loss.item():.2f}", flush=True)
+    bert.eval().save_pretrained(out / "text")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("dense", type=Path, help="a folder that `lightning fit --config configs/clip.yaml` handed over")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=3000)
+    arguments = parser.parse_args()
+    pretrain(arguments.plan, arguments.dense, arguments.out.resolve(), arguments.steps)
