@@ -138,7 +138,7 @@ def _train(
     """Trains one stage in a folder of its own, unless it has been. Returns its hand-over, None if it failed."""
     config, steps = stage["config"], str(stage["steps"])
     model = home / config / ("clip" if config == "clip" else "stair")
-    if model.is_dir():
+    if model.is_dir() and (home / "record.json").is_file():  # else this script was killed before it had written it
         return model
     home.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "main.py", "fit", "--config", f"configs/{config}.yaml"]
