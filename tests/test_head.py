@@ -96,6 +96,19 @@ def test_ties_go_to_the_first_position_and_sum_to_the_plain_gradient(form):
     assert (grad[:, 1:] == 0).all()
 
 
+@pytest.mark.parametrize("at", ["hidden", "weight", "bias"])
+def test_what_is_no_number_reaches_the_embedding_and_the_gradient(form, at):
+    # rows of different lengths: none has the last slot but one
+    hidden, _, weight, bias = inputs(3, 5, 4, 7)
+    given = {"hidden": hidden, "weight": weight, "bias": bias}
+    mask = torch.arange(5) < torch.tensor([[1], [5], [3]])
+    with torch.no_grad():
+        given[at].view(-1)[0] = float("nan")
+    out, grads = gradients(vocabulary_max, given["hidden"], mask, given["weight"], given["bias"])
+    assert out[0, 0].isnan() and (at == "hidden" or out[:, 0].isnan().all())
+    assert all(grad.isnan().any() for grad in grads[1:])
+
+
 def test_more_positions_than_a_byte_counts(form):
     arguments = inputs(2, 300, 3, 5, keep=0.9)
     got, want = (gradients(f, *arguments) for f in (vocabulary_max, vocabulary_max_reference))

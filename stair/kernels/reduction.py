@@ -85,7 +85,7 @@ def _winners(logits_NC: Tensor, best_RC: Tensor, alive: list[int]) -> Tensor:
         logits_NC, best_RC = logits_NC.float(), best_RC.float()
     T, kind = len(alive), slot_type(len(alive) + 1)
     # T - slot, so that the first of equals is the greatest; arithmetic, as writing under a mask is 10 times slower
-    left_RC = torch.ones(best_RC.shape, dtype=kind)
+    left_RC = torch.zeros(best_RC.shape, dtype=kind)
     equal_RC = torch.empty(best_RC.shape, dtype=torch.bool)
     start = 0
     for t, n in enumerate(alive):
@@ -93,4 +93,5 @@ def _winners(logits_NC: Tensor, best_RC: Tensor, alive: list[int]) -> Tensor:
         # where a slot is a byte: the same bytes, 0 or 1, without conversion
         torch.maximum(left_RC[:n], equal_RC[:n].view(torch.uint8).to(kind).mul(T - t), out=left_RC[:n])
         start += n
-    return (T - left_RC.to(torch.int32)).to(slot_type(T))
+    # what is no number equals nothing, not even itself: slot 0, which every row has
+    return (T - left_RC.to(torch.int32)).remainder_(T).to(slot_type(T))

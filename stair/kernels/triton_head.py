@@ -59,7 +59,7 @@ def project_max(  # type: ignore[no-untyped-def]
         a = tl.load(packed + start, mask=(n[:, None] < N) & inside[None, :], other=0.0)
         b = tl.load(weight + start, mask=(v[None, :] < end_word) & inside[:, None], other=0.0)
         logits = tl.dot(a, b, logits, input_precision="ieee")
-    # a maximum would swallow what is no number; infinity gets through to the loss
+    # a maximum would swallow what is no number (here, and of the bias in `finish`); infinity gets through to the loss
     logits = tl.where(logits != logits, float("inf"), logits)
     row = tl.load(row_ptr + n, mask=n < N, other=-1)
     first_row = tl.load(row_ptr + first_n)
@@ -82,7 +82,8 @@ def finish(  # type: ignore[no-untyped-def]
     place = tl.program_id(0).to(tl.int64) * V + v
     key = tl.load(key_ptr + place, mask=v < end_word, other=0)
     best = _ordered((key >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
-    score = tl.maximum(best + tl.load(bias_ptr + v, mask=v < end_word, other=0.0), 0.0)
+    score = best + tl.load(bias_ptr + v, mask=v < end_word, other=0.0)
+    score = tl.where(score != score, float("inf"), tl.maximum(score, 0.0))
     above = 1.0 + score
     lost = tl.where(score < 1.0, (score - (above - 1.0)) / above, 0.0)  # what the sum lost of a small score
     tl.store(embedding_ptr + place, tl.log(above) + lost, mask=v < end_word)
