@@ -84,6 +84,11 @@ class StairCLI(LightningCLI):
         if config.weights_only is None:
             config.weights_only = True  # Lightning would unpickle, and so run, what comes over http
         if self.subcommand != "fit":
+            if config.transition.start_from is None and config.ckpt_path is None:
+                raise ValueError(
+                    f"{self.subcommand} has no model, only weights as they start: give --run RUN, "
+                    "--transition.start_from RUN/stage3/stair or --ckpt_path FILE"
+                )
             self._set_apart(config)
             return
         if config.ckpt_path is None:

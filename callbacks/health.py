@@ -76,14 +76,15 @@ class Health(L.Callback):
     """Watches the training steps.
 
     - The loss or the gradient is not finite: warns, naming the step and the batch's keys. The stages leave such a step
-      out (`health/left_out` counts them since the start); after more than `skip` of them on end the run stops, and saves
-      the state from before them if the weights are sound.
+      out (`health/left_out` counts them since the run began); after more than `skip` of them on end the run stops, and
+      saves the state from before them if the weights are sound.
     - The weights are not finite: no checkpoint is written, the last one stays, and the run stops.
     - Dead, `patience` steps on end (contrastive loss within 0.01 of log N, and on either side less than one active
       word an embedding): stops.
     - At chance, `patience` steps on end (contrastive loss within 0.01 of log N, though words are active): warns once, and
       `health/alarm`, logged at every `trainer.log_every_n_steps`, is 1 for as long.
-    - The first batch's scaled logits of a model of words spread by more than 3 (standard deviation): warns.
+    - The first batch's scaled logits of a model of words spread by more than 3 (standard deviation): warns, but where
+      they are cosines at a scale that was learned before.
     - Dense (more than half of V active on either side, after `dense_after` steps): warns once, and
       `health/alarm` is 1 for as long; otherwise it is 0.
     - In bf16-mixed on a CPU that takes more than twice as long for it as for fp32: warns, also where nothing is trained.
@@ -109,6 +110,15 @@ class Health(L.Callback):
             )
         self.patience, self.dense_after, self.every, self.skip = patience, dense_after, every, skip
         self._warned_dense = self._warned_chance = False
+        self._left_out: Tensor | int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """What a resumed run goes on counting."""
+        return {"left_out": int(self._left_out)}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Goes on from there."""
+        self._left_out = state_dict["left_out"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Compares bf16 with fp32, if it is asked of a CPU."""
@@ -135,7 +145,7 @@ class Health(L.Callback):
         self._alarm = 0.0
         self._broken_steps = torch.zeros((), device=pl_module.device)  # on end
         self._most_broken = torch.zeros((), device=pl_module.device)  # of these, since the last reading
-        self._left_out = torch.zeros((), device=pl_module.device)  # in all
+        self._left_out = torch.tensor(float(self._left_out), device=pl_module.device)  # in all
         #: since the last reading
         self._recent: deque[_Step] = deque()
 
@@ -167,9 +177,10 @@ class Health(L.Callback):
         if self._first_batch:
             self._first_batch = False
             if words:  # dense models train from wider ones
-                self._warn_of_wide_logits(float(outputs["logit_std"]))
+                self._warn_of_wide_logits(pl_module, float(outputs["logit_std"]))
         if words:
-            self._share = active.max() / outputs["image_BV"].shape[1]
+            whole = outputs.get("text_unmasked_CV", outputs["text_CV"])  # under a soft mask it can be dense unseen
+            self._share = torch.maximum(active.max(), whole.count_nonzero() / len(whole)) / whole.shape[1]
         if len(self._recent) == self.every:
             self._read(trainer)
         if logs_now(trainer, batch_idx):
@@ -253,11 +264,16 @@ class Health(L.Callback):
         batches = (f"of rank {rank} {_shown(found[2], each)}" for rank, found in enumerate(ranks) if found is not None)
         return f"the gradient is not finite at step {step}, though the loss is; the batch was {'; '.join(batches)}"
 
-    def _warn_of_wide_logits(self, spread: float) -> None:
-        if spread > _WIDE_LOGITS:
+    def _warn_of_wide_logits(self, pl_module: L.LightningModule, spread: float) -> None:
+        if spread <= _WIDE_LOGITS:
+            return
+        if not isinstance(pl_module, StairStage) or pl_module.objective.scale_start != "keep":
             rank_zero_warn(
-                f"the first batch's logits spread by {spread:.1f}, wanted 0.3 to 1.5: above {_WIDE_LOGITS:.0f} stage 1 "
-                "collapses. Set objective.scale_start to 'measure', which takes the scale from the first batch. In stage 2 "
-                "texts are dense at first; where recall does not come back within 100 steps, give all stages a higher "
-                "stair.own_word_lead; with a soft mask (objective.own_words_share) one of 1.5 or more starves them"
+                f"the first batch's logits spread by {spread:.1f}, wanted 0.3 to 1.5: above {_WIDE_LOGITS:.0f} training "
+                "from scratch collapses. Set objective.scale_start to 'measure', which takes the scale from the first batch"
+            )
+        elif pl_module.stair.similarity == "dot":  # a learned scale of directions is wide as it should be
+            rank_zero_warn(
+                f"the first batch's logits spread by {spread:.1f}, more than a stage before hands over: texts come over "
+                "dense. Where recall does not come back within 100 steps, give all stages a higher stair.own_word_lead"
             )

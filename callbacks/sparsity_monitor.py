@@ -36,7 +36,8 @@ class SparsityMonitor(L.Callback):
     """Logs sparsity in training, sparsity and grounding at each validation and test. Does nothing for dense models.
 
     - At every `trainer.log_every_n_steps`, of the global batch: `train/image/active_words`,
-      `train/text/active_words`, `train/products_per_pair`.
+      `train/text/active_words`, `train/products_per_pair`; in stage 1, where the loss also sees texts without their mask,
+      `train/text_unmasked/active_words`.
     - Of each evaluation set: `val/<set>/sparsity/<figure>` (the figures of `SparsityStats`), `val/<set>/grounding@10`,
       `grounding@1` and `grounding@10_frequent`, the same for the commonest caption words, which is the figure to beat;
       `val/<set>/expansion/<figure>` (the figures of `Expansion`).
@@ -65,7 +66,12 @@ class SparsityMonitor(L.Callback):
         stats = SparsityStats(len(vocabulary)).to(pl_module.device)
         stats.update(outputs["image_BV"], outputs["text_CV"])
         figures = stats.compute()
-        pl_module.log_dict({f"train/{name}": figures[name] for name in _TRAIN}, batch_size=1)
+        logged = {f"train/{name}": figures[name] for name in _TRAIN}
+        if "text_unmasked_CV" in outputs:
+            stats.reset()
+            stats.update(outputs["image_BV"], outputs["text_unmasked_CV"])
+            logged["train/text_unmasked/active_words"] = stats.compute()["text/active_words"]
+        pl_module.log_dict(logged, batch_size=1)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins every validation set anew."""

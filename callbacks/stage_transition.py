@@ -6,16 +6,16 @@ weights, whatever was taken over first. The frozen set comes from the stage's cl
 """
 
 import logging
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from lightning_modules.contrastive import ContrastiveModule, planned_steps, sides
+from lightning_modules.contrastive import ContrastiveModule, planned_steps, refuse_other_model, sides
 from lightning_modules.parallel import gathered
 from lightning_modules.stage import StairStage
-from stair.towers import TowersConfig, load_weights, read_description
+from stair.towers import load_weights, read_description
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +43,9 @@ class StageTransition(L.Callback):
 
         Raises:
             FileNotFoundError: if there is no hand-over at `start_from`.
-            ValueError: if it is not the previous stage's, unfinished, of another model or vocabulary, naming both sides; or
-                if its scale is to be kept and there is none, or one of another similarity.
+            ValueError: if it is not the previous stage's, unfinished, of another model or vocabulary, naming both sides; if
+                its scale is to be kept and there is none, or one of another similarity; or if it is to be measured by
+                another similarity than it was trained with.
         """
         if not isinstance(pl_module, ContrastiveModule):
             return
@@ -52,7 +53,9 @@ class StageTransition(L.Callback):
             self._take_over(pl_module)
         elif self.start_from is not None and trainer.ckpt_path is None:
             # evaluating a hand-over: its own stage, not the one before
-            _load(pl_module, Path(self.start_from), read_description(Path(self.start_from)))
+            folder = Path(self.start_from)
+            description = read_description(folder)
+            _load(pl_module, folder, description)
         for side in pl_module.frozen:
             for module in sides(pl_module.towers)[side]:
                 module.requires_grad_(False).eval()
@@ -79,7 +82,11 @@ class StageTransition(L.Callback):
         description = read_description(folder)
         _check_order(module, previous, folder, description["training"])
         _check_scale(module, description["model"].get("similarity"))
-        _load(module, folder, description)
+        free = ["similarity"]  # a stage has its own
+        if description["training"].get("compared") == ["own"]:
+            # under the hard mask no text ever lit up another word: what own words lead by was of no account yet
+            free.append("own_word_lead")
+        _load(module, folder, description, free)
         log.info("stage %d takes over from %s", module.stage, folder)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -107,6 +114,8 @@ class StageTransition(L.Callback):
         model = gathered(pl_module.towers)
         if trainer.is_global_zero and model is not None:
             facts = {"stage": pl_module.stage, "steps": trainer.global_step, "finished": True}
+            if isinstance(pl_module, StairStage):
+                facts["compared"] = pl_module.compared
             model.save_pretrained(target, facts)
             log.info("%s hands over at %s", pl_module.home(), target)
         trainer.strategy.barrier("hand-over")
@@ -151,7 +160,7 @@ def _check_scale(module: ContrastiveModule, similarity: str | None) -> None:
         )
 
 
-def _load(module: ContrastiveModule, folder: Path, description: dict[str, Any]) -> None:
+def _load(module: ContrastiveModule, folder: Path, description: dict[str, Any], free: Sequence[str] = ()) -> None:
     """Strict: every weight must be there and fit, and both models must be one design over one vocabulary."""
     if description["family"] != module.towers.family:
         raise ValueError(
@@ -163,23 +172,5 @@ def _load(module: ContrastiveModule, folder: Path, description: dict[str, Any]) 
             f"{folder} has vocabulary {theirs[:12]}…, this run has {ours[:12]}… ({module.towers.config.vocabulary}): every "
             "dimension would mean another word. Use the same stair.vocabulary in all stages"
         )
-    family = module.towers.config_class
-    theirs, ours = (_design(family, values) for values in (description["model"], module.towers.portable_config()))
-    if theirs != ours:
-        keys = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-        raise ValueError(
-            f"{folder} is another model than this run's. "
-            + "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in keys)
-            + ". Use the same stair settings in all stages"
-        )
+    refuse_other_model(module.towers, str(folder), description["model"], free)
     load_weights(module.towers, folder)
-
-
-def _design(family: type[TowersConfig], values: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal between stages: not the settings a stage makes for itself, nor how weights were started."""
-    flat: dict[str, Any] = {}
-    for key, value in asdict(family.from_dict(values)).items():
-        if key in ("image", "text"):
-            flat.update({f"{key}.{inner}": v for inner, v in value.items() if inner != "pretrained"})
-    options = flat.pop("text.options")
-    return {**flat, **{f"text.options.{k}": v for k, v in options.items() if k not in ("dtype", "_name_or_path")}}

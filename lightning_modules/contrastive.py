@@ -7,6 +7,8 @@ B images, C captions (C = B in training), V words (or the width of a dense embed
 
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -21,7 +23,7 @@ from lightning_modules.optimizer import Optimizer
 from stair.batch import Batch
 from stair.losses import Contrastive
 from stair.metrics import RetrievalRecall
-from stair.towers import TwoTowers
+from stair.towers import TowersConfig, TwoTowers
 
 
 class ContrastiveModule(L.LightningModule):
@@ -65,7 +67,8 @@ class ContrastiveModule(L.LightningModule):
             raise ValueError(f"compile is {compile!r}; give one of {', '.join(known)}, or null for none")
         self.optimizer, self.scale_start, self.micro_batch_size = optimizer, scale_start, micro_batch_size
         self.recompute, self.compile_backend, self._laid_out = recompute, compile, False
-        self.retrieval = torch.nn.ModuleDict()
+        self.retrieval = torch.nn.ModuleList()
+        self._sets: list[str] = []
 
     @classmethod
     def home(cls) -> str:
@@ -97,6 +100,16 @@ class ContrastiveModule(L.LightningModule):
             "words": self.towers.vocabulary.tokens,
             "stage": self.stage,
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Holds this run's model against the checkpoint's: what they differ in beside the weights would go unseen.
+
+        Raises:
+            ValueError: if it is another model, or compares otherwise; names both sides.
+        """
+        told = checkpoint.get("towers")
+        if told is not None and told["family"] == self.towers.family:
+            refuse_other_model(self.towers, "the checkpoint", told["model"])
 
     # ------------------------------------------------------------------ training
 
@@ -146,8 +159,12 @@ class ContrastiveModule(L.LightningModule):
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) + ((self.stage or 0) << 40)
         torch.manual_seed(seed + 1 + self.trainer.global_step * self.trainer.world_size + self.trainer.global_rank)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Holds the scale at 100: held in the forward pass, it would have no gradient there to come back by."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Steps, and holds the scale at 100: held in the forward pass, it would have no gradient there to come back by.
+
+        Here and not at the batch's end: callbacks come before the module there, and save.
+        """
+        super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.towers.log_scale.clamp_(max=math.log(100))
 
@@ -246,8 +263,8 @@ class ContrastiveModule(L.LightningModule):
                 f"trainer.precision is {self.trainer.precision}: in weights of 16 bits small updates vanish. Give "
                 "bf16-mixed, or 32-true"
             )
-        names = self._set_names("test" if stage == "test" else "val") if stage != "predict" else []
-        self.retrieval = torch.nn.ModuleDict({name: RetrievalRecall() for name in names})
+        self._sets = self._set_names("test" if stage == "test" else "val") if stage != "predict" else []
+        self.retrieval = torch.nn.ModuleList([RetrievalRecall() for _ in self._sets])
 
     def _set_names(self, kind: str) -> list[str]:
         return list(getattr(self.trainer.datamodule, f"{kind}_names"))
@@ -255,7 +272,7 @@ class ContrastiveModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Encodes a batch of an evaluation set and hands it to the set's metric."""
         encoded = self.encode(batch)
-        metric = list(self.retrieval.values())[dataloader_idx]
+        metric = self.retrieval[dataloader_idx]
         image_BV, text_CV = (self.towers.comparable(encoded[key]) for key in ("image_BV", "text_CV"))
         metric.update(image_BV, text_CV, batch["image_id"], batch["caption_image"])
         return encoded
@@ -278,7 +295,7 @@ class ContrastiveModule(L.LightningModule):
         self._log_retrieval("test")
 
     def _log_retrieval(self, prefix: str) -> None:
-        for place, (name, metric) in enumerate(self.retrieval.items()):
+        for place, (name, metric) in enumerate(zip(self._sets, self.retrieval, strict=True)):
             values = metric.compute()
             metric.reset()
             self.log_dict({f"{prefix}/{name}/{key}": value.float() for key, value in values.items()})
@@ -293,6 +310,44 @@ def sides(towers: TwoTowers) -> dict[str, tuple[torch.nn.Module, ...]]:
         side: tuple(module for name, module in towers.named_children() if name.startswith(side))
         for side in ("image", "text")
     }
+
+
+#: settings of a model that no weight shows
+_UNSEEN = ("own_word_lead", "shared_words", "similarity", "pooling", "width")
+
+
+def refuse_other_model(towers: TwoTowers, where: str, model: dict[str, Any], free: Sequence[str] = ()) -> None:
+    """Holds a model against the settings of saved weights.
+
+    Args:
+        towers: the model.
+        where: what the weights are in.
+        model: the settings, as `portable_config` gives them.
+        free: settings that may differ.
+
+    Raises:
+        ValueError: if others differ; names both sides.
+    """
+    theirs, ours = (_design(towers.config_class, values) for values in (model, towers.portable_config()))
+    keys = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key) and key not in free)
+    if keys:
+        raise ValueError(
+            f"{where} is another model than this run's. "
+            + "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in keys)
+            + ". Use the settings it was trained with; those of stair are the same in all stages"
+        )
+
+
+def _design(family: type[TowersConfig], values: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal: not the words a text may light up, which the stage says, nor how weights were started."""
+    flat: dict[str, Any] = {}
+    for key, value in asdict(family.from_dict(values)).items():
+        if key in _UNSEEN:
+            flat[key] = value
+        if key in ("image", "text"):
+            flat.update({f"{key}.{inner}": v for inner, v in value.items() if inner != "pretrained"})
+    options = flat.pop("text.options")
+    return {**flat, **{f"text.options.{k}": v for k, v in options.items() if k not in ("dtype", "_name_or_path")}}
 
 
 def planned_steps(trainer: L.Trainer) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.optimizer import Optimizer
 from stair.batch import Batch
-from stair.losses import info_nce, ramp
+from stair.losses import info_nce, info_nces, ramp
 from stair.model import Stair, StairConfig
 from stair.regularisers import regulariser
 
@@ -133,6 +133,11 @@ class StairStage(ContrastiveModule):
         heaviest_first = sorted(forms.items(), key=lambda item: -item[1][1])
         return {name: form for name, form in heaviest_first if form[1] > 0}
 
+    @property
+    def compared(self) -> list[str]:
+        """The forms of a text that the loss compares, heaviest first: `own`, cut to its own words, and `all`."""
+        return list(self._compared)
+
     @classmethod
     def home(cls) -> str:
         """`stage1`, `stage2` or `stage3`."""
@@ -171,10 +176,8 @@ class StairStage(ContrastiveModule):
                     "trainer.precision bf16-mixed or 32-true, or start from other weights"
                 )
             self.set_scale(self.objective.first_logit_std / max(float(spread), 1e-6))
-        losses = {
-            form: info_nce(image_BV, encoded[place], self.stair.scale, cosine)
-            for form, (place, _) in self._compared.items()
-        }
+        texts = [encoded[place] for place, _ in self._compared.values()]
+        losses = dict(zip(self._compared, info_nces(image_BV, texts, self.stair.scale, cosine), strict=True))
         compared = torch.stack([share * losses[form].loss for form, (_, share) in self._compared.items()]).sum()
         rising = ramp(self.trainer.global_step, self.objective.flops_ramp_steps)
         lambda_image = rising * self.objective.flops_image * self.regulariser_image.factor
@@ -193,4 +196,7 @@ class StairStage(ContrastiveModule):
             "lambda_text": lambda_text,
             **{f"contrastive_{form}": losses[form].loss for form in others},
         }
-        return self.report(logged, losses[main], encoded, (images, self._compared[main][0]))
+        told = self.report(logged, losses[main], encoded, (images, self._compared[main][0]))
+        if "text_unmasked_CV" in encoded:
+            told["text_unmasked_CV"] = encoded["text_unmasked_CV"].detach()
+        return told

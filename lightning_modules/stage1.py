@@ -1,7 +1,8 @@
 """Stage 1, grounding: both sides train, and a text may light up only its own words.
 
 The mask is what gives words their own meaning: an image can match "a red circle" only through `red`, `circle` and `a`.
-Without it retrieval still works, but words become arbitrary codes (docs/paper.md).
+Without it retrieval still works, but words become arbitrary codes (docs/paper.md). With `own_words_share` below 1 it is
+soft: the rest of the loss compares texts without it.
 """
 
 from lightning_modules.stage import StairStage

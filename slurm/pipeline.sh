@@ -2,6 +2,7 @@
 # Queues the three stages, each to start when the one before has finished:
 #   RUN=runs/mine DATA_TRAIN='shards/{0000..0999}.tar' DATA_VAL='{coco: val/*.tar}' slurm/pipeline.sh [--from K] [words for the command]
 # SBATCH_OPTIONS holds options of sbatch for all three: SBATCH_OPTIONS='--nodes=16 --partition=gpu'
+# RECIPE=paper lays configs/paper/stageK.yaml over stage K; words after the script go to all three.
 set -eu
 STAIR_HOME="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export STAIR_HOME
@@ -23,6 +24,13 @@ for name in RUN DATA_TRAIN DATA_VAL; do
     fi
 done
 export RUN DATA_TRAIN DATA_VAL
+for word in "$@"; do
+    case "$word" in
+        *stage[123].yaml)
+            echo "pipeline: $word would go to all three stages. A folder of configs with a file for each: RECIPE=paper" >&2
+            exit 2 ;;
+    esac
+done
 read -ra options <<< "${SBATCH_OPTIONS:-}"
 
 for stage in $(seq "$from" 3); do

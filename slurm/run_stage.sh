@@ -4,6 +4,7 @@
 # DATA_TRAIN  shard spec of the training data, or a mixture '{name: spec, ...}'. Needed (site.sh may set it).
 # DATA_VAL    '{name: spec, ...}', or one spec. Needed (site.sh may set it).
 # STRATEGY    ddp or fsdp2: an overlay in configs/hardware; ddp if not set.
+# RECIPE      a folder in configs with a file for each stage, laid over it: paper, small. None if not set.
 # Words after the script go to the command: sbatch slurm/stage2.sh --data.workers 12
 # In an array job (sbatch --array=0-4) the task's number is the seed, and RUN/seedN the run's folder.
 set -u
@@ -30,6 +31,11 @@ case "$DATA_VAL" in
 esac
 STRATEGY="${STRATEGY:-ddp}"
 [ -f "configs/hardware/$STRATEGY.yaml" ] || refuse "STRATEGY=$STRATEGY: there is no configs/hardware/$STRATEGY.yaml; known are ddp and fsdp2"
+recipe=()
+if [ -n "${RECIPE:-}" ]; then
+    recipe=(--config "configs/$RECIPE/stage$STAGE.yaml")
+    [ -f "${recipe[1]}" ] || refuse "RECIPE=$RECIPE: there is no ${recipe[1]}"
+fi
 for word in "$@"; do
     case "$word" in
         --trainer.devices* | --trainer.num_nodes* | --trainer.strategy* | --run | --run=*)
@@ -57,7 +63,7 @@ case "${SLURM_JOB_NAME:-}" in
 esac
 command -v lightning > /dev/null || refuse "no command 'lightning': run \`make setup\` in the checkout, and let slurm/site.sh activate it"
 python slurm/preflight.py "$STAGE" "$RUN" "$DATA_TRAIN" "$DATA_VAL" \
-    --config "configs/stage$STAGE.yaml" --config "configs/hardware/$STRATEGY.yaml" "$@"
+    --config "configs/stage$STAGE.yaml" "${recipe[@]}" --config "configs/hardware/$STRATEGY.yaml" "$@"
 case $? in
     0) ;;
     2) exit 2 ;; # it has said why
@@ -67,7 +73,8 @@ esac
 # ---- train
 
 command=(
-    lightning fit --config "configs/stage$STAGE.yaml" --config "configs/hardware/$STRATEGY.yaml" --ckpt_path last "$@"
+    lightning fit --config "configs/stage$STAGE.yaml" "${recipe[@]}" --config "configs/hardware/$STRATEGY.yaml"
+    --ckpt_path last "$@"
     --run "$RUN" --data.train "$DATA_TRAIN" --data.val "$DATA_VAL"
     --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"
 )

@@ -8,7 +8,7 @@ B pairs here, R ranks, G = R·B pairs on all ranks, V words, K of them: those th
 Sums are fp32 (fp64 stays fp64), whatever the towers use.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,11 +87,16 @@ class _GlobalInfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, image_BV: Tensor, text_BV: Tensor, scale: Tensor, cosine: bool, wire: torch.dtype
+        ctx: Any,
+        image_BV: Tensor,
+        text_BV: Tensor,
+        scale: Tensor,
+        cosine: bool,
+        wire: torch.dtype,
+        gathered: tuple[Gathered, Gathered],
     ) -> tuple[Tensor, Tensor]:
         B, exact = len(image_BV), scale.dtype
         image_BV, text_BV = image_BV.to(wire), text_BV.to(wire)
-        gathered = exchange(image_BV, text_BV)
         image, text = (_Side(*own, cosine, exact) for own in zip((image_BV, text_BV), gathered, strict=True))
         G = B * ranks()
         own = torch.arange(B, device=image_BV.device)
@@ -141,7 +146,7 @@ class _GlobalInfoNCE(torch.autograd.Function):
         scale_gradient, *saved = ctx.saved_tensors
         factor = ranks() * grad_loss
         image, text = (_expand(ctx.shape, factor, *saved[at : at + 4]) for at in (0, 4))
-        return image, text, factor * scale_gradient, None, None
+        return image, text, factor * scale_gradient, None, None, None
 
 
 # under torch.compile a clean break: what travels is known from the numbers only
@@ -170,7 +175,12 @@ def _expand(
 
 
 def info_nce(image: Tensor, text: Tensor, scale: Tensor, cosine: bool = False) -> Contrastive:
-    """Symmetric InfoNCE over the pairs of all ranks.
+    """Symmetric InfoNCE over the pairs of all ranks, of one form of the texts; see `info_nces`."""
+    return info_nces(image, (text,), scale, cosine)[0]
+
+
+def info_nces(image: Tensor, texts: Sequence[Tensor], scale: Tensor, cosine: bool = False) -> list[Contrastive]:
+    """Symmetric InfoNCE over the pairs of all ranks, of each of several forms of the texts; images travel once.
 
     `L = 1/2G Σ_i [-log softmax_j(l_ij)_i - log softmax_j(l_ji)_i]`, `l_ij = scale · image_i · text_j`; row i of both
     sides is a pair. With `cosine`, `l_ij = scale · image_i · text_j / (|image_i| |text_j|)`; an empty embedding has
@@ -181,21 +191,29 @@ def info_nce(image: Tensor, text: Tensor, scale: Tensor, cosine: bool = False) -
 
     Args:
         image: (B, V), this rank's images, of any floating type.
-        text: (B, V), this rank's texts.
+        texts: (B, V) each, this rank's texts.
         scale: (1,) or scalar, positive: the inverse temperature.
         cosine: compare directions only.
+
+    Returns:
+        One for each of `texts`.
 
     Raises:
         ValueError: if shapes differ or ranks hold different numbers of pairs.
     """
-    if image.shape != text.shape:
-        raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} must have one shape (B, V)")
+    for text in texts:
+        if image.shape != text.shape:
+            raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} must have one shape (B, V)")
     device = image.device.type
     rounded = torch.is_autocast_enabled(device) and image.dtype != torch.float64
     wire = torch.get_autocast_dtype(device) if rounded else image.dtype
     with torch.autocast(device, enabled=False):
-        result = _global_info_nce(_fp32(image), _fp32(text), _fp32(scale), cosine, wire)
-    return Contrastive(result[0], result[1], len(image) * ranks())
+        images, *others = exchange(*(_fp32(each.detach()).to(wire) for each in (image, *texts)))
+        found = [
+            _global_info_nce(_fp32(image), _fp32(text), _fp32(scale), cosine, wire, (images, other))
+            for text, other in zip(texts, others, strict=True)
+        ]
+    return [Contrastive(loss, logit_std, len(image) * ranks()) for loss, logit_std in found]
 
 
 def flops(embedding: Tensor) -> Tensor:

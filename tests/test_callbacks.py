@@ -16,6 +16,8 @@ from callbacks.health import Health, bf16_cost
 from callbacks.retrieval_panels import RetrievalPanels
 from callbacks.run_monitor import RunMonitor
 from callbacks.sparsity_monitor import SparsityMonitor
+from lightning_modules import Stage2
+from lightning_modules.stage import Objective
 from stair.grounding import Expansion, Grounding
 from stair.metrics import SparsityStats
 from stair.vocabulary import Vocabulary
@@ -426,6 +428,41 @@ def test_wide_first_logits_are_warned_of_once_and_only_on_the_first_step(vocabul
     with warnings.catch_warnings(record=True) as later:
         fit(vocabulary, tmp_path / "b", Health(), lambda step: {"logit_std": torch.tensor(11.0 if step else 1.0)})
     assert not [w for w in later if "spread" in str(w.message)]
+
+
+@pytest.mark.parametrize(("similarity", "warned"), [("cosine", False), ("dot", True)])
+def test_wide_first_logits_at_a_kept_scale_are_warned_of_only_where_they_are_dot_products(
+    tiny_stair, similarity, warned
+):
+    tiny_stair.config.similarity = similarity
+    stage = Stage2.__new__(Stage2)
+    L.LightningModule.__init__(stage)
+    stage.stair, stage.objective = tiny_stair, Objective(similarity, "keep")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        Health()._warn_of_wide_logits(stage, 11.0)
+    assert bool([w for w in seen if "higher stair.own_word_lead" in str(w.message)]) == warned
+    assert not [w for w in seen if "'measure'" in str(w.message)]
+
+
+def test_texts_that_are_dense_without_their_mask_are_seen_under_a_soft_one(vocabulary, tmp_path):
+    def says(step):
+        return {"text_unmasked_CV": torch.ones(PAIRS, len(vocabulary))}
+
+    with pytest.warns(UserWarning, match="100% of the vocabulary"):
+        logged = fit(vocabulary, tmp_path, Health(dense_after=2, every=1), says)
+    assert logged["health/alarm"][5] == 1
+    logged = fit(vocabulary, tmp_path / "b", SparsityMonitor(), says)
+    assert set(logged["train/text_unmasked/active_words"].values()) == {len(vocabulary)}
+    assert max(logged["train/text/active_words"].values()) < len(vocabulary) / 2
+
+
+def test_what_was_left_out_before_goes_on_being_counted(vocabulary, tmp_path):
+    before = Health(every=1, skip=2)
+    fit(vocabulary, tmp_path / "a", before, not_a_number)
+    again = Health(every=1, skip=2)
+    again.load_state_dict(before.state_dict())
+    assert fit(vocabulary, tmp_path / "b", again, lambda step: {})["health/left_out"] == {1: 3, 3: 3, 5: 3}
 
 
 def test_a_dense_run_is_warned_of_once_and_the_alarm_is_logged_while_it_is_dense(vocabulary, tmp_path):

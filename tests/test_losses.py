@@ -7,7 +7,9 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from stair.losses import flops, info_nce, ramp
+from stair import losses
+from stair.exchange import exchange
+from stair.losses import flops, info_nce, info_nces, ramp
 
 
 def info_nce_oracle(image, text, scale):
@@ -104,6 +106,10 @@ def test_unlike_shapes_are_refused():
 # ------------------------------------------------------------------ several ranks
 
 
+#: a second form of the texts: cut to some of their words
+OWN = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0, 1])
+
+
 def towers():
     torch.manual_seed(0)
     return nn.ModuleDict({"image": nn.Linear(4, 9), "text": nn.Linear(5, 9)}).double()
@@ -118,7 +124,10 @@ def batch(pairs=8):
 
 def objective(model, images, texts, scale, wrong=(1.0, 1.0)):
     image, text = (torch.log1p(torch.relu(model[k](x))) for k, x in (("image", images), ("text", texts)))
-    return wrong[0] * info_nce(image, text, scale).loss + wrong[1] * (0.1 * flops(image) + 0.2 * flops(text))
+    whole, part = info_nces(image, (text, text * OWN), scale)
+    assert whole.pairs == part.pairs
+    compared = whole.loss + 0.5 * part.loss
+    return wrong[0] * compared + wrong[1] * (0.1 * flops(image) + 0.2 * flops(text))
 
 
 def on_rank(rank, ranks, file, results, wrong, uneven):
@@ -154,7 +163,7 @@ def one_process():
     model.scale = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
     image, text = (torch.log1p(torch.relu(model[k](x))) for k, x in zip(("image", "text"), batch(), strict=True))
     # the oracle shares no code with the product
-    loss = info_nce_oracle(image, text, model.scale)
+    loss = info_nce_oracle(image, text, model.scale) + 0.5 * info_nce_oracle(image, text * OWN, model.scale)
     loss = loss + 0.1 * image.mean(0).square().sum() + 0.2 * text.mean(0).square().sum()
     loss.backward()
     return float(loss), [p.grad for p in model.parameters()]
@@ -182,3 +191,13 @@ def test_a_part_without_the_factor_of_ranks_is_noticed(tmp_path, wrong):
 def test_uneven_ranks_are_refused_on_every_rank(tmp_path):
     messages = [message for _, message, _ in run_ranks(2, tmp_path, uneven=True)]
     assert all("different numbers of pairs: [4, 3]" in str(m) for m in messages)
+
+
+def test_images_travel_once_for_all_forms_of_the_texts(monkeypatch):
+    sent = []
+    monkeypatch.setattr(losses, "exchange", lambda *own: sent.append(own) or exchange(*own))
+    image, *texts = torch.rand(3, 4, 6).unbind()
+    both = info_nces(image, texts, torch.ones(1))
+    assert len(sent) == 1 and [bool((one == image).all()) for one in sent[0]] == [True, False, False]
+    for got, text in zip(both, texts, strict=True):
+        assert torch.equal(got.loss, info_nce(image, text, torch.ones(1)).loss)

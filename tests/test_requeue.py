@@ -303,6 +303,7 @@ def test_the_stages_jobs_differ_in_nothing_but_the_stage(stage):
         ({"DATA_TRAIN": ""}, "DATA_TRAIN is not set"),
         ({"DATA_VAL": ""}, "DATA_VAL is not set"),
         ({"STRATEGY": "magic"}, "STRATEGY=magic: there is no configs/hardware/magic.yaml; known are ddp and fsdp2"),
+        ({"RECIPE": "magic"}, "RECIPE=magic: there is no configs/magic/stage1.yaml"),
         ({"words": "--trainer.devices 2"}, "--trainer.devices: the job says that itself"),
         ({"SLURM_JOB_ID": ""}, "this is no SLURM job"),
         ({"SLURM_NTASKS_PER_NODE": ""}, "no tasks per node"),

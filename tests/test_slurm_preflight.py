@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,17 @@ def test_a_stage_after_itself_or_a_later_one_is_refused(job):
         "--transition.after is 3: stage 3 can start from 0 (nothing) to 2"
         in job("--transition.after=3", stage=3).stderr
     )
+
+
+def test_a_recipe_is_a_file_for_each_stage_and_words_for_all_stages_are_none_of_one(job, tmp_path):
+    handed_over(tmp_path, 1)
+    started = job("--config", "mine.yaml", stage=2, RECIPE="paper").stdout.splitlines()
+    files = [following for word, following in pairwise(started) if word == "--config"]
+    assert files == ["configs/stage2.yaml", "configs/paper/stage2.yaml", "configs/hardware/ddp.yaml", "mine.yaml"]
+    env = {**os.environ, "RUN": "r", "DATA_TRAIN": "a.tar", "DATA_VAL": "b.tar"}
+    line = ["bash", ROOT / "slurm" / "pipeline.sh", "--config", "configs/paper/stage1.yaml"]
+    done = subprocess.run(line, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "would go to all three stages" in done.stderr
 
 
 def test_a_refused_stage_leaves_no_folder(job, tmp_path):

@@ -146,6 +146,7 @@ def test_predict_gives_the_embeddings_of_every_test_image_once(finished, scenes)
             ["--model.init_args.stair.image.options.depth", "2"],
             "image.options: .*'depth': 1.*there.*'depth': 2.*here",
         ),
+        (2, ["--model.init_args.stair.own_word_lead", "1"], "own_word_lead: 0.0 there, 1.0 here"),
         (2, ["--trainer.accumulate_grad_batches", "2"], "micro_batch_size"),
         (2, ["--model.init_args.optimizer.warmup_steps", "9"], "warmup_steps is 9 but the run has 4"),
         (2, ["--data.global_batch_size", "1000"], "64.*1000|1000.*64"),
@@ -175,6 +176,55 @@ def test_a_stage_that_begins_from_nothing_has_no_scale_to_keep(scenes, tmp_path)
         main(alone)
     main([*alone, "--model.init_args.objective.scale_start", "14.3", "--trainer.max_steps", "2"])
     assert (tmp_path / "new" / "stage3" / "stair").is_dir()
+
+
+def test_after_a_hard_mask_own_words_may_lead_by_more(scenes, tmp_path):
+    (tmp_path / "hard.yaml").write_text("model: {init_args: {objective: {own_words_share: null}}}")
+    main(words(scenes, 1, tmp_path / "r", "--config", str(tmp_path / "hard.yaml")))
+    main(words(scenes, 2, tmp_path / "r", "--model.init_args.stair.own_word_lead", "1"))
+    assert Stair.from_pretrained(tmp_path / "r" / "stage2" / "stair").config.own_word_lead == 1
+
+
+@pytest.mark.parametrize("more", [[], ["--ckpt_path", "last"]])
+def test_what_was_trained_by_cosine_is_not_measured_by_dot_products(finished, scenes, more):
+    dot = ("--model.init_args.objective.similarity", "dot", "--model.init_args.objective.scale_start", "1")
+    with pytest.raises(ValueError, match="similarity: cosine there, dot here"):
+        main(words(scenes, 3, finished, *more, *dot, subcommand="validate"))
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_weights_as_they_start_are_not_measured(scenes, subcommand):
+    line = words(scenes, 3, "r", subcommand=subcommand)
+    at = line.index("--run")
+    with pytest.raises(ValueError, match=f"{subcommand} has no model.*--run RUN"):
+        main(line[:at] + line[at + 2 :])
+
+
+def test_evaluation_sets_may_have_any_name(finished, scenes):
+    sets = ", ".join(f"{name}: {scenes}/val-*.tar" for name in ("train", "type", "coco.val"))
+    cli = main(words(scenes, 3, finished, "--data.val", f"{{{sets}}}", subcommand="validate"))
+    got = cli.trainer.callback_metrics
+    assert got["val/train/t2i/recall@5"] == got["val/coco.val/t2i/recall@5"] == got["val/type/t2i/recall@5"]
+
+
+class PushesScale(L.Callback):
+    """Sees to it that the scale wants to rise, and that nobody who saves after a step sees it above 100."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        pl_module.stair.log_scale.grad = -torch.ones(1)
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        trainer.scales = [*getattr(trainer, "scales", []), float(pl_module.stair.scale)]
+
+
+def test_the_scale_is_held_at_100_before_anything_saves_it(scenes, tmp_path):
+    more = ("--model.init_args.objective.scale_start", "99.9", "--model.init_args.optimizer.lr", "0.01")
+    cli = main(words(scenes, 1, tmp_path / "r", *more, "--trainer.callbacks+", "tests.test_stages.PushesScale"))
+    assert (
+        len(cli.trainer.scales) == 4
+        and cli.trainer.scales[-1] == pytest.approx(100)
+        and max(cli.trainer.scales) < 100.01
+    )
 
 
 def test_stage_2_without_a_stage_1_says_what_to_give(scenes, tmp_path):
@@ -398,8 +448,7 @@ def test_a_scale_at_its_bound_comes_back_when_the_loss_asks(vocab_file):
         stage.set_scale(99.0) if not scales else None
         optimizer.zero_grad()
         (-wanted * stage.stair.scale).sum().backward()
-        optimizer.step()
-        stage.on_train_batch_end({}, {}, 0)
+        stage.optimizer_step(0, 0, optimizer, None)
         scales.append(stage.stair.scale.item())
     assert scales[:2] == pytest.approx([100, 100]) and scales[2] < 99
 
