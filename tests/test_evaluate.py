@@ -3,6 +3,7 @@
 import json
 import tarfile
 from io import BytesIO
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_the_command_measures_shards_and_classes_and_writes_what_it_found(
     assert result["model"]["training"] == {"stage": 3, "steps": 7}
     assert {"i2t/recall@1", "t2i/recall@3", "t2i/mrr", "i2t/ndcg@10", "t2i/median_rank"} <= scenes["retrieval"].keys()
     # captions that only name the class tell no images apart
-    assert "retrieval" not in pets and pets["protocol"]["images_with_the_captions_of_another"] == 4
+    assert "retrieval" not in pets and pets["protocol"]["images_with_the_captions_of_another"] == 6
     assert pets["words"]["sparsity/image/active_words"] > 0
     assert not any("text" in name or name.startswith(("grounding", "expansion")) for name in pets["words"])
     assert set(pets["zero_shot"]["per_class"]) == {"dog", "cat"} and pets["linear_probe"]["images"]["test"] == 6
@@ -214,6 +215,15 @@ def test_the_vocabulary_test_reads_sparse_weights_off_and_ties_count_against():
     # ranks: word 2 behind word 1: 2 · word 1 is inactive, ties with two others behind word 2: 4 · ties with word 1: 2
     assert found["top1"] == 0 and found["median_rank"] == 2 and found["top5"] == 1
     assert (found["images"], found["left_out"]) == (3, 1)
+    # one with two of them: the middle is between
+    assert naming(SparseRows.of(weights), [[2, 3], [], [0], []], 4)["median_rank"] == 2
+    assert naming(SparseRows.of(weights), [[2, 3], [1], [], []], 4)["median_rank"] == 3
+
+
+def test_the_vocabulary_test_gives_nothing_for_what_is_no_number():
+    broken = torch.tensor([[float("nan")] * 4, [0, float("nan"), 2, 1]])
+    found = naming(SparseRows.of(broken), [[1], [2]], 4)
+    assert found["top1"] == 0 and found["median_rank"] == 3  # ranks 4, and 2: behind what is no number
 
 
 def test_the_vocabulary_test_says_what_naming_the_commonest_words_would_get():
@@ -324,7 +334,7 @@ class SentenceDouble:
         return torch.tensor(rows).to_sparse()
 
 
-def test_sentence_transformers_models_are_opened_as_what_they_are(monkeypatch, tmp_path):
+def test_sentence_transformers_models_are_opened_as_what_they_are(monkeypatch, tmp_path, vocabulary, vocab_file):
     library = pytest.importorskip("sentence_transformers", reason="the extra `openclip`")
     for family in ("SparseEncoder", "SentenceTransformer"):
         (tmp_path / family).mkdir()
@@ -335,8 +345,15 @@ def test_sentence_transformers_models_are_opened_as_what_they_are(monkeypatch, t
         scored = open_model(f"sentence_transformers:{tmp_path / family}")
         assert type(scored.encoder.model).__name__ == family
         assert scored.kind == {"SparseEncoder": "sparse"}.get(family, "dense")
+        assert scored.words is None
         assert scored.encoder.similarity == "dot" and "9 tokens" in scored.truncation
         assert scored.encoder.encode_image([picture("red")]).tolist() == [[0, 0, 3]]
+    # its dimensions have names where its tokenizer has the words that are given, in their order
+    source = f"sentence_transformers:{tmp_path / 'SparseEncoder'}"
+    for tokens, named in ((vocabulary.tokens, True), (vocabulary.tokens[::-1], False)):
+        table = {token: i for i, token in enumerate(tokens)}
+        monkeypatch.setattr(SentenceDouble, "tokenizer", SimpleNamespace(get_vocab=table.copy), raising=False)
+        assert (open_model(source, str(vocab_file)).words is not None) == named
     monkeypatch.setattr(SentenceDouble, "similarity_fn_name", "euclidean")
     with pytest.raises(ValueError, match="only cosine and dot"):
         open_model(f"sentence_transformers:{tmp_path / 'SparseEncoder'}")

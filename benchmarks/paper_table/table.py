@@ -170,19 +170,17 @@ def _of_dense(
 
 
 def _at_64(records: list[dict[str, Any]], name: str, way: str, side: str) -> float | None:
-    """R@1 with 64 words over the best R@1 at any size, both means over seeds; None for what is not pruned so."""
+    """R@1 with 64 words over the best R@1 of any cut, both means over seeds; None for what is not pruned so."""
     cuts = [
-        {
-            line["kept"]: line[way]
-            for line in record["sets"].get(name, {}).get("pruned", [])
-            if line["kept"] == "all" or line.get("side", "both") == side  # before 2026-11-28 both sides alone were cut
-        }
+        # before 2026-11-28 both sides alone were cut
+        {(line.get("side", "both"), line["kept"]): line[way] for line in record["sets"].get(name, {}).get("pruned", [])}
         for record in records
     ]
-    if not all("top 64" in of for of in cuts):
+    wanted = (side, "top 64")
+    if not all(wanted in of for of in cuts):
         return None
-    means = [statistics.mean(of[kept] for of in cuts) for kept in cuts[0] if all(kept in of for of in cuts)]
-    return statistics.mean(of["top 64"] for of in cuts) / max(means) if max(means) else 0.0
+    means = [statistics.mean(of[cut] for of in cuts) for cut in cuts[0] if all(cut in of for of in cuts)]
+    return statistics.mean(of[wanted] for of in cuts) / max(means) if max(means) else 0.0
 
 
 def _plot(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]], out: Path, baseline: str | None) -> None:

@@ -119,6 +119,12 @@ class SentenceModel:
             raise ValueError(f"{folder} compares by {named!r}; only cosine and dot can be ranked here")
         self.similarity: Literal["dot", "cosine"] = named
 
+    @property
+    def tokens(self) -> list[str]:
+        """The pieces of its tokenizer, by id; none where it has no such tokenizer."""
+        known: dict[str, int] = getattr(getattr(self.model, "tokenizer", None), "get_vocab", dict)()
+        return sorted(known, key=known.__getitem__)
+
     def encode_image(self, images: Sequence[Image]) -> Tensor:
         """(B, V) embeddings."""
         return self._encode(list(images))
@@ -136,7 +142,7 @@ def _sentence_transformers(place: str, vocabulary: Vocabulary | None) -> Scored:
     model = SentenceModel(place)
     cut = f"texts cut at {model.model.max_seq_length} tokens, images by the model's own preprocessing"
     # a sparse model of another tokenizer has other words: its dimensions stay nameless here
-    words = vocabulary if model.sparse and vocabulary else None
+    words = vocabulary if model.sparse and vocabulary is not None and model.tokens == vocabulary.tokens else None
     return Scored(
         model,
         Path(place).name,

@@ -15,6 +15,7 @@ N images, V words, W words a dense model chooses among, Q images of a block.
 """
 
 import re
+import statistics
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -92,10 +93,11 @@ def naming(
         for score_W, wanted in zip(score_QW, right[first:last], strict=True):
             at = list(wanted) if words is None else [place[v] for v in wanted if v in place]
             if at:
-                best = score_W[at].max()
-                ranks.append(1 + int((score_W >= best).sum()) - int((score_W[at] >= best).sum()))
+                # what is no number counts against: as a right word it is last, as another it is ahead
+                best = score_W[at].nan_to_num(float("-inf")).max()
+                ranks.append(1 + int((~(score_W < best)).sum()) - int((~(score_W[at] < best)).sum()))
     found = torch.tensor(ranks, dtype=torch.float64)
-    median = float(found.median()) if len(found) else float("nan")
+    median = statistics.median(ranks) if ranks else float("nan")
     figures = {"median_rank": median, "images": float(len(found)), "left_out": float(len(right) - len(found))}
     guessed = torch.tensor(_commonest(right), dtype=torch.float64)
     return _shares(found) | {f"commonest/{key}": share for key, share in _shares(guessed).items()} | figures

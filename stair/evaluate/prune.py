@@ -5,7 +5,7 @@ N images, C captions, V words (or the width of a dense embedding).
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,14 +38,21 @@ def curve(
         A line each: `kept`, whose words were cut (`side`: `both` or `images`), mean active words of `images` and `texts`,
         `i2t` and `t2i` recall@1, `index_bytes` of the images. The first line is of everything.
     """
-    cuts = [("all", "both", images, texts)]
-    longest = max(int(rows.entries.max()) if len(rows.entries) else 0 for rows in (images, texts))
-    cuts += [(f"top {k}", "both", images.largest(k), texts.largest(k)) for k in most if k < longest]
-    longest = int(images.entries.max()) if len(images.entries) else 0
-    cuts += [(f"top {k}", "images", images.largest(k), texts) for k in most if k < longest]
-    cuts += [(f"≥ {share:g} of the heaviest", "both", images.above(share), texts.above(share)) for share in shares]
+    longest, longest_text = (int(rows.entries.max()) if len(rows.entries) else 0 for rows in (images, texts))
+
+    def cuts() -> Iterator[tuple[str, str, SparseRows, SparseRows]]:  # one at a time in memory
+        yield "all", "both", images, texts
+        for k in most:
+            if k < max(longest, longest_text):
+                yield f"top {k}", "both", images.largest(k), texts.largest(k)
+        for k in most:
+            if k < longest:
+                yield f"top {k}", "images", images.largest(k), texts
+        for share in shares:
+            yield f"≥ {share:g} of the heaviest", "both", images.above(share), texts.above(share)
+
     lines = []
-    for kept, side, some_images, some_texts in cuts:
+    for kept, side, some_images, some_texts in cuts():
         pair = (some_images.unit(), some_texts.unit()) if similarity == "cosine" else (some_images, some_texts)
         figures = retrieval_figures(*pair, owner, (1,))
         lines.append(

@@ -13,7 +13,7 @@ from stair.evaluate.embed import Embedded, embed, embed_images
 from stair.evaluate.naming import naming, right_words, word_rows
 from stair.evaluate.prune import cost, curve
 from stair.evaluate.scored import Scored
-from stair.evaluate.sets import EvaluationSet
+from stair.evaluate.sets import EvaluationSet, images_told_alike
 from stair.ranking import QUERIES, SparseRows, retrieval_figures
 
 KS = (1, 5, 10)
@@ -86,14 +86,13 @@ def evaluate(
 
 def _protocol(scored: Scored, what: EvaluationSet, found: Embedded, ks: Sequence[int]) -> dict[str, Any]:
     counts = [len(captions) for captions in found.captions]
-    repeated = len(counts) - len({tuple(captions) for captions in found.captions})
     score_block = 4 * QUERIES * max(len(found.texts.entries), len(found.images.entries))
     return {
         "split": what.split,
         "images": len(counts),
         "captions": sum(counts),
         "captions_an_image": {"least": min(counts, default=0), "most": max(counts, default=0)},
-        "images_with_the_captions_of_another": repeated,
+        "images_with_the_captions_of_another": images_told_alike(found.captions),
         "similarity": scored.encoder.similarity,
         "truncation": scored.truncation,
         "ties": TIES,

@@ -1,6 +1,7 @@
 """What an evaluation reads: images with captions, images with classes, or both."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,6 +21,12 @@ class Sample:
     image: Image
     captions: Sequence[str] = ()
     label: int | None = None
+
+
+def images_told_alike(captions: Iterable[Sequence[str]]) -> int:
+    """How many images have the same captions as another: nobody could tell them apart by text."""
+    times = Counter(map(tuple, captions))
+    return sum(count for count in times.values() if count > 1)
 
 
 class Samples(Protocol):

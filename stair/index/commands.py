@@ -102,4 +102,5 @@ def search(
             words_of_hit = " ".join(f"{word.word}:{word.contribution:.3f}" for word in shared)
             print(f"{hit.score:9.4f}  {one_line(hit.id)}  {one_line(words_of_hit)}")
     if not hits and not json_lines:
-        print("no document shares a word with the query")
+        told = f" where {one_line(where)}" if where else ""
+        print(f"no document scores above 0{told}: none shares a word with the query that counts for it")
