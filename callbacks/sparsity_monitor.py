@@ -9,6 +9,7 @@ V words.
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class SparsityMonitor(L.Callback):
 
     - At every `trainer.log_every_n_steps`, of the global batch: `train/image/active_words`,
       `train/text/active_words`, `train/products_per_pair`; in stage 1, where the loss also sees texts without their mask,
-      `train/text_unmasked/active_words`.
+      `train/text_unmasked/active_words`, and `own_share`, what own words make of the squared length of these texts.
     - Of each evaluation set: `val/<set>/sparsity/<figure>` (the figures of `SparsityStats`), `val/<set>/grounding@10`,
       `grounding@1` and `grounding@10_frequent`, the same for the commonest caption words, which is the figure to beat;
       `val/<set>/expansion/<figure>` (the figures of `Expansion`).
@@ -71,6 +72,10 @@ class SparsityMonitor(L.Callback):
             stats.reset()
             stats.update(outputs["image_BV"], outputs["text_unmasked_CV"])
             logged["train/text_unmasked/active_words"] = stats.compute()["text/active_words"]
+            # in stage 1 `text_CV` is the same text, cut to its own words
+            sums = torch.stack([outputs[form].square().sum() for form in ("text_CV", "text_unmasked_CV")])
+            own, whole = trainer.strategy.reduce(sums, reduce_op="sum")
+            logged["train/text_unmasked/own_share"] = own / whole
         pl_module.log_dict(logged, batch_size=1)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
