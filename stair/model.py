@@ -43,9 +43,11 @@ class StairConfig(TowersConfig):
         image_bias_start: start of the image head's bias, where no published head gives one. Below 0 costs recall.
         text_bias_start: the same for text. Above 0 keeps a caption's own words on while training starts from scratch.
         own_word_lead: what a text's own words have in front of all others, in logits, where others may be active; a fixed
-            part of the model. A text side from scratch wants about 3: its other words never had a gradient in stage 1,
-            all of them would be active in stage 2, and what stage 1 learned would be lost. BERT's head should need none,
-            as it is peaked at the word it reads (not measured).
+            part of the model. Under a soft mask so much that own words make about a twentieth of a text's squared length
+            as training starts (`train/text_unmasked/own_share`): 0.45 from scratch, where 1.5 starves texts; 3 from a
+            masked-LM head taught on captions, whose logits are larger (docs/results.md). Under the hard mask a text side
+            from scratch wants about 3: its other words have no gradient in stage 1, all of them would be active in stage
+            2, and what stage 1 learned would be lost. No published head was measured.
         shared_words: both heads read one word matrix. A stage that freezes the image side then freezes the words of both.
         similarity: how images and texts are compared: `dot` of the weights, or `cosine`. A stage sets it.
         text_words: which words a text may light up: its `own` (stage 1) or `all`. A stage sets it.
