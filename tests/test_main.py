@@ -95,7 +95,7 @@ def test_without_a_run_a_validation_has_a_folder_of_its_own_too(scenes, monkeypa
     monkeypatch.setattr(main.StairCLI, "_run_subcommand", lambda self, subcommand: None)
     line = words(scenes, 1, "", subcommand="validate")
     at = line.index("--run")
-    cli = main.main(line[:at] + line[at + 2 :])
+    cli = main.main([*line[:at], *line[at + 2 :], "--transition.start_from", "mine/stage1/stair"])
     assert Path(cli.trainer.log_dir) == Path("runs/default/validate")
     assert cli.trainer.checkpoint_callback.dirpath == "runs/default/tensorboard/checkpoints"
 
