@@ -274,6 +274,6 @@ class Health(L.Callback):
             )
         elif pl_module.stair.similarity == "dot":  # a learned scale of directions is wide as it should be
             rank_zero_warn(
-                f"the first batch's logits spread by {spread:.1f}, more than a stage before hands over: texts come over "
-                "dense. Where recall does not come back within 100 steps, give all stages a higher stair.own_word_lead"
+                f"the first batch's logits spread by {spread:.1f}: texts may come over dense from the stage before. Where "
+                "recall does not come back within 100 steps, give all stages a higher stair.own_word_lead"
             )
