@@ -175,7 +175,14 @@ def _expand(
 
 
 def info_nce(image: Tensor, text: Tensor, scale: Tensor, cosine: bool = False) -> Contrastive:
-    """Symmetric InfoNCE over the pairs of all ranks, of one form of the texts; see `info_nces`."""
+    """Symmetric InfoNCE over the pairs of all ranks, of one form of the texts.
+
+    Args:
+        image: (B, V), this rank's images.
+        text: (B, V), this rank's texts.
+        scale: as all else, and the errors, in `info_nces`.
+        cosine: compare directions only.
+    """
     return info_nces(image, (text,), scale, cosine)[0]
 
 
