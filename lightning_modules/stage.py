@@ -42,7 +42,7 @@ class Objective:
         flops_ramp_steps: optimiser steps over which λ grows quadratically from 0; 0 for none.
         flops_text_words: which of a text's words λ_text weighs on in the masked stage. `own`: what the mask lets through,
             the paper's form. `all`: as if there were no mask, so that words outside it have a gradient; costs a full text
-            head, and with a hard mask learned sentences far more slowly (docs/results.md).
+            head, and with a hard mask learned sentences far more slowly (docs/experiments.md).
         own_words_share: how much of the contrastive loss is that of texts cut to their own words; the rest is that of all
             words. None is the paper's form: 1 in stage 1, 0 in stages 2 and 3. Below 1 in stage 1, in (0, 1], the mask is
             soft: images keep words that no caption holds yet. Above 0 in stages 2 and 3, in [0, 1), what stage 1 taught

@@ -132,6 +132,9 @@ def _spelled_out(function: Callable[..., Any] | dict[str, Callable[..., Any]], a
     ]
     needed = [] if isinstance(function, dict) else [p for p in parameters if p.default is p.empty]
     if needed and needed[-1].annotation == list[str]:
+        if words and words[0].split("=")[0] in {f"--{parameter.name}" for parameter in parameters}:
+            first = " ".join(parameter.name.upper() for parameter in needed)
+            sys.exit(f"{words[0]} stands before {first}: which words are whose cannot be told; give {first} first")
         count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
         before = len(needed) - 1
         words = [*words[:before], json.dumps(words[before:count]), *words[count:]] if count > before else words

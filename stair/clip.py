@@ -55,12 +55,11 @@ class DenseClip(TwoTowers):
     config: ClipConfig
 
     def __init__(self, config: ClipConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         if config.width < 1:
             raise ValueError(f"width is {config.width}; give the numbers of an embedding, 512 as in CLIP")
         if config.pooling == "class":
             config.image = replace(config.image, positions="class")
-        self.config = config
         self.vocabulary = Vocabulary(config.vocabulary)
         self.image_encoder = ImageEncoder(config.image)
         self.text_encoder, _ = TextEncoder.build(config.text, len(self.vocabulary))

@@ -8,8 +8,10 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from stair.card import SPARSE, card, markdown_table
+from stair.report.tables import measured
 from stair.towers import folder_of, read_description
 
 #: what a saved model consists of; nothing else in its folder is uploaded
@@ -17,7 +19,7 @@ FILES = ("model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tok
 
 
 def model_card(
-    folder: Path, licence: str, name: str = "", data: str = "", results: Mapping[str, float | str] | None = None
+    folder: Path, licence: str, name: str = "", data: str = "", results: Mapping[str, Any] | None = None
 ) -> str:
     """The README.md of a model.
 
@@ -26,10 +28,11 @@ def model_card(
         licence: of the weights, by its identifier (`apache-2.0`, `cc-by-nc-4.0`, ...); depends on the training data.
         name: under which it is loaded.
         data: what it was trained on, in a sentence or two.
-        results: what was measured, by name; left out, the card says that nothing was.
+        results: what was measured: numbers or texts by name, or what `stair evaluate` writes as evaluation.json; left out,
+            the card says that nothing was.
 
     Raises:
-        FileNotFoundError, ValueError: if the folder holds no saved model.
+        FileNotFoundError, ValueError: if the folder holds no saved model, or results are neither.
     """
     about = read_description(folder)
     model = about["model"]
@@ -49,7 +52,7 @@ vectors = model.encode(images=["photo.jpg"])  # scipy CSR, one column a word
             f"`{model['similarity']}`. Vocabulary fingerprint `{about['vocabulary_fingerprint'][:16]}`.",
         ],
         about["training"],
-        [markdown_table(["measure", "value"], list(results.items()))] if results else [],
+        _measured(results) if results else [],
         data,
         [
             "A word is a word piece of an English vocabulary: rare words fall apart, and a dimension can mean something "
@@ -65,6 +68,14 @@ tags: [sparse, image-text, retrieval, stair]
 ---
 """
     return f"{head}{page}\n## Licence\n\n{licence}\n"
+
+
+def _measured(results: Mapping[str, Any]) -> list[str]:
+    if {"model", "sets"} <= results.keys():
+        return measured(results)
+    if odd := [name for name, value in results.items() if not isinstance(value, (str, int, float))]:
+        raise ValueError(f"results: {odd[0]!r} is no number or text; give those by name, or evaluation.json")
+    return [markdown_table(["measure", "value"], list(results.items()))]
 
 
 def push(
@@ -83,7 +94,7 @@ def push(
         name: USER/MODEL on the hub; made if it does not exist.
         licence: of the weights, such as apache-2.0; depends on the training data.
         data: what it was trained on, in a sentence or two.
-        results: json of measures by name, for the card.
+        results: json for the card: the evaluation.json of `stair evaluate`, or measures by name.
         private: whether only you can see it, if it is made.
         message: of the commit.
     """

@@ -18,6 +18,7 @@ MAX_PIXELS = 89_478_485  # Pillow's own warning limit: 256 MiB of RGB
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 _ORIENTATION = 0x0112  # EXIF: how a camera was held
+_HOLD_ORIENTATION = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where Pillow looks for it
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -63,11 +64,9 @@ def decode_image(
                     image.draft(None, (width // scale, height // scale))
                 deep = ";16" in str(image.tile)
                 image.load()
-                turn = _TURNS.get(_orientation(image) or 1)
                 if converted is not None:
-                    converted += _peculiar(image, deep, turn is not None)
-                upright = as_rgb(image)
-                return upright if turn is None else upright.transpose(turn)
+                    converted += _peculiar(image, deep)
+                return as_rgb(image)
     except UnidentifiedImageError as error:  # whose own words are an address in memory, another one each time
         raise ValueError(f"image undecodable: by its content no readable {', '.join(_FORMATS)}") from error
     except Image.DecompressionBombError as error:
@@ -92,7 +91,7 @@ def reduction(width: int, height: int, enough: int | None) -> int:
     return next((scale for scale in (8, 4, 2) if enough and min(width, height) // scale >= enough), 1)
 
 
-def _peculiar(image: Image.Image, deep: bool, turned: bool) -> Iterator[str]:
+def _peculiar(image: Image.Image, deep: bool) -> Iterator[str]:
     if image.mode == "CMYK":
         yield "CMYK"
     if deep:
@@ -103,7 +102,7 @@ def _peculiar(image: Image.Image, deep: bool, turned: bool) -> Iterator[str]:
         yield "transparency"
     if image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False):
         yield "animation"
-    if turned:
+    if _orientation(image) in _TURNS:
         yield "EXIF orientation"
 
 
@@ -114,7 +113,11 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Converts any mode to 8-bit RGB: 16 bits scaled, transparency laid over white."""
+    """Converts a picture as a viewer would show it to 8-bit RGB: upright, 16 bits scaled, transparency laid over white.
+
+    The EXIF orientation is applied and taken out, so that a picture from here comes through unchanged.
+    """
+    turn = _TURNS.get(_orientation(image) or 1)
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16 bits at 255, which turns such images white
         image = Image.fromarray((np.asarray(image).clip(0, 65_535) // 257).astype(np.uint8))
@@ -122,7 +125,13 @@ def as_rgb(image: Image.Image) -> Image.Image:
         over = image.convert("RGBA")
         image = Image.new("RGBA", over.size, "white")
         image.alpha_composite(over)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    if turn is None:
+        return rgb
+    upright = rgb.transpose(turn)
+    for key in _HOLD_ORIENTATION:
+        upright.info.pop(key, None)
+    return upright
 
 
 def box_pixels(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Tensor:

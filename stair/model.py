@@ -45,9 +45,9 @@ class StairConfig(TowersConfig):
         own_word_lead: what a text's own words have in front of all others, in logits, where others may be active; a fixed
             part of the model. Under a soft mask so much that own words make about a twentieth of a text's squared length
             as training starts (`train/text_unmasked/own_share`): 0.45 from scratch, where 1.5 starves texts; 3 from a
-            masked-LM head taught on captions, whose logits are larger (docs/results.md). Under the hard mask a text side
-            from scratch wants about 3: its other words have no gradient in stage 1, all of them would be active in stage
-            2, and what stage 1 learned would be lost. No published head was measured.
+            masked-LM head taught on captions, whose logits are larger (docs/experiments.md). Under the hard mask a text
+            side from scratch wants about 3: its other words have no gradient in stage 1, all of them would be active in
+            stage 2, and what stage 1 learned would be lost. No published head was measured.
         shared_words: both heads read one word matrix. A stage that freezes the image side then freezes the words of both.
         similarity: how images and texts are compared: `dot` of the weights, or `cosine`. A stage sets it.
         text_words: which words a text may light up: its `own` (stage 1) or `all`. A stage sets it.
@@ -92,8 +92,7 @@ class Stair(TwoTowers):
     config: StairConfig
 
     def __init__(self, config: StairConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.vocabulary = Vocabulary(config.vocabulary)
         self.image_encoder = ImageEncoder(config.image)
         self.text_encoder, masked_lm = TextEncoder.build(config.text, len(self.vocabulary))
@@ -206,6 +205,8 @@ class Stair(TwoTowers):
             raise ValueError("give images or texts, one of both")
         if isinstance(texts, str) or isinstance(images, (str, Path, Image)):
             raise ValueError("give a list, also for one: encode(texts=[text])")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; give a number from 1 up")
         from scipy import sparse
 
         from stair.embeddings import to_csr
@@ -232,7 +233,7 @@ class Stair(TwoTowers):
             name: USER/MODEL on the hub.
             licence: of the weights, such as `apache-2.0`; depends on the training data.
             data: what it was trained on, in a sentence or two.
-            results: json file of measures by name, for the card.
+            results: json file for the card: the evaluation.json of `stair evaluate`, or measures by name.
             private: whether only you can see it, if it is made.
         """
         import tempfile
@@ -276,6 +277,8 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[Sequence[Any]]:
 def _opened(image: Image | str | Path) -> Image:
     if isinstance(image, Image):
         return image
+    if not isinstance(image, (str, Path)):
+        raise ValueError(f"an image is a {type(image).__name__}; give a path, or a PIL image: decode_image(bytes)")
     try:
         return decode_image(Path(image).read_bytes())
     except ValueError as error:

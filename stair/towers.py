@@ -62,6 +62,7 @@ class TwoTowers(nn.Module):
         family: what `config.json` calls the kind of model; also the name of a run's hand-over folder.
         config_class: what the model is built from.
         log_scale: (1,), logarithm of the similarity's scale (inverse temperature). Not a scalar: FSDP2 refuses those.
+        recorded: what a loaded model's files say of its training; it is saved with it again.
     """
 
     family: ClassVar[str]
@@ -71,6 +72,12 @@ class TwoTowers(nn.Module):
     image_encoder: ImageEncoder
     text_encoder: TextEncoder
     log_scale: nn.Parameter
+    recorded: dict[str, Any]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.recorded = {}
 
     @property
     def similarity(self) -> Literal["dot", "cosine"]:
@@ -101,8 +108,12 @@ class TwoTowers(nn.Module):
             (B, V) fp32; of a `Stair` not negative, the weight of every word.
 
         Raises:
-            ValueError: if pixels are of another type.
+            ValueError: if there are none, pixels are of another type, or an image is no picture.
         """
+        if not len(images):
+            raise ValueError("no images: the list is empty")
+        if not isinstance(images, Tensor) and (odd := [image for image in images if not isinstance(image, Image)]):
+            raise ValueError(f"an image is a {type(odd[0]).__name__}; give PIL images, such as PIL.Image.open(path)")
         if isinstance(images, Tensor) and images.dtype != torch.uint8:
             raise ValueError(f"pixels are of {images.dtype}; give uint8 of 0 to 255, or pictures")
         if not isinstance(images, Tensor):
@@ -116,7 +127,16 @@ class TwoTowers(nn.Module):
         Returns:
             (C, V) fp32; of a `Stair` not negative, and after stage 1 only a text's own words are non-zero, as it was
             trained.
+
+        Raises:
+            ValueError: if there are none, or what is given is no list of strings.
         """
+        if isinstance(texts, str) or not len(texts):
+            raise ValueError(
+                "give a list of texts, also for one: encode_text([text])" if texts else "no texts were given"
+            )
+        if odd := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"a text is {odd[0]!r}, of {type(odd[0]).__name__}; give strings")
         ids, mask = self.vocabulary.tokenize(texts, self.config.text.max_tokens)
         return self.embed_tokens(ids.to(self.log_scale.device), mask.to(self.log_scale.device))
 
@@ -148,7 +168,7 @@ class TwoTowers(nn.Module):
 
         Args:
             folder: replaced if it exists.
-            facts: plain values about the training, kept in `config.json` under `training`.
+            facts: plain values about the training, kept in `config.json` under `training`; `recorded` by default.
         """
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +181,7 @@ class TwoTowers(nn.Module):
             "family": self.family,
             "model": self.portable_config(),
             "vocabulary_fingerprint": self.vocabulary.fingerprint,
-            "training": facts or {},
+            "training": self.recorded if facts is None else facts,
         }
         with whole(folder, fresh):
             save_model(self, str(fresh / _WEIGHTS))
@@ -215,6 +235,7 @@ class TwoTowers(nn.Module):
         if model.vocabulary.fingerprint != content["vocabulary_fingerprint"]:
             raise ValueError(f"{folder}: vocab.txt is not the vocabulary the model was saved with")
         load_weights(model, folder)
+        model.recorded = content["training"]
         return model.eval()
 
 

@@ -1,5 +1,6 @@
 """The few lines of Python that the README shows, and what `encode` returns."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from PIL import Image
 
 from stair import SparseIndex, Stair
+from stair.evaluate import EvaluationSet, Sample, evaluate, open_model
+from stair.images import decode_image
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -56,9 +59,33 @@ def test_encode_refuses_what_it_cannot_mean(tiny_stair, tmp_path):
         ({"texts": "a dog"}, "give a list"),
         ({"texts": ["a"], "output": "numpy"}, "'scipy' or 'torch'"),
         ({"images": [tmp_path / "x.png"]}, r"x\.png: image undecodable"),
+        ({"images": [b"bytes"]}, "an image is a bytes"),
+        ({"texts": ["a", None]}, "a text is None"),
+        ({"texts": ["a"], "batch_size": 0}, "batch_size is 0"),
     ]:
         with pytest.raises(ValueError, match=complaint):
             tiny_stair.encode(**arguments)
+    for call, argument, complaint in [
+        (tiny_stair.encode_text, "dog", "give a list"),
+        (tiny_stair.encode_text, [], "no texts"),
+        (tiny_stair.encode_image, [], "no images"),
+        (tiny_stair.encode_image, [tmp_path / "x.png"], "give PIL images"),
+    ]:
+        with pytest.raises(ValueError, match=complaint):
+            call(argument)
+
+
+def test_a_photograph_held_sideways_is_the_same_from_its_file_and_from_pillow(tiny_stair, tmp_path):
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        upright.save(tmp_path / "held.png", exif=exif)
+        opened = Image.open(tmp_path / "held.png")
+        decoded = decode_image((tmp_path / "held.png").read_bytes())
+        rows = [tiny_stair.encode(images=[image]).toarray() for image in (tmp_path / "held.png", opened, decoded)]
+        rows.append(tiny_stair.encode(images=[decoded.resize(decoded.size)]).toarray())
+        assert (rows[0] > 0).any() and all((row == rows[0]).all() for row in rows), orientation
 
 
 def test_the_fingerprint_survives_saving_and_names_all_that_makes_an_embedding(tiny_stair, tmp_path):
@@ -98,6 +125,20 @@ def test_a_model_comes_back_from_the_hub_with_a_card(tiny_stair, hub, tmp_path):
     assert "Drawn scenes." in card and "cut at 12 word pieces" in card and "Nothing was measured" not in card
     with pytest.raises(ValueError, match="USER/MODEL"):
         tiny_stair.push_to_hub("tiny", "mit")
+
+
+def test_a_card_takes_what_was_evaluated_and_refuses_what_it_cannot_show(tiny_stair, hub, tmp_path):
+    tiny_stair.recorded = {"stage": 3, "steps": 7}
+    samples = [Sample(Image.new("RGB", (40, 40), colour), ["a red ball"]) for colour in ("red", "blue")]
+    tiny_stair.save_pretrained(tmp_path / "m")
+    result, _ = evaluate(open_model(str(tmp_path / "m")), [EvaluationSet("mine", samples)])
+    (tmp_path / "evaluation.json").write_text(json.dumps(result))
+    Stair.from_pretrained(tmp_path / "m").push_to_hub("me/tiny", "mit", results=tmp_path / "evaluation.json")
+    card = (hub / "me/tiny/README.md").read_text()
+    assert "### Retrieval" in card and "2 images with 1 captions each" in card and "stage: 3, steps: 7" in card
+    (tmp_path / "evaluation.json").write_text('{"mine": {"recall": 1}}')
+    with pytest.raises(ValueError, match=r"'mine' is no number.*evaluation\.json"):
+        tiny_stair.push_to_hub("me/tiny", "mit", results=tmp_path / "evaluation.json")
 
 
 def test_only_the_files_of_a_model_are_uploaded(tiny_stair, hub, tmp_path):

@@ -18,8 +18,8 @@ from stair.evaluate import EvaluationSet, Sample, Scored, evaluate, open_model
 from stair.evaluate.classify import class_rows, linear_probe, zero_shot
 from stair.evaluate.naming import naming, right_words, word_rows
 from stair.evaluate.prune import cost, curve, index_bytes
-from stair.evaluate.tables import tables
 from stair.ranking import SparseRows
+from stair.report.tables import tables
 from tests.conftest import tiny_config, write_vocabulary
 from tests.test_metrics import oracle
 

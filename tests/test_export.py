@@ -73,6 +73,14 @@ def agree(index, search, rel=1e-6, k=10):
         np.testing.assert_allclose([score for _, score in found], [scores[name] for name, _ in found], rtol=rel)
 
 
+def test_an_export_that_fails_leaves_nothing_in_its_place(index, export, tmp_path):
+    with pytest.raises(SystemExit, match="nowhere"):
+        export("sqlite", tmp_path / "nowhere", tmp_path / "x.db")
+    assert not list(tmp_path.glob("*x.db*"))
+    export("sqlite", index.folder, tmp_path / "x.db")
+    assert [path.name for path in tmp_path.glob("*x.db*")] == ["x.db"]
+
+
 def test_sqlite_scores_exactly(index, export, tmp_path):
     export("sqlite", index.folder, tmp_path / "x.db")
     database = sqlite3.connect(tmp_path / "x.db")

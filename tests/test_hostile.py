@@ -30,7 +30,6 @@ from lightning_modules.parallel import refuse_code
 from main import main
 from stair import Embeddings, SparseIndex, Stair
 from stair.evaluate import output
-from stair.evaluate.tables import Table
 from stair.explain import read_text
 from stair.explain_page import page
 from stair.images import decode_image
@@ -39,6 +38,7 @@ from stair.index.files import write_array, write_manifest
 from stair.index.store import MANIFEST
 from stair.plain import escape, one_line, plain
 from stair.report import write_html
+from stair.report.tables import Table
 from stair.serve.page import PAGE
 from stair.sources import items_of
 from tests.test_index import SPACE, embeddings

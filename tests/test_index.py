@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -224,6 +225,12 @@ def test_a_word_that_is_no_piece_is_its_pieces(tmp_path):
         index.query(words="qqq")
 
 
+def test_a_vocabulary_in_which_case_counts_keeps_words_of_other_case_apart(tmp_path):
+    space = replace(SPACE, tokens=(*TOKENS[:8], "us", "US", *TOKENS[10:]))
+    index = SparseIndex.build(tmp_path / "i", Embeddings(rows(5), [f"d{n}" for n in range(5)], space))
+    assert [index.query(words={word: 1}).words.tolist() for word in ("us", "US", "Dog")] == [[8], [9], [4]]
+
+
 def test_like_finds_neighbours_without_the_document_itself(tmp_path):
     documents = embeddings(60)
     hits = SparseIndex.build(tmp_path / "i", documents).search(like="d7", k=5)
@@ -232,7 +239,9 @@ def test_like_finds_neighbours_without_the_document_itself(tmp_path):
 
 
 METADATA = [
-    {"n": n, "half": n / 2, "split": "test" if n % 3 else "train", "tags": [f"t{n % 4}", "all"]} for n in range(90)
+    {"n": n, "half": n / 2, "split": "test" if n % 3 else "train", "tags": [f"t{n % 4}", "all"]}
+    | {"title": ("sugar", "salt and pepper")[n % 2]}
+    for n in range(90)
 ]
 
 
@@ -246,6 +255,11 @@ METADATA = [
             ["n<70", "half > 11.5", "split=train"],
             lambda row: row["n"] < 70 and row["half"] > 11.5 and row["n"] % 3 == 0,
         ),
+        (
+            "n<70 and half > 11.5 and split=train",
+            lambda row: row["n"] < 70 and row["half"] > 11.5 and row["n"] % 3 == 0,
+        ),
+        ('title="salt and pepper" and n<50', lambda row: row["n"] % 2 and row["n"] < 50),
         ("tags=t2", lambda row: "t2" in row["tags"]),
         ("split=nothing", lambda row: False),
     ],
@@ -270,7 +284,7 @@ def test_filters_that_cannot_be_read_are_refused(tmp_path):
 
 def test_a_document_without_a_key_matches_only_unequal(tmp_path):
     index = SparseIndex.build(tmp_path / "i", embeddings(2, metadata=[{"a": 1, "b": "x"}, {}]))
-    for where, ids in [("a=1", [0]), ("a<9", [0]), ("a!=1", [1]), ("b=x", [0]), ("b!=x", [1])]:
+    for where, ids in [("", [0, 1]), ("a=1", [0]), ("a<9", [0]), ("a!=1", [1]), ("b=x", [0]), ("b!=x", [1])]:
         assert sorted(found(index.search(np.ones((1, V)), where=where))[0]) == ids, where
 
 
@@ -320,6 +334,7 @@ def test_an_open_index_outlives_changes_by_others(tmp_path):
 
 CHANGES = {
     "add": lambda index: index.add(embeddings(9, seed=2, prefix="e")),
+    "replace": lambda index: index.add(embeddings(9, seed=2), replace=True),
     "delete": lambda index: index.delete(["d1", "d20"]),
     "compact": lambda index: index.compact(),
 }
@@ -383,12 +398,39 @@ def test_a_change_that_is_refused_changes_nothing(tmp_path):
         ("not negative", lambda: index.add(Embeddings(bad, ["x"], SPACE))),
         ("2\\^53", lambda: index.add(Embeddings(rows(1), ["x"], SPACE, [{"n": 1 << 60}]))),
         ("whose vectors", lambda: index.add(rows(1), ["x"])),
+        ("'n': a value is infinite", lambda: index.add(Embeddings(rows(1), ["x"], SPACE, [{"n": math.inf}]))),
+        ("'n'.*not JSON compliant", lambda: index.add(Embeddings(rows(1), ["x"], SPACE, [{"n": [math.nan]}]))),
+        ("key 3 is of int", lambda: index.add(Embeddings(rows(1), ["x"], SPACE, [{3: "a"}]))),
+        ("occurs twice", lambda: index.add(Embeddings(rows(2), ["d1", "d1"], SPACE), replace=True)),
+        ("different models", lambda: _delete_and_add(index.folder, ["d1"], space=replace(SPACE, model="x" * 64))),
     ]:
         with pytest.raises(ValueError, match=complaint.replace("'d2'", "'d0'")):
             change()
         assert (tmp_path / "i" / "manifest.json").read_bytes() == manifest
     with pytest.raises(FileExistsError, match="already"):
         SparseIndex.build(tmp_path / "i", embeddings(2))
+
+
+def _delete_and_add(folder, gone, **other):
+    with writing.Writer(folder) as writer:
+        writer.change([embeddings(1, prefix="new", **other)], gone)
+
+
+def test_what_is_replaced_is_as_if_it_had_been_deleted_and_added(tmp_path, small_blocks):
+    fresh = Embeddings(rows(50, seed=3), [f"d{n}" for n in range(60, 110)], SPACE, [{"n": n} for n in range(50)])
+    replaced = SparseIndex.build(tmp_path / "a", embeddings(90)).add(fresh, replace=True)
+    wanted = SparseIndex.build(tmp_path / "b", embeddings(90)).delete([f"d{n}" for n in range(60, 90)]).add(fresh)
+    query = rows(1, seed=8, density=0.5)
+    assert list(replaced.ids) == list(wanted.ids) and len(replaced) == 110
+    assert found(replaced.search(query, 110)) == found(wanted.search(query, 110))
+    assert replaced.metadata("d75") == {"n": 15}
+
+
+def test_what_a_table_has_no_number_for_is_missing(tmp_path):
+    index = SparseIndex.build(
+        tmp_path / "i", embeddings(2, metadata=[{"a": math.nan, "b": math.nan}, {"a": 1, "b": "x"}])
+    )
+    assert [index.metadata(name) for name in ("d0", "d1")] == [{}, {"a": 1, "b": "x"}]
 
 
 def test_one_writer_at_a_time(tmp_path):
@@ -461,11 +503,27 @@ def test_opening_takes_no_longer_for_a_large_index(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "query", [dict(), dict(query="a", words="a"), dict(words="dog", k=0), dict(query=np.ones((1, 3)))]
+    "query",
+    [
+        dict(),
+        dict(query="a", words="a"),
+        dict(words="dog", k=0),
+        dict(query=np.ones((1, 3))),
+        dict(query=["a dog"]),
+        dict(query=b"a dog"),
+    ],
 )
 def test_queries_that_make_no_sense_are_refused(tmp_path, query):
     with pytest.raises(ValueError, match=r"give|wanted"):
         SparseIndex.build(tmp_path / "i", embeddings(4)).search(**query)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "ids", "complaint"), [(rows(1), [7], "ids are texts"), (torch.ones(1, V), ["a"], "scipy's CSR")]
+)
+def test_documents_that_make_no_sense_are_refused(tmp_path, tiny_stair, vectors, ids, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        SparseIndex.build(tmp_path / "i", vectors, ids, model=tiny_stair)
 
 
 def test_a_text_without_a_model_is_refused_with_what_to_do(tmp_path):

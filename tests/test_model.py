@@ -226,6 +226,8 @@ def test_a_saved_model_answers_the_same_after_loading(tiny_stair, captions, pixe
     torch.testing.assert_close(loaded.encode_image(pixels), tiny_stair.encode_image(pixels), atol=0, rtol=0)
     torch.testing.assert_close(loaded.encode_text(captions), tiny_stair.encode_text(captions), atol=0, rtol=0)
     assert loaded.config.similarity == "cosine" and not loaded.training
+    loaded.save_pretrained(tmp_path / "again")
+    assert Stair.from_pretrained(tmp_path / "again").recorded == {"stage": 3}
     assert loaded.text_head.words is loaded.text_encoder.words.weight
     names = {p.name for p in (tmp_path / "m").iterdir()}
     assert names >= {"model.safetensors", "config.json", "vocab.txt"} and not [

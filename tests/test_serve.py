@@ -5,13 +5,16 @@ import json
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from stair.explain import read_image
 from stair.index import SparseIndex
+from stair.model import Stair
 
 pytest.importorskip("starlette")
 pytest.importorskip("httpx")
@@ -86,7 +89,21 @@ def test_a_dropped_picture_finds_itself(client, pictures):
     words = client.post("/api/image", content=png(pictures[3])).json()["words"]
     assert client.post("/api/search", json={"words": words, "k": 1}).json()["hits"][0]["id"] == "id 3 & é"
     shown = client.get("/api/words", params={"id": "id 3 & é"}).json()["words"]
-    assert list(shown.items()) == [(word, pytest.approx(weight)) for word, weight in words.items()][: len(shown)]
+    assert list(shown.items()) == [(word, pytest.approx(weight)) for word, weight in words.items()]
+
+
+def test_a_query_of_many_words_ranks_by_all_of_them(tiny_stair, pictures, tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("\n".join([*tiny_stair.vocabulary.tokens, *(f"word{n}" for n in range(200))]) + "\n")
+    torch.manual_seed(0)
+    model = Stair(replace(tiny_stair.config, vocabulary=str(path))).eval()
+    index = SparseIndex.build(tmp_path / "many", model.encode(images=pictures), None, (), model)
+    client = TestClient(serving.application(index, model, None, ["localhost"]), base_url="http://localhost")
+    words = client.post("/api/image", content=png(pictures[2])).json()["words"]
+    hits = client.post("/api/search", json={"words": words}).json()["hits"]
+    wanted = SparseIndex.open(tmp_path / "many", model).search(pictures[2], 24)
+    assert len(words) > 40 and list(words) == sorted(words, key=words.get, reverse=True)
+    assert [(hit["id"], hit["score"]) for hit in hits] == [(hit.id, pytest.approx(hit.score)) for hit in wanted]
 
 
 def test_pictures_come_from_files_and_from_places_in_them(client, pictures, tiny_stair):

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from stair import __version__
-from stair.card import DENSE, SPARSE, card, markdown_table
+from stair.card import DENSE, SPARSE, card
 from stair.evaluate.embed import Embedded
 from stair.evaluate.scored import Scored
 from stair.evaluate.sets import EvaluationSet
-from stair.evaluate.tables import Table, protocol, tables
 from stair.plain import escape, one_line
 from stair.report import Picture, as_list, gallery, image_tag, table, top_words, write_html
+from stair.report.tables import Table, measured, protocol, tables
 
 _EXAMPLES, _WORDS = 12, 10
 
@@ -63,15 +63,9 @@ def model_card(result: Mapping[str, Any]) -> str:
         model["name"],
         [SPARSE if model["kind"] == "sparse" else DENSE, f"Embeddings are compared by {model['similarity']}."],
         model["training"],
-        ["\n".join(f"- {protocol(name, figures)}" for name, figures in result["sets"].items())]
-        + [_markdown(found) for found in tables(result)],
+        measured(result),
         limits=["Measured on the sets named above and on nothing else."],
     )
-
-
-def _markdown(found: Table) -> str:
-    notes = [note for note in found.notes if found.title != "Retrieval"]
-    return "\n\n".join([f"### {found.title}", markdown_table(found.heads, found.lines), *notes])
 
 
 def _section(found: Table) -> str:

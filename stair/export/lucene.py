@@ -43,7 +43,7 @@ def elasticsearch(index: Path, out: Path, name: str = "stair") -> None:
 
 
 def opensearch(index: Path, out: Path, name: str = "stair") -> None:
-    """Writes what OpenSearch (2.11 or newer) takes: mapping.json, bulk.ndjson, query.json as an example.
+    """Writes what OpenSearch (2.14 or newer) takes: mapping.json, bulk.ndjson, query.json as an example.
 
     Args:
         index: folder of the index.
@@ -118,7 +118,8 @@ def anserini(index: Path, out: Path, steps: int = 255) -> None:
 
     Args:
         index: folder of the index.
-        out: folder; documents.jsonl, and quantisation.json with the step and the largest error of a weight.
+        out: folder; documents.jsonl, whose features are ids of words, vocab.txt with the word of each id on its line,
+            and quantisation.json with the step and the largest error of a weight.
         steps: whole numbers that the heaviest weight of all is divided into.
     """
     opened = SparseIndex.open(index)
@@ -133,5 +134,6 @@ def anserini(index: Path, out: Path, steps: int = 255) -> None:
                 pairs = zip(part.vectors.indices[row].tolist(), whole[row].tolist(), strict=True)
                 vector = {str(word): weight for word, weight in pairs if weight > 0}
                 file.write(json.dumps({"id": name, "contents": "", "vector": vector}) + "\n")
+    (out / "vocab.txt").write_text("\n".join(opened.space.tokens) + "\n", encoding="utf-8")
     facts = {"step": step, "largest_error_of_a_weight": step / 2, "steps": steps, "model": opened.space.model}
     (out / "quantisation.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -2,9 +2,12 @@
 
 import json
 import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from stair.disk import whole
 from stair.index import SparseIndex
 from stair.index.scoring import Query
 
@@ -38,13 +41,11 @@ def sqlite(index: Path, out: Path) -> None:
         index: folder of the index.
         out: file of the database; must not exist.
     """
-    _refuse(out)
-    database = sqlite3.connect(out)
-    with database:
+    opened = SparseIndex.open(index)
+    with _fresh(out) as unfinished, closing(sqlite3.connect(unfinished)) as database, database:
         # WITHOUT ROWID: postings lie sorted by word, as they are read
         database.executescript(_TABLES.format(real="REAL", tail=" WITHOUT ROWID"))
-        _fill(database, SparseIndex.open(index), SQLITE_SCORE)
-    database.close()
+        _fill(database, opened, SQLITE_SCORE)
 
 
 def duckdb(index: Path, out: Path) -> None:
@@ -54,22 +55,28 @@ def duckdb(index: Path, out: Path) -> None:
         index: folder of the index.
         out: file of the database; must not exist.
     """
-    _refuse(out)
     try:
         import duckdb as engine
     except ImportError as error:
         raise ValueError("needs duckdb: `pip install duckdb`") from error
-    database = engine.connect(str(out))
-    # no key on postings: DuckDB would check it row by row, and scans columns anyway
-    database.execute(_TABLES.format(real="DOUBLE", tail="").replace(", PRIMARY KEY (word, document)", ""))
-    _fill(database, SparseIndex.open(index), DUCKDB_SCORE)
-    database.close()
+    opened = SparseIndex.open(index)
+    with _fresh(out) as unfinished, closing(engine.connect(str(unfinished))) as database:
+        # no key on postings: DuckDB would check it row by row, and scans columns anyway
+        database.execute(_TABLES.format(real="DOUBLE", tail="").replace(", PRIMARY KEY (word, document)", ""))
+        _fill(database, opened, DUCKDB_SCORE)
 
 
-def _refuse(out: Path) -> None:
+@contextmanager
+def _fresh(out: Path) -> Iterator[Path]:
+    """Where to write a file that must not exist; it appears when it is whole."""
     if out.exists():
         raise FileExistsError(f"{out} exists; give a new file")
     out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.new")
+    unfinished.unlink(missing_ok=True)  # of an export that was killed
+    with whole(out, unfinished):
+        yield unfinished
+    unfinished.rename(out)
 
 
 def _fill(database: Any, index: SparseIndex, statement: str) -> None:

@@ -6,6 +6,7 @@ N documents, D distinct values.
 """
 
 import json
+import math
 import operator
 import re
 from bisect import bisect_left
@@ -23,6 +24,7 @@ _TESTS: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
+_AND = re.compile(r'\s+and\s+(?=(?:[^"]*"[^"]*")*[^"]*$)')  # not between double quotes
 _CONDITION = re.compile(r"\s*([^\s=<>!]+)\s*(!=|<=|>=|=|<|>)\s*(.*)", re.DOTALL)
 
 
@@ -30,8 +32,8 @@ class Condition:
     """One condition of a filter, such as `split=test` or `year >= 2010`.
 
     Args:
-        text: key, one of `= != < <= > >=`, value. A document without the key matches `!=` only; a list matches `=` if it
-            holds the value.
+        text: key, one of `= != < <= > >=`, value, which may stand between double quotes. A document without the key
+            matches `!=` only; a list matches `=` if it holds the value.
 
     Raises:
         ValueError: if it is none.
@@ -41,7 +43,8 @@ class Condition:
         found = _CONDITION.fullmatch(text.strip())
         if not found:
             raise ValueError(f"filter {text!r} is not KEY=VALUE (or != < <= > >=)")
-        self.key, self.sign, self.value = found.groups()
+        self.key, self.sign, value = found.groups()
+        self.value = value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
 
     def holds(self, value: Any) -> bool:
         """Whether it is true of one value.
@@ -67,6 +70,16 @@ class Condition:
             return float(self.value)
         except ValueError as error:
             raise ValueError(f"filter on {self.key!r}: it holds numbers, {self.value!r} is none") from error
+
+
+def conditions(where: str | Sequence[str]) -> list[Condition]:
+    """The conditions of a filter: a text with ` and ` between them, or a list with one in each text.
+
+    Raises:
+        ValueError: as `Condition`.
+    """
+    texts = _AND.split(where) if isinstance(where, str) else where
+    return [Condition(text) for text in texts if text.strip()]
 
 
 def texts_to_arrays(name: str, texts: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -104,11 +117,13 @@ def write_columns(metadata: Sequence[dict[str, Any]]) -> tuple[list[dict[str, st
         For each column its `key`, its `kind` (`number` or `json`) and the `name` its arrays begin with; the arrays.
 
     Raises:
-        ValueError: if a value is no plain value or a whole number does not fit.
+        ValueError: if a key is no text, a value is no plain value or a number does not fit. NaN is no value.
     """
     schema, arrays = [], {}
     for place, key in enumerate(dict.fromkeys(key for row in metadata for key in row)):
-        values, name = [row.get(key) for row in metadata], f"column{place}"
+        if not isinstance(key, str):
+            raise ValueError(f"metadata key {key!r} is of {type(key).__name__}; keys are texts")
+        values, name = [_present(row.get(key)) for row in metadata], f"column{place}"
         number = all(
             value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)) for value in values
         )
@@ -117,16 +132,22 @@ def write_columns(metadata: Sequence[dict[str, Any]]) -> tuple[list[dict[str, st
     return schema, arrays
 
 
+def _present(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value  # tables write NaN where nothing is
+
+
 def _numbers(key: str, name: str, values: Sequence[Any]) -> dict[str, NDArray[Any]]:
     if any(isinstance(value, int) and abs(value) > 1 << 53 for value in values):
         raise ValueError(f"metadata {key!r}: whole numbers above 2^53 lose digits; give them as text")
+    if any(isinstance(value, float) and math.isinf(value) for value in values):
+        raise ValueError(f"metadata {key!r}: a value is infinite, which json has no word for; leave it out")
     return {f"{name}_number": np.array([np.nan if value is None else value for value in values], np.float64)}
 
 
 def _codes(key: str, name: str, values: Sequence[Any]) -> dict[str, NDArray[Any]]:
     try:
-        texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
-    except TypeError as error:
+        texts = [None if value is None else json.dumps(value, ensure_ascii=False, allow_nan=False) for value in values]
+    except (TypeError, ValueError) as error:
         raise ValueError(f"metadata {key!r}: {error}; give texts, numbers, true or false, or lists of these") from error
     distinct = sorted({text for text in texts if text is not None})
     place = {text: code for code, text in enumerate(distinct)}

@@ -9,6 +9,7 @@ from stair.embeddings import Embeddings
 from stair.images import decode_image
 from stair.index.sparse_index import SparseIndex
 from stair.index.store import MANIFEST
+from stair.index.writing import Writer
 from stair.plain import one_line
 
 
@@ -16,16 +17,18 @@ def index(
     paths: list[str],
     delete: str | None = None,
     delete_from: Path | None = None,
+    replace: bool = False,
     compact: bool = False,
     verify: bool = False,
 ) -> None:
-    """Makes or changes an index: adds embeddings, deletes documents, merges segments; each step whole or not at all.
+    """Makes or changes an index: deletes documents and adds embeddings in one step, whole or not at all; merges segments.
 
     Args:
         paths: folder of the index, then folders or files of embeddings (`stair embed`) to add to it. Without an index
             there, one is made.
-        delete: id of a document to delete, before anything is added.
+        delete: id of a document to delete.
         delete_from: file with an id on each line, all to be deleted.
+        replace: documents that are there already give way to those that are added; without it, they are refused.
         compact: merge small segments and free what deleted documents take.
         verify: compare the checksum of every file.
     """
@@ -37,11 +40,10 @@ def index(
     if embeddings and not deleted and not (folder / MANIFEST).exists():
         opened = SparseIndex.build(folder, parts)
     else:
+        if deleted or embeddings:
+            with Writer(folder) as writer:
+                writer.change(parts, deleted, replace)
         opened = SparseIndex.open(folder)
-        if deleted:
-            opened.delete(deleted)
-        if embeddings:
-            opened.add(parts)
     if compact:
         opened.compact()
     if verify:
@@ -79,7 +81,8 @@ def search(
         image: a picture to look for.
         words: weighted words instead of a text, such as 'dog:2 beach -people'; no model needed.
         like: id of a document to find neighbours of.
-        where: conditions on metadata with ` and ` between, such as 'split=test and year>=2010'.
+        where: conditions on metadata with ` and ` between, such as 'split=test and year>=2010'; a value that has one in it
+            stands between double quotes.
         k: how many hits.
         shown: how many shared words of each.
         json_lines: one JSON object a line instead of a table.
@@ -92,7 +95,7 @@ def search(
 
         opened.use(Stair.from_pretrained(model))
     query: str | Image.Image | None = decode_image(image.read_bytes()) if image is not None else text
-    hits = opened.search(query, k, words=words, like=like, where=where.split(" and ") if where else ())
+    hits = opened.search(query, k, words=words, like=like, where=where or ())
     for hit in hits:
         shared = hit.words[:shown]
         if json_lines:

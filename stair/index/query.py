@@ -50,7 +50,7 @@ def words_query(words: Mapping[str, float], space: Space, pieces: Any) -> Query:
     for word, weight in words.items():
         if not abs(weight) <= _LARGEST:
             raise ValueError(f"weight {weight} of {word!r} is not a number up to {_LARGEST:g}")
-        own = [space.place[word.lower()]] if word.lower() in space.place else pieces(word)
+        own = [space.place[word]] if word in space.place else pieces(word)  # which knows whether case counts
         if not own:
             raise ValueError(f"the vocabulary has no piece of {word!r}")
         for v in own:

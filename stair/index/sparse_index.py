@@ -21,7 +21,7 @@ import numpy as np
 from scipy import sparse
 
 from stair.embeddings import Embeddings, Space, to_csr
-from stair.index.columns import Condition
+from stair.index.columns import Condition, conditions
 from stair.index.hits import Hit
 from stair.index.query import parse_words, weights_query, words_query
 from stair.index.scoring import Best, Query, search_segment
@@ -181,7 +181,8 @@ class SparseIndex:
             k: how many at most. Only documents of a score above 0 are hits.
             words: weighted words, such as `dog:2 beach -people`, or weights by word.
             like: id of a document whose vector is the query; it is left out of the hits.
-            where: conditions on metadata that all must hold, such as `split=test` or `year>=2010`.
+            where: conditions on metadata that all must hold: one text such as `split=test and year>=2010`, or a list
+                with a text for each. A value with ` and ` in it stands between double quotes.
 
         Returns:
             Hits, best first; equal scores in the order of addition.
@@ -211,10 +212,10 @@ class SparseIndex:
 
     def top(self, query: Query, k: int, where: str | Sequence[str] = ()) -> list[Hit]:
         """As `search`, for a query that is ready."""
-        conditions = self._conditions([where] if isinstance(where, str) else where)
+        wanted = self._conditions(where)
         best, dense_V = Best(max(1, min(k, len(self)))), query.dense()
         for segment in self._store.segments:
-            search_segment(segment.arrays, query, dense_V, segment.allowed(conditions), segment.first, best)
+            search_segment(segment.arrays, query, dense_V, segment.allowed(wanted), segment.first, best)
         count = int(best.count[0])
         found = zip(best.documents[:count].tolist(), best.scores[:count].tolist(), strict=True)
         return [self._hit(document, score, query) for document, score in found]
@@ -224,11 +225,11 @@ class SparseIndex:
         document = number - segment.first
         return Hit(segment.ids[document], score, segment, document, query, self.space.tokens)
 
-    def _conditions(self, where: Sequence[str]) -> list[Condition]:
-        conditions = [Condition(text) for text in where]
-        if unknown := sorted({condition.key for condition in conditions} - set(self.keys if where else ())):
+    def _conditions(self, where: str | Sequence[str]) -> list[Condition]:
+        wanted = conditions(where)
+        if unknown := sorted({condition.key for condition in wanted} - set(self.keys if wanted else ())):
             raise ValueError(f"filter on {unknown}: no document has it; known are {self.keys}")
-        return conditions
+        return wanted
 
     def _row(self, query: Any) -> sparse.csr_matrix:
         from PIL.Image import Image
@@ -243,8 +244,12 @@ class SparseIndex:
             row = self._model.encode(texts=[query]) if isinstance(query, str) else self._model.encode(images=[query])
         elif isinstance(query, Tensor):
             row = to_csr(query.to_dense().reshape(1, -1), threshold=-math.inf)
-        else:
+        elif sparse.issparse(query) or isinstance(query, np.ndarray):
             row = sparse.csr_matrix(query, dtype=np.float32, copy=True)
+        else:
+            raise ValueError(
+                f"query is a {type(query).__name__}; give a text, a picture (PIL.Image.open(path)), or one row of weights"
+            )
         if row.shape != (1, len(self.space.tokens)):
             raise ValueError(f"query of shape {row.shape}; wanted one row of {len(self.space.tokens)} words")
         if not np.isfinite(row.data).all():
@@ -266,16 +271,24 @@ class SparseIndex:
     # ------------------------------------------------------------------ writing
 
     def add(
-        self, vectors: Any, ids: Sequence[str] | None = None, metadata: Sequence[dict[str, Any]] = ()
+        self,
+        vectors: Any,
+        ids: Sequence[str] | None = None,
+        metadata: Sequence[dict[str, Any]] = (),
+        replace: bool = False,
     ) -> "SparseIndex":
-        """Adds documents, all or none; those there stay as they are. Arguments as for `build`.
+        """Adds documents, all or none; those there stay as they are. Arguments as for `build`, and
+
+        Args:
+            replace: whether a document takes the place of one with the same id; refused otherwise. Readers see the old
+                ones or the new ones, never neither.
 
         Raises:
             ValueError: if an id is there already or occurs twice, or the vectors are of another model.
         """
         model = self._model.space if self._model is not None else None
         with Writer(self.folder) as writer:
-            writer.add(_parts(vectors, ids, metadata, model))
+            writer.change(_parts(vectors, ids, metadata, model), replace=replace)
         return self._again()
 
     def delete(self, ids: Sequence[str]) -> "SparseIndex":
@@ -285,7 +298,7 @@ class SparseIndex:
             ValueError: if there is no such document.
         """
         with Writer(self.folder) as writer:
-            writer.delete([ids] if isinstance(ids, str) else ids)
+            writer.change(delete=[ids] if isinstance(ids, str) else ids)
         return self._again()
 
     def compact(self) -> "SparseIndex":
@@ -309,7 +322,11 @@ def _parts(
         return parts
     if space is None:
         raise ValueError("whose vectors are these? Give Embeddings, or the model that made them")
+    if not sparse.issparse(vectors):
+        raise ValueError(f"vectors are a {type(vectors).__name__}; give scipy's CSR, as `model.encode(...)` returns it")
     names = list(ids) if ids is not None else [str(n) for n in range(vectors.shape[0])]
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"id {wrong[0]!r} is a {type(wrong[0]).__name__}; ids are texts: str(...)")
     return [Embeddings(sparse.csr_matrix(vectors), names, space, metadata)]
 
 

@@ -1,7 +1,7 @@
 """Changes of an index: add, delete, merge. Each is one new manifest, so that a kill leaves the old state or the new."""
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,7 +32,7 @@ def create(folder: Path, parts: Iterable[Embeddings], space: Space) -> None:
     with one_writer(folder):
         _remove_unnamed(folder, [])
         try:
-            segments = _write_parts(folder, space, parts, None)
+            segments = [record for record, _ in _write_parts(folder, space, parts)]
         except BaseException:
             _remove_unnamed(folder, [])
             raise
@@ -68,27 +68,32 @@ class Writer:
         finally:
             self._lock.__exit__(kind, error, trace)
 
-    def add(self, parts: Iterable[Embeddings]) -> None:
-        """Adds documents, all or none.
+    def change(self, parts: Iterable[Embeddings] = (), delete: Iterable[str] = (), replace: bool = False) -> None:
+        """Deletes and adds documents in one step, all or nothing; `compact` frees the space of the deleted.
+
+        Args:
+            parts: what is added.
+            delete: ids of documents that go.
+            replace: whether what is added takes the place of documents of the same id; refused otherwise.
 
         Raises:
-            ValueError: if an id is there already or occurs twice, or the vectors are of another model.
+            ValueError: if there is no document to delete, an id is there already or occurs twice, or the vectors are of
+                another model.
         """
-        self._commit(
-            [*self.store.manifest["segments"], *_write_parts(self.folder, self.store.space, parts, self.store)]
-        )
-
-    def delete(self, ids: Iterable[str]) -> None:
-        """Deletes documents, all or none; `compact` frees their space.
-
-        Raises:
-            ValueError: if there is no such document.
-        """
+        gone = {name: self.store.document(name) for name in delete}
+        added = []
+        for record, ids in _write_parts(self.folder, self.store.space, parts):
+            for name in ids:
+                if name in gone or (found := self.store.find(name)) is None:
+                    continue
+                if not replace:
+                    raise ValueError(f"id {name!r} is in {self.folder} already; delete it first, or replace it")
+                gone[name] = found
+            added.append(record)
         places: dict[str, list[int]] = {}
-        for name in ids:
-            segment, document = self.store.document(name)
+        for segment, document in gone.values():
             places.setdefault(segment.record["name"], []).append(document)
-        self._commit([self._without(segment, places) for segment in self.store.segments])
+        self._commit([*(self._without(segment, places) for segment in self.store.segments), *added])
 
     def _without(self, segment: Segment, places: Mapping[str, list[int]]) -> Record:
         if segment.record["name"] not in places:
@@ -128,22 +133,19 @@ class Writer:
         write_manifest(self.folder / MANIFEST, {**self.store.manifest, "segments": list(segments)})
 
 
-def _write_parts(folder: Path, space: Space, parts: Iterable[Embeddings], there: Store | None) -> list[Record]:
+def _write_parts(folder: Path, space: Space, parts: Iterable[Embeddings]) -> Iterator[tuple[Record, Sequence[str]]]:
+    """Writes segments; gives each one's record and the ids in it."""
     seen: set[str] = set()
-    records = []
     for part in parts:
         space.demand(part.space, f"vectors for {folder}")
         for name in part.ids:
             if name in seen:
                 raise ValueError(f"id {name!r} occurs twice")
-            if there is not None and there.find(name) is not None:
-                raise ValueError(f"id {name!r} is in {folder} already; delete it first")
             seen.add(name)
         rows = space.comparable(checked(part.vectors, len(space.tokens)))
         for i in range(0, len(part), SEGMENT):
             piece: Any = slice(i, i + SEGMENT)
-            records.append(write_segment(folder, rows[piece], part.ids[piece], part.metadata[piece]))
-    return records
+            yield write_segment(folder, rows[piece], part.ids[piece], part.metadata[piece]), part.ids[piece]
 
 
 def _remove_unnamed(folder: Path, segments: Sequence[Record]) -> None:

@@ -31,7 +31,8 @@ from stair.serve.page import PAGE, POLICY
 
 MAX_UPLOAD_BYTES = 10 << 20
 MAX_UPLOAD_PIXELS = 24_000_000
-_SIDE, _SHOWN_WORDS, _MOST_HITS, _MOST_JSON, _MOST_BYTES = 320, 40, 200, 1 << 16, 1 << 28
+_SIDE, _SHOWN_WORDS, _MOST_HITS, _MOST_BYTES = 320, 40, 200, 1 << 28
+_MOST_JSON = 1 << 21  # a query of every word of a vocabulary of 30,522 takes less than half
 _LARGEST = 1e6  # weight of a word in a query; those of models are below 100
 
 
@@ -81,13 +82,18 @@ class SearchPage:
 
     async def image(self, request: Request) -> Response:
         """The words of a picture, whose file is the body."""
-        picture = decode_image(await _body(request, MAX_UPLOAD_BYTES), MAX_UPLOAD_PIXELS)
-        return JSONResponse({"words": await run_in_threadpool(self._encoded, picture)})
+        data = await _body(request, MAX_UPLOAD_BYTES)
+        return JSONResponse({"words": await run_in_threadpool(self._encoded, data)})
 
-    def _encoded(self, query: str | Image.Image) -> dict[str, float]:
-        with self._one_at_a_time:
-            encoded = self.model.encode_text([query]) if isinstance(query, str) else self.model.encode_image([query])
-        row = to_csr(encoded, top=_SHOWN_WORDS)
+    def _encoded(self, query: str | bytes) -> dict[str, float]:
+        with (
+            self._one_at_a_time
+        ):  # a small file can take a second to decode: one at a time, and never on the event loop
+            if isinstance(query, str):
+                encoded = self.model.encode_text([query])
+            else:
+                encoded = self.model.encode_image([decode_image(query, MAX_UPLOAD_PIXELS)])
+        row = to_csr(encoded)
         weights = {self.index.space.tokens[v]: float(w) for v, w in zip(row.indices, row.data, strict=True)}
         return dict(sorted(weights.items(), key=lambda item: -item[1]))
 
@@ -97,11 +103,11 @@ class SearchPage:
         words, k, where = _shares(asked.get("words")), asked.get("k", 24), asked.get("where", [])
         if not isinstance(k, int) or not 1 <= k <= _MOST_HITS:
             raise HTTPException(400, f"k must be a whole number from 1 to {_MOST_HITS}")
-        if not isinstance(where, list) or not all(isinstance(one, str) for one in where):
-            raise HTTPException(400, "where must be a list of conditions")
+        if not isinstance(where, str) and not (isinstance(where, list) and all(isinstance(one, str) for one in where)):
+            raise HTTPException(400, "where must be a text or a list of conditions")
         return JSONResponse({"hits": await run_in_threadpool(self._hits, words, k, where)})
 
-    def _hits(self, words: dict[str, float], k: int, where: list[str]) -> list[dict[str, Any]]:
+    def _hits(self, words: dict[str, float], k: int, where: str | list[str]) -> list[dict[str, Any]]:
         if not words:
             return []
         return [
@@ -117,7 +123,7 @@ class SearchPage:
     def words(self, request: Request) -> Response:
         """The words of a document: `?id=`."""
         vector = self.index.vector(self._known(request))
-        return JSONResponse({"words": dict(list(vector.items())[:_SHOWN_WORDS])})
+        return JSONResponse({"words": vector})
 
     def picture(self, request: Request) -> Response:
         """The picture of a document: `?id=`."""
@@ -244,5 +250,5 @@ def serve(index: Path, model: str, pictures: Path | None = None, host: str = "12
         raise FileNotFoundError(f"{pictures}: no such folder of pictures")
     hosts = ["127.0.0.1", "localhost", "[::1]"] if host in ("127.0.0.1", "localhost", "::1") else ["*"]
     app = application(SparseIndex.open(index), Stair.from_pretrained(model), pictures, hosts)
-    print(f"http://{host}:{port}")
+    print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
     uvicorn.run(app, host=host, port=port, log_level="warning")

@@ -10,7 +10,7 @@ _SCRIPT = r"""
 'use strict';
 const $ = id => document.getElementById(id);
 let words = {}, hits = [], pictures = true, turn = 0;
-const UP = 1.5, STEP = 0.1;
+const UP = 1.5, STEP = 0.1, shown = 40;  // all words of a query count, the heaviest are shown
 
 // controls, and above all those of direction, spelled out; as stair/plain.py
 const plain = text => String(text).replace(
@@ -58,10 +58,14 @@ function chip(word, weight, most) {
     make('span', {className: 'word'}, word, make('small', {textContent: ' ' + weight.toFixed(2)}), bar),
     button('+', 'weigh more', 'up'), button('×', 'leave out', 'off'));
 }
+function lighter(count) {
+  return count > shown ? [make('li', {className: 'lighter', textContent: 'and ' + (count - shown) + ' lighter'})] : [];
+}
 function showQuery() {
   const most = Math.max(0.01, ...Object.values(words).map(Math.abs));
-  const sorted = Object.entries(words).sort((a, b) => b[1] - a[1]);
-  $('query').replaceChildren(...sorted.map(([word, weight]) => chip(word, weight, most)));
+  const heavy = Object.entries(words).sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, shown);
+  $('query').replaceChildren(...heavy.sort((a, b) => b[1] - a[1]).map(([word, weight]) => chip(word, weight, most)),
+    ...lighter(Object.keys(words).length));
 }
 const address = (path, id, more = {}) => path + '?' + new URLSearchParams({id, ...more});
 function caption(hit) {
@@ -97,8 +101,7 @@ async function search() {
   showQuery();
   if (focused) document.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
   await guarded(async () => {
-    const where = $('where').value.split(' and ').map(one => one.trim()).filter(Boolean);
-    const found = (await post('/api/search', {words, k: 24, where})).hits;
+    const found = (await post('/api/search', {words, k: 24, where: $('where').value})).hits;
     if (mine !== turn) return;
     hits = found;
     $('hits').replaceChildren(...hits.map(card));
@@ -110,12 +113,13 @@ async function showWords(hit) {
     const found = (await ask(address('/api/words', hit.id))).words;
     const most = Math.max(...Object.values(found));
     $('of').textContent = caption(hit);
-    $('list').replaceChildren(...Object.entries(found).map(([word, weight]) => {
+    const all = Object.entries(found);
+    $('list').replaceChildren(...all.slice(0, shown).map(([word, weight]) => {
       const bar = make('i', {});
       bar.style.width = Math.round(100 * weight / most) + '%';
       const number = make('small', {textContent: ' ' + weight.toFixed(3)});
       return make('li', {}, make('span', {className: 'word'}, word, number, bar));
-    }));
+    }), ...lighter(all.length));
     $('like').onclick = () => { words = found; $('words').close(); search(); };
     $('words').showModal();
   });
@@ -198,6 +202,7 @@ dialog { border: 1px solid var(--line); border-radius: 12px; background: var(--c
   width: min(430px, 94vw); }
 dialog::backdrop { background: #0007; }
 #list { columns: 2; margin: 10px 0 16px; } #list .word { display: block; margin-bottom: 4px; break-inside: avoid; }
+.lighter { align-self: center; color: var(--soft); font-size: 14px; }
 .help { color: var(--soft); font-size: 14px; margin: 8px 0 0; }
 @media (max-width: 520px) { #hits { grid-template-columns: repeat(2, 1fr); gap: 10px; } }
 """

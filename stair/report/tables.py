@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stair.card import markdown_table
+
 _WAYS = {"t2i": "text → image", "i2t": "image → text"}
 
 
@@ -36,6 +38,17 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     for name, figures in sets.items():
         if "pruned" in figures:
             yield _pruned(name, figures["pruned"])
+
+
+def measured(result: Mapping[str, Any]) -> list[str]:
+    """Markdown of an evaluation for a card: how each set was taken, then the tables."""
+    protocols = "\n".join(f"- {protocol(name, figures)}" for name, figures in result["sets"].items())
+    return [protocols, *map(_markdown, tables(result))]
+
+
+def _markdown(found: Table) -> str:
+    notes = [note for note in found.notes if found.title != "Retrieval"]
+    return "\n\n".join([f"### {found.title}", markdown_table(found.heads, found.lines), *notes])
 
 
 def protocol(name: str, figures: Mapping[str, Any]) -> str:
