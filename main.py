@@ -93,6 +93,8 @@ class StairCLI(LightningCLI):
             return
         if config.ckpt_path is None:
             refuse_leftover(config.trainer.default_root_dir or ".")
+            if not config.trainer.fast_dev_run:
+                _refuse_to_replace(config)
         if not config.data.val or config.trainer.limit_val_batches == 0:
             _save_without_validation(config.trainer)
 
@@ -140,6 +142,25 @@ class StairCLI(LightningCLI):
         if config.ckpt_path == "best" and self._checkpoints is not None:
             # to Lightning, the best of this process
             config.ckpt_path = os.path.join(self._checkpoints, "best.ckpt")
+
+
+def _refuse_to_replace(config: Any) -> None:
+    """Keeps a training that begins anew from writing over one that is there.
+
+    Raises:
+        ValueError: naming what it would have replaced.
+    """
+    home = Path(config.trainer.default_root_dir or ".")
+    hand_over = config.transition.hand_over or home / _family_of(config.model.class_path).hand_over
+    there = [
+        *sorted((home / RECORD).glob("**/checkpoints/last*.ckpt")),
+        *([hand_over] if Path(hand_over).exists() else []),
+    ]
+    if there:
+        raise ValueError(
+            f"{there[0]} is of an earlier training, which this one would replace. To go on with that: --ckpt_path last. To "
+            f"begin anew: another --run, or remove {home}"
+        )
 
 
 def _save_without_validation(trainer: Any) -> None:

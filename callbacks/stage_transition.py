@@ -110,6 +110,9 @@ class StageTransition(L.Callback):
         if trainer.global_step < planned:
             log.warning("no hand-over: %d of %d planned steps are done; resume the run", trainer.global_step, planned)
             return
+        if trainer.fast_dev_run:
+            log.warning("a dry run (trainer.fast_dev_run) hands nothing over")
+            return
         target = Path(self.hand_over or Path(trainer.default_root_dir) / pl_module.hand_over)
         model = gathered(pl_module.towers)
         if trainer.is_global_zero and model is not None:

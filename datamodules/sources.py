@@ -16,8 +16,8 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from typing import Any, BinaryIO
@@ -213,7 +213,7 @@ def _connection(shard: str) -> Callable[[int, float], Connection]:
         return lambda at, timeout: _Command(shard.removeprefix("pipe:"), at)
     if urlsplit(shard).scheme in ("http", "https"):
         return lambda at, timeout: _over_http(shard, at, timeout)
-    return lambda at, timeout: _over_fsspec(shard, at)
+    return lambda at, timeout: _Bucket(shard, at, timeout)
 
 
 def _skip(stream: Any, size: int) -> None:
@@ -328,18 +328,51 @@ def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 # ------------------------------------------------------------------ buckets and hubs
 
 
-def _over_fsspec(url: str, at: int) -> Connection:
-    try:
-        import fsspec
+class _Bucket(Connection):
+    """A file that fsspec opens. Its libraries' failures are of many kinds; here they are `OSError`, to be tried again."""
 
-        files, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise LastingError(f"{url} cannot be opened: {error}; `pip install 'stair-embeddings[remote]'`") from error
-    except ValueError as error:
-        raise LastingError(f"{url} cannot be opened: {error}") from error
+    def __init__(self, url: str, at: int, timeout: float) -> None:
+        try:
+            import fsspec
+
+            files, path = fsspec.core.url_to_fs(url, **_time_out(url, timeout))
+        except ImportError as error:
+            raise LastingError(f"{url} cannot be opened: {error}; `pip install 'stair-embeddings[remote]'`") from error
+        except ValueError as error:
+            raise LastingError(f"{url} cannot be opened: {error}") from error
+        with _as_os_error():
+            try:
+                stream = files.open(path, "rb", block_size=8 << 20, cache_type="readahead")
+            except (FileNotFoundError, PermissionError) as error:
+                raise LastingError(f"{url}: {type(error).__name__}: {error}") from error
+            except Exception as error:
+                if "Credential" in type(error).__name__:  # botocore's NoCredentialsError and its like
+                    raise LastingError(f"{url}: {type(error).__name__}: {error}") from error
+                raise
+            stream.seek(at)
+        super().__init__(stream, getattr(stream, "size", None))
+
+    def readinto(self, buffer: Any) -> int:
+        with _as_os_error():
+            return super().readinto(buffer)
+
+    def close(self) -> None:
+        with _as_os_error():
+            super().close()
+
+
+def _time_out(url: str, timeout: float) -> dict[str, Any]:
+    """What makes a library give up a transfer that stands still; only that of s3 is known to take it."""
+    if urlsplit(url).scheme not in ("s3", "s3a"):
+        return {}
+    return {"config_kwargs": {"connect_timeout": timeout, "read_timeout": timeout}}
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
     try:
-        stream = files.open(path, "rb", block_size=8 << 20, cache_type="readahead")
-    except (FileNotFoundError, PermissionError) as error:
-        raise LastingError(f"{url}: {type(error).__name__}: {error}") from error
-    stream.seek(at)
-    return Connection(stream, stream.size if hasattr(stream, "size") else None)
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error

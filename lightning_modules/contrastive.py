@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -125,8 +126,15 @@ class ContrastiveModule(L.LightningModule):
         """Checks the trainer.
 
         Raises:
-            ValueError: if the trainer accumulates gradients, which would cut the contrastive batch into pieces.
+            ValueError: if the trainer accumulates gradients, which would cut the contrastive batch into pieces, or its
+                strategy is one under which loss, clipping and hand-over would be wrong without a word.
         """
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | parallel.FullySharded):
+            raise ValueError(
+                f"trainer.strategy is {type(strategy).__name__}, with which this code has never trained. Give ddp "
+                "(configs/hardware/ddp.yaml) or FSDP2 (configs/hardware/fsdp2.yaml)"
+            )
         if self.trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}: each piece would be compared "

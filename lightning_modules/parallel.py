@@ -9,7 +9,7 @@ units of its own, which are never reduced.
 import io
 import pickle
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from stair.encoders import attention_on
 from stair.towers import TwoTowers
 
 # neither may begin with "last": Lightning would resume from it
@@ -53,7 +54,13 @@ def recompute(towers: TwoTowers) -> None:
     """
     heads = [module for module in towers.children() if module not in (towers.image_encoder, towers.text_encoder)]
     for module in chain(blocks(towers.image_encoder), blocks(towers.text_encoder), heads):
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        module.forward = partial(checkpoint, partial(_again, module.forward), use_reentrant=False)
+
+
+def _again(forward: Callable[..., Any], hidden: torch.Tensor, *more: Any, **named: Any) -> Any:
+    """A forward by the attention that its tower chose, which backwards is no longer around it."""
+    with attention_on(hidden.device):
+        return forward(hidden, *more, **named)
 
 
 def compile_blocks(towers: TwoTowers, backend: str) -> None:

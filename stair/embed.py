@@ -1,6 +1,6 @@
 """`stair embed`: many pictures or texts to sparse embeddings on disk, part by part, so that it can stop and go on.
 
-`embeddings.json` holds the plan: model, source, pruning, how many parts. The same command finds it, skips the parts that
+`embeddings.json` holds the plan: model, items, pruning, how many parts. The same command finds it, skips the parts that
 are there and makes the others; another plan is refused. Parts are shared between processes by their number, so any number
 of devices or machines on one file system work without talking to each other.
 
@@ -9,8 +9,10 @@ B items of a batch, V words.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +26,7 @@ from stair.embeddings import PLAN, Embeddings, Space, to_csr
 from stair.images import decode_image, eval_pixels
 from stair.model import Stair
 from stair.plain import one_line
-from stair.sources import Item, Side, items_of
+from stair.sources import COLUMNS, Item, Side, items_of
 
 
 def embed(
@@ -50,7 +52,8 @@ def embed(
         source: a folder of pictures, tars (a glob in quotes), a csv, tsv or parquet table, or - for standard input.
         out: folder of the embeddings.
         side: embed the pictures or the texts of the source.
-        column: column of a table with paths of pictures, or with texts; `image` or `text` where left out.
+        column: column of a table with paths of pictures (in parquet also bytes, or Hugging Face's {bytes, path}), or
+            with texts; `image` or `text` where left out.
         id_column: column of a table with ids.
         top: keep only so many words of each, the heaviest.
         threshold: keep only weights above this.
@@ -63,16 +66,19 @@ def embed(
 
     Raises:
         FileNotFoundError: if there is no source or model.
-        ValueError: if the folder holds embeddings of another plan.
+        ValueError: if a setting is out of range, or the folder holds embeddings of another plan.
     """
+    _demand_range(top, threshold, batch_size, workers, part_size)
     rank, ranks = _share(share)
+    device = _device(device, rank)
     items, stair = items_of(source, side, column, id_column), Stair.from_pretrained(model)
     space = stair.space
-    settings = {"side": side, "top": top, "threshold": threshold, "part_size": part_size, "format": format}
+    pruning = {"top": top, "threshold": threshold}
+    settings = {"side": side, "column": column or COLUMNS[side], **pruning, "part_size": part_size, "format": format}
     paths = [out / f"part-{number:05}.{format}" for number in range(-(-len(items) // part_size))]
-    _agree(out / PLAN, _plan(space, [item.id for item in items], settings | {"parts": len(paths)}))
+    _agree(out / PLAN, _plan(space, items, settings | {"parts": len(paths)}))
     missing = [number for number in range(rank, len(paths), ranks) if not paths[number].exists()]
-    stair.to(_device(device, rank))
+    stair.to(device)
     skipped = 0
     with tqdm(total=len(items), unit=side[:-1], disable=None) as bar:
         bar.update(len(items) - sum(len(items[n * part_size : (n + 1) * part_size]) for n in missing))
@@ -83,15 +89,49 @@ def embed(
             part.save(paths[number], {"skipped": complaints})
             for complaint in complaints:
                 tqdm.write(f"skipped {one_line(complaint)}")
+            for item in kept:
+                if item.complaint:
+                    tqdm.write(f"without captions {one_line(f'{item.id}: {item.complaint}')}")
             skipped += len(complaints)
     there = sum(path.exists() for path in paths)
     print(f"{out}: {there} of {len(paths)} parts, {len(items)} {side} in all, {skipped} skipped now")
 
 
-def _plan(space: Space, ids: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+def _plan(space: Space, items: Sequence[Item], settings: dict[str, Any]) -> dict[str, Any]:
     """What all parts of a folder have in common: another plan would mix vectors that are not comparable."""
-    digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
-    return {"model": space.model, "similarity": space.similarity, "items": len(ids), "ids": digest, **settings}
+    about = {"model": space.model, "similarity": space.similarity, "items": len(items), "content": _digest(items)}
+    return about | settings
+
+
+def _digest(items: Sequence[Item]) -> str:
+    """Tells items from others that bear the same ids: lines are numbered from 0, pictures keep their names."""
+    digest, stamp = hashlib.sha256(), cache(_stamp)
+    for item in items:
+        place = [str(item.path), item.offset, item.length, *stamp(item.path)] if item.path else []
+        digest.update(json.dumps([item.id, item.text, place, item.metadata]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Size and time of a file; nothing of one that cannot be read: its picture is left out when its turn comes."""
+    try:
+        about = path.stat()
+    except (OSError, ValueError):
+        return ()
+    return about.st_size, about.st_mtime_ns
+
+
+def _demand_range(top: int | None, threshold: float, batch_size: int, workers: int, part_size: int) -> None:
+    for name, value, least in (
+        ("top", 1 if top is None else top, 1),
+        ("batch_size", batch_size, 1),
+        ("workers", workers, 0),
+        ("part_size", part_size, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}; give {least} or more")
+    if not 0 <= threshold < math.inf:
+        raise ValueError(f"threshold is {threshold}; give 0, which keeps every weight that is not zero, or more")
 
 
 def _share(share: str) -> tuple[int, int]:
@@ -102,9 +142,16 @@ def _share(share: str) -> tuple[int, int]:
 
 
 def _device(device: str, rank: int) -> str:
-    if device != "auto":
-        return device
-    return f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        return f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).cpu()  # there and back: a name may be known and its device not be here
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device is {device!r}; give auto, cpu, or a GPU of this machine, such as cuda:0 ({why})"
+        ) from error
+    return device
 
 
 def _agree(path: Path, plan: dict[str, Any]) -> None:
@@ -151,7 +198,7 @@ def _batches(
 ) -> Iterator[tuple[Sequence[Item], list[Any]]]:
     pieces = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     if side == "texts":
-        yield from ((piece, [item.text for item in piece]) for piece in pieces)
+        yield from ((piece, [ValueError(i.complaint) if i.text is None else i.text for i in piece]) for piece in pieces)
         return
     pictures = Pictures(items, stair.config.image.image_size)
     loader: DataLoader[Any] = DataLoader(pictures, batch_size=batch_size, num_workers=workers, collate_fn=list)

@@ -118,7 +118,7 @@ class Embeddings:
             facts: plain values to keep in the file's header.
 
         Raises:
-            ValueError: for another ending.
+            ValueError: for another ending, or metadata that are no plain values.
         """
         path = Path(path)
         if path.suffix not in _WRITERS:
@@ -247,6 +247,20 @@ def _parquet() -> Any:
     return parquet
 
 
+def _json_rows(embeddings: Embeddings) -> list[str]:
+    """Metadata of each row. NaN and infinity are refused: Python would write them, and strict readers stop there."""
+    encode = json.JSONEncoder(allow_nan=False).encode
+    rows = []
+    for name, row in zip(embeddings.ids, embeddings.metadata, strict=False):  # of metadata there may be none
+        try:
+            rows.append(encode(row))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"metadata of {name!r}: {error}; give texts, finite numbers, true or false, or lists of these"
+            ) from error
+    return rows
+
+
 def _write_safetensors(embeddings: Embeddings, header: dict[str, str], path: Path) -> None:
     from safetensors.numpy import save_file
 
@@ -256,7 +270,7 @@ def _write_safetensors(embeddings: Embeddings, header: dict[str, str], path: Pat
         "indices": vectors.indices.astype(np.int32),
         "data": vectors.data.astype(np.float32),
         "ids": np.frombuffer(json.dumps(list(embeddings.ids)).encode(), np.uint8),
-        "metadata": np.frombuffer(json.dumps(list(embeddings.metadata)).encode(), np.uint8),
+        "metadata": np.frombuffer(f"[{', '.join(_json_rows(embeddings))}]".encode(), np.uint8),
     }
     save_file(tensors, str(path), header)
 
@@ -278,7 +292,7 @@ def _write_parquet(embeddings: Embeddings, header: dict[str, str], path: Path) -
         "id": pa.array(list(embeddings.ids), pa.string()),
         "words": pa.LargeListArray.from_arrays(offsets, pa.array(vectors.indices.astype(np.int32))),
         "weights": pa.LargeListArray.from_arrays(offsets, pa.array(vectors.data.astype(np.float32))),
-        "metadata": pa.array([json.dumps(row) for row in embeddings.metadata or [{}] * len(embeddings)], pa.string()),
+        "metadata": pa.array(_json_rows(embeddings) or ["{}"] * len(embeddings), pa.string()),
     }
     table = pa.table(columns).replace_schema_metadata(header)
     _parquet().write_table(table, path, compression="zstd")

@@ -7,20 +7,29 @@ and taken up again where it stopped.
 import csv
 import glob
 import json
+import math
+import re
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date, time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 Side = Literal["images", "texts"]
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+COLUMNS: dict[Side, str] = {"images": "image", "texts": "text"}  # of a table, where none is given
+
+# columns of a parquet file, as Arrow spells their types; a colon would make it the name of a field
+_BYTES = re.compile(r"binary(?!:)")
+_PICTURES = re.compile(r"(large_)?binary(_view)?|struct<.*\bbytes: (large_)?binary.*>")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture or text.
+    """One picture or text. With neither path nor text it only stands for what cannot be used, and counts as left out.
 
     Attributes:
         id: unique in its source.
@@ -28,7 +37,9 @@ class Item:
         offset: where the picture begins in the file, in bytes.
         length: bytes of the picture; None for the whole file.
         text: a text, where it is one.
-        metadata: what is known of it. For pictures `file`, and in tars `offset` and `length`, say where it lies.
+        metadata: what is known of it. For pictures `file`, and in tars `offset` and `length`, say where it lies; those
+            in a parquet file have none of these.
+        complaint: why it cannot be used, or what of it: a picture whose captions cannot be read is still a picture.
     """
 
     id: str
@@ -37,13 +48,52 @@ class Item:
     length: int | None = None
     text: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    complaint: str = ""
 
     def read(self) -> bytes:
-        """The bytes of a picture."""
-        assert self.path is not None
+        """The bytes of a picture.
+
+        Raises:
+            ValueError: saying why there are none.
+        """
+        if self.path is None:
+            raise ValueError(self.complaint)
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read() if self.length is None else file.read(self.length)
+
+
+@dataclass(frozen=True)
+class _Cell(Item):
+    """A picture that is a cell of a parquet file: bytes, or Hugging Face's `{bytes, path}`.
+
+    Attributes:
+        place: row group, row in it.
+        column: its column.
+    """
+
+    place: tuple[int, int] = (0, 0)
+    column: str = ""
+
+    def read(self) -> bytes:
+        """The bytes of a picture.
+
+        Raises:
+            ValueError: if the cell has none.
+        """
+        assert self.path is not None
+        group, row = self.place
+        cell = _group(self.path, self.path.stat().st_mtime_ns, group, self.column)[row].as_py()
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if data is None:
+            raise ValueError(f"image missing: no bytes in the cell, {cell!r}; a path alone is not followed")
+        return bytes(data)
+
+
+@lru_cache(maxsize=1)  # parquet is read by row groups, and pictures one after another
+def _group(path: Path, changed: int, group: int, column: str) -> Any:
+    """A column of a row group; `changed` tells a file from another one that takes its place."""
+    return _parquet_file(path).read_row_group(group, columns=[column])[column]
 
 
 def items_of(source: str, side: Side, column: str | None = None, id_column: str = "id") -> list[Item]:
@@ -53,12 +103,16 @@ def items_of(source: str, side: Side, column: str | None = None, id_column: str 
         source: a folder of pictures; tars (`a.tar`, or a glob such as `shards/*.tar`) of KEY.jpg beside KEY.json or
             KEY.txt; a `.csv`, `.tsv` or `.parquet` table; `-` for lines of standard input (paths, or texts).
         side: whether its pictures or its texts are wanted. Texts of tars are the captions.
-        column: of a table: paths of pictures (relative to the table), or texts. `image` or `text` where left out.
+        column: of a table: paths of pictures (relative to the table), in parquet also their bytes or Hugging Face's
+            `{bytes, path}`; or texts. `image` or `text` where left out.
         id_column: of a table: ids; numbers of rows where there is none.
+
+    Returns:
+        Items in the order of the source; what is wrong with a caption or a line is that item's `complaint`.
 
     Raises:
         FileNotFoundError: if there is nothing.
-        ValueError: if it is none of these, or two items have one id.
+        ValueError: if it is none of these, two items have one id, or none can be used.
     """
     items = list(_items(source, side, column, id_column))
     if not items:
@@ -68,13 +122,15 @@ def items_of(source: str, side: Side, column: str | None = None, id_column: str 
         if item.id in seen:
             raise ValueError(f"{source!r}: id {item.id!r} occurs twice")
         seen.add(item.id)
+    if all(item.path is None and item.text is None for item in items):
+        raise ValueError(f"{source!r}: no {side} can be used; {items[0].id}: {items[0].complaint}")
     return items
 
 
 def _items(source: str, side: Side, column: str | None, id_column: str) -> Iterator[Item]:
     path = Path(source)
     if source == "-":
-        return _lines(sys.stdin.read().splitlines(), side)
+        return _lines(_standard_input(), side)
     if path.is_dir():
         if side == "texts":
             raise ValueError(f"{source} is a folder: it gives images. Texts come from tars, tables or standard input")
@@ -85,8 +141,16 @@ def _items(source: str, side: Side, column: str | None, id_column: str) -> Itera
     if all(file.suffix == ".tar" for file in files):
         return (item for file in files for item in _tar(file, side))
     if len(files) == 1 and path.suffix in (".csv", ".tsv", ".parquet"):
-        return _table(path, side, column or {"images": "image", "texts": "text"}[side], id_column)
+        return _table(path, side, column or COLUMNS[side], id_column)
     raise ValueError(f"{source!r} is no folder, tar, csv, tsv or parquet file, nor `-` for standard input")
+
+
+def _standard_input() -> list[str]:
+    try:
+        # neither text mode nor `splitlines`: they also cut at \r, form feeds, U+0085 and U+2028, which texts hold
+        return re.split("\r?\n", sys.stdin.buffer.read().decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is no UTF-8 ({error}); convert it, such as with iconv -t UTF-8") from error
 
 
 def _lines(lines: Sequence[str], side: Side) -> Iterator[Item]:
@@ -105,13 +169,19 @@ def _folder(folder: Path) -> Iterator[Item]:
 
 
 def _table(path: Path, side: Side, column: str, id_column: str) -> Iterator[Item]:
-    for number, row in enumerate(_rows(path)):
-        if row.get(column) is None:
-            raise ValueError(
-                f"{path}, row {number}: no column {column!r}; there are {sorted(row)}. Choose with --column"
-            )
+    rows = _parquet(path, side, column) if path.suffix == ".parquet" else _csv(path, column)
+    for number, row in enumerate(rows):
+        if isinstance(row, Item):
+            yield row
+            continue
         name = str(row.get(id_column) if row.get(id_column) is not None else number)
-        metadata = {key: value for key, value in row.items() if key not in (column, id_column) and value is not None}
+        if row[column] is None:
+            yield Item(name, complaint=f"row {number} has nothing in column {column!r}")
+            continue
+        metadata = _metadata(f"{path}, row {number}", row, (column, id_column))
+        if isinstance(row[column], tuple):
+            yield _Cell(name, path, metadata=metadata, place=row[column], column=column)
+            continue
         value = str(row[column])
         if side == "texts":
             yield Item(name, text=value, metadata={"text": value, **metadata})
@@ -119,30 +189,106 @@ def _table(path: Path, side: Side, column: str, id_column: str) -> Iterator[Item
             yield Item(name, path.parent / value, metadata={"file": value, **metadata})
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.suffix == ".parquet":
+def _demand_column(path: Path, column: str, names: Iterable[str]) -> None:
+    if column not in names:
+        raise ValueError(f"{path}: no column {column!r}; there are {sorted(names)}. Choose with --column")
+
+
+def _metadata(where: str, row: dict[str, Any], without: Sequence[str]) -> dict[str, Any]:
+    """What a row says besides, as json has it: found out here, not when a part has been encoded."""
+    known = {}
+    for key, value in row.items():
+        if key in without or value is None:
+            continue
         try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise ValueError("parquet needs pyarrow: `pip install 'stair-embeddings[search]'`") from error
-        for batch in parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    else:
-        with path.open(newline="", encoding="utf-8") as file:
-            yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            known[key] = _plain(value)
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: {key!r} is {error}; wanted a text, a finite number, true or false, a date, or a list of "
+                "these. Leave the value empty (null) or the column out"
+            ) from error
+    return known
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (date, time)):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value}, which json has no word for")
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise ValueError(f"a {type(value).__name__}")
+
+
+def _csv(path: Path, column: str) -> Iterator[dict[str, Any] | Item]:
+    """Rows; one with more cells than columns is an item that cannot be used, named by its line."""
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, delimiter=delimiter)
+        _demand_column(path, column, names := reader.fieldnames or ())
+        for row in reader:
+            if None not in row:
+                yield row
+                continue
+            cells = len(names) + len(row[None])
+            wrong = f"{cells} cells, the first line has {len(names)}: is a text with {delimiter!r} not quoted?"
+            yield Item(f"{path.name}:{reader.line_num}", complaint=wrong)
+
+
+def _parquet(path: Path, side: Side, column: str) -> Iterator[dict[str, Any]]:
+    """Rows without bytes; those of pictures stay unread, their column holds row group and row of each."""
+    file = _parquet_file(path)
+    kinds = {field.name: str(field.type) for field in file.schema_arrow}
+    _demand_column(path, column, kinds)
+    inside = side == "images" and _PICTURES.fullmatch(kinds[column]) is not None
+    if not inside:
+        _demand_text(path, side, column, kinds[column])
+    names = [name for name, kind in kinds.items() if not _BYTES.search(kind)]
+    for group in range(file.num_row_groups):
+        rows = (row for batch in file.iter_batches(row_groups=[group], columns=names) for row in batch.to_pylist())
+        for number, row in enumerate(rows):
+            yield {**row, column: (group, number)} if inside else row
+
+
+def _demand_text(path: Path, side: Side, column: str, kind: str) -> None:
+    """Refuses columns of which every cell would be taken for a path or text by the way Python spells it."""
+    if _BYTES.search(kind) or ("<" in kind and not kind.startswith("dictionary<")):
+        wanted = {"images": "paths of pictures, their bytes, or {bytes, path}", "texts": "one text a row"}[side]
+        raise ValueError(
+            f"{path}: column {column!r} holds {kind}; wanted {wanted}. Choose with --column, or make shards of the "
+            "folder's pictures and captions with `stair prepare datasets`, and embed these"
+        )
+
+
+def _parquet_file(path: Path) -> Any:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError("parquet needs pyarrow: `pip install 'stair-embeddings[search]'`") from error
+    return parquet.ParquetFile(path)
 
 
 def _tar(path: Path, side: Side) -> Iterator[Item]:
     for key, members in _samples(path):
         picture = next((info for kind, info in members.items() if f".{kind}" in IMAGE_ENDINGS), None)
-        captions = _captions(path, key, members)
-        if side == "texts":
+        try:
+            captions, complaint = _captions(path, members), ""
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            captions, complaint = [], f"captions of {key!r} cannot be read: {type(error).__name__}: {error}"
+        if side == "texts" and complaint:
+            yield Item(f"{path.stem}/{key}", complaint=complaint)
+        elif side == "texts":
             for number, caption in enumerate(captions):
                 yield Item(f"{path.stem}/{key}#{number}", text=caption, metadata={"text": caption, "key": key})
         elif picture is not None:
             place = {"file": path.name, "offset": picture.offset_data, "length": picture.size}
             metadata = {"captions": captions, **place} if captions else place
-            yield Item(f"{path.stem}/{key}", path, picture.offset_data, picture.size, metadata=metadata)
+            name = f"{path.stem}/{key}"
+            yield Item(name, path, picture.offset_data, picture.size, metadata=metadata, complaint=complaint)
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
@@ -168,15 +314,18 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
         yield key, members
 
 
-def _captions(path: Path, key: str, members: dict[str, tarfile.TarInfo]) -> list[str]:
+def _captions(path: Path, members: dict[str, tarfile.TarInfo]) -> list[str]:
+    """The captions of a sample, as training takes them (datamodules/tars.py, which this side may not import)."""
+
     def read(kind: str) -> str:
         return Item("", path, members[kind].offset_data, members[kind].size).read().decode()
 
-    try:
-        fields = json.loads(read("json")) if "json" in members else {}
-        found = fields.get("captions") or [fields[key] for key in ("caption",) if fields.get(key)]
-        if not found and "txt" in members:
-            found = [read("txt")]
-        return [caption.strip() for caption in found if caption.strip()]
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: captions of {key!r} cannot be read: {error}") from error
+    fields = json.loads(read("json")) if "json" in members else {}
+    found = fields.get("captions") or [fields[name] for name in ("caption",) if fields.get(name)]
+    if not found and "txt" in members:
+        found = [read("txt")]
+    if not (isinstance(found, list) and all(isinstance(caption, str) for caption in found)):
+        raise TypeError(f"they are {found!r:.80}, wanted a list of strings")
+    for caption in found:
+        caption.encode()  # json can spell half a character, which the tokenizer does not take
+    return [caption.strip() for caption in found if caption.strip()]

@@ -1,8 +1,11 @@
 """`stair embed`, `stair index`, `stair search`: from pictures to hits, through the command line."""
 
 import csv
+import datetime
 import io
 import json
+import math
+import os
 import sys
 import tarfile
 
@@ -12,7 +15,7 @@ import torch
 from PIL import Image
 
 from stair.cli import main
-from stair.embeddings import Embeddings
+from stair.embeddings import Embeddings, Space
 from stair.index import SparseIndex
 from stair.sources import items_of
 
@@ -36,19 +39,27 @@ def model(tiny_stair, tmp_path):
     return tmp_path / "model"
 
 
-@pytest.fixture
-def shard(tmp_path):
-    """Five samples of a picture, a json and, for the first, a text."""
-    path = tmp_path / "some-0000.tar"
+def write_tar(path, samples):
     with tarfile.open(path, "w") as tar:
-        for n, caption in enumerate(CAPTIONS):
-            captions = json.dumps({"captions": [caption, f"{caption} ."]}).encode()
-            members = {"png": png(n), "json": captions, **({"txt": b"unused"} if n == 0 else {})}
+        for key, members in samples.items():
             for kind, content in members.items():
-                info = tarfile.TarInfo(f"sub/k{n}.{kind}")
+                info = tarfile.TarInfo(f"{key}.{kind}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     return path
+
+
+def samples_of(captions):
+    fields = [json.dumps({"captions": [caption, f"{caption} ."]}).encode() for caption in captions]
+    return {f"sub/k{n}": {"png": png(n), "json": about} for n, about in enumerate(fields)}
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """Five samples of a picture, a json and, for the first, a text."""
+    samples = samples_of(CAPTIONS)
+    samples["sub/k0"]["txt"] = b"unused"
+    return write_tar(tmp_path / "some-0000.tar", samples)
 
 
 @pytest.fixture
@@ -58,6 +69,12 @@ def folder(tmp_path):
         (tmp_path / "pictures" / ("deep" if n % 2 else ".") / f"p{n}.png").write_bytes(png(n))
     (tmp_path / "pictures" / "notes.txt").write_text("no picture")
     return tmp_path / "pictures"
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """Puts bytes on standard input, which reads them as the interpreter's own does."""
+    return lambda data: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
 
 
 @pytest.fixture
@@ -142,6 +159,180 @@ def test_an_interrupted_embedding_goes_on_where_it_stopped(stair, model, folder,
         stair("embed", model, folder, out, *options, "--top", "3")
 
 
+@pytest.mark.parametrize("source", ["-", "csv", "tar"])
+def test_an_interrupted_embedding_of_texts_goes_on_and_takes_no_others(stair, model, tmp_path, typed, source):
+    def write(texts):
+        typed("\n".join(texts).encode())
+        (tmp_path / "t.csv").write_text("\n".join(["text,other", *(f"{text},{text} again" for text in texts)]))
+        write_tar(tmp_path / "t.tar", samples_of(texts))
+        for kind in ("csv", "tar"):  # as of one second, in which file systems may count
+            os.utime(tmp_path / f"t.{kind}", (1, 1))
+        return "-" if source == "-" else tmp_path / f"t.{source}"
+
+    out, texts = tmp_path / "out", ["a red ball", "two dogs"]
+    options = ["--side", "texts", "--part_size", "1"]
+    stair("embed", model, write(texts), out, *options, "--share", "1/2")
+    for words in (["a red ball", "two cats"], ["two dogs", "a red ball"]):
+        with pytest.raises(SystemExit, match="content differ"):
+            stair("embed", model, write(words), out, *options)
+    stair("embed", model, write(texts), out, *options)
+    assert [row["text"] for row in Embeddings.load(out).metadata][0 :: 2 if source == "tar" else 1] == texts
+    with pytest.raises(SystemExit, match="column differ"):
+        stair("embed", model, write(texts), out, *options, "--column", "other")
+
+
+@pytest.mark.parametrize("source", ["folder", "tar"])
+def test_another_picture_under_an_old_name_is_not_taken_for_the_old_one(stair, model, folder, tmp_path, source):
+    path = folder if source == "folder" else write_tar(tmp_path / "a.tar", {"k0": {"png": png(0)}})
+    stair("embed", model, path, tmp_path / "out")
+    stair("embed", model, path, tmp_path / "out")
+    if source == "folder":
+        (folder / "p0.png").write_bytes(png(9))
+    else:
+        write_tar(path, {"k0": {"png": png(9)}})
+    os.utime(folder / "p0.png" if source == "folder" else path, (1, 1))
+    with pytest.raises(SystemExit, match="content differ"):
+        stair("embed", model, path, tmp_path / "out")
+
+
+BAD_CAPTIONS = {
+    "json": {"json": b'{"captions": ['},
+    "letters": {"json": b'{"captions": "a dog"}'},
+    "numbers": {"json": b'{"captions": ["a dog", 3]}'},
+    "half a character": {"json": b'{"caption": "a \\ud800"}'},
+    "list": {"json": b"[1]"},
+    "latin-1": {"txt": "caf\u00e9".encode("latin-1")},
+}
+
+
+@pytest.mark.parametrize("bad", BAD_CAPTIONS)
+def test_a_caption_that_cannot_be_read_costs_neither_its_picture_nor_other_texts(stair, model, tmp_path, bad):
+    samples = {"good": {"png": png(0), "txt": b"a red ball"}, "bad": {"png": png(1), **BAD_CAPTIONS[bad]}}
+    path = write_tar(tmp_path / "a.tar", samples)
+    printed = stair("embed", model, path, tmp_path / "images")
+    assert "without captions a/bad: captions of 'bad' cannot be read" in printed and "0 skipped" in printed
+    images = Embeddings.load(tmp_path / "images")
+    assert images.ids == ["a/good", "a/bad"] and "captions" not in images.metadata[1]
+    printed = stair("embed", model, path, tmp_path / "texts", "--side", "texts")
+    assert "skipped a/bad: captions of 'bad' cannot be read" in printed and "1 skipped" in printed
+    assert Embeddings.load(tmp_path / "texts").ids == ["a/good#0"]
+
+
+def test_a_line_with_too_many_cells_is_named_by_its_number_and_left_out(stair, model, folder, tmp_path):
+    for kind, sign in (("csv", ","), ("tsv", "\t")):
+        table = folder / f"t.{kind}"
+        table.write_text(f"id{sign}text{sign}image\n1{sign}a red{sign} ball{sign}p0.png\n2{sign}a dog{sign}p2.png\n")
+        for side in ("texts", "images"):
+            out = tmp_path / f"{kind}-{side}"
+            printed = stair("embed", model, table, out, "--side", side)
+            assert f"skipped t.{kind}:2: 4 cells, the first line has 3" in printed and "1 skipped" in printed
+            assert Embeddings.load(out).ids == ["2"]
+    table.write_text("id\ttext\n1\ta\tb\n")
+    with pytest.raises(ValueError, match=r"no texts can be used; t\.tsv:2: 3 cells"):
+        items_of(str(table), "texts")
+
+
+def test_texts_of_standard_input_end_at_line_ends_only(typed):
+    texts = ["a\u2028b", "a\x0cb", "a\x85b", "a\rb", "a\x1eb", "last"]
+    typed("\r\n".join(texts[:3]).encode() + b"\n" + "\n".join(texts[3:]).encode())
+    assert [item.text for item in items_of("-", "texts")] == texts
+    typed(b"caf\xe9\n")
+    with pytest.raises(ValueError, match="standard input is no UTF-8"):
+        items_of("-", "texts")
+
+
+@pytest.mark.parametrize("form", ["bytes", "hugging face"])
+def test_pictures_inside_parquet_are_embedded_as_files_are(stair, model, folder, tmp_path, form):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    names = ["deep/p1.png", "deep/p3.png", "p0.png", "p2.png"]
+    found = [(folder / name).read_bytes() for name in names] + [b"no picture", None]
+    cells = found if form == "bytes" else [{"bytes": data, "path": "of its maker.png"} for data in found]
+    columns = {"image": cells, "second": cells, "id": [*names, "broken", "none"], "n": list(range(6))}
+    parquet.write_table(pa.table(columns), tmp_path / "t.parquet", row_group_size=4)
+    printed = stair("embed", model, tmp_path / "t.parquet", tmp_path / "out", "--batch_size", "3", "--workers", "1")
+    assert "skipped broken: image undecodable" in printed and "skipped none: image missing" in printed
+    stair("embed", model, folder, tmp_path / "wanted")
+    got, wanted = Embeddings.load(tmp_path / "out"), Embeddings.load(tmp_path / "wanted")
+    assert got.ids == wanted.ids and got.metadata == [{"n": n} for n in range(4)]
+    np.testing.assert_array_equal(got.vectors.toarray(), wanted.vectors.toarray())
+    parquet.write_table(pa.table({**columns, "image": cells[::-1]}), tmp_path / "t.parquet", row_group_size=4)
+    assert items_of(str(tmp_path / "t.parquet"), "images")[2].read() == found[3]  # not what was read before
+    with pytest.raises(SystemExit, match="content differ"):
+        stair("embed", model, tmp_path / "t.parquet", tmp_path / "out")
+
+
+def test_columns_that_hold_no_pictures_or_texts_are_refused_by_name(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {"several": [["a", "b"]], "bytes": [b"x"], "pictures": [[b"x"]], "of": [{"width": 3}]}
+    parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
+    for column, side in [("several", "texts"), ("bytes", "texts"), ("pictures", "images"), ("of", "images")]:
+        with pytest.raises(ValueError, match=f"column '{column}' holds .*; wanted .*`stair prepare datasets`"):
+            items_of(str(tmp_path / "t.parquet"), side, column)
+    with pytest.raises(ValueError, match=r"no column 'image'; there are \['bytes', 'of', 'pictures', 'several'\]"):
+        items_of(str(tmp_path / "t.parquet"), "images")
+
+
+def test_a_row_with_nothing_in_its_column_is_left_out_alone(tmp_path):
+    (tmp_path / "t.csv").write_text("id,text\na\nb,a dog\n")
+    first, second = items_of(str(tmp_path / "t.csv"), "texts")
+    assert first.text is None and first.complaint == "row 0 has nothing in column 'text'" and second.text == "a dog"
+
+
+@pytest.mark.parametrize("format", ["safetensors", "parquet"])
+def test_dates_of_a_table_become_texts(stair, model, tmp_path, format):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    moment = datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.timezone.utc)
+    row = {"text": "a dog", "day": moment.date(), "at": moment, "time": moment.time(), "days": [moment.date()]}
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "t.parquet")
+    stair("embed", model, tmp_path / "t.parquet", tmp_path / "out", "--side", "texts", "--format", format)
+    written = {"day": "2026-01-02", "at": "2026-01-02T03:04:00+00:00", "time": "03:04:00", "days": ["2026-01-02"]}
+    assert Embeddings.load(tmp_path / "out").metadata == [{"text": "a dog", **written}]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, [1.0, math.nan], {"a": [-math.inf]}, datetime.timedelta(1)])
+def test_values_that_json_has_no_word_for_are_refused_before_anything_is_encoded(stair, model, tmp_path, value):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{"text": "a dog", "odd": None}, {"text": "a cat", "odd": value}]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    with pytest.raises(SystemExit, match=r"row 1: 'odd' is .*; wanted a text, a finite number"):
+        stair("embed", model, tmp_path / "t.parquet", tmp_path / "out", "--side", "texts")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "parquet"])
+def test_embeddings_are_not_saved_with_metadata_that_strict_readers_refuse(tmp_path, ending):
+    from scipy import sparse
+
+    space, vectors = Space("m", "dot", ("a", "b")), sparse.csr_matrix(np.eye(2, dtype="float32"))
+    for value in (math.nan, [math.inf], datetime.date(2026, 1, 2)):
+        with pytest.raises(ValueError, match="metadata of 'second': "):
+            Embeddings(vectors, ["first", "second"], space, [{"n": 1}, {"n": value}]).save(tmp_path / f"e.{ending}")
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        *[("part_size", 0), ("part_size", -1), ("top", 0), ("top", -1), ("batch_size", 0), ("workers", -1)],
+        *[("threshold", -1), ("threshold", ".nan"), ("threshold", ".inf")],
+        *[("device", "foo"), ("device", "meta"), ("device", "cuda:99")],
+    ],
+)
+def test_settings_out_of_range_are_one_line_before_the_first_item(stair, tmp_path, setting, value):
+    with pytest.raises(SystemExit) as stopped:
+        stair("embed", tmp_path / "no model", tmp_path / "no source", tmp_path / "out", f"--{setting}={value}")
+    [line] = str(stopped.value).splitlines()
+    assert line.startswith(f"stair embed: {setting} is ") and "; give " in line
+
+
 def test_pictures_that_cannot_be_read_are_left_out_and_named(stair, model, folder, tmp_path):
     (folder / "p0.png").write_bytes(b"no picture")
     printed = stair("embed", model, folder, tmp_path / "out", "--workers", "1", "--batch_size", "2")
@@ -149,7 +340,7 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(stair, model, folde
     assert Embeddings.load(tmp_path / "out").ids == ["deep/p1.png", "deep/p3.png", "p2.png"]
 
 
-def test_tables_and_standard_input_are_sources(stair, model, folder, tmp_path, monkeypatch):
+def test_tables_and_standard_input_are_sources(stair, model, folder, tmp_path, typed):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -163,7 +354,7 @@ def test_tables_and_standard_input_are_sources(stair, model, folder, tmp_path, m
         items = items_of(str(folder / f"table.{kind}"), "images", id_column="name")
         assert [item.id for item in items] == ["row 0", "row 1"]
         assert items[1].read() == png(1) and items[1].metadata == {"file": "deep/p1.png", "year": year}
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a red ball\n\na dog\n"))
+    typed(b"a red ball\n\na dog\n")
     stair("embed", model, "-", tmp_path / "lines", "--side", "texts", "--top", "2")
     lines = Embeddings.load(tmp_path / "lines")
     assert lines.ids == ["0", "1"] and lines.metadata[1] == {"text": "a dog"}

@@ -177,7 +177,7 @@ def test_a_command_that_fails_is_run_again_and_goes_on_where_it_stopped(tmp_path
 
 class FlakyBucket(MemoryFileSystem):
     protocol = "flaky"
-    failures = 0
+    failures, failure = 0, TimeoutError
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -195,14 +195,24 @@ class FlakyBucket(MemoryFileSystem):
             def readinto(self, buffer):
                 if self.tell() > 3_000 and bucket.failures > 0:
                     bucket.failures -= 1
-                    raise TimeoutError("the bucket is tired")
+                    raise bucket.failure("the bucket is tired")
                 return super().readinto(memoryview(buffer)[:1_500])
 
         return Flaky(plain.getvalue())
 
 
-def test_buckets_are_read_through_fsspec_and_through_their_failures(tmp_path, vocab):
+class ClientPayloadError(Exception):
+    """What aiohttp raises where a transfer is cut, under s3fs and gcsfs: no OSError."""
+
+
+class NoCredentialsError(Exception):
+    """As botocore's."""
+
+
+@pytest.mark.parametrize("failure", [TimeoutError, ClientPayloadError, IndexError])
+def test_buckets_are_read_through_fsspec_and_through_their_failures(tmp_path, vocab, monkeypatch, failure):
     write_shards(tmp_path, [16])
+    monkeypatch.setattr(FlakyBucket, "failure", failure)
     fsspec.register_implementation("flaky", FlakyBucket, clobber=True)
     data = (tmp_path / "train-0000.tar").read_bytes()
     fsspec.filesystem("flaky").pipe("/bucket/train-0000.tar", data)
@@ -213,11 +223,18 @@ def test_buckets_are_read_through_fsspec_and_through_their_failures(tmp_path, vo
     assert len(set(keys(train))) == 16
     with pytest.raises(LastingError, match="FileNotFoundError"):
         open_shard("flaky://bucket/other.tar", QUICK).read()
+    monkeypatch.setattr(FlakyBucket, "_open", lambda *_, **__: raising(NoCredentialsError("none found")))
+    with pytest.raises(LastingError, match="NoCredentialsError: none found"):
+        open_shard("flaky://bucket/train-0000.tar", QUICK).read()
     fsspec.register_implementation("absent", "no_such_package.Files", errtxt="Install no_such_package", clobber=True)
     with pytest.raises(LastingError, match=r"Install no_such_package; `pip install .*remote"):
         open_shard("absent://bucket/a.tar", QUICK).read()
     with pytest.raises(LastingError, match=r"nosuch://bucket/a.tar cannot be opened: Protocol not known: nosuch"):
         open_shard("nosuch://bucket/a.tar", QUICK).read()
+
+
+def raising(error):
+    raise error
 
 
 # ---- training over them

@@ -161,6 +161,33 @@ def test_what_cannot_train_is_refused_before_the_first_step(finished, scenes, st
         main(words(scenes, stage, tmp_path / "new", *more))
 
 
+def test_strategies_that_would_train_something_else_are_refused(finished, scenes, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text("trainer: {strategy: {class_path: lightning.pytorch.strategies.ModelParallelStrategy}}")
+    with pytest.raises(ValueError, match=r"trainer\.strategy is ModelParallelStrategy.*fsdp2\.yaml"):
+        main(words(scenes, 1, tmp_path / "new", "--config", str(other)))
+
+
+def test_a_training_that_is_there_is_not_written_over(finished, scenes, tmp_path):
+    def content():
+        return {path: path.read_bytes() for path in tmp_path.glob("r/**/*") if path.is_file()}
+
+    shutil.copytree(finished, tmp_path / "r")
+    before = content()
+    with pytest.raises(ValueError, match=r"last.*ckpt is of an earlier training.*--ckpt_path last.*another --run"):
+        main(words(scenes, 1, tmp_path / "r"))
+    main(words(scenes, 1, tmp_path / "r", "--trainer.fast_dev_run", "2"))
+    assert content() == before
+    shutil.rmtree(tmp_path / "r" / "stage1" / "tensorboard")
+    with pytest.raises(ValueError, match="stage1/stair is of an earlier training"):
+        main(words(scenes, 1, tmp_path / "r"))
+
+
+def test_a_cpu_recomputes_in_half_precision_too(scenes, tmp_path):
+    more = ("--trainer.precision", "bf16-mixed", "--model.init_args.recompute", "true", "--trainer.max_steps", "2")
+    assert main(words(scenes, 1, tmp_path / "r", *more)).trainer.global_step == 2
+
+
 def test_another_vocabulary_is_refused_naming_both(finished, scenes, tmp_path):
     lines = (scenes / "vocab.txt").read_text().splitlines()
     other = tmp_path / "vocab.txt"
