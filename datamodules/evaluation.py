@@ -1,7 +1,8 @@
 """The command `stair evaluate`: opens shards and folders as evaluation sets, measures a model, writes what came out."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,21 @@ def evaluate(
     if no_probe:
         sets = [replace(what, train=[], val=[]) for what in sets]
     scored = open_model(model, vocabulary)
+    folder = Path(output).resolve() if output else _beside(model)
+    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before hours of measuring
     result, embedded = measure(scored, sets, ks, batch_size=batch_size, say=lambda text: print(text, flush=True))
     show(result)
-    place = Path(model)
-    folder = Path(output) if output else place.with_name(f"{place.name.replace(':', '-')}-evaluation")
     write(folder, result, scored, sets, embedded)
     print(f"Written: {folder}/report.html, evaluation.json, model_card.md")
+
+
+def _beside(model: str) -> Path:
+    """Where results go if nobody says: beside the model; for one of another project, here."""
+    scheme, colon, rest = model.partition(":")
+    if colon and not Path(model).exists():
+        return Path.cwd() / "-".join([scheme, *rest.removesuffix("/").split("/")[-1].split(":"), "evaluation"])
+    place = Path(model).resolve()
+    return place.with_name(f"{place.name}-evaluation")
 
 
 def open_set(
@@ -91,7 +101,9 @@ def open_set(
         FileNotFoundError: if nothing is there.
         ValueError: if what is there is no set.
     """
-    name, _, place = word.rpartition("=")
+    name, sign, place = word.partition("=")
+    if not sign or "/" in name or Path(word).exists():  # an `=` of the path's
+        name, place = "", word
     folder = Path(place)
     if folder.is_dir() and not any(folder.glob("*.tar")):
         found = _class_folders(folder, split)
@@ -131,6 +143,7 @@ class _TarSamples:
     def __init__(self, spec: str, classes: Sequence[str], most: int | None = None) -> None:
         # size and limit of its own pixels are not used: models differ in size, and read the image itself
         self._entries = EvaluationPairs(spec, 1, MAX_PIXELS).entries
+        self._names = list(classes)
         self._classes = {name: place for place, name in enumerate(classes)}
         self._most = most
 
@@ -138,40 +151,52 @@ class _TarSamples:
         return len(self._entries)
 
     def __getitem__(self, index: int, /) -> Sample:
-        entry = self._entries[index]
-        try:
-            sample = read_entry(entry)
+        with self._named(self._entries[index]) as sample:
             return Sample(decode_image(image_bytes(sample)), captions(sample)[: self._most], self._label(sample))
+
+    @staticmethod
+    @contextmanager
+    def _named(entry: Any) -> Iterator[dict[str, bytes]]:
+        """The members of a sample; says which one it is where something about it is wrong."""
+        try:
+            yield read_entry(entry)
         except ValueError as error:
             raise ValueError(f"evaluation sample {entry.key!r} of {entry.path}: {error}") from error
 
+    def _each(self, what: Callable[[dict[str, bytes]], Any]) -> Iterator[Any]:
+        for entry in self._entries:
+            with self._named(entry) as sample:
+                yield what(sample)
+
     def _label(self, sample: dict[str, bytes]) -> int | None:
         fields = json.loads(sample["json"]) if "json" in sample and self._classes else {}
-        if fields.get("class") in self._classes:
-            return self._classes[fields["class"]]
-        label = fields.get("label")
-        return label if "class" not in fields and isinstance(label, int) and 0 <= label < len(self._classes) else None
+        name, label = fields.get("class"), fields.get("label")
+        if isinstance(label, int) and 0 <= label < len(self._names) and name in (None, self._names[label]):
+            return label  # two classes can have one name
+        return self._classes.get(name) if isinstance(name, str) else None
 
     def has_classes(self) -> bool:
         """Whether any image is of one of the classes."""
-        return any(self._label(read_entry(entry)) is not None for entry in self._entries)
+        return any(label is not None for label in self._each(self._label))
 
     def captions_tell_apart(self) -> bool:
         """Whether at least half of the images have captions that no other image has."""
-        told = [tuple(captions(read_entry(entry))[: self._most]) for entry in self._entries]
+        told = [tuple(captions_of[: self._most]) for captions_of in self._each(captions)]
         return 2 * images_told_alike(told) <= len(told)
 
 
 def _tars(spec: str, home: Path, split: str, classnames: str | None, captions: int | None) -> EvaluationSet:
     classes = _class_names(home, classnames)
     samples = _TarSamples(spec, classes, captions)
-    if not samples.has_classes():  # names of other classes, as of those that training has seen
+    if classes and not samples.has_classes():  # names of other classes, as of those that training has seen
+        print(f"{home.resolve().name}: no image is of one of the {len(classes)} classes named, so none is classified")
         classes = []
     beside = {part: str(home / f"{part}-*.tar") for part in ("train", "val")}
     # what is measured must not be learned from
-    may_probe = classes and not set(expand(spec)) & {path for s in beside.values() for path in map(str, _glob(s))}
+    measured = {Path(path).resolve() for path in expand(spec)}
+    may_probe = classes and not measured & {path.resolve() for s in beside.values() for path in _glob(s)}
     parts = {part: _TarSamples(s, classes) for part, s in beside.items() if may_probe and _glob(s)}
-    return EvaluationSet(home.name, samples, split, classes, **parts, retrieval=samples.captions_tell_apart())
+    return EvaluationSet(home.resolve().name, samples, split, classes, **parts, retrieval=samples.captions_tell_apart())
 
 
 def _glob(spec: str) -> list[Path]:
@@ -181,10 +206,15 @@ def _glob(spec: str) -> list[Path]:
 def _class_names(home: Path, given: str | None) -> list[str]:
     """Names from `FILE` or `FILE:KEY`, else from the file beside the tars; none if there is none."""
     name, _, key = given.rpartition(":") if given and not Path(given).is_file() else (given or "", "", "classes")
-    path = Path(name) if given else home / _CLASSNAMES
-    if not given and not path.is_file():
+    path = Path(name or given) if given else home / _CLASSNAMES
+    if not path.is_file():
+        if given:
+            raise FileNotFoundError(f"--classnames {given}: no such file")
         return []
-    found: Any = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no json: {error}") from error
     names = found.get(key) if isinstance(found, dict) else found
     if isinstance(names, list) and names and all(isinstance(n, str) for n in names):
         return names
@@ -202,7 +232,7 @@ class _FolderSamples:
             (path, label)
             for label, name in enumerate(classes)
             for path in sorted((folder / name).rglob("*"))
-            if path.suffix.lower() in _IMAGES
+            if path.suffix.lower() in _IMAGES and not path.name.startswith(".")
         ]
 
     def __len__(self) -> int:
@@ -219,7 +249,8 @@ class _FolderSamples:
 def _class_folders(folder: Path, split: str | None) -> EvaluationSet:
     part = split or next((s for s in SPLITS if (folder / s).is_dir()), None)
     home = folder / part if part else folder
-    classes = sorted(path.name for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
+    folders = [path.name for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
+    classes = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
     samples = _FolderSamples(home, classes)
     if not len(samples):
         raise ValueError(
@@ -232,4 +263,4 @@ def _class_folders(folder: Path, split: str | None) -> EvaluationSet:
         if part not in (None, other) and (folder / other).is_dir()
     }
     spoken = [name.replace("_", " ") for name in classes]
-    return EvaluationSet(folder.name, samples, part or "all", spoken, **others, retrieval=False)
+    return EvaluationSet(folder.resolve().name, samples, part or "all", spoken, **others, retrieval=False)

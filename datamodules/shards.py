@@ -83,9 +83,10 @@ class ImageTextShards(LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | dict[str, str | list[str] | Shards] | None,
-        val: dict[str, str] | None,
-        test: dict[str, str] | None,
+        train: str | list[str] | dict[str, str | list[str] | Shards] | None = None,
+        val: dict[str, str] | None = None,
+        test: dict[str, str] | None = None,
+        *,
         vocabulary: str,
         image_size: int,
         max_tokens: int,
@@ -238,7 +239,7 @@ class ImageTextShards(LightningDataModule):
             ValueError: if there are no training shards.
         """
         if self._loader is None:
-            raise ValueError("nothing to train on: train=None was given; give a shard spec")
+            raise ValueError("nothing to train on: give shards, as in --data.train 'shards/*.tar'")
         return self._loader
 
     def val_dataloader(self) -> list[DataLoader]:

@@ -326,7 +326,7 @@ def test_the_command_prints_the_findings_and_ends_with_the_status(tmp_path, monk
 
 def shards(spec: str, vocab: str, **settings) -> ImageTextShards:
     return ImageTextShards(
-        spec, None, None, vocab, **({"image_size": 20, "max_tokens": 8, "global_batch_size": 4} | settings)
+        spec, vocabulary=vocab, **({"image_size": 20, "max_tokens": 8, "global_batch_size": 4} | settings)
     )
 
 

@@ -124,7 +124,9 @@ def test_the_trainers_predict_writes_what_embed_writes(stair, tiny_stair, model,
     stair("embed", model, shard, tmp_path / "texts", "--side", "texts")
     module = Stage3(tiny_config(vocab_file), Objective(), Optimizer())
     module.stair.load_state_dict(tiny_stair.state_dict())
-    data = ImageTextShards(None, None, {"c": str(shard)}, str(vocab_file), 32, 12, eval_batch_size=2, workers=0)
+    data = ImageTextShards(
+        test={"c": str(shard)}, vocabulary=str(vocab_file), image_size=32, max_tokens=12, eval_batch_size=2, workers=0
+    )
     trainer = L.Trainer(
         accelerator="cpu",
         devices=ranks,

@@ -1,6 +1,7 @@
 """`stair evaluate` through the front door, and each of its figures against counting by hand."""
 
 import json
+import shutil
 import tarfile
 from io import BytesIO
 from types import SimpleNamespace
@@ -126,6 +127,10 @@ def test_a_dense_model_takes_the_same_road(models, shards):
         (["{models}/stair", "a={sets}/pets", "a={sets}/pets"], "a name of its own"),
         (["{models}/stair", "{sets}/pets", "--limit", "0"], "at least 1"),
         (["{models}/stair", "{sets}/pets", "--classnames", "{sets}/pets/classnames.json:names"], "no list of names"),
+        (["{models}/stair", "{sets}/pets", "--classnames", "{sets}/no.json"], r"no\.json: no such file"),
+        (["{models}/stair", "{sets}/pets", "--classnames", "{sets}/pets/test-00000.tar"], "is no json"),
+        (["{models}/stair", "{sets}/pets", "--output", "{sets}/pets/classnames.json"], "File exists"),
+        (["{models}/stair", "{sets}/pets", "--vocabulary", "{sets}/scenes/vocab.txt"], "words of its own"),
         (["open_clip:ViT-B-32", "{sets}/pets"], "ARCHITECTURE:CHECKPOINT"),
         (["sentence_transformers:{models}", "{sets}/pets"], "modules.json is missing"),
     ],
@@ -135,11 +140,25 @@ def test_what_cannot_be_measured_is_refused_in_a_line(models, shards, monkeypatc
         command(monkeypatch, *(word.format(models=models, sets=shards) for word in words))
 
 
+def test_results_lie_beside_the_model_however_its_folder_is_named(models, shards, monkeypatch, tmp_path):
+    shutil.copytree(models / "stair", tmp_path / "m")
+    (tmp_path / "k=3").mkdir()
+    shutil.copy(shards / "pets" / "test-00000.tar", tmp_path / "k=3" / "test.tar")
+    shutil.copy(shards / "pets" / "classnames.json", tmp_path / "k=3")
+    monkeypatch.chdir(tmp_path / "m")
+    command(monkeypatch, ".", tmp_path / "k=3" / "test.tar")
+    page = (tmp_path / "m-evaluation" / "report.html").read_text()
+    assert "<h1>" in page and "&amp;" not in page
+    assert json.loads((tmp_path / "m-evaluation" / "evaluation.json").read_text())["sets"].keys() == {"k=3"}
+
+
 def test_class_folders_are_a_set_with_splits(tmp_path):
     for split in ("train", "val", "test"):
         for name in ("fire_engine", "ship"):
             (tmp_path / split / name).mkdir(parents=True)
             picture("red").save(tmp_path / split / name / "a.png")
+    (tmp_path / "test" / ".ipynb_checkpoints").mkdir()
+    picture("red").save(tmp_path / "test" / ".ipynb_checkpoints" / "a.png")
     what = open_set(f"cars={tmp_path}")
     assert (what.name, what.split, list(what.classes)) == ("cars", "test", ["fire engine", "ship"])
     assert [len(part) for part in (what.samples, what.train, what.val)] == [2, 2, 2]
@@ -162,6 +181,26 @@ def test_captions_can_be_cut_to_a_protocols_number(shards):
 def test_what_is_measured_is_not_learned_from(shards):
     assert len(open_set(f"{shards}/pets/test-*.tar").train) == 8
     assert not len(open_set(f"{shards}/pets/val-*.tar").train)
+    assert not len(open_set(f"{shards}/pets/../pets/./train-00000.tar").train)
+
+
+def test_a_probe_that_cannot_be_learned_costs_no_other_figure(models):
+    def of(*labels):
+        return [Sample(picture((40 * n, 0, 0)), label=label) for n, label in enumerate(labels)]
+
+    sets = [
+        EvaluationSet(
+            "one class", of(0, 1), classes=["dog", "cat"], train=of(0, 0, None), val=of(0, 1), retrieval=False
+        ),
+        EvaluationSet(
+            "some", of(0, 1), classes=["dog", "cat"], train=of(0, None, 1), val=of(0, 1, None), retrieval=False
+        ),
+    ]
+    said = []
+    result, _ = evaluate(open_model(str(models / "stair")), sets, say=said.append)
+    assert "linear_probe" not in result["sets"]["one class"] and "zero_shot" in result["sets"]["one class"]
+    assert any("no linear probe of one class" in line for line in said)
+    assert result["sets"]["some"]["linear_probe"]["images"] == {"train": 2, "val": 2, "test": 2}
 
 
 class Spoken:

@@ -111,7 +111,12 @@ def predict(case):
         callbacks=[EmbeddingWriter(str(folder / "out"))],
     )
     data = ImageTextShards(
-        None, None, {"c": str(folder / "val-0000.tar")}, case.vocabulary, 32, 12, eval_batch_size=2, workers=0
+        test={"c": str(folder / "val-0000.tar")},
+        vocabulary=case.vocabulary,
+        image_size=32,
+        max_tokens=12,
+        eval_batch_size=2,
+        workers=0,
     )
     trainer.predict(module, datamodule=data, return_predictions=False)
     return fingerprint

@@ -27,7 +27,7 @@ def scenes(tmp_path_factory):
 
 def test_a_batch_of_one_pair_is_refused():
     with pytest.raises(ValueError, match=r"global_batch_size.*at least 2"):
-        ImageTextShards("a.tar", None, None, "vocab.txt", 32, 12, global_batch_size=1)
+        ImageTextShards("a.tar", vocabulary="vocab.txt", image_size=32, max_tokens=12, global_batch_size=1)
 
 
 def test_pictures_of_numbers_that_are_none_give_no_weight_that_is_none(tiny_stair):

@@ -117,6 +117,14 @@ def test_the_release_can_be_loaded_and_asked(finished):
     assert model.score(image, text).shape == (3, 2)
 
 
+def test_validate_needs_no_training_data_as_the_readme_says(finished, scenes):
+    line = words(scenes, 3, finished, subcommand="validate")
+    place = line.index("--data.train")
+    assert main(line[:place] + line[place + 2 :]).trainer.callback_metrics["val/recall"] >= 0
+    with pytest.raises(ValueError, match="nothing to train on: give shards"):
+        main([word for word in words(scenes, 1, finished / "new") if word not in line[place : place + 2]])
+
+
 def test_validate_gives_the_recall_that_the_hand_over_was_logged_with(finished, scenes):
     cli = main(words(scenes, 3, finished, subcommand="validate"))
     got = cli.trainer.callback_metrics

@@ -36,6 +36,8 @@ def main(
 ) -> int:
     """Runs what is missing. Returns the number of runs that failed."""
     plan = read_plan(plan_path)
+    if unknown := sorted(set(only) - plan["variants"].keys()):
+        sys.exit(f"{plan_path} has no variant {unknown}; it has {list(plan['variants'])}")
     out.mkdir(parents=True, exist_ok=True)
     if plan.get("words") == "train":
         _write_words(plan, out / "vocab.txt")

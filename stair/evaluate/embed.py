@@ -80,20 +80,15 @@ def embed(scored: Scored, what: EvaluationSet, batch_size: int = 64, words: int 
 
 
 def embed_images(scored: Scored, samples: Samples, batch_size: int = 64) -> tuple[SparseRows, Tensor]:
-    """Comparable embeddings of labelled images, and (N,) int64 their labels.
-
-    Raises:
-        ValueError: if an image has no label.
-    """
+    """Comparable embeddings of those images that have a label, and (N,) int64 their labels."""
     rows: list[SparseRows] = []
     labels: list[int] = []
     for batch in batches(samples, batch_size):
         rows.append(SparseRows.of(scored.encoder.encode_image([sample.image for sample in batch]).float().cpu()))
         labels += [-1 if sample.label is None else sample.label for sample in batch]
-    if -1 in labels:
-        raise ValueError("an image without a class among those that a linear probe learns from")
-    all_rows = SparseRows.cat(rows)
-    return (all_rows.unit() if scored.encoder.similarity == "cosine" else all_rows), torch.tensor(labels)
+    all_rows, label_N = SparseRows.cat(rows), torch.tensor(labels)
+    comparable = all_rows.unit() if scored.encoder.similarity == "cosine" else all_rows
+    return comparable.only(label_N >= 0), label_N[label_N >= 0]
 
 
 class _Words:

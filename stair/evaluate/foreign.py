@@ -6,6 +6,7 @@ must be safetensors or weights only, sentence-transformers loads without remote 
 B images or texts, V words (or the width of a dense embedding).
 """
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +61,7 @@ class OpenClip:
                 architecture, pretrained=checkpoint or None, weights_only=True
             )
             self.tokenize = open_clip.get_tokenizer(architecture)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, TypeError, ValueError, pickle.UnpicklingError) as error:
             # the message lists every model there is
             raise ValueError(
                 f"open_clip cannot open {architecture!r} with {checkpoint!r}: {str(error)[:200]}"

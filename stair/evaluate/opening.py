@@ -34,12 +34,14 @@ def open_model(source: str, vocabulary: str | None = None) -> Scored:
     config = description["model"]
     model = families[description["family"]].from_pretrained(folder)
     sparse = isinstance(model, Stair)
+    if sparse and extra and extra.tokens != model.vocabulary.tokens:
+        raise ValueError(f"{source} has words of its own, others cannot be put in their place: leave --vocabulary out")
     return Scored(
         model,
         "/".join(Path(source).resolve().parts[-3:]) if Path(source).is_dir() else source,
         "sparse" if sparse else "dense",
         model.vocabulary if sparse else None,
-        extra or model.vocabulary,
+        model.vocabulary if sparse else extra or model.vocabulary,
         f"texts cut at {config['text']['max_tokens']} word pieces, images centre-cropped to "
         f"{config['image']['image_size']} px",
         dict(description["training"]),

@@ -50,7 +50,7 @@ def write(
     _put(folder / "model_card.md", model_card(result))
     examples = [section for what in sets if (section := _examples(scored, what, embedded[what.name]))]
     sections = [*map(_section, tables(result)), *_plots(result), *examples[:1]]
-    notes = [escape(protocol(name, figures)) for name, figures in result["sets"].items()]
+    notes = [protocol(name, figures) for name, figures in result["sets"].items()]
     model = result["model"]
     head = f"{model['kind']} model, compared by {model['similarity']}, evaluated by stair {__version__}"
     write_html(folder / "report.html", f"Evaluation of {scored.name}", [head, *notes], sections)

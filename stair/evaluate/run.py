@@ -6,6 +6,7 @@ N images, C captions.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from stair.evaluate.classify import TEMPLATES, class_rows, linear_probe, zero_shot
@@ -77,7 +78,7 @@ def evaluate(
             result["words"] = {k: v for k, v in found.figures.items() if v == v}
         if what.classes:
             say(f"classifying {what.name}")
-            result |= _classification(scored, what, found, batch_size)
+            result |= _classification(scored, what, found, batch_size, say)
         if scored.vocabulary is not None:
             result["naming"] = _naming(scored, what, found, dense_words)
     model = {"name": scored.name, "kind": scored.kind, "similarity": scored.encoder.similarity}
@@ -113,14 +114,16 @@ def _retrieval(
     images, texts = found.comparable(similarity)
     figures = retrieval_figures(images, texts, found.owner, ks)
     result: dict[str, Any] = {"retrieval": {name: float(value) for name, value in figures.items()}}
-    sparse = scored.words is not None
+    sparse = scored.kind == "sparse"
     result["cost"] = cost(images, texts, found.width, sparse)
     if sparse and (most or shares):
         result["pruned"] = curve(found.images, found.texts, found.owner, similarity, most, shares)
     return result
 
 
-def _classification(scored: Scored, what: EvaluationSet, found: Embedded, batch_size: int) -> dict[str, Any]:
+def _classification(
+    scored: Scored, what: EvaluationSet, found: Embedded, batch_size: int, say: Callable[[str], None]
+) -> dict[str, Any]:
     images, _ = found.comparable(scored.encoder.similarity)
     known = found.labels >= 0
     if not known.any():
@@ -131,7 +134,12 @@ def _classification(scored: Scored, what: EvaluationSet, found: Embedded, batch_
     result["zero_shot"]["templates"] = list(TEMPLATES)
     if len(what.train) and len(what.val):
         train, val = (embed_images(scored, part, batch_size) for part in (what.train, what.val))
-        result["linear_probe"] = linear_probe(train, val, test, found.width)
+        if len(train[1].unique()) < 2 or not len(val[1]):
+            say(f"no linear probe of {what.name}: its train part has one class, or its val part no image with a class")
+        elif not all(np.isfinite(rows.scipy(found.width).data).all() for rows, _ in (train, val, test)):
+            say(f"no linear probe of {what.name}: an embedding is not finite")
+        else:
+            result["linear_probe"] = linear_probe(train, val, test, found.width)
     return result
 
 
