@@ -82,6 +82,7 @@ class Plan:
         spread: most non-zeros of a rank over their mean: all messages are as long as the longest.
         sharded: parameters and optimiser over ranks (FSDP2).
         recompute: activations are computed again backwards.
+        forms: of a text that are compared: 2 in the stages' own recipe, 1 in the paper's.
     """
 
     pairs: int
@@ -92,6 +93,7 @@ class Plan:
     spread: float
     sharded: bool
     recompute: bool
+    forms: int
 
     @property
     def own(self) -> int:
@@ -134,18 +136,18 @@ class Plan:
             "one peer, dense": B * V * _FP32,
         }
 
-    def seconds(self, image: Tower, text: Tower, flops: float, bandwidth: float) -> dict[str, float]:
-        """Seconds by part, nothing overlapped: an upper bound for given speeds."""
+    def seconds(self, image: Tower, text: Tower, flops: float, loss_flops: float, bandwidth: float) -> dict[str, float]:
+        """Seconds by part, nothing overlapped: an upper bound for given speeds; of the loss, that of fp32 arithmetic."""
         B, G, V = self.own, self.pairs, self.vocabulary
         # forward 1, backward 2; a micro-batch or a recomputed block runs forward once more, both together twice
         passes = 3 + (self.micro < B) + self.recompute
         work = B * (image.flops(V) + text.flops(V)) * passes
-        similarity = 2 * 4 * B * G * V
+        similarity = self.forms * 2 * 4 * B * G * V
         moved = 2 * _FP32 * (image.parameters + text.parameters) * (1 - 1 / self.ranks)
         received = self.received()
         return {
             "towers and heads": work / flops,
-            "similarity": similarity / flops,
+            "similarity": similarity / loss_flops,
             "gradients between ranks": moved / bandwidth,
             **{f"embeddings, {way}": amount / bandwidth for way, amount in received.items()},
         }
@@ -285,7 +287,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--spread", type=float, default=1.1, help="most of a rank over the mean")
     parser.add_argument("--strategy", choices=("ddp", "fsdp2"), default="ddp")
     parser.add_argument("--recompute", action="store_true")
-    parser.add_argument("--teraflops", type=float, default=400, help="reached on a device")
+    parser.add_argument("--forms", type=int, default=2, help="of a text that are compared: 1 in the paper's recipe")
+    parser.add_argument("--teraflops", type=float, default=400, help="reached on a device by the towers")
+    parser.add_argument("--loss-teraflops", type=float, default=50, help="by the loss, whose products are of fp32")
     parser.add_argument("--gigabytes-per-second", type=float, default=50, help="reached between ranks, for each rank")
     parser.add_argument("--check", type=int, default=0, metavar="R", help="compare with R processes on this machine")
     given = parser.parse_args(words)
@@ -298,7 +302,7 @@ def main(words: list[str] | None = None) -> None:
     micro = given.micro or given.pairs // given.ranks
     plan = Plan(
         given.pairs, given.ranks, micro, given.vocabulary, given.active, given.spread,
-        given.strategy == "fsdp2", given.recompute,
+        given.strategy == "fsdp2", given.recompute, given.forms,
     )  # fmt: skip
     pair = towers(given.vocabulary)[given.towers]
     print(f"{given.towers}, {given.pairs} pairs over {given.ranks} ranks ({plan.own} each), {given.strategy}: modelled")
@@ -308,7 +312,8 @@ def main(words: list[str] | None = None) -> None:
     at_start = total - memory["received entries"] + fresh
     show("memory of a device", {**memory, "sum": total, "sum while all words are on": at_start}, 2**30, "GiB")
     show("received in a step by the loss", plan.received(), 1e6, "MB")
-    show("a step", plan.seconds(*pair, given.teraflops * 1e12, given.gigabytes_per_second * 1e9), 1e-3, "ms")
+    speeds = given.teraflops * 1e12, given.loss_teraflops * 1e12, given.gigabytes_per_second * 1e9
+    show("a step", plan.seconds(*pair, *speeds), 1e-3, "ms")
 
 
 if __name__ == "__main__":
