@@ -260,7 +260,9 @@ def check(ranks: int, pairs: int, vocabulary: int, share: float) -> bool:
         "all gathers of the loss": (sum(messages) + sums, of_loss["all_gather"]),
         "FLOPs of both sides": (2 * vocabulary * _FP32, of_flops),
     }
-    plan = Plan(ranks * pairs, ranks, pairs, vocabulary, share * vocabulary, 1.0, sharded=False, recompute=False)
+    plan = Plan(
+        ranks * pairs, ranks, pairs, vocabulary, share * vocabulary, 1.0, sharded=False, recompute=False, forms=1
+    )
     exact = {way: amount - 2 * (ranks * pairs + vocabulary) * _FP32 for way, amount in plan.received(_FP32).items()}
     wanted["by columns"] = (round(exact["columns"]), of_columns)
     if share > 0.5:
