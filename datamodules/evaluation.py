@@ -152,7 +152,13 @@ class _TarSamples:
 
     def __getitem__(self, index: int, /) -> Sample:
         with self._named(self._entries[index]) as sample:
-            return Sample(decode_image(image_bytes(sample)), captions(sample)[: self._most], self._label(sample))
+            return Sample(decode_image(image_bytes(sample)), self._told(sample), self._label(sample))
+
+    def _told(self, sample: dict[str, bytes]) -> list[str]:
+        told = captions(sample)
+        if not all(told):
+            raise ValueError(f"no caption: one of the {len(told)} is blank")
+        return told[: self._most]
 
     @staticmethod
     @contextmanager
@@ -181,7 +187,7 @@ class _TarSamples:
 
     def captions_tell_apart(self) -> bool:
         """Whether at least half of the images have captions that no other image has."""
-        told = [tuple(captions_of[: self._most]) for captions_of in self._each(captions)]
+        told = [tuple(captions_of) for captions_of in self._each(self._told)]
         return 2 * images_told_alike(told) <= len(told)
 
 

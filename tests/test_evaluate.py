@@ -322,8 +322,30 @@ def test_names_that_are_hostile_stay_text(models, tmp_path, monkeypatch):
 
 def test_a_set_of_nothing_is_refused(models):
     empty = EvaluationSet("x", [Sample(picture("red"))], retrieval=False)
-    with pytest.raises(ValueError, match="neither captions"):
-        evaluate(open_model(str(models / "stair")), [empty])
+    for what, message in [
+        (empty, "neither captions"),
+        (EvaluationSet("x", []), "has no images"),
+        (
+            EvaluationSet("x", [Sample(picture("red"), label=2)], classes=["dog", "cat"], retrieval=False),
+            "label 2 and 2",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            evaluate(open_model(str(models / "stair")), [what])
+    with pytest.raises(ValueError, match="give a list"):
+        Sample(picture("red"), "a dog")
+
+
+def test_a_blank_caption_is_refused_by_name_as_in_training(tmp_path):
+    pixels = BytesIO()
+    picture("red").save(pixels, "PNG")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for kind, content in (("png", pixels.getvalue()), ("json", b'{"captions": ["a dog", " "]}')):
+            info = tarfile.TarInfo(f"sample.{kind}")
+            info.size = len(content)
+            tar.addfile(info, BytesIO(content))
+    with pytest.raises(ValueError, match=r"'sample' of .*a\.tar: no caption: one of the 2 is blank"):
+        open_set(str(tmp_path / "a.tar"))
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def evaluate(
         `model` and `sets`, JSON-ready, and the embeddings of each set by its name.
 
     Raises:
-        ValueError: if a set has neither captions nor classes, or two have one name.
+        ValueError: if a set has no images, neither captions nor classes, or a label beyond them, or two have one name.
     """
     names = [what.name for what in sets]
     if len(set(names)) < len(names):
@@ -66,6 +66,8 @@ def evaluate(
     results: dict[str, Any] = {}
     embedded: dict[str, Embedded] = {}
     for what in sets:
+        if not len(what.samples):
+            raise ValueError(f"set {what.name!r} has no images")
         if not what.retrieval and not what.classes:
             raise ValueError(f"set {what.name!r} has neither captions that tell images apart nor classes")
         say(f"embedding {what.name}: {len(what.samples)} images")
@@ -126,6 +128,8 @@ def _classification(
 ) -> dict[str, Any]:
     images, _ = found.comparable(scored.encoder.similarity)
     known = found.labels >= 0
+    if int(found.labels.max()) >= len(what.classes):
+        raise ValueError(f"set {what.name!r} has label {int(found.labels.max())} and {len(what.classes)} classes")
     if not known.any():
         raise ValueError(f"set {what.name!r} has class names but no image with a class")
     test = images.only(known), found.labels[known]

@@ -16,11 +16,18 @@ class Sample:
         image: RGB.
         captions: what is said of it; may be empty.
         label: place of its class among the set's classes, None where it has none.
+
+    Raises:
+        ValueError: if captions are one text and no list of them.
     """
 
     image: Image
     captions: Sequence[str] = ()
     label: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.captions, str):
+            raise ValueError(f"captions are the text {self.captions[:40]!r}; give a list, also of one")
 
 
 def images_told_alike(captions: Iterable[Sequence[str]]) -> int:
