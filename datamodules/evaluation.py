@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datamodules.pairs import EvaluationPairs, read_entry
-from datamodules.tars import captions, expand, image_bytes
+from datamodules.pairs import EvaluationPairs, opened, whole_captions
+from datamodules.tars import expand, image_bytes
 from stair.evaluate import EvaluationSet, Sample, open_model, show, write
 from stair.evaluate import evaluate as measure
 from stair.evaluate.sets import Samples, images_told_alike
@@ -46,7 +45,7 @@ def evaluate(
         model: a folder that training handed over, or `open_clip:ARCHITECTURE:CHECKPOINT`,
             `sentence_transformers:FOLDER` (extra `openclip`).
         data: the sets.
-        output: folder for the results; `MODEL-evaluation` beside the model if null.
+        output: folder for the results; `MODEL-evaluation` if null, beside the model, or here for one of another project.
         split: which part of a folder is measured; the first of test, val, train that is there, else all of it.
         classnames: file of class names for sets that have none beside them: a JSON list, or an object with `classes`;
             `FILE:KEY` takes another key.
@@ -151,27 +150,15 @@ class _TarSamples:
         return len(self._entries)
 
     def __getitem__(self, index: int, /) -> Sample:
-        with self._named(self._entries[index]) as sample:
+        with opened(self._entries[index]) as sample:
             return Sample(decode_image(image_bytes(sample)), self._told(sample), self._label(sample))
 
     def _told(self, sample: dict[str, bytes]) -> list[str]:
-        told = captions(sample)
-        if not all(told):
-            raise ValueError(f"no caption: one of the {len(told)} is blank")
-        return told[: self._most]
-
-    @staticmethod
-    @contextmanager
-    def _named(entry: Any) -> Iterator[dict[str, bytes]]:
-        """The members of a sample; says which one it is where something about it is wrong."""
-        try:
-            yield read_entry(entry)
-        except ValueError as error:
-            raise ValueError(f"evaluation sample {entry.key!r} of {entry.path}: {error}") from error
+        return whole_captions(sample)[: self._most]
 
     def _each(self, what: Callable[[dict[str, bytes]], Any]) -> Iterator[Any]:
         for entry in self._entries:
-            with self._named(entry) as sample:
+            with opened(entry) as sample:
                 yield what(sample)
 
     def _label(self, sample: dict[str, bytes]) -> int | None:

@@ -5,7 +5,8 @@ i mod ranks, ranks are evened out with rows marked -1, and a bad sample stops th
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -77,16 +78,36 @@ class EvaluationPairs(Dataset[Pair]):
             ValueError: naming file, key and cause if it is bad.
         """
         entry = self.entries[index % len(self)]
-        try:
-            sample = read_entry(entry)
-            texts = captions(sample)
-            if not all(texts):
-                raise ValueError(f"no caption: one of the {len(texts)} is blank")
+        with opened(entry) as sample:
+            texts = whole_captions(sample)
             pixels = eval_pixels(decode_image(image_bytes(sample), self.max_pixels), self.image_size)
-        except ValueError as error:
-            raise ValueError(f"evaluation sample {entry.key!r} of {entry.path}: {error}") from error
         source = os.path.basename(entry.path).removesuffix(".tar")
         return Pair(pixels, texts, index if index < len(self) else -1, f"{source}/{entry.key}")
+
+
+@contextmanager
+def opened(entry: Entry) -> Iterator[dict[str, bytes]]:
+    """The members of a sample, while it is read.
+
+    Raises:
+        ValueError: of whatever is found wrong with it meanwhile; names file, key and cause.
+    """
+    try:
+        yield read_entry(entry)
+    except ValueError as error:
+        raise ValueError(f"evaluation sample {entry.key!r} of {entry.path}: {error}") from error
+
+
+def whole_captions(sample: Mapping[str, bytes]) -> list[str]:
+    """The captions of a sample, none of which may be blank: training leaves such out, a measure must not.
+
+    Raises:
+        ValueError: as `captions`, or if one is blank.
+    """
+    texts = captions(sample)
+    if not all(texts):
+        raise ValueError(f"no caption: one of the {len(texts)} is blank")
+    return texts
 
 
 def _index(shard: str) -> Iterator[Entry]:

@@ -332,15 +332,17 @@ class _Bucket(Connection):
     """A file that fsspec opens. Its libraries' failures are of many kinds; here they are `OSError`, to be tried again."""
 
     def __init__(self, url: str, at: int, timeout: float) -> None:
-        try:
-            import fsspec
-
-            files, path = fsspec.core.url_to_fs(url, **_time_out(url, timeout))
-        except ImportError as error:
-            raise LastingError(f"{url} cannot be opened: {error}; `pip install 'stair-embeddings[remote]'`") from error
-        except ValueError as error:
-            raise LastingError(f"{url} cannot be opened: {error}") from error
         with _as_os_error():
+            try:
+                import fsspec
+
+                files, path = fsspec.core.url_to_fs(url, **_time_out(url, timeout))
+            except ImportError as error:
+                raise LastingError(
+                    f"{url} cannot be opened: {error}; `pip install 'stair-embeddings[remote]'`"
+                ) from error
+            except ValueError as error:
+                raise LastingError(f"{url} cannot be opened: {error}") from error
             try:
                 stream = files.open(path, "rb", block_size=8 << 20, cache_type="readahead")
             except (FileNotFoundError, PermissionError) as error:

@@ -418,3 +418,8 @@ def test_sentence_transformers_models_are_opened_as_what_they_are(monkeypatch, t
     monkeypatch.setattr(SentenceDouble, "similarity_fn_name", "euclidean")
     with pytest.raises(ValueError, match="only cosine and dot"):
         open_model(f"sentence_transformers:{tmp_path / 'SparseEncoder'}")
+
+
+def test_options_before_the_folders_are_refused_as_nobody_can_tell_whose_they_are(monkeypatch):
+    with pytest.raises(SystemExit, match=r"--limit stands before MODEL DATA.*give MODEL DATA first"):
+        command(monkeypatch, "--limit", "2", "m", "a.tar")

@@ -86,9 +86,8 @@ class SearchPage:
         return JSONResponse({"words": await run_in_threadpool(self._encoded, data)})
 
     def _encoded(self, query: str | bytes) -> dict[str, float]:
-        with (
-            self._one_at_a_time
-        ):  # a small file can take a second to decode: one at a time, and never on the event loop
+        # a small file can take a second to decode: one at a time, and never on the event loop
+        with self._one_at_a_time:
             if isinstance(query, str):
                 encoded = self.model.encode_text([query])
             else:
