@@ -225,18 +225,33 @@ def _plain(value: Any) -> Any:
 
 
 def _csv(path: Path, column: str) -> Iterator[dict[str, Any] | Item]:
-    """Rows; one with more cells than columns is an item that cannot be used, named by its line."""
+    """Rows; one that cannot be read, or has more cells than columns, is an item that cannot be used, named by its line."""
     delimiter = "\t" if path.suffix == ".tsv" else ","
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(
+        newline="", encoding="utf-8-sig"
+    ) as file:  # spreadsheets write a mark before the first column's name
         reader = csv.DictReader(file, delimiter=delimiter)
-        _demand_column(path, column, names := reader.fieldnames or ())
-        for row in reader:
-            if None not in row:
-                yield row
-                continue
-            cells = len(names) + len(row[None])
-            wrong = f"{cells} cells, the first line has {len(names)}: is a text with {delimiter!r} not quoted?"
-            yield Item(f"{path.name}:{reader.line_num}", complaint=wrong)
+        try:
+            _demand_column(path, column, names := reader.fieldnames or ())
+            while (row := _next_row(reader)) is not None:
+                if isinstance(row, str):
+                    yield Item(f"{path.name}:{reader.reader.line_num}", complaint=row)
+                elif None not in row:
+                    yield row
+                else:
+                    cells = len(names) + len(row[None])
+                    wrong = f"{cells} cells, the first line has {len(names)}: is a text with {delimiter!r} not quoted?"
+                    yield Item(f"{path.name}:{reader.line_num}", complaint=wrong)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, after line {reader.line_num}: {error}; save the table as UTF-8") from error
+
+
+def _next_row(reader: "csv.DictReader[str]") -> dict[Any, Any] | str | None:
+    """A row, what is wrong with it, or None at the end."""
+    try:
+        return next(reader, None)
+    except csv.Error as error:  # a text of more than 131,072 characters: a quote that is never closed makes one
+        return f"{error}; is a quote never closed?"
 
 
 def _parquet(path: Path, side: Side, column: str) -> Iterator[dict[str, Any]]:

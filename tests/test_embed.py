@@ -284,6 +284,23 @@ def test_a_row_with_nothing_in_its_column_is_left_out_alone(tmp_path):
     assert first.text is None and first.complaint == "row 0 has nothing in column 'text'" and second.text == "a dog"
 
 
+def test_a_spreadsheets_mark_is_no_part_of_the_first_columns_name(tmp_path):
+    (tmp_path / "t.csv").write_text("text,id\na dog,b\n", encoding="utf-8-sig")
+    (item,) = items_of(str(tmp_path / "t.csv"), "texts")
+    assert (item.id, item.text) == ("b", "a dog")
+
+
+def test_a_text_too_long_for_a_cell_is_left_out_alone_and_other_encodings_are_refused(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text(f"id,text\na,a cat\nb,{'x' * 200_000}\nc,a dog\n")
+    cat, long, dog = items_of(str(table), "texts")
+    assert (cat.text, dog.text) == ("a cat", "a dog")
+    assert long.id == "t.csv:3" and "larger than field limit" in long.complaint and "quote" in long.complaint
+    table.write_bytes("id,text\na,un café\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"t\.csv, after line .*save the table as UTF-8"):
+        items_of(str(table), "texts")
+
+
 @pytest.mark.parametrize("format", ["safetensors", "parquet"])
 def test_dates_of_a_table_become_texts(stair, model, tmp_path, format):
     pa = pytest.importorskip("pyarrow")
