@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datamodules.pairs import EvaluationPairs, opened, whole_captions
-from datamodules.tars import expand, image_bytes
+from datamodules.pairs import entries, opened, whole_captions
+from datamodules.tars import CAPTION_TYPES, CLASS_TYPES, NoCaptionError, class_number, expand, image_bytes
 from stair.evaluate import EvaluationSet, Sample, open_model, show, write
 from stair.evaluate import evaluate as measure
 from stair.evaluate.sets import Samples, images_told_alike
-from stair.images import MAX_PIXELS, decode_image
+from stair.images import decode_image
 
 SPLITS = ("test", "val", "train")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_CLASSNAMES = "classnames.json"
+_CLASSNAMES = "classnames.json", "classnames.txt"
 
 
 def evaluate(
@@ -38,8 +38,8 @@ def evaluate(
     DATA is any number of `PLACE` or `name=PLACE`: tars (a path, a glob, a brace pattern), a folder of tars, or a folder
     with a folder of images for each class. Tars with captions are ranked in both directions, unless most of their images
     share their captions with others, as where captions only name a class. Where there are class names (`classnames.json`
-    beside the tars, or the folders' names) images are also classified; a linear probe follows where a train and a val
-    part lie beside (`train-*.tar` and `val-*.tar`, or folders train/ and val/ of class folders).
+    or `classnames.txt` beside the tars, or the folders' names) images are also classified; a linear probe follows where a
+    train and a val part lie beside (`train-*.tar` and `val-*.tar`, or folders train/ and val/).
 
     Args:
         model: a folder that training handed over, or `open_clip:ARCHITECTURE:CHECKPOINT`,
@@ -47,8 +47,8 @@ def evaluate(
         data: the sets.
         output: folder for the results; `MODEL-evaluation` if null, beside the model, or here for one of another project.
         split: which part of a folder is measured; the first of test, val, train that is there, else all of it.
-        classnames: file of class names for sets that have none beside them: a JSON list, or an object with `classes`;
-            `FILE:KEY` takes another key.
+        classnames: file of class names for sets that have none beside them: a JSON list, or an object with `classes`
+            (`FILE:KEY` takes another key), or a `.txt` with a name on every line.
         ks: the K of recall@K.
         vocabulary: words for the vocabulary test of a model that has none (a BERT vocab.txt).
         captions: the first so many captions of each image, all if null. The usual protocol of COCO-5k takes 5; few of
@@ -104,12 +104,14 @@ def open_set(
     if not sign or "/" in name or Path(word).exists():  # an `=` of the path's
         name, place = "", word
     folder = Path(place)
-    if folder.is_dir() and not any(folder.glob("*.tar")):
-        found = _class_folders(folder, split)
-    elif folder.is_dir():
-        part = split or next((s for s in SPLITS if any(folder.glob(f"{s}*.tar"))), None)
-        spec = str(folder / (f"{part}*.tar" if part else "*.tar"))
-        found = _tars(spec, folder, part or "all", classnames, captions)
+    if folder.is_dir():
+        parts = {s: next(filter(_glob, (str(folder / f"{s}*.tar"), str(folder / s / "*.tar"))), "") for s in SPLITS}
+        part = split or next((s for s in SPLITS if parts[s]), None)
+        if any(parts.values()) or any(folder.glob("*.tar")):
+            spec = parts.get(part or "") or str(folder / (f"{part}*.tar" if part else "*.tar"))
+            found = _tars(spec, folder, part or "all", classnames, captions)
+        else:
+            found = _class_folders(folder, split)
     else:
         found = _tars(place, Path(expand(place)[0]).parent, place, classnames, captions)
     return replace(found, name=name or found.name)
@@ -137,11 +139,10 @@ class _Part:
 
 
 class _TarSamples:
-    """Samples of tars; a class is their `label`, or the place of their `class` among the class names."""
+    """Samples of tars; a class is their `.cls`, their `label`, or the place of their `class` among the class names."""
 
     def __init__(self, spec: str, classes: Sequence[str], most: int | None = None) -> None:
-        # size and limit of its own pixels are not used: models differ in size, and read the image itself
-        self._entries = EvaluationPairs(spec, 1, MAX_PIXELS).entries
+        self._entries = entries(spec, CAPTION_TYPES + CLASS_TYPES)
         self._names = list(classes)
         self._classes = {name: place for place, name in enumerate(classes)}
         self._most = most
@@ -154,7 +155,12 @@ class _TarSamples:
             return Sample(decode_image(image_bytes(sample)), self._told(sample), self._label(sample))
 
     def _told(self, sample: dict[str, bytes]) -> list[str]:
-        return whole_captions(sample)[: self._most]
+        try:
+            return whole_captions(sample)[: self._most]
+        except NoCaptionError:
+            if self._label(sample) is None:
+                raise
+            return []  # a class is enough to be measured by
 
     def _each(self, what: Callable[[dict[str, bytes]], Any]) -> Iterator[Any]:
         for entry in self._entries:
@@ -162,7 +168,13 @@ class _TarSamples:
                 yield what(sample)
 
     def _label(self, sample: dict[str, bytes]) -> int | None:
-        fields = json.loads(sample["json"]) if "json" in sample and self._classes else {}
+        if not self._classes:
+            return None
+        if (number := class_number(sample)) is not None:
+            return number
+        fields = json.loads(sample.get("json", b"{}"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"its json is a {type(fields).__name__}, wanted an object")
         name, label = fields.get("class"), fields.get("label")
         if isinstance(label, int) and 0 <= label < len(self._names) and name in (None, self._names[label]):
             return label  # two classes can have one name
@@ -175,7 +187,12 @@ class _TarSamples:
     def captions_tell_apart(self) -> bool:
         """Whether at least half of the images have captions that no other image has."""
         told = [tuple(captions_of) for captions_of in self._each(self._told)]
-        return 2 * images_told_alike(told) <= len(told)
+        if any(told) and not all(told):
+            raise ValueError(
+                f"{told.count(())} of {len(told)} images have a class and no caption, the others have: give captions to "
+                "all or none, as those without could be found by no text"
+            )
+        return any(told) and 2 * images_told_alike(told) <= len(told)
 
 
 def _tars(spec: str, home: Path, split: str, classnames: str | None, captions: int | None) -> EvaluationSet:
@@ -184,26 +201,36 @@ def _tars(spec: str, home: Path, split: str, classnames: str | None, captions: i
     if classes and not samples.has_classes():  # names of other classes, as of those that training has seen
         print(f"{home.resolve().name}: no image is of one of the {len(classes)} classes named, so none is classified")
         classes = []
-    beside = {part: str(home / f"{part}-*.tar") for part in ("train", "val")}
+    beside = {
+        part: next(filter(_glob, (str(home / f"{part}-*.tar"), str(home / part / "*.tar"))), "")
+        for part in ("train", "val")
+    }
     # what is measured must not be learned from
     measured = {Path(path).resolve() for path in expand(spec)}
     may_probe = classes and not measured & {path.resolve() for s in beside.values() for path in _glob(s)}
-    parts = {part: _TarSamples(s, classes) for part, s in beside.items() if may_probe and _glob(s)}
+    parts = {part: _TarSamples(s, classes) for part, s in beside.items() if may_probe and s}
     return EvaluationSet(home.resolve().name, samples, split, classes, **parts, retrieval=samples.captions_tell_apart())
 
 
 def _glob(spec: str) -> list[Path]:
-    return sorted(Path(spec).parent.glob(Path(spec).name))
+    """The files of a pattern; none of "", the pattern of what is not there."""
+    return sorted(Path(spec).parent.glob(Path(spec).name)) if spec else []
 
 
 def _class_names(home: Path, given: str | None) -> list[str]:
     """Names from `FILE` or `FILE:KEY`, else from the file beside the tars; none if there is none."""
     name, _, key = given.rpartition(":") if given and not Path(given).is_file() else (given or "", "", "classes")
-    path = Path(name or given) if given else home / _CLASSNAMES
-    if not path.is_file():
-        if given:
-            raise FileNotFoundError(f"--classnames {given}: no such file")
+    beside = next((path for file in _CLASSNAMES if (path := home / file).is_file()), None)
+    path = Path(name or given) if given else beside
+    if path is None:
         return []
+    if not path.is_file():
+        raise FileNotFoundError(f"--classnames {given}: no such file")
+    if path.suffix == ".txt":
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(lines):
+            raise ValueError(f"{path}: line {lines.index('') + 1} is blank; wanted the name of a class on every line")
+        return lines
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

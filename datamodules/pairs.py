@@ -5,7 +5,7 @@ i mod ranks, ranks are evened out with rows marked -1, and a bad sample stops th
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -64,9 +64,7 @@ class EvaluationPairs(Dataset[Pair]):
 
     def __init__(self, spec: str | list[str], image_size: int, max_pixels: int) -> None:
         self.image_size, self.max_pixels = image_size, max_pixels
-        self.entries = [entry for shard in expand(spec) for entry in _index(shard)]
-        if not self.entries:
-            raise ValueError(f"evaluation set {spec!r} holds no sample: wanted {IMAGE_TYPES} beside {CAPTION_TYPES}")
+        self.entries = entries(spec, CAPTION_TYPES)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -110,13 +108,30 @@ def whole_captions(sample: Mapping[str, bytes]) -> list[str]:
     return texts
 
 
-def _index(shard: str) -> Iterator[Entry]:
+def entries(spec: str | list[str], beside: Sequence[str]) -> list[Entry]:
+    """Where the samples of a set lie.
+
+    Args:
+        spec: path, glob, brace pattern, or list of these; local, uncompressed tars.
+        beside: types of members, one of which must stand beside the image.
+
+    Raises:
+        FileNotFoundError: if the spec matches nothing.
+        ValueError: if it names a URL, a broken tar, a set without samples, or one without image or what must be beside.
+    """
+    found = [entry for shard in expand(spec) for entry in _index(shard, beside)]
+    if not found:
+        raise ValueError(f"evaluation set {spec!r} holds no sample: wanted {IMAGE_TYPES} beside {tuple(beside)}")
+    return found
+
+
+def _index(shard: str, beside: Sequence[str]) -> Iterator[Entry]:
     if is_remote(shard):
         raise ValueError(f"evaluation reads by position, which {shard!r} does not allow: copy it to a local path")
     for key, members, wrong in list(index(shard)):  # a tar that is cut short is named as such, not by its last sample
         if wrong:
             raise ValueError(f"evaluation sample {key!r} of {shard}: {wrong}")
-        for types in (IMAGE_TYPES, CAPTION_TYPES):
+        for types in (IMAGE_TYPES, tuple(beside)):
             if not members.keys() & set(types):
                 raise ValueError(f"evaluation sample {key!r} of {shard} has members {list(members)}, wanted {types}")
         yield Entry(shard, key, members)

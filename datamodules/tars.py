@@ -23,9 +23,10 @@ from datamodules.tar_members import BrokenTarError, Member, Tar
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 CAPTION_TYPES = ("json", "txt")
+CLASS_TYPES = ("cls",)  # the number of a class, for evaluation
 LONGEST_CAPTION = 10_000  # characters; what is longer is a page of text that went astray
 
-_WANTED = frozenset(IMAGE_TYPES + CAPTION_TYPES)
+_WANTED = frozenset(IMAGE_TYPES + CAPTION_TYPES + CLASS_TYPES)
 _PICKLES = frozenset(("pyd", "pth", "pt", "pkl", "pickle", "ckpt"))
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own members
 
@@ -33,6 +34,10 @@ _UNSAFE = "unsafe name: {!r} leads out of its folder"
 _TWICE = "duplicate member: {!r} comes twice, or two samples that follow each other share a key"
 
 Value = TypeVar("Value")
+
+
+class NoCaptionError(ValueError):
+    """A sample says nothing of its image."""
 
 
 def expand(spec: str | list[str]) -> list[str]:
@@ -202,7 +207,8 @@ def captions(sample: Mapping[str, bytes]) -> list[str]:
         At least one string that is not blank; surrounding white space is removed, blank ones are kept as "".
 
     Raises:
-        ValueError: `no caption: ...`, `caption unreadable: ...` or `caption too long: ...`.
+        NoCaptionError: `no caption: ...`.
+        ValueError: `caption unreadable: ...` or `caption too long: ...`.
     """
     try:
         found = _in_json(sample["json"].decode()) if "json" in sample else []
@@ -214,7 +220,7 @@ def captions(sample: Mapping[str, bytes]) -> list[str]:
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"caption unreadable: {type(error).__name__}: {error}") from error
     if not any(found):
-        raise ValueError(
+        raise NoCaptionError(
             f"no caption: members are {types_of(sample)}, wanted KEY.txt, or KEY.json with "
             '{"captions": [...]} or {"caption": "..."}; members of a sample must follow each other in the tar'
         )
@@ -229,6 +235,20 @@ def _in_json(text: str) -> list[str]:
     if several and not isinstance(several, list):
         raise TypeError(f"captions is a {type(several).__name__}, wanted a list of strings")
     return list(several or ([single] if single else []))
+
+
+def class_number(sample: Mapping[str, bytes]) -> int | None:
+    """What KEY.cls says, None where there is none.
+
+    Raises:
+        ValueError: if it is no number from 0 up.
+    """
+    told = next((sample[kind] for kind in CLASS_TYPES if kind in sample), None)
+    if told is None:
+        return None
+    if not told.strip().isdigit():
+        raise ValueError(f"its .cls is {told[:20]!r}, wanted the number of a class, from 0")
+    return int(told)
 
 
 def caption_field(sample: Mapping[str, bytes]) -> str:

@@ -178,6 +178,53 @@ def test_captions_can_be_cut_to_a_protocols_number(shards):
     assert len(whole.samples[0].captions) == 5 and two.samples[0].captions == whole.samples[0].captions[:2]
 
 
+def write_tar(path, *samples):
+    """A tar of samples, each its members by type; a picture beside them all."""
+    pixels = BytesIO()
+    picture("red").save(pixels, "PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number, members in enumerate(samples):
+            for kind, content in {"png": pixels.getvalue(), **members}.items():
+                info = tarfile.TarInfo(f"{number:04d}.{kind}")
+                info.size = len(content)
+                tar.addfile(info, BytesIO(content))
+
+
+def test_tars_of_images_and_the_numbers_of_their_classes_are_classified(models, monkeypatch, tmp_path, capsys):
+    classes = [b"0", b"1", b"1\n"]
+    write_tar(tmp_path / "pets" / "test" / "0.tar", *({"cls": number} for number in classes))
+    for part in ("train", "val"):
+        write_tar(tmp_path / "pets" / part / "0.tar", *({"cls": number, "json": b"{}"} for number in classes))
+    (tmp_path / "pets" / "classnames.txt").write_text("a dog\ncat\n")
+    command(monkeypatch, models / "stair", tmp_path / "pets", "--output", tmp_path / "out")
+    pets = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sets"]["pets"]
+    assert (pets["protocol"]["split"], pets["protocol"]["captions"]) == ("test", 0) and "retrieval" not in pets
+    assert pets["protocol"]["images_with_the_captions_of_another"] == 0
+    assert set(pets["zero_shot"]["per_class"]) == {"a dog", "cat"} and pets["linear_probe"]["images"]["test"] == 3
+    # one picture for all: whichever class it is taken for, the share of right answers is that class's share
+    assert pets["zero_shot"]["top1"] == pytest.approx(1 / 3) or pets["zero_shot"]["top1"] == pytest.approx(2 / 3)
+    val = open_set(str(tmp_path / "pets"), split="val")
+    assert [val.samples[i].label for i in range(3)] == [0, 1, 1] and not val.val and not val.train
+
+
+@pytest.mark.parametrize(
+    ("samples", "names", "complaint"),
+    [
+        (({"cls": b"0"}, {"cls": b"0", "txt": b"a dog"}), "dog\n", "1 of 2 images have a class and no caption"),
+        (({"cls": b"dog"},), "dog\n", r"'0000' of .*a\.tar: its \.cls is b'dog', wanted the number of a class"),
+        (({"cls": b"0"},), "dog\n\ncat\n", r"classnames\.txt: line 2 is blank"),
+        (({"cls": b"0"},), "", "no caption: members are"),
+        (({"json": b"[]"},), "dog\n", "its json is a list, wanted an object"),
+    ],
+)
+def test_class_numbers_that_say_nothing_are_refused_by_name(tmp_path, samples, names, complaint):
+    write_tar(tmp_path / "a.tar", *samples)
+    (tmp_path / "classnames.txt").write_text(names)
+    with pytest.raises(ValueError, match=complaint):
+        open_set(str(tmp_path / "a.tar"))
+
+
 def test_what_is_measured_is_not_learned_from(shards):
     assert len(open_set(f"{shards}/pets/test-*.tar").train) == 8
     assert not len(open_set(f"{shards}/pets/val-*.tar").train)
@@ -337,14 +384,8 @@ def test_a_set_of_nothing_is_refused(models):
 
 
 def test_a_blank_caption_is_refused_by_name_as_in_training(tmp_path):
-    pixels = BytesIO()
-    picture("red").save(pixels, "PNG")
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for kind, content in (("png", pixels.getvalue()), ("json", b'{"captions": ["a dog", " "]}')):
-            info = tarfile.TarInfo(f"sample.{kind}")
-            info.size = len(content)
-            tar.addfile(info, BytesIO(content))
-    with pytest.raises(ValueError, match=r"'sample' of .*a\.tar: no caption: one of the 2 is blank"):
+    write_tar(tmp_path / "a.tar", {"json": b'{"captions": ["a dog", " "]}'})
+    with pytest.raises(ValueError, match=r"'0000' of .*a\.tar: no caption: one of the 2 is blank"):
         open_set(str(tmp_path / "a.tar"))
 
 

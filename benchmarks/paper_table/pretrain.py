@@ -19,10 +19,9 @@ from timm.models import save_for_hf
 from transformers import BertConfig, BertForMaskedLM
 
 sys.path.insert(0, str(HOME))
-from datamodules.pairs import EvaluationPairs, read_entry
-from datamodules.tars import captions
+from datamodules.pairs import entries, read_entry
+from datamodules.tars import CAPTION_TYPES, captions
 from stair.clip import DenseClip
-from stair.images import MAX_PIXELS
 
 _BATCH, _RATE, _HIDDEN = 256, 2e-3, 0.15
 
@@ -32,8 +31,8 @@ def pretrain(plan_path: Path, dense: Path, out: Path, steps: int) -> None:
     torch.manual_seed(0)
     clip = DenseClip.from_pretrained(dense)
     save_for_hf(clip.image_encoder.vit, out / "image", safe_serialization=True)
-    entries = EvaluationPairs(read_plan(plan_path)["train"], 1, MAX_PIXELS).entries
-    texts = [text for entry in entries for text in captions(read_entry(entry))]
+    samples = entries(read_plan(plan_path)["train"], CAPTION_TYPES)
+    texts = [text for entry in samples for text in captions(read_entry(entry))]
     settings = {k: v for k, v in clip.text_encoder.config.to_diff_dict().items() if k != "model_type"}
     bert = BertForMaskedLM(BertConfig(**settings)).train()
     optimizer = torch.optim.AdamW(bert.parameters(), _RATE, weight_decay=0.01)

@@ -80,14 +80,13 @@ def _write_words(plan: dict[str, Any], path: Path) -> None:
     if path.is_file():
         return
     sys.path.insert(0, str(HOME))
-    from datamodules.pairs import EvaluationPairs, read_entry
-    from datamodules.tars import captions
-    from stair.images import MAX_PIXELS
+    from datamodules.pairs import entries, read_entry
+    from datamodules.tars import CAPTION_TYPES, captions
     from stair.vocabulary import Vocabulary
 
     whole = Vocabulary(plan["vocabulary"])
-    entries = EvaluationPairs(plan["train"], 1, MAX_PIXELS).entries
-    used = {i for entry in entries for text in captions(read_entry(entry)) for i in whole.pieces(text)}
+    samples = entries(plan["train"], CAPTION_TYPES)
+    used = {i for entry in samples for text in captions(read_entry(entry)) for i in whole.pieces(text)}
     special = [token for token in whole.tokens if token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")]
     path.write_text("\n".join([*special, *whole.words(sorted(used))]) + "\n", encoding="utf-8")
 

@@ -69,7 +69,9 @@ def evaluate(
         if not len(what.samples):
             raise ValueError(f"set {what.name!r} has no images")
         if not what.retrieval and not what.classes:
-            raise ValueError(f"set {what.name!r} has neither captions that tell images apart nor classes")
+            raise ValueError(
+                f"set {what.name!r} has neither captions that tell images apart nor class names: nothing to measure it by"
+            )
         say(f"embedding {what.name}: {len(what.samples)} images")
         found = embedded[what.name] = embed(scored, what, batch_size)
         result = results[what.name] = {"protocol": _protocol(scored, what, found, ks)}

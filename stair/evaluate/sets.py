@@ -31,8 +31,8 @@ class Sample:
 
 
 def images_told_alike(captions: Iterable[Sequence[str]]) -> int:
-    """How many images have the same captions as another: nobody could tell them apart by text."""
-    times = Counter(map(tuple, captions))
+    """How many images with captions have the same as another: nobody could tell them apart by text."""
+    times = Counter(tuple(told) for told in captions if told)
     return sum(count for count in times.values() if count > 1)
 
 
