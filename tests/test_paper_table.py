@@ -4,6 +4,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,13 @@ def test_the_miniature_runs_and_is_not_run_twice(tmp_path):
     assert len(logs) == 3 and not any("Total params" in log for log in logs)
     again = subprocess.run(command, capture_output=True, text=True, timeout=50)
     assert again.returncode == 0 and "done:" not in again.stdout
+    more = f"test: {{again: {tmp_path}/scenes/val-*.tar}}\n"
+    (tmp_path / "plan.yaml").write_text(plan + more)
+    began = time.time()
+    added = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert "again: dense, seed 0: the plan says other sets" in added.stdout and added.returncode == 0
+    assert "## again (test" in (tmp_path / "out" / "table.md").read_text()
+    assert all(log.stat().st_mtime < began for log in (tmp_path / "out" / "trained").glob("*/train.log"))
     (tmp_path / "plan.yaml").write_text(plan.replace("warmup_steps: 1", "warmup_steps: 0"))
     changed = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert "again: dense, seed 0: the plan says other settings" in changed.stdout and changed.returncode == 0

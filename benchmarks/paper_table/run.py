@@ -100,11 +100,13 @@ def _run(plan: dict[str, Any], out: Path, name: str, seed: int, further: Sequenc
         chain.append(stage)
         # variants that begin alike share what they have in common
         homes.append(out / "trained" / hashlib.sha256(json.dumps(chain, sort_keys=True).encode()).hexdigest()[:16])
-    if (folder / "evaluation" / "evaluation.json").is_file():
+    sets = plan["val"] | plan.get("test", {})
+    if (done := folder / "evaluation" / "evaluation.json").is_file():
         known = json.loads((folder / "record.json").read_text())
-        if [each["at"] for each in known.values()] == [home.name for home in homes]:
+        other = [each["at"] for each in known.values()] != [home.name for home in homes]
+        if not other and json.loads(done.read_text())["sets"].keys() == sets.keys():
             return ""
-        print(f"again: {name}, seed {seed}: the plan says other settings than it was run with", flush=True)
+        print(f"again: {name}, seed {seed}: the plan says other {'settings' if other else 'sets'} than it was run with")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model: Path | None = None
@@ -116,8 +118,14 @@ def _run(plan: dict[str, Any], out: Path, name: str, seed: int, further: Sequenc
             return f"{name}, seed {seed}: {home / 'train.log'} has the reason"
         trained[stage["config"]] = {"at": home.name, **json.loads((home / "record.json").read_text())}
     (folder / "record.json").write_text(json.dumps(trained, indent=2) + "\n")
-    sets = [f"{key}={place}" for key, place in (plan["val"] | plan.get("test", {})).items()]
-    command = [sys.executable, "-m", "stair.cli", "evaluate", str(model), *sets]
+    command = [
+        sys.executable,
+        "-m",
+        "stair.cli",
+        "evaluate",
+        str(model),
+        *(f"{k}={place}" for k, place in sets.items()),
+    ]
     command += ["--output", str(folder / "evaluation"), "--no_probe"]
     if plan.get("classnames"):
         command += ["--classnames", plan["classnames"]]
