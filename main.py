@@ -53,6 +53,9 @@ class StairCLI(LightningCLI):
     """Lightning's command line with the project's callbacks, and `--run`."""
 
     _checkpoints: str | None = None  # where the training keeps them, for a command that logs elsewhere
+    _start_from: str | None = (
+        None  # what follows from --run; not in the settings, as the saved ones serve other commands
+    )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the always-on callbacks under keys of their own, the run's name, and the links."""
@@ -84,7 +87,7 @@ class StairCLI(LightningCLI):
         if config.weights_only is None:
             config.weights_only = True  # Lightning would unpickle, and so run, what comes over http
         if self.subcommand != "fit":
-            if config.transition.start_from is None and config.ckpt_path is None:
+            if (self._start_from or config.transition.start_from or config.ckpt_path) is None:
                 raise ValueError(
                     f"{self.subcommand} has no model, only weights as they start: give --run RUN, "
                     "--transition.start_from RUN/stage3/stair or --ckpt_path FILE"
@@ -93,13 +96,21 @@ class StairCLI(LightningCLI):
             return
         if config.ckpt_path is None:
             refuse_leftover(config.trainer.default_root_dir or ".")
-            if not config.trainer.fast_dev_run:
-                _refuse_to_replace(config)
+        if config.ckpt_path in (None, "last") and not config.trainer.fast_dev_run:
+            _refuse_to_replace(config)
+        if not config.trainer.logger:  # it would refuse to run
+            config.trainer.callbacks = [
+                callback
+                for callback in _listed(config.trainer.callbacks or [])
+                if not callback.class_path.endswith(".LearningRateMonitor")
+            ]
         if not config.data.val or config.trainer.limit_val_batches == 0:
             _save_without_validation(config.trainer)
 
     def instantiate_trainer(self, **more: Any) -> Trainer:
         """The trainer, whose checkpoints are whole or absent, and looked for where the training keeps them."""
+        transition = self._get(self.config_init, "transition")
+        transition.start_from = transition.start_from or self._start_from
         trainer = super().instantiate_trainer(**more)
         keep_whole(trainer)
         for keeper in trainer.checkpoint_callbacks:
@@ -123,7 +134,7 @@ class StairCLI(LightningCLI):
                 source = home.with_name(f"stage{previous}") if previous > 0 else None
             else:  # a checkpoint that is named wins over the hand-over
                 source = home if getattr(config, "ckpt_path", None) is None else None
-            config.transition.start_from = str(source / family.hand_over) if source else None
+            self._start_from = str(source / family.hand_over) if source else None
 
     def _set_apart(self, config: Any) -> None:
         """Keeps a command that does not train out of the record of the training, whose curves begin at step 0 too."""
@@ -139,9 +150,15 @@ class StairCLI(LightningCLI):
                 version = options.version if isinstance(options.version, str) else f"version_{options.version}"
                 self._checkpoints = os.path.join(options.save_dir, RECORD, version, "checkpoints")
             options.name = self.subcommand
-        if config.ckpt_path == "best" and self._checkpoints is not None:
-            # to Lightning, the best of this process
+        if self._checkpoints is None:
+            return
+        if config.ckpt_path == "best":  # to Lightning, the best of this process
             config.ckpt_path = os.path.join(self._checkpoints, "best.ckpt")
+        if config.ckpt_path == "last" and not any(Path(self._checkpoints).glob("last*.ckpt")):
+            # Lightning would measure weights as they start
+            raise FileNotFoundError(
+                f"--ckpt_path last: no last.ckpt in {self._checkpoints}. Give the run's folder with --run, or a file"
+            )
 
 
 def _refuse_to_replace(config: Any) -> None:
@@ -152,15 +169,25 @@ def _refuse_to_replace(config: Any) -> None:
     """
     home = Path(config.trainer.default_root_dir or ".")
     hand_over = config.transition.hand_over or home / _family_of(config.model.class_path).hand_over
-    there = [
-        *sorted((home / RECORD).glob("**/checkpoints/last*.ckpt")),
-        *([hand_over] if Path(hand_over).exists() else []),
-    ]
-    if there:
+    names = {RECORD, *(each.init_args.get("name") or "." for each in _listed(config.trainer.logger) if _has_args(each))}
+    kept = [path for name in sorted(names) for path in sorted((home / name).glob("**/checkpoints/last*.ckpt"))]
+    kept += sorted((home / "checkpoints").glob("last*.ckpt"))  # where there is no logger
+    finished = [hand_over] if Path(hand_over).exists() else []
+    if config.ckpt_path is None and (kept or finished):
         raise ValueError(
-            f"{there[0]} is of an earlier training, which this one would replace. To go on with that: --ckpt_path last. To "
-            f"begin anew: another --run, or remove {home}"
+            f"{[*kept, *finished][0]} is of an earlier training, which this one would replace. To go on with that: "
+            f"--ckpt_path last. To begin anew: another --run, or remove {home}"
         )
+    elsewhere = any(_has_args(each) and each.init_args.get("dirpath") for each in _listed(config.trainer.callbacks))
+    if finished and not kept and not elsewhere:  # Lightning would begin anew, and hand over again
+        raise ValueError(
+            f"--ckpt_path last: {hand_over} is finished, and its checkpoints are gone, so there is nothing to go on from. "
+            f"To train again: another --run, or remove {home}"
+        )
+
+
+def _has_args(component: Any) -> bool:
+    return hasattr(component, "init_args")
 
 
 def _save_without_validation(trainer: Any) -> None:

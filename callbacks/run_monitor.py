@@ -23,7 +23,7 @@ def logs_now(trainer: L.Trainer, batch_idx: int) -> bool:
 class RunMonitor(L.Callback):
     """Logs the pace of training at every `trainer.log_every_n_steps`, over the steps since the last time.
 
-    - `run/pairs_per_second`: pairs of all ranks a second; validation and what follows it are left out.
+    - `run/pairs_per_second`: pairs of all ranks a second; validation is left out, a checkpoint written after it is not.
     - `run/seconds_per_step`, `run/seconds_waiting`: a step, and the part of it between the end of one step and the
       start of the next, on the slowest rank: input that is not ready (and checkpoints, when one was written).
     - `run/max_memory_gib`: greatest memory PyTorch has held on a CUDA device since the start, largest over ranks.

@@ -45,7 +45,7 @@ class StageTransition(L.Callback):
             FileNotFoundError: if there is no hand-over at `start_from`.
             ValueError: if it is not the previous stage's, unfinished, of another model or vocabulary, naming both sides; if
                 its scale is to be kept and there is none, or one of another similarity; or if it is to be measured by
-                another similarity than it was trained with.
+                another similarity than it was trained with, or as another stage.
         """
         if not isinstance(pl_module, ContrastiveModule):
             return
@@ -55,6 +55,12 @@ class StageTransition(L.Callback):
             # evaluating a hand-over: its own stage, not the one before
             folder = Path(self.start_from)
             description = read_description(folder)
+            theirs = description["training"].get("stage")
+            if None not in (theirs, pl_module.stage) and theirs != pl_module.stage:
+                raise ValueError(
+                    f"{folder} was handed over by stage {theirs}, and this is stage {pl_module.stage}: measured as that it "
+                    f"would pass for it. Give configs/stage{theirs}.yaml, or another --transition.start_from"
+                )
             _load(pl_module, folder, description)
         for side in pl_module.frozen:
             for module in sides(pl_module.towers)[side]:

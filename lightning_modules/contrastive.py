@@ -254,7 +254,10 @@ class ContrastiveModule(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser, and its schedule over the planned steps of the run."""
         optimizer = self.optimizer.build(self)
-        factor = self.optimizer.schedule(planned_steps(self.trainer))
+        steps = planned_steps(self.trainer)
+        if self.trainer.fast_dev_run:  # a dry run is shorter than any warm-up
+            steps = max(steps, self.optimizer.warmup_steps + 1)
+        factor = self.optimizer.schedule(steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -6,7 +6,9 @@
 set -eu
 STAIR_HOME="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export STAIR_HOME
+set +eu # what a site loads may fail on a login node, or ask for variables that are not set
 source "$STAIR_HOME/slurm/site.sh"
+set -eu
 
 from=1
 if [ "${1:-}" = --from ]; then

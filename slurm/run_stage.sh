@@ -18,7 +18,9 @@ refuse() {
 trap '' USR1
 export STAIR_HOME
 cd "$STAIR_HOME" || refuse "no checkout at STAIR_HOME=$STAIR_HOME"
+set +u # what a site loads may ask for variables that are not set
 source slurm/site.sh
+set -u
 
 # ---- what was asked for
 

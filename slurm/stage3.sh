@@ -14,4 +14,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 STAGE=3
-source "${STAIR_HOME:=$SLURM_SUBMIT_DIR}/slurm/run_stage.sh"
+source "${STAIR_HOME:=${SLURM_SUBMIT_DIR:-.}}/slurm/run_stage.sh" || {
+    echo "stair, stage $STAGE: no slurm/run_stage.sh in $STAIR_HOME: give it from the checkout's root, or set STAIR_HOME to that" >&2
+    exit 2
+}

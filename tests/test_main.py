@@ -76,6 +76,11 @@ def test_a_best_checkpoint_that_is_not_there_is_told_with_its_path(scenes, tmp_p
         main.main(words(scenes, 1, tmp_path / "r", "--ckpt_path", "best", subcommand="validate"))
 
 
+def test_a_last_checkpoint_that_is_not_there_is_not_measured_as_fresh_weights(scenes, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no last\.ckpt in .*r/stage1/tensorboard/.*checkpoints"):
+        main.main(words(scenes, 1, tmp_path / "r", "--ckpt_path", "last", subcommand="validate"))
+
+
 @pytest.mark.parametrize(
     ("more", "wanted"),
     [

@@ -134,6 +134,15 @@ def test_validate_gives_the_recall_that_the_hand_over_was_logged_with(finished, 
         assert float(got[tag]) == pytest.approx(seen[tag][-1])
 
 
+def test_the_settings_that_a_training_saved_measure_its_own_stage(finished, scenes):
+    saved = finished / "stage3" / "tensorboard" / "config.yaml"
+    got = main(["validate", "--config", str(saved)]).trainer.callback_metrics
+    assert float(got["val/recall"]) == pytest.approx(scalars(finished, 3)["val/recall"][-1])
+    other = ("--transition.start_from", str(finished / "stage2" / "stair"))  # as settings saved before say
+    with pytest.raises(ValueError, match=r"handed over by stage 2, and this is stage 3.*configs/stage2\.yaml"):
+        main(["validate", "--config", str(saved), *other])
+
+
 def test_predict_gives_the_embeddings_of_every_test_image_once(finished, scenes):
     cli = main(words(scenes, 3, finished, "--data.test", f"{{t: {scenes}/val-*.tar}}", subcommand="predict"))
     out = cli.trainer.predict_loop.predictions
@@ -185,11 +194,22 @@ def test_a_training_that_is_there_is_not_written_over(finished, scenes, tmp_path
     before = content()
     with pytest.raises(ValueError, match=r"last.*ckpt is of an earlier training.*--ckpt_path last.*another --run"):
         main(words(scenes, 1, tmp_path / "r"))
-    main(words(scenes, 1, tmp_path / "r", "--trainer.fast_dev_run", "2"))
+    for dry in ([], ["--model.init_args.optimizer.warmup_steps", "99"]):
+        main(words(scenes, 1, tmp_path / "r", "--trainer.fast_dev_run", "2", *dry))
     assert content() == before
     shutil.rmtree(tmp_path / "r" / "stage1" / "tensorboard")
     with pytest.raises(ValueError, match="stage1/stair is of an earlier training"):
         main(words(scenes, 1, tmp_path / "r"))
+    with pytest.raises(ValueError, match="stage1/stair is finished, and its checkpoints are gone"):
+        main(words(scenes, 1, tmp_path / "r", "--ckpt_path", "last"))
+
+
+@pytest.mark.parametrize("logger", [("--trainer.logger.init_args.name", "mine"), ("--trainer.logger", "false")])
+def test_a_training_of_another_logger_is_not_written_over_either(scenes, tmp_path, logger):
+    main(words(scenes, 1, tmp_path / "r", *logger, "--trainer.max_steps", "2"))
+    shutil.rmtree(tmp_path / "r" / "stage1" / "stair")  # as if it had not come to its end
+    with pytest.raises(ValueError, match=r"last.*ckpt is of an earlier training"):
+        main(words(scenes, 1, tmp_path / "r", *logger, "--trainer.max_steps", "2"))
 
 
 def test_a_cpu_recomputes_in_half_precision_too(scenes, tmp_path):
