@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.pairs import entries, opened, whole_captions
-from datamodules.tars import CAPTION_TYPES, CLASS_TYPES, NoCaptionError, class_number, expand, image_bytes
+from datamodules.prepare.classes import class_names
+from datamodules.tars import (
+    CAPTION_TYPES,
+    CLASS_TYPES,
+    NoCaptionError,
+    caption_field,
+    class_number,
+    expand,
+    image_bytes,
+)
 from stair.evaluate import EvaluationSet, Sample, open_model, show, write
 from stair.evaluate import evaluate as measure
 from stair.evaluate.sets import Samples, images_told_alike
@@ -111,7 +120,7 @@ def open_set(
             spec = parts.get(part or "") or str(folder / (f"{part}*.tar" if part else "*.tar"))
             found = _tars(spec, folder, part or "all", classnames, captions)
         else:
-            found = _class_folders(folder, split)
+            found = _class_folders(folder, split, classnames)
     else:
         found = _tars(place, Path(expand(place)[0]).parent, place, classnames, captions)
     return replace(found, name=name or found.name)
@@ -141,11 +150,12 @@ class _Part:
 class _TarSamples:
     """Samples of tars; a class is their `.cls`, their `label`, or the place of their `class` among the class names."""
 
-    def __init__(self, spec: str, classes: Sequence[str], most: int | None = None) -> None:
+    def __init__(self, spec: str, classes: Sequence[str], most: int | None = None, lines: bool = False) -> None:
         self._entries = entries(spec, CAPTION_TYPES + CLASS_TYPES)
         self._names = list(classes)
         self._classes = {name: place for place, name in enumerate(classes)}
         self._most = most
+        self._lines = lines  # a .txt has a caption on each line
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -156,7 +166,10 @@ class _TarSamples:
 
     def _told(self, sample: dict[str, bytes]) -> list[str]:
         try:
-            return whole_captions(sample)[: self._most]
+            told = whole_captions(sample)
+            if self._lines and caption_field(sample) == "txt":
+                told = [line.strip() for line in told[0].splitlines() if line.strip()]
+            return told[: self._most]
         except NoCaptionError:
             if self._label(sample) is None:
                 raise
@@ -197,7 +210,7 @@ class _TarSamples:
 
 def _tars(spec: str, home: Path, split: str, classnames: str | None, captions: int | None) -> EvaluationSet:
     classes = _class_names(home, classnames)
-    samples = _TarSamples(spec, classes, captions)
+    samples = _TarSamples(spec, classes, captions, any(_is_retrieval(place) for place in (home, home.parent)))
     if classes and not samples.has_classes():  # names of other classes, as of those that training has seen
         print(f"{home.resolve().name}: no image is of one of the {len(classes)} classes named, so none is classified")
         classes = []
@@ -212,36 +225,53 @@ def _tars(spec: str, home: Path, split: str, classnames: str | None, captions: i
     return EvaluationSet(home.resolve().name, samples, split, classes, **parts, retrieval=samples.captions_tell_apart())
 
 
+def _is_retrieval(home: Path) -> bool:
+    """Whether the tars are those of CLIP's published retrieval sets, as `dataset_type.txt` beside them says."""
+    kind = home / "dataset_type.txt"
+    return kind.is_file() and kind.read_text(encoding="utf-8").strip() == "retrieval"
+
+
 def _glob(spec: str) -> list[Path]:
     """The files of a pattern; none of "", the pattern of what is not there."""
     return sorted(Path(spec).parent.glob(Path(spec).name)) if spec else []
 
 
 def _class_names(home: Path, given: str | None) -> list[str]:
-    """Names from `FILE` or `FILE:KEY`, else from the file beside the tars; none if there is none."""
-    name, _, key = given.rpartition(":") if given and not Path(given).is_file() else (given or "", "", "classes")
-    beside = next((path for file in _CLASSNAMES if (path := home / file).is_file()), None)
-    path = Path(name or given) if given else beside
-    if path is None:
-        return []
+    """Names from `FILE` or `FILE:KEY`, else from a file beside the tars; none if there is none."""
+    if not given:
+        beside = (home / file for file in _CLASSNAMES)
+        # a file of another make that is called alike is passed over: nobody asked for it
+        return next(filter(None, (_names_in(path, "classes") for path in beside if path.is_file())), [])
+    name, _, key = (given, "", "classes") if Path(given).is_file() else given.rpartition(":")
+    path = Path(name or given)
     if not path.is_file():
         raise FileNotFoundError(f"--classnames {given}: no such file")
+    if names := _names_in(path, key):
+        return names
+    found = _parsed(path)
+    keys = sorted(k for k, v in found.items() if isinstance(v, list)) if isinstance(found, dict) else []
+    raise ValueError(f"{path} has no list of names under {key!r}; it has {keys}. Give --classnames FILE:KEY")
+
+
+def _names_in(path: Path, key: str) -> list[str]:
+    """The lines of a `.txt`, or of JSON the list, or the one under a key; none if there is no such list of names."""
     if path.suffix == ".txt":
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
         if not all(lines):
             raise ValueError(f"{path}: line {lines.index('') + 1} is blank; wanted the name of a class on every line")
         return lines
+    found = _parsed(path)
+    names = found.get(key) if isinstance(found, dict) else found
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+
+
+def _parsed(path: Path) -> Any:
+    if path.suffix == ".txt":
+        return None
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no json: {error}") from error
-    names = found.get(key) if isinstance(found, dict) else found
-    if isinstance(names, list) and names and all(isinstance(n, str) for n in names):
-        return names
-    if not given:
-        return []  # a file of another make: nobody asked for it
-    keys = sorted(k for k, v in found.items() if isinstance(v, list)) if isinstance(found, dict) else []
-    raise ValueError(f"{path} has no list of names under {key!r}; it has {keys}. Give --classnames FILE:KEY")
 
 
 class _FolderSamples:
@@ -266,7 +296,7 @@ class _FolderSamples:
             raise ValueError(f"{path}: {error}") from error
 
 
-def _class_folders(folder: Path, split: str | None) -> EvaluationSet:
+def _class_folders(folder: Path, split: str | None, classnames: str | None) -> EvaluationSet:
     part = split or next((s for s in SPLITS if (folder / s).is_dir()), None)
     home = folder / part if part else folder
     folders = [path.name for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
@@ -282,5 +312,8 @@ def _class_folders(folder: Path, split: str | None) -> EvaluationSet:
         for other in ("train", "val")
         if part not in (None, other) and (folder / other).is_dir()
     }
-    spoken = [name.replace("_", " ") for name in classes]
+    if classnames is None or Path(classnames).is_file():
+        spoken = class_names(classes, Path(classnames) if classnames else None)
+    elif len(spoken := _class_names(home, classnames)) != len(classes):
+        raise ValueError(f"--classnames {classnames}: {len(spoken)} names for {len(classes)} folders of {home}")
     return EvaluationSet(folder.resolve().name, samples, part or "all", spoken, **others, retrieval=False)

@@ -19,7 +19,7 @@ import braceexpand
 from webdataset.tariterators import base_plus_ext
 
 from datamodules.sources import Remote, is_remote, open_shard
-from datamodules.tar_members import BrokenTarError, Member, Tar
+from stair.tar_members import BrokenTarError, Member, Tar
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 CAPTION_TYPES = ("json", "txt")

@@ -10,13 +10,14 @@ import json
 import math
 import re
 import sys
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date, time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
+
+from stair.tar_members import BrokenTarError, Member, Tar
 
 Side = Literal["images", "texts"]
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -120,7 +121,10 @@ def items_of(source: str, side: Side, column: str | None = None, id_column: str 
     seen: set[str] = set()
     for item in items:
         if item.id in seen:
-            raise ValueError(f"{source!r}: id {item.id!r} occurs twice")
+            raise ValueError(
+                f"{source!r}: id {item.id!r} occurs twice. Tars of one name in several folders give the same ids: embed "
+                "each folder by itself. Of a table choose ids with --id_column"
+            )
         seen.add(item.id)
     if all(item.path is None and item.text is None for item in items):
         raise ValueError(f"{source!r}: no {side} can be used; {items[0].id}: {items[0].complaint}")
@@ -175,7 +179,7 @@ def _table(path: Path, side: Side, column: str, id_column: str) -> Iterator[Item
             yield row
             continue
         name = str(row.get(id_column) if row.get(id_column) is not None else number)
-        if row[column] is None:
+        if row[column] is None or (isinstance(row[column], str) and not row[column].strip()):
             yield Item(name, complaint=f"row {number} has nothing in column {column!r}")
             continue
         metadata = _metadata(f"{path}, row {number}", row, (column, id_column))
@@ -300,40 +304,39 @@ def _tar(path: Path, side: Side) -> Iterator[Item]:
             for number, caption in enumerate(captions):
                 yield Item(f"{path.stem}/{key}#{number}", text=caption, metadata={"text": caption, "key": key})
         elif picture is not None:
-            place = {"file": path.name, "offset": picture.offset_data, "length": picture.size}
+            place = {"file": path.name, "offset": picture.offset, "length": picture.size}
             metadata = {"captions": captions, **place} if captions else place
             name = f"{path.stem}/{key}"
-            yield Item(name, path, picture.offset_data, picture.size, metadata=metadata, complaint=complaint)
+            yield Item(name, path, picture.offset, picture.size, metadata=metadata, complaint=complaint)
 
 
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
     """The members of each sample by type: names up to the first dot of the last part make a key."""
-    key, members = "", dict[str, tarfile.TarInfo]()
+    key, members = "", dict[str, Member]()
     try:
-        # `r:` refuses compressed tars, in which places mean nothing
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                folder, _, name = info.name.rpartition("/")
+        with open(path, "rb") as file:
+            for member in Tar(file, compressed=False):
+                folder, _, name = member.name.rpartition("/")
                 stem, _, kind = name.partition(".")
                 this = f"{folder}/{stem}" if folder else stem
-                if not info.isreg() or not stem:
+                if not stem:
                     continue
                 if this != key and members:
                     yield key, members
                     members = {}
                 key = this
-                members.setdefault(kind.lower(), info)
-    except tarfile.TarError as error:
+                members.setdefault(kind.lower(), member)
+    except BrokenTarError as error:
         raise ValueError(f"{path} is no uncompressed tar, or cut short: {error}") from error
     if members:
         yield key, members
 
 
-def _captions(path: Path, members: dict[str, tarfile.TarInfo]) -> list[str]:
+def _captions(path: Path, members: dict[str, Member]) -> list[str]:
     """The captions of a sample, as training takes them (datamodules/tars.py, which this side may not import)."""
 
     def read(kind: str) -> str:
-        return Item("", path, members[kind].offset_data, members[kind].size).read().decode()
+        return Item("", path, members[kind].offset, members[kind].size).read().decode()
 
     fields = json.loads(read("json")) if "json" in members else {}
     found = fields.get("captions") or [fields[name] for name in ("caption",) if fields.get(name)]

@@ -166,6 +166,38 @@ def test_class_folders_are_a_set_with_splits(tmp_path):
     assert open_set(str(tmp_path), split="val").split == "val" and not len(open_set(str(tmp_path), split="train").train)
 
 
+def test_folders_are_called_by_the_names_given_one_for_each(tmp_path):
+    for name in ("n01", "n02"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        picture("red").save(tmp_path / "val" / name / "a.png")
+    (tmp_path / "names.json").write_text('{"n02": "tench", "n01": "goldfish"}')
+    (tmp_path / "keyed.json").write_text('{"mine": ["goldfish", "tench"], "short": ["tench"]}')
+    for given in ("names.json", "keyed.json:mine"):
+        assert open_set(str(tmp_path), classnames=f"{tmp_path}/{given}").classes == ["goldfish", "tench"]
+    with pytest.raises(ValueError, match="1 names for 2 folders"):
+        open_set(str(tmp_path), classnames=f"{tmp_path}/keyed.json:short")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json: no such file"):
+        open_set(str(tmp_path), classnames=f"{tmp_path}/nowhere.json")
+    (tmp_path / "val" / "n01").rename(tmp_path / "val" / "001.Black_footed_Albatross")
+    assert open_set(str(tmp_path)).classes == ["Black footed Albatross", "n02"]
+
+
+def test_published_retrieval_sets_have_a_caption_on_each_line(tmp_path):
+    write_tar(tmp_path / "coco" / "test" / "0.tar", {"txt": b"a dog\nthe dog \n"}, {"txt": b"a cat"})
+    assert list(open_set(str(tmp_path / "coco")).samples[0].captions) == ["a dog\nthe dog"]
+    (tmp_path / "coco" / "dataset_type.txt").write_text("retrieval\n")
+    for place in ("coco", "coco/test/0.tar"):
+        what = open_set(str(tmp_path / place))
+        assert [list(what.samples[i].captions) for i in range(2)] == [["a dog", "the dog"], ["a cat"]]
+
+
+def test_a_file_of_another_make_hides_no_names(tmp_path):
+    write_tar(tmp_path / "a.tar", {"cls": b"0"})
+    (tmp_path / "classnames.json").write_text('{"version": 2}')
+    (tmp_path / "classnames.txt").write_text("dog\n")
+    assert open_set(str(tmp_path / "a.tar")).classes == ["dog"]
+
+
 def test_names_of_other_classes_are_not_guessed_at(shards, tmp_path):
     (tmp_path / "birds.json").write_text('{"classes": ["owl", "hen"], "mine": ["cat", "owl"]}')
     assert not open_set(f"{shards}/pets/test-*.tar", classnames=f"{tmp_path}/birds.json").classes

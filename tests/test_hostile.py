@@ -23,7 +23,6 @@ from PIL import Image
 import datamodules.sources as sources
 from callbacks.retrieval_panels import _escape
 from datamodules.synthetic import write_scenes
-from datamodules.tar_members import BrokenTarError, Tar
 from datamodules.tars import stream
 from lightning_modules.consolidate import consolidate
 from lightning_modules.parallel import refuse_code
@@ -41,6 +40,7 @@ from stair.report import write_html
 from stair.report.tables import Table
 from stair.serve.page import PAGE
 from stair.sources import items_of
+from stair.tar_members import BrokenTarError, Tar
 from tests.test_index import SPACE, embeddings
 from tests.test_stages import SMALL, words
 

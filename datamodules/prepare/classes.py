@@ -31,7 +31,7 @@ def class_source(images: Path, split: str, names: Path | None, template: str) ->
     folders = sorted(path.name for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise ValueError(f"{images} holds no folder; wanted one for each class, with its images")
-    spoken = _spoken(names, folders) if names else [_NUMBER.sub("", name).replace("_", " ").strip() for name in folders]
+    spoken = class_names(folders, names)
     references: list[Any] = []
     refused: list[Refused] = []
     for label, (folder, name) in enumerate(zip(folders, spoken, strict=True)):
@@ -47,14 +47,27 @@ def class_source(images: Path, split: str, names: Path | None, template: str) ->
     return Source(str(images), {split: references}, ImageFiles(images.resolve()), {split: refused}, classnames=spoken)
 
 
-def _spoken(names: Path, folders: list[str]) -> list[str]:
-    """Names of the folders from a file: JSON of {folder: name} or [name, ...], or lines `folder name` or `name`."""
+def class_names(folders: list[str], names: Path | None) -> list[str]:
+    """What the classes of folders are called.
+
+    Args:
+        folders: sorted.
+        names: a file of JSON, {folder: name}, [name, ...] or {"classes": [name, ...]}, or of lines `folder name` or
+            `name`; None takes the folders' names, without numbers before them and underscores.
+
+    Raises:
+        ValueError: if it does not name each folder.
+    """
+    if names is None:
+        return [_NUMBER.sub("", name).replace("_", " ").strip() for name in folders]
     text = names.read_text(encoding="utf-8")
     found: Any = json.loads(text) if names.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
     if names.suffix != ".json" and all(line.split(maxsplit=1)[0] in folders for line in found):
         # ImageNet's LOC_synset_mapping.txt gives synonyms, the first one is the usual name
         pairs = [line.strip().partition(" ") for line in found]
         found = {folder: name.partition(",")[0].strip() or folder for folder, _, name in pairs}
+    if isinstance(found, dict) and isinstance(found.get("classes"), list):
+        found = found["classes"]
     if isinstance(found, list) and len(found) == len(folders):
         found = dict(zip(folders, found, strict=True))
     if not isinstance(found, dict) or (missing := [folder for folder in folders if not found.get(folder)]):

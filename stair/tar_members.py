@@ -47,7 +47,7 @@ class Tar:
     """
 
     def __init__(self, file: BinaryIO, compressed: bool = True) -> None:
-        buffered = file if hasattr(file, "peek") else io.BufferedReader(file, 1 << 20)
+        buffered = file if hasattr(file, "peek") else io.BufferedReader(file, 1 << 20)  # type: ignore[type-var]
         opener = next((opener for magic, opener in _OPENERS.items() if buffered.peek(6).startswith(magic)), None)
         if opener and not compressed:
             raise BrokenTarError("it is compressed, and positions in it mean nothing")
