@@ -1,5 +1,6 @@
 """What there is to train on: the sources of a mixture, their shards, and how many samples these hold."""
 
+import hashlib
 import itertools
 import logging
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from datamodules.counts import Size, sizes, spread
-from datamodules.plan import Source
+from datamodules.plan import Source, file_name
 from datamodules.sources import Remote, open_directly
 from datamodules.tally import Skip
 from datamodules.tars import expand
@@ -89,9 +90,9 @@ def find(
 
     Raises:
         FileNotFoundError: if a shard spec matches nothing.
-        ValueError: if sizes are wanted and cannot be had, or no shard holds a sample.
+        ValueError: if sizes are wanted and cannot be had, no shard holds a sample, or ranks find other shards.
     """
-    shards = {name: expand(source.shards) for name, source in given.items()}
+    shards = _expanded(given, ranks)
     if samples is not None and not resample:
         everything = [shard for found in shards.values() for shard in found]
         counts = iter(spread(samples, len(everything)))
@@ -145,13 +146,73 @@ def _source(name: str, given: Shards, shards: list[str], found: dict[str, Size])
     return Source(name, tuple(shards), whole if len(whole) == len(counts) else (), True, given.weight)
 
 
+def _together(ranks: int) -> bool:
+    return ranks > 1 and dist.is_available() and dist.is_initialized()
+
+
+def _expanded(given: dict[str, Shards], ranks: int) -> dict[str, list[str]]:
+    """The shards of each source, the same on all ranks. Each hears of the others: one that stops alone would leave them
+    waiting, and ranks with other files would follow other plans."""
+    shards: dict[str, list[str]] = {}
+    failed: Exception | None = None
+    try:
+        shards = {name: expand(source.shards) for name, source in given.items()}
+    except (ValueError, OSError) as error:
+        failed = error
+    if _together(ranks):
+        found: list[Any] = [None] * ranks
+        dist.all_gather_object(found, str(failed) if failed else {name: _told(part) for name, part in shards.items()})
+        if any(told != found[0] for told in found) and not all(isinstance(told, str) for told in found):
+            raise ValueError(
+                f"the ranks do not find the same shards: {_differences(found)}. All ranks must read the "
+                "same files: copy to each machine what it lacks, remove what the others do not have, or put the shards "
+                "where all of them see them"
+            ) from failed
+    if failed:
+        raise failed
+    return shards
+
+
+def _told(shards: list[str]) -> tuple[int, str]:
+    """Number of shards and what tells their names from others; folders may differ between machines."""
+    names = "\0".join(map(file_name, shards)).encode(errors="surrogateescape")
+    return len(shards), hashlib.sha256(names).hexdigest()[:8]
+
+
+def _differences(found: list[Any]) -> str:
+    """Who finds what, ranks that find the same together."""
+    failed = {rank: told for rank, told in enumerate(found) if isinstance(told, str)}
+    others = {rank: told for rank, told in enumerate(found) if rank not in failed}
+    said = [f"{_ranks(ranks)} stopped ({reason})" for reason, ranks in _grouped(failed)]
+    for name in next(iter(others.values())):
+        groups = _grouped({rank: told[name] for rank, told in others.items()})
+        if len(groups) > 1 or failed:
+            whose = f" of source {name!r}" if name else ""
+            said += [
+                f"{_ranks(ranks)} found {count} shards{whose} (names {digest})" for (count, digest), ranks in groups
+            ]
+    return ", ".join(said)
+
+
+def _grouped(told: dict[int, Any]) -> list[tuple[Any, list[int]]]:
+    groups: dict[Any, list[int]] = {}
+    for rank, what in told.items():
+        groups.setdefault(what, []).append(rank)
+    return list(groups.items())
+
+
+def _ranks(ranks: list[int]) -> str:
+    listed = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank {listed}" if len(ranks) == 1 else f"ranks {listed}"
+
+
 def _sizes(shards: list[str], remote: Remote, rank: int, ranks: int) -> dict[str, Size]:
     """Sizes of shards, each found out by one rank. A failure is told to all: ranks that wait for another would hang."""
-    together = ranks > 1 and dist.is_available() and dist.is_initialized()
+    together = _together(ranks)
     mine = shards[rank::ranks] if together else shards
     parts: list[Any] = [None]
     try:
-        parts[0] = dict(zip(mine, sizes(mine, remote), strict=True))
+        parts[0] = sizes(mine, remote)
     except (ValueError, OSError) as error:
         parts[0] = error
     if together:
@@ -160,5 +221,5 @@ def _sizes(shards: list[str], remote: Remote, rank: int, ranks: int) -> dict[str
     for part in parts:
         if isinstance(part, Exception):
             raise part
-    known = {shard: size for part in parts for shard, size in part.items()}
-    return {shard: known[shard] for shard in shards}
+    # by place and not by path: a folder may be called otherwise on another machine
+    return {shard: parts[i % len(parts)][i // len(parts)] for i, shard in enumerate(shards)}

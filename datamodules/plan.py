@@ -206,7 +206,8 @@ class Plan:
         """What a position in the stream means something under; ranks and workers are the layout's."""
         # folders, hosts and signatures in URLs may differ between machines and days
         names = [
-            (source.name, source.weight, [_name(s) for s in source.shards], source.counts) for source in self.sources
+            (source.name, source.weight, [file_name(s) for s in source.shards], source.counts)
+            for source in self.sources
         ]
         digest = hashlib.sha256(repr(names).encode()).hexdigest()[:12]
         shards = sum(len(source.shards) for source in self.sources)
@@ -218,7 +219,8 @@ class Plan:
         }
 
 
-def _name(shard: str) -> str:
+def file_name(shard: str) -> str:
+    """A shard's name without folder, host and signature; a command is its own name."""
     if shard.startswith("pipe:"):
         return shard
     return PurePosixPath(urlsplit(shard).path if is_remote(shard) else shard).name

@@ -16,14 +16,17 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
+import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from datamodules.augment import Augment, scaled, upright_jpeg
 from datamodules.loader import ShardLoader
+from datamodules.mixture import find, mixture
 from datamodules.pairs import CollatePairs, EvaluationPairs, evaluation_loader
 from datamodules.shards import ImageTextShards
+from datamodules.sources import Remote
 from stair.images import box_pixels, decode_image, eval_pixels
 from stair.vocabulary import Vocabulary
 
@@ -402,6 +405,46 @@ def test_a_pipe_is_streamed_and_its_length_must_be_given(tmp_path, vocab):
     with pytest.raises(ValueError, match="train_samples"):
         loader(spec, vocab)
     assert len(set(keys(loader(spec, vocab, train_samples=12)))) == 12
+
+
+# ---- ranks whose machines hold their own copies
+
+
+def find_on_a_machine(rank: int, folder: str, samples: int | None) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        sources, _ = find(mixture(f"{folder}/{rank}/*.tar"), samples, False, Remote(), rank, 2)
+        told = f"{sources[0].counts}"
+    except (ValueError, OSError) as error:
+        told = f"{type(error).__name__}: {error}"
+    Path(folder, f"{rank}.txt").write_text(told)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("samples", [None, 12])
+@pytest.mark.parametrize(
+    ("sizes", "wanted"),
+    [
+        (([4, 5, 3], [4, 5, 3]), None),
+        (([4, 5, 3], [4, 5]), ["rank 0 found 3 shards", "rank 1 found 2 shards"]),
+        (([4, 5, 3], []), ["rank 0 found 3 shards", "rank 1 stopped (no shard matches"]),
+        (([], []), ["no shard matches"]),
+    ],
+    ids=str,
+)
+def test_ranks_that_find_other_shards_all_stop_and_say_who_found_what(tmp_path, samples, sizes, wanted):
+    for rank, held in enumerate(sizes):  # folders of other names, as two machines may have
+        (tmp_path / str(rank)).mkdir()
+        write_shards(tmp_path / str(rank), held)
+    mp.start_processes(find_on_a_machine, (str(tmp_path), samples), nprocs=2, start_method="fork")
+    for rank in range(2):
+        told = (tmp_path / f"{rank}.txt").read_text()
+        if wanted is None:
+            assert told == ("(4, 4, 4)" if samples else "(4, 5, 3)")
+        else:
+            assert told.startswith("FileNotFoundError" if sizes == ([], []) else "ValueError")
+            assert all(part in told for part in wanted), told
 
 
 # ---- where a run goes on
