@@ -94,11 +94,9 @@ def find(
     """
     shards = _expanded(given, ranks)
     if samples is not None and not resample:
-        everything = [shard for found in shards.values() for shard in found]
-        counts = iter(spread(samples, len(everything)))
+        said = _shared_out(given, shards, samples)
         return [
-            Source(name, tuple(found), tuple(itertools.islice(counts, len(found))), False, given[name].weight)
-            for name, found in shards.items()
+            Source(name, tuple(found), tuple(said[name]), False, given[name].weight) for name, found in shards.items()
         ], []
     asked = [shard for name, found in shards.items() if given[name].samples is None for shard in found]
     sizes_by_shard = _sizes(asked, remote, rank, ranks)
@@ -122,6 +120,28 @@ def find(
     return sources, [
         Skip(f"shard broken: {sizes_by_shard[shard].wrong}", name, shard, shard, 0) for name, shard in lost
     ]
+
+
+def _shared_out(given: dict[str, Shards], shards: dict[str, list[str]], samples: int) -> dict[str, list[int]]:
+    """What each shard is taken to hold: a source's own number is spread over its shards, what is left over the others'."""
+    own = {name: source.samples for name, source in given.items() if source.samples is not None}
+    rest, told = samples - sum(own.values()), ", ".join(f"{name} {number}" for name, number in own.items())
+    others = [shard for name, found in shards.items() if name not in own for shard in found]
+    if rest < 1 if others else rest:
+        wanted = (
+            f"more than {sum(own.values())}, as sources without `samples` hold pairs too"
+            if others
+            else f"{sum(own.values())}, their sum, or none"
+        )
+        raise ValueError(
+            f"train_samples={samples} contradicts the `samples` of the sources ({told}): wanted {wanted}. It is the number "
+            "of pairs in all training shards together; for shorter epochs set data.resample: true"
+        )
+    left = iter(spread(rest, len(others)) if others else [])
+    return {
+        name: spread(own[name], len(found)) if name in own else list(itertools.islice(left, len(found)))
+        for name, found in shards.items()
+    }
 
 
 def _touch(shard: str, remote: Remote) -> None:

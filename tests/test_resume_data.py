@@ -203,6 +203,28 @@ def test_a_resampled_stream_draws_shards_again_needs_no_sizes_and_has_the_epoch_
     assert len({row for batch in first for row in digest(batch)}) > 24
 
 
+def test_train_samples_are_what_the_sources_hold_with_their_own_samples(tmp_path, vocab):
+    """Each with its own number, the rest over the shards of those that have none."""
+    (tmp_path / "other").mkdir()
+    one, other = write_shards(tmp_path, [30]), write_shards(tmp_path / "other", [4, 4])
+
+    def counts(total, **own):
+        data = loader({name: Shards(spec, None, own.get(name)) for name, spec in (("a", one), ("b", other))}, vocab,
+                      train_samples=total)  # fmt: skip
+        return [source.counts for source in data.stream.plan.sources]
+
+    assert counts(38, a=30, b=8) == counts(None, a=30, b=8) == [(30,), (4, 4)]
+    assert counts(38, a=30) == counts(38, b=8) == [(30,), (4, 4)]
+    assert counts(38) == [(13,), (13, 12)]
+    for total, own, wanted in (
+        (39, {"a": 30, "b": 8}, "wanted 38, their sum"),
+        (37, {"a": 30, "b": 8}, "wanted 38, their sum"),
+        (30, {"a": 30}, "wanted more than 30"),
+    ):
+        with pytest.raises(ValueError, match=rf"train_samples={total} contradicts .*a 30.*{wanted}.*data.resample"):
+            counts(total, **own)
+
+
 def test_mixtures_that_make_no_sense_are_refused(tmp_path, vocab):
     spec = write_shards(tmp_path, [8])
     with pytest.raises(ValueError, match=r"sources \['b'\] have no weight and others have"):
