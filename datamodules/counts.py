@@ -56,6 +56,25 @@ def sizes(shards: list[str], remote: Remote) -> list[Size]:
     return [size or counted.get(shard, Size(None)) for shard, size in zip(shards, known, strict=True)]
 
 
+def told(shards: list[str]) -> list[int | None]:
+    """What files beside local shards say they hold; None where there are none, or they were made for other shards."""
+
+    def look(shard: str) -> int | None:
+        with suppress(OSError, ValueError):
+            size = _said(shard, indexes[_folder(shard)], Remote())
+            return size.samples if size else None
+        return None
+
+    local = sorted({shard for shard in shards if not is_remote(shard)})
+    indexes: dict[str, dict[str, tuple[int, int]]] = {folder: {} for folder in map(_folder, local)}
+    for folder in indexes:
+        with suppress(OSError, ValueError):
+            indexes[folder] = _index(folder, Remote())
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = dict(zip(local, pool.map(look, local), strict=True))
+    return [found.get(shard) for shard in shards]
+
+
 def _folder(shard: str) -> str:
     return posixpath.dirname(shard.partition("?")[0]) if is_remote(shard) else str(Path(shard).parent)
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from datamodules.counts import Size, sizes, spread
+from datamodules.counts import Size, sizes, spread, told
 from datamodules.plan import Source, file_name
 from datamodules.sources import Remote, open_directly
 from datamodules.tally import Skip
 from datamodules.tars import expand
 
 logger = logging.getLogger(__name__)
+
+_NEAR = 0.03  # a number within this share of the truth moves hardly a sample
 
 
 def require(holds: bool, name: str, value: object, wanted: str) -> None:
@@ -93,6 +95,8 @@ def find(
         ValueError: if sizes are wanted and cannot be had, no shard holds a sample, or ranks find other shards.
     """
     shards = _expanded(given, ranks)
+    if rank == 0 and not resample:
+        _doubt(given, shards, samples)
     if samples is not None and not resample:
         said = _shared_out(given, shards, samples)
         return [
@@ -125,7 +129,7 @@ def find(
 def _shared_out(given: dict[str, Shards], shards: dict[str, list[str]], samples: int) -> dict[str, list[int]]:
     """What each shard is taken to hold: a source's own number is spread over its shards, what is left over the others'."""
     own = {name: source.samples for name, source in given.items() if source.samples is not None}
-    rest, told = samples - sum(own.values()), ", ".join(f"{name} {number}" for name, number in own.items())
+    rest, named = samples - sum(own.values()), ", ".join(f"{name} {number}" for name, number in own.items())
     others = [shard for name, found in shards.items() if name not in own for shard in found]
     if rest < 1 if others else rest:
         wanted = (
@@ -134,14 +138,38 @@ def _shared_out(given: dict[str, Shards], shards: dict[str, list[str]], samples:
             else f"{sum(own.values())}, their sum, or none"
         )
         raise ValueError(
-            f"train_samples={samples} contradicts the `samples` of the sources ({told}): wanted {wanted}. It is the number "
-            "of pairs in all training shards together; for shorter epochs set data.resample: true"
+            f"train_samples={samples} contradicts the `samples` of the sources ({named}): wanted {wanted}. It is the "
+            "number of pairs in all training shards together; for shorter epochs set data.resample: true"
         )
     left = iter(spread(rest, len(others)) if others else [])
     return {
         name: spread(own[name], len(found)) if name in own else list(itertools.islice(left, len(found)))
         for name, found in shards.items()
     }
+
+
+def _doubt(given: dict[str, Shards], shards: dict[str, list[str]], samples: int | None) -> None:
+    """Warns of numbers that files beside the shards contradict: nobody would notice what is never read."""
+    stated = [(f"samples of source {name!r}", source.samples, shards[name]) for name, source in given.items()]
+    for what, number, there in [
+        *stated,
+        ("train_samples", samples, [shard for found in shards.values() for shard in found]),
+    ]:
+        if number is None:
+            continue
+        known = [count for count in told(there) if count is not None]
+        found, whole = sum(known), len(known) == len(there)
+        if found > number * (1 + _NEAR):
+            follows = "what is further back in each shard would hardly be seen, in any epoch"
+        elif whole and found < number * (1 - _NEAR):
+            follows = "readers whose places are past a shard's end would repeat others"
+        else:
+            continue
+        logger.warning(
+            "%s=%d, but index.json or _stats.json beside the shards say %s%d: %s. Give the number they hold, or none where "
+            "all are said; for shorter epochs set data.resample: true",
+            what, number, "" if whole else "at least ", found, follows,
+        )  # fmt: skip
 
 
 def _touch(shard: str, remote: Remote) -> None:
@@ -181,8 +209,8 @@ def _expanded(given: dict[str, Shards], ranks: int) -> dict[str, list[str]]:
         failed = error
     if _together(ranks):
         found: list[Any] = [None] * ranks
-        dist.all_gather_object(found, str(failed) if failed else {name: _told(part) for name, part in shards.items()})
-        if any(told != found[0] for told in found) and not all(isinstance(told, str) for told in found):
+        dist.all_gather_object(found, str(failed) if failed else {name: _mark(part) for name, part in shards.items()})
+        if any(part != found[0] for part in found) and not all(isinstance(part, str) for part in found):
             raise ValueError(
                 f"the ranks do not find the same shards: {_differences(found)}. All ranks must read the "
                 "same files: copy to each machine what it lacks, remove what the others do not have, or put the shards "
@@ -193,7 +221,7 @@ def _expanded(given: dict[str, Shards], ranks: int) -> dict[str, list[str]]:
     return shards
 
 
-def _told(shards: list[str]) -> tuple[int, str]:
+def _mark(shards: list[str]) -> tuple[int, str]:
     """Number of shards and what tells their names from others; folders may differ between machines."""
     names = "\0".join(map(file_name, shards)).encode(errors="surrogateescape")
     return len(shards), hashlib.sha256(names).hexdigest()[:8]
@@ -201,11 +229,11 @@ def _told(shards: list[str]) -> tuple[int, str]:
 
 def _differences(found: list[Any]) -> str:
     """Who finds what, ranks that find the same together."""
-    failed = {rank: told for rank, told in enumerate(found) if isinstance(told, str)}
-    others = {rank: told for rank, told in enumerate(found) if rank not in failed}
+    failed = {rank: part for rank, part in enumerate(found) if isinstance(part, str)}
+    others = {rank: part for rank, part in enumerate(found) if rank not in failed}
     said = [f"{_ranks(ranks)} stopped ({reason})" for reason, ranks in _grouped(failed)]
     for name in next(iter(others.values())):
-        groups = _grouped({rank: told[name] for rank, told in others.items()})
+        groups = _grouped({rank: part[name] for rank, part in others.items()})
         if len(groups) > 1 or failed:
             whose = f" of source {name!r}" if name else ""
             said += [
@@ -214,9 +242,9 @@ def _differences(found: list[Any]) -> str:
     return ", ".join(said)
 
 
-def _grouped(told: dict[int, Any]) -> list[tuple[Any, list[int]]]:
+def _grouped(by_rank: dict[int, Any]) -> list[tuple[Any, list[int]]]:
     groups: dict[Any, list[int]] = {}
-    for rank, what in told.items():
+    for rank, what in by_rank.items():
         groups.setdefault(what, []).append(rank)
     return list(groups.items())
 

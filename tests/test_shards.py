@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 from datamodules.augment import Augment, scaled, upright_jpeg
 from datamodules.loader import ShardLoader
-from datamodules.mixture import find, mixture
+from datamodules.mixture import Shards, find, mixture
 from datamodules.pairs import CollatePairs, EvaluationPairs, evaluation_loader
 from datamodules.shards import ImageTextShards
 from datamodules.sources import Remote
@@ -405,6 +405,38 @@ def test_a_pipe_is_streamed_and_its_length_must_be_given(tmp_path, vocab):
     with pytest.raises(ValueError, match="train_samples"):
         loader(spec, vocab)
     assert len(set(keys(loader(spec, vocab, train_samples=12)))) == 12
+
+
+def test_a_stated_number_that_files_beside_the_shards_contradict_is_doubted_aloud(tmp_path, vocab, caplog):
+    spec = write_shards(tmp_path, [40, 60])
+
+    def warned(given=spec, rank=0, **options):
+        caplog.clear()
+        loader(given, vocab, rank, 2, **options)
+        return [record.getMessage() for record in caplog.records if "but index.json or" in record.getMessage()]
+
+    assert not warned(train_samples=50)  # nobody says otherwise
+    for i, size in enumerate((40, 60)):
+        (tmp_path / f"train-{i:04d}_stats.json").write_text(json.dumps({"successes": size}))
+        if i == 0:
+            (message,) = warned(train_samples=20)
+            assert "say at least 40" in message
+            assert not warned(train_samples=50)
+    for number, doubted in ((50, True), (96, True), (98, False), (100, False), (102, False), (104, True)):
+        messages = warned(train_samples=number)
+        assert len(messages) == doubted
+        for message in messages:
+            assert message.startswith(f"train_samples={number}, but") and "say 100" in message
+            assert "data.resample: true" in message
+        assert len(warned({"a": Shards(spec, samples=number)})) == doubted
+    assert not warned(train_samples=50, rank=1)  # one rank says it for all
+    assert not warned(train_samples=50, resample=True)
+    sizes = {path.name: {"samples": 70, "bytes": path.stat().st_size} for path in tmp_path.glob("*.tar")}
+    (tmp_path / "index.json").write_text(json.dumps({"format": 1, "shards": sizes}))
+    (message,) = warned(train_samples=100)
+    assert "say 140" in message
+    (tmp_path / "index.json").write_text(json.dumps({"format": 1}))
+    assert not warned(train_samples=100)  # an index that is none stops only who needs it
 
 
 # ---- ranks whose machines hold their own copies
