@@ -202,6 +202,18 @@ class Plan:
             start = rng.randrange(count) if number == 0 and count and source.sized else 0
             yield Piece(shard, source.name, start, None, (count - start) * source.sized, f"{reader}/{number}")
 
+    def beginnings(self, epoch: int, rank: int, worker: int, line: int, lap: int) -> list[Piece]:
+        """Those shards of a line whose sizes are not known, from their beginnings, in an order of the reader's own.
+
+        For a reader whose places are all past the ends of their shards; it may repeat what others read.
+        """
+        visit = f"{epoch}/{rank}/{worker}/beginnings/{lap}"
+        pieces = [
+            Piece(shard, source.name, 0, None, 0, visit) for shard, source, _ in self._shards(line) if not source.sized
+        ]
+        seeded(self.seed, visit, self.lines[line][0].name).shuffle(pieces)
+        return pieces
+
     def fingerprint(self) -> dict[str, Any]:
         """What a position in the stream means something under; ranks and workers are the layout's."""
         # folders, hosts and signatures in URLs may differ between machines and days

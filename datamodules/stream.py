@@ -8,7 +8,7 @@ begins at the same place, and a run is resumed by counting: no decoding, nothing
 import functools
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -93,18 +93,30 @@ class Reader:
         buffer = round(self.buffer * self.plan.shares[line])
         for lap in itertools.count():
             rng = seeded(self.plan.seed, self.epoch, self.rank, self.worker, name, lap)
-            pieces = self._pieces(line, rng, lap)
-            samples = (sample for piece in pieces for sample in self._stream(piece))
+            bad = self.tally.bad.total()
             empty = True
-            for sample in shuffle(buffer, initial=buffer, rng=rng)(samples):
+            for sample in self._lap(self._pieces(line, rng, lap), buffer, rng):
                 empty = False
                 yield sample
+            # sizes spread from a total give places past the end of a short shard; nothing is wrong with it
+            if empty and not self.plan.resample and self.tally.bad.total() == bad:
+                for sample in self._lap(
+                    self.plan.beginnings(self.epoch, self.rank, self.worker, line, lap), buffer, rng
+                ):
+                    empty = False
+                    yield sample
             if empty:
                 raise RuntimeError(
                     f"no sample could be read from {[shard for s in self.plan.lines[line] for shard in s.shards][:3]} or "
-                    f"others of them: {dict(self.tally.by_cause(CAUSE))}; check the files, and train_samples if "
-                    "it was given"
+                    f"others of them: {dict(self.tally.by_cause(CAUSE)) or 'they hold none'}; check the files, and "
+                    "train_samples if it was given"
                 )
+
+    def _lap(self, pieces: Iterable[Piece], buffer: int, rng: Any) -> Iterator[dict[str, Any]]:
+        found: Iterator[dict[str, Any]] = shuffle(buffer, initial=buffer, rng=rng)(
+            sample for piece in pieces for sample in self._stream(piece)
+        )
+        return found
 
     def _pieces(self, line: int, rng: Any, lap: int) -> Iterator[Piece]:
         if self.plan.resample:

@@ -147,6 +147,41 @@ def test_one_worker_fewer_reads_what_several_would_have(tmp_path, vocab):
         assert take(second, 3) == whole[2:], workers
 
 
+def test_readers_whose_places_a_short_last_shard_lacks_read_others_and_go_on_alike(tmp_path, vocab):
+    """A total is spread over four shards, and the last holds less, as every writer leaves it."""
+    found = {}
+    for name, last in (("even", 8), ("short", 1)):
+        (tmp_path / name).mkdir()
+        write_shards(tmp_path / name, [8, 8, 8, last])
+        spec = f"pipe:cat {tmp_path / name}/train-{{0000..0003}}.tar"
+        options = {"train_samples": 32, "workers": 16, "global_batch_size": 2, "shuffle": 2}
+
+        def reads(spec=spec, options=options):
+            data = loader(spec, vocab, **options)
+            data._processes = 0  # one reads for all
+            return data
+
+        whole = take(reads(), 40)
+        assert all(len(rows) == 2 for _, rows in whole)
+        for stop in (1, 7, 15, 16, 17, 30):
+            second = reads()
+            first = reads()
+            assert take(first, stop) == whole[:stop]
+            second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+            assert take(second, 40 - stop) == whole[stop:], stop
+        found[name] = whole
+    moved = 0
+    for even, short in zip(found["even"], found["short"], strict=True):
+        # who reads nothing of the last shard (keys from 24 on) sees what it would have seen
+        if all(key.rpartition("/")[2] < "00024" for key, *_ in even[1]):
+            assert short == even
+        else:
+            moved += short != even
+    assert moved
+    # each epoch they read other ones
+    assert len({key for _, rows in found["short"] for key, *_ in rows}) == 25
+
+
 # ---- what a mixture and a resampled stream are
 
 
