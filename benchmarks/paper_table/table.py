@@ -142,8 +142,8 @@ def _targets(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]], selec
             for side, spoken in SIDES.items():
                 if (left := _at_64(found[selected], name, way, side)) is not None:
                     lines.append(
-                        f"- {name}, {head} at 64 words {spoken}: {left[0]:.3f} of its best cut, {left[1]:.3f} of all words, "
-                        f"wanted {WANTED_AT_64}"
+                        f"- {name}, {head} at 64 words {spoken}: {left[0]:.3f} of its best cut, {left[1]:.3f} of all "
+                        f"words, wanted {WANTED_AT_64}"
                     )
     lines += [
         "",
@@ -176,7 +176,7 @@ def _of_dense(
 
 
 def _at_64(records: list[dict[str, Any]], name: str, way: str, side: str) -> tuple[float, float] | None:
-    """R@1 with 64 words over the best R@1 of any cut, and over that of all words, means over seeds; None if not pruned so."""
+    """R@1 with 64 words over the best R@1 of any cut, and over that of all words, means over seeds; None if not cut."""
     cuts = [
         # before 2026-11-28 both sides alone were cut
         {(line.get("side", "both"), line["kept"]): line[way] for line in record["sets"].get(name, {}).get("pruned", [])}
