@@ -235,7 +235,7 @@ def _members(sight: Sight) -> Iterator[Said]:
         (sight.no_caption, CAPTION_TYPES, "no caption"),
     ):
         if lacking == sight.samples:
-            reason = sight.first.get(cause) or next(iter(sight.first.values()))
+            reason = sight.first.get("dotted key") or sight.first.get(cause) or next(iter(sight.first.values()))
             yield (
                 "stops",
                 f"none of the first {sight.samples} samples has a usable member of {list(wanted)}: {reason}; members seen: "

@@ -26,12 +26,14 @@ CAPTION_TYPES = ("json", "txt")
 CLASS_TYPES = ("cls",)  # the number of a class, for evaluation
 LONGEST_CAPTION = 10_000  # characters; what is longer is a page of text that went astray
 
+_IMAGES = frozenset(IMAGE_TYPES)
 _WANTED = frozenset(IMAGE_TYPES + CAPTION_TYPES + CLASS_TYPES)
 _PICKLES = frozenset(("pyd", "pth", "pt", "pkl", "pickle", "ckpt"))
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own members
 
 _UNSAFE = "unsafe name: {!r} leads out of its folder"
 _TWICE = "duplicate member: {!r} comes twice, or two samples that follow each other share a key"
+_DOTTED = "dotted key: {!r} belongs to key {!r} as type {!r}; rename it: keys hold no dots"
 
 Value = TypeVar("Value")
 
@@ -104,20 +106,23 @@ class _Found(Generic[Value]):
     values: dict[str, Value]  # by type
     wrong: list[str]  # reasons to leave the sample out
     odd: list[str]  # what is no such reason
+    dotted: dict[str, str]  # reasons by name up to the last dot, of `1.5.png` beside no image of the key
 
 
 def _samples(
     tar: Tar, value: Callable[[Member], Value], select: Callable[[str], bool] | None = is_wanted
 ) -> Iterator[_Found[Value]]:
     """Groups members by key. A sample that the archive breaks off in is not handed out: a part of it may be missing."""
-    found: _Found[Value] = _Found("", {}, [], [])
+    found: _Found[Value] = _Found("", {}, [], [], {})
     for member in tar:
         key, kind = _key_and_type(member.name)
         wanted = bool(key) and (select is None or select(member.name))
-        if key != found.key and wanted:
-            if found.values:
-                yield found
-            found = _Found(key, {}, [_UNSAFE.format(key)] if _leaves_its_folder(key) else [], [])
+        dotted = _is_dotted(key, kind)
+        if key != found.key and (wanted or dotted):
+            yield from _judged(found)
+            found = _Found(key, {}, [_UNSAFE.format(key)] if _leaves_its_folder(key) else [], [], {})
+        if dotted:
+            found.dotted.setdefault(member.name.rpartition(".")[0], _DOTTED.format(member.name, key, kind))
         if not wanted:
             if kind.rpartition(".")[2] in _PICKLES:
                 found.odd.append(f"pickle ignored: {member.name!r} is never opened")
@@ -125,8 +130,26 @@ def _samples(
             found.wrong.append(_TWICE.format(member.name))
         else:
             found.values[kind] = value(member)
-    if found.values:
+    yield from _judged(found)
+
+
+def _is_dotted(key: str, kind: str) -> bool:
+    """Whether a type is a wanted one but for what stands before its last dot; `folder/._a.png` is macOS's, no sample."""
+    _, dot, last = kind.rpartition(".")
+    return bool(dot) and last in _WANTED and not key.endswith("/")
+
+
+def _judged(found: _Found[Value]) -> Iterator[_Found[Value]]:
+    """The sample; where a key has no image and what it has is dotted, one for each name that was meant as a key."""
+    if not found.dotted or found.values.keys() & _IMAGES:
+        if found.values:
+            yield found
+    elif found.values.keys() & _WANTED:
+        found.wrong += found.dotted.values()
         yield found
+    else:
+        for i, (name, reason) in enumerate(found.dotted.items()):
+            yield _Found(name, {}, [*found.wrong, reason], [] if i else found.odd, {})
 
 
 def _leaves_its_folder(key: str) -> bool:

@@ -22,11 +22,13 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from datamodules.augment import Augment, scaled, upright_jpeg
+from datamodules.counts import count_samples
 from datamodules.loader import ShardLoader
 from datamodules.mixture import Shards, find, mixture
 from datamodules.pairs import CollatePairs, EvaluationPairs, evaluation_loader
 from datamodules.shards import ImageTextShards
 from datamodules.sources import Remote
+from datamodules.tars import stream, walk
 from stair.images import box_pixels, decode_image, eval_pixels
 from stair.vocabulary import Vocabulary
 
@@ -761,3 +763,50 @@ def test_flickr8k_streams_in_full_without_a_bad_sample(vocab):
     data = shards(str(root / "flickr8k" / "train-{0000..0004}.tar"), vocab, global_batch_size=500, workers=2)
     data.setup("fit")
     assert len(set(keys(data.train_dataloader()))) == 6_000 and data.skipped == {}
+
+
+def dotted(number: int) -> dict[str, bytes]:
+    return {name.replace(".", "_v1.5."): data for name, data in good(number).items()}
+
+
+def test_keys_with_dots_are_left_out_and_counted_in_training_and_refused_in_evaluation(tmp_path, vocab):
+    for name, shown in (("a", 0), ("b", 30)):
+        members = {}
+        for i in range(shown, shown + 30):
+            members |= dotted(i) if i % 3 == 0 else good(i)
+        write_tar(tmp_path / f"{name}.tar", members)
+    spec = str(tmp_path / "?.tar")
+    assert count_samples(str(tmp_path / "a.tar")) == (30, "")
+    data = shards(spec, vocab, global_batch_size=10, max_bad_share=0.5)
+    data.setup("fit")
+    assert {key[-5:] for key in keys(data.train_dataloader())} <= {f"{i:05d}" for i in range(60) if i % 3}
+    assert set(data.skipped) == {"dotted key"} and data.skipped["dotted key"] >= 10
+    wanted = r"'00000_v1.5.png' belongs to key '00000_v1' as type '5.png'; rename"
+    with pytest.raises(ValueError, match=f"evaluation sample '00000_v1.5' of .*a.tar: dotted key: {wanted}"):
+        EvaluationPairs(spec, 8, 10_000)
+    write_tar(tmp_path / "c.tar", {name: data for i in range(8) for name, data in dotted(i).items()})
+    with pytest.raises(ValueError, match=f"none of the first 8 samples .*dotted key: {wanted}"):
+        shards(str(tmp_path / "c.tar"), vocab, global_batch_size=4).setup("fit")
+    # each is one, though to WebDataset all are one key
+    write_tar(tmp_path / "d.tar", {f"2024.01.0{i}.{kind}": b"x" for i in range(4) for kind in ("png", "txt")})
+    streamed = [sample["__key__"] for sample in stream(str(tmp_path / "d.tar"), pytest.fail)]
+    assert streamed == [key for key, _ in walk(tmp_path / "d.tar")] == [f"2024.01.0{i}" for i in range(4)]
+
+
+def test_further_members_with_dots_beside_an_image_are_no_samples_and_move_none(tmp_path):
+    members, plain = {}, {}
+    for i in range(4):
+        image, told = good(i).items()
+        plain |= dict([image, told])
+        key = image[0].partition(".")[0]
+        members |= {
+            f"{key}.0.png": b"x",
+            image[0]: image[1],
+            f"{key}.seg.png": b"x",
+            told[0]: told[1],
+            f"d/._{i}.png": b"x",
+        }
+    write_tar(tmp_path / "a.tar", plain)
+    write_tar(tmp_path / "b.tar", members)
+    streamed = [list(stream(str(tmp_path / name), pytest.fail)) for name in ("a.tar", "b.tar")]
+    assert streamed[0] == streamed[1] and len(streamed[0]) == 4
