@@ -10,6 +10,9 @@ import io
 import ipaddress
 import logging
 import netrc
+import os
+import select
+import signal
 import socket
 import subprocess
 import time
@@ -210,7 +213,7 @@ class Connection:
 
 def _connection(shard: str) -> Callable[[int, float], Connection]:
     if shard.startswith("pipe:"):
-        return lambda at, timeout: _Command(shard.removeprefix("pipe:"), at)
+        return lambda at, timeout: _Command(shard.removeprefix("pipe:"), at, timeout)
     if urlsplit(shard).scheme in ("http", "https"):
         return lambda at, timeout: _over_http(shard, at, timeout)
     return lambda at, timeout: _Bucket(shard, at, timeout)
@@ -225,30 +228,55 @@ def _skip(stream: Any, size: int) -> None:
 
 
 class _Command(Connection):
-    """A shell command's output. It is run again from its beginning where it failed."""
+    """A shell command's output. It is run again from its beginning where it failed or said nothing for `timeout` seconds.
 
-    def __init__(self, command: str, at: int) -> None:
-        self._command = command
-        self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=BUFFER)
+    It has a process group of its own, so that what it started ends with it: a shell that is ended leaves its pipeline.
+    """
+
+    def __init__(self, command: str, at: int, timeout: float) -> None:
+        self._command, self._timeout = command, timeout
+        # not buffered: what lies in a buffer is not seen by who waits at the pipe
+        self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
         super().__init__(self._process.stdout, None)
-        _skip(self._stream, at)
+        self._output = select.poll()  # select takes no descriptor above 1023
+        self._output.register(self._stream, select.POLLIN)
+        try:
+            _skip(self, at)
+        except BaseException:
+            self.close()
+            raise
 
     def readinto(self, buffer: Any) -> int:
-        return self._stream.readinto1(buffer)
+        if not self._output.poll(1000 * self._timeout):
+            raise TimeoutError(f"`{self._command}` gave no byte for {self._timeout:g} s")
+        return super().readinto(buffer)
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes, none at the end."""
+        buffer = bytearray(min(size, 1 << 16))  # a pipe holds no more
+        return bytes(buffer[: self.readinto(buffer)])
 
     def check_end(self, at: int) -> None:
-        if status := self._process.wait():
+        try:
+            status = self._process.wait(self._timeout)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"`{self._command}` closed its output and did not end for {self._timeout:g} s") from None
+        if status:
             raise EOFError(f"`{self._command}` ended with {status} after {at} bytes")
 
     def close(self) -> None:
         self._stream.close()
-        with suppress(OSError):
-            self._process.terminate()
-        try:
+        if self._process.returncode is not None:  # its number may be another's by now
+            return
+        self._signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _signal(self, number: int) -> None:
+        with suppress(OSError):  # all of them have ended
+            os.killpg(self._process.pid, number)
 
 
 # ------------------------------------------------------------------ http

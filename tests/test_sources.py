@@ -175,6 +175,36 @@ def test_a_command_that_fails_is_run_again_and_goes_on_where_it_stopped(tmp_path
         assert file.read(10) == b"y\n" * 5
 
 
+def test_a_command_that_is_silent_or_does_not_end_is_given_up_in_bounded_time(tmp_path):
+    start = time.monotonic()
+    remote = Remote(timeout=0.3, retries=1)
+    for command, reason in (
+        ("sleep 60", r"beyond byte 0, tried 2 times: TimeoutError: `sleep 60` gave no byte for 0.3 s"),
+        ("printf abc; sleep 60 | cat", r"beyond byte 3, .* gave no byte for 0.3 s"),
+        ("printf abc; exec >&-; sleep 60", r"beyond byte 3, .* closed its output and did not end for 0.3 s"),
+    ):
+        with pytest.raises(OSError, match=reason):
+            open_shard("pipe:" + command, remote).read()
+    assert time.monotonic() - start < 20
+    with open_shard("pipe:for i in 1 2 3; do sleep 0.4; printf $i; done", Remote(timeout=2, retries=0)) as file:
+        assert file.read() == b"123"  # slow is not silent
+
+
+def test_a_command_that_is_left_takes_what_it_started_with_it(tmp_path):
+    number = tmp_path / "pid"
+    file = open_shard(f"pipe:printf abc; sh -c 'echo $$ > {number}; exec sleep 60' | cat", QUICK)
+    assert file.read1(3) == b"abc"
+    while not (number.exists() and number.read_text().strip()):
+        time.sleep(0.01)
+    file.close()
+    state = Path(f"/proc/{number.read_text().strip()}/stat")
+    for _ in range(200):  # killed, it stays a zombie until somebody asks for its status
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.01)
+    pytest.fail("what the command started goes on")
+
+
 class FlakyBucket(MemoryFileSystem):
     protocol = "flaky"
     failures, failure = 0, TimeoutError
