@@ -13,7 +13,7 @@ import numpy as np
 
 from datamodules.counts import INDEX, sizes
 from datamodules.prepare.jobs import Job, alone_in, cores, read_json, run, sha256_of, tell_done
-from datamodules.prepare.shards import write_index
+from datamodules.prepare.shards import index_entries, kept_entries, refuse_foreign_index, write_index
 from datamodules.sources import Remote, is_remote
 from datamodules.tars import CAPTION_TYPES, IMAGE_TYPES, walk
 
@@ -70,6 +70,9 @@ def count(shards: list[str], seconds: float, remote: Remote) -> Count:
         shards: local ones and others; the latter are counted only where an index or statistics lie beside them.
         seconds: for reading headers; those of one shard are read in any case.
         remote: how to go about shards that are not local.
+
+    Raises:
+        ValueError: if an index is damaged; a run would refuse it.
     """
     found = Count(shards)
     far = [shard for shard in shards if is_remote(shard)]
@@ -77,9 +80,7 @@ def count(shards: list[str], seconds: float, remote: Remote) -> Count:
         if size.samples is not None:
             found.samples[shard] = size.samples
     local = [shard for shard in shards if not is_remote(shard)]
-    indices = {
-        folder: read_json(folder / INDEX).get("shards", {}) for folder in {Path(shard).parent for shard in local}
-    }
+    indices = {folder: index_entries(folder) for folder in {Path(shard).parent for shard in local}}
     entries = {shard: indices[Path(shard).parent].get(Path(shard).name) for shard in local}
     for shard, entry in entries.items():
         _read_stated(found, shard, entry)
@@ -143,11 +144,14 @@ def write_indices(shards: list[str]) -> None:
     """Reads local shards from front to end and writes `index.json` into each of their folders.
 
     Raises:
-        ValueError: if one cannot be read to its end: an index would make its loss official.
+        ValueError: if one cannot be read to its end: an index would make its loss official. Or if another tool's
+            index lies there.
     """
     folders: dict[Path, list[Path]] = {}
     for shard in dict.fromkeys(shards):
         folders.setdefault(Path(shard).parent, []).append(Path(shard))
+    for folder in folders:
+        refuse_foreign_index(folder)
     for folder, paths in folders.items():
         with alone_in(folder) as state:
             jobs = [Job(path.name, 1, (path,)) for path in paths]
@@ -156,7 +160,7 @@ def write_indices(shards: list[str]) -> None:
                     (state / f"{job.name}.json").unlink(missing_ok=True)
             found = run(jobs, index_entry, state, cores(), folder.name, lambda entry: None)
             entries = {n: {key: e[key] for key in ("samples", "bytes", "sha256")} for n, e in found.items()}
-            write_index(folder, {**read_json(folder / INDEX).get("shards", {}), **entries})
+            write_index(folder, {**kept_entries(folder), **entries})
             for job in jobs:
                 (state / f"{job.name}.json").unlink()
 

@@ -346,3 +346,37 @@ def test_a_fit_is_refused_or_warned_before_its_first_step_as_the_doctor_would(tm
     with caplog.at_level(logging.WARNING):
         shards(str(tmp_path / "[bc].tar"), vocab, max_bad_share=0.9).setup("fit")
     assert "20 of 40 samples are bad" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", r"index.json is no index of shards"),
+        ('{"format": 7, "shards": {}}', r"its format is 7, wanted 1"),
+        ('{"format": 1, "shards": [{}]}', r"index.json is no index of shards"),
+        ('{"format": 1, "shards": {"a.tar": {"samples": 3}}}', r"index.json is no index of shards"),
+    ],
+)
+def test_a_damaged_index_stops_the_doctor_as_it_stops_a_fit_and_can_be_made_again(
+    tmp_path, vocab, capsys, content, reason
+):
+    spec = str(write_tar(tmp_path / "a.tar", members(range(20))))
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(ValueError, match=reason):
+        shards(spec, vocab).setup("fit")
+    report, status = told(capsys, spec)
+    assert status == 1 and re.search(reason, mends(report, "stops"))
+    report, status = told(capsys, spec, write_index=True)
+    assert status == 0 and json.loads((tmp_path / "index.json").read_text())["shards"]["a.tar"]["samples"] == 20
+
+
+@pytest.mark.parametrize("content", ['{"version": 2, "shards": [{"column_names": []}]}', "[]"])
+def test_another_tools_index_is_passed_over_and_never_overwritten(tmp_path, vocab, capsys, content):
+    spec = str(write_tar(tmp_path / "a.tar", members(range(20))))
+    (tmp_path / "index.json").write_text(content)
+    shards(spec, vocab).setup("fit")
+    report, status = told(capsys, spec)
+    assert status == 0 and report["sources"][spec]["samples"] == 20
+    with pytest.raises(ValueError, match=r"index.json is another tool's .* move it away"):
+        doctor([spec], write_index=True)
+    assert (tmp_path / "index.json").read_text() == content and not (tmp_path / ".prepare").exists()

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from datamodules.prepare.jobs import STATE, Job, alone_in, cores, read_json, run, sha256_of, tell_done, write_json
 from datamodules.prepare.shard import Hashed, Refused, add_member
-from datamodules.prepare.shards import REPORT, Tally, listed, write_index
+from datamodules.prepare.shards import REPORT, Tally, listed, refuse_foreign_index, write_index
 from datamodules.tars import captions, image_bytes, stream, types_of
 from stair.disk import whole
 
@@ -35,6 +35,7 @@ def index_folder(folder: Path, mend: bool, max_bad_share: float, workers: int) -
             f"{folder} holds {len(shards)} tars and no NNNNN_stats.json: img2dataset writes both with "
             "--output_format webdataset. Shards of other origin: `stair doctor --write_index`"
         )
+    refuse_foreign_index(folder)
     with alone_in(folder) as state:
         jobs = [Job(shard.name, _stated(shard), (shard, mend)) for shard in shards]
         for job, shard in zip(jobs, shards, strict=True):

@@ -6,6 +6,7 @@ run that was killed and run again leaves the same bytes as one that was not.
 
 import hashlib
 import itertools
+import json
 import math
 import random
 import re
@@ -15,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datamodules.counts import FORMAT, INDEX
+from datamodules.counts import FORMAT, INDEX, _index
 from datamodules.prepare.jobs import Job, alone_in, cores, read_json, run, write_json
 from datamodules.prepare.shard import Limits, Raw, Refused, make_shard
+from datamodules.sources import Remote
 from stair.images import MAX_PIXELS
 
 REPORT, CLASSNAMES = "prepare.json", "classnames.json"
@@ -82,6 +84,7 @@ def write_shards(
         raise ValueError(f"splits are named {bad}; wanted letters, digits, - and _, as the shards are named after them")
     if not any(source.splits.values()) and not any(source.refused.values()):
         raise ValueError(f"{source.name} holds no input")
+    refuse_foreign_index(out)
     with alone_in(out) as state:
         _write_classnames(out, source)
         for split, references in source.splits.items():
@@ -243,21 +246,61 @@ def _belongs(name: str, split: str) -> bool:
 def _is_complete(plan: Plan, fingerprint: str) -> bool:
     if _reported(plan).get("fingerprint") != fingerprint:
         return False
-    index = {n: entry for n, entry in read_json(plan.out / INDEX).get("shards", {}).items() if _belongs(n, plan.split)}
+    index = {n: entry for n, entry in kept_entries(plan.out).items() if _belongs(n, plan.split)}
     there = {path.name: path.stat().st_size for path in _shards(plan)}
     return bool(index) and there == {name: entry["bytes"] for name, entry in index.items()}
 
 
 def _write_index(plan: Plan, records: dict[str, dict[str, Any]]) -> None:
-    known = read_json(plan.out / INDEX).get("shards", {})
-    kept = {name: entry for name, entry in known.items() if not _belongs(name, plan.split)}
+    kept = {name: entry for name, entry in kept_entries(plan.out).items() if not _belongs(name, plan.split)}
     made = {n: {key: r[key] for key in ("samples", "bytes", "sha256")} for n, r in records.items() if r["samples"]}
     write_index(plan.out, {**kept, **made})
 
 
 def write_index(folder: Path, shards: dict[str, dict[str, Any]]) -> None:
-    """Writes `index.json`: for each shard of a folder `samples`, `bytes` and `sha256`."""
+    """Writes `index.json`: for each shard of a folder `samples`, `bytes` and `sha256`.
+
+    Raises:
+        ValueError: if another tool's file lies there.
+    """
+    refuse_foreign_index(folder)
     write_json(folder / INDEX, {"format": FORMAT, "shards": shards})
+
+
+def index_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """What `index.json` says of each shard, nothing if there is none of ours: by the rule of the fit.
+
+    Raises:
+        ValueError: if it is damaged, or of another format.
+    """
+    known = _index(str(folder), Remote())
+    said = read_json(folder / INDEX).get("shards", {}) if known else {}
+    return {name: {**said[name], "samples": samples, "bytes": size} for name, (samples, size) in known.items()}
+
+
+def kept_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """As `index_entries`, for an index that is to be written anew: of a damaged one nothing."""
+    try:
+        return index_entries(folder)
+    except ValueError:
+        return {}
+
+
+def refuse_foreign_index(folder: Path) -> None:
+    """Before the work: other tools call files of their own so too.
+
+    Raises:
+        ValueError: if an index of another tool lies there.
+    """
+    try:
+        said = json.loads((folder / INDEX).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return
+    if not isinstance(said, dict) or "format" not in said:
+        raise ValueError(
+            f"{folder / INDEX} is another tool's (it names no `format`), and ours would take its place: move it away, or "
+            "the tars to a folder of their own"
+        )
 
 
 def _write_classnames(out: Path, source: Source) -> None:
