@@ -109,7 +109,7 @@ class Sight:
 
 
 def first_samples(shard: str, count: int, remote: Remote) -> tuple[list[dict[str, Any]], str]:
-    """The first samples of a shard, all members of them, and what broke it before there were so many."""
+    """The first samples of a shard, with the names of all members, and what broke it before there were so many."""
     errors: list[Exception] = []
     with closing(stream(shard, errors.append, select=None, remote=remote)) as samples:
         found = [{**sample, "__url__": shard} for sample in itertools.islice(samples, count)]

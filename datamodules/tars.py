@@ -194,7 +194,7 @@ def stream(
     Args:
         shard: path, URL or `pipe:` command.
         on_error: told of what breaks the shard, after which nothing more comes.
-        select: which members are read, by name; None for all.
+        select: which members are handed out, by name; None for all, those that belong to no sample as b"".
         remote: how shards that are not local files are read.
 
     Yields:
@@ -204,7 +204,12 @@ def stream(
     try:
         with open_shard(shard, remote or Remote()) as file:
             tar = Tar(file)
-            for found in _samples(tar, lambda member: tar.read(member.size), select):
+
+            def read(member: Member) -> bytes:
+                # the others are passed over at any size, as in training
+                return tar.read(member.size) if select is not None or is_wanted(member.name) else b""
+
+            for found in _samples(tar, read, select):
                 wrong = found.wrong[0] if found.wrong else ""
                 yield {"__key__": found.key, "__wrong__": wrong, "__odd__": found.odd, **found.values}
     except (BrokenTarError, OSError) as error:

@@ -17,7 +17,10 @@ import pytest
 from PIL import Image
 
 from datamodules.doctor import doctor
+from datamodules.inspection import first_samples
 from datamodules.shards import ImageTextShards
+from datamodules.sources import Remote
+from datamodules.tars import types_of
 from stair.cli import main
 
 WORDS = [f"word{n}" for n in range(700)]
@@ -380,3 +383,31 @@ def test_another_tools_index_is_passed_over_and_never_overwritten(tmp_path, voca
     with pytest.raises(ValueError, match=r"index.json is another tool's .* move it away"):
         doctor([spec], write_index=True)
     assert (tmp_path / "index.json").read_text() == content and not (tmp_path / ".prepare").exists()
+
+
+class Zeros(io.RawIOBase):
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def read(self, size: int = -1) -> bytes:
+        size = min(size, self.left) if size >= 0 else self.left
+        self.left -= size
+        return bytes(size)
+
+
+def test_a_member_that_training_passes_over_stops_no_fit_however_large_it_is(tmp_path, vocab, monkeypatch):
+    monkeypatch.setattr("stair.tar_members.LARGEST", 1 << 20)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in members(range(8)):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+            if name.endswith(".json"):
+                info = tarfile.TarInfo(name.replace(".json", ".mp4"))
+                info.size = (1 << 20) + 1
+                tar.addfile(info, Zeros(info.size))
+    data = shards(str(tmp_path / "a.tar"), vocab, workers=0)
+    data.setup("fit")
+    assert sum(len(batch["key"]) for batch in data.train_dataloader()) == 8
+    (seen, reason) = first_samples(str(tmp_path / "a.tar"), 3, Remote())
+    assert not reason and [types_of(sample) for sample in seen] == [["png", "json", "mp4"]] * 3
