@@ -643,3 +643,23 @@ def test_colour_glyphs_are_drawn_in_their_colours_and_blank_ones_are_said(tmp_pa
     with pytest.raises(ValueError, match="is no font"):
         (tmp_path / "no.ttf").write_text("no font")
         emoji(tmp_path / "out2", font=tmp_path / "no.ttf")
+
+
+@pytest.mark.parametrize("spelling", ["data", "disk"])
+def test_absolute_paths_below_a_folder_that_is_a_link_are_found_in_either_spelling(tmp_path, monkeypatch, spelling):
+    write_images(tmp_path / "disk" / "images", 5)
+    (tmp_path / "disk" / "secret.jpg").write_bytes(picture(9))
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    table = write_csv(
+        tmp_path / "t.csv", [(str(tmp_path / spelling / "images" / f"{i}.jpg"), f"{i}") for i in range(5)]
+    )
+    folder(table, tmp_path / "data" / "images", tmp_path / "out", workers=1, seed=None)
+    monkeypatch.chdir(tmp_path)
+    folder(table, Path("data/images"), tmp_path / "relative", workers=1, seed=None)
+    found = [samples(tmp_path / out / "train-00000.tar").values() for out in ("out", "relative")]
+    assert [sample["jpg"] for sample in found[0]] == [picture(i) for i in range(5)] and [*found[0]] == [*found[1]]
+    rows = [
+        (str(tmp_path / name), "x") for name in ("data/images/../secret.jpg", "disk/secret.jpg", "data2/images/0.jpg")
+    ]
+    with pytest.raises(ValueError, match="3 path outside"):
+        folder(write_csv(tmp_path / "u.csv", rows), tmp_path / "data" / "images", tmp_path / "none", workers=1)

@@ -44,7 +44,9 @@ def class_source(images: Path, split: str, names: Path | None, template: str) ->
                 references.append(((place,), (template.format(name),), (("class", name), ("label", label))))
             else:
                 refused.append(Refused("not an image by its name", place, f"wanted {', '.join(_SUFFIXES)}"))
-    return Source(str(images), {split: references}, ImageFiles(images.resolve()), {split: refused}, classnames=spoken)
+    return Source(
+        str(images), {split: references}, ImageFiles(images.resolve(), images), {split: refused}, classnames=spoken
+    )
 
 
 def class_names(folders: list[str], names: Path | None) -> list[str]:

@@ -7,7 +7,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,12 @@ class ImageFiles:
     """Reads references (paths to try, captions, further fields).
 
     Attributes:
-        root: folder of the images; no path leaves it.
+        root: folder of the images, resolved; no path leaves it.
+        given: how the user spells it, by which paths may begin too; results do not depend on it.
     """
 
     root: Path
+    given: Path | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not self.root.is_dir():
@@ -52,9 +54,13 @@ class ImageFiles:
 
     def inside(self, name: str) -> Path:
         """The path of an image, which must lie in the folder: a table from elsewhere may name any file."""
-        path = Path(os.path.normpath(self.root / name))
-        if "\0" in name or not path.is_relative_to(os.path.normpath(self.root)):
-            raise ValueError(f"path outside: {printable(name)!r} is not in {self.root}")
+        root = Path(os.path.normpath(self.root))
+        path = Path(os.path.normpath(root / name))
+        given = os.path.abspath(self.given or root)
+        if not path.is_relative_to(root) and path.is_relative_to(given):
+            path = root / path.relative_to(given)
+        if "\0" in name or not path.is_relative_to(root):
+            raise ValueError(f"path outside: {printable(name)!r} is not in {self.given or self.root}")
         return path
 
 
@@ -86,7 +92,7 @@ def table_source(
         else:
             captions.setdefault(name.strip(), []).extend(texts)
     references = [((name,), tuple(texts), ()) for name, texts in captions.items()]
-    return Source(str(table), {split: references}, ImageFiles(images.resolve()), {split: refused})
+    return Source(str(table), {split: references}, ImageFiles(images.resolve(), images), {split: refused})
 
 
 def _column(cells: dict[str, Any], usual: list[str], given: str | None, what: str) -> str:
@@ -191,4 +197,4 @@ def karpathy_source(captions: Path, images: Path) -> Source:
             "dataset_flickr8k.json or dataset_flickr30k.json: an object with `images`, each with `filename`, `split` and "
             "`sentences`"
         ) from error
-    return Source(str(captions), splits, ImageFiles(images.resolve()))
+    return Source(str(captions), splits, ImageFiles(images.resolve(), images))
