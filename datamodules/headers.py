@@ -145,7 +145,7 @@ def write_indices(shards: list[str]) -> None:
 
     Raises:
         ValueError: if one cannot be read to its end: an index would make its loss official. Or if another tool's
-            index lies there.
+            index lies there, or a `stair prepare` that is not finished.
     """
     folders: dict[Path, list[Path]] = {}
     for shard in dict.fromkeys(shards):
@@ -154,6 +154,11 @@ def write_indices(shards: list[str]) -> None:
         refuse_foreign_index(folder)
     for folder, paths in folders.items():
         with alone_in(folder) as state:
+            if plans := sorted(state.glob("*.plan")):
+                raise ValueError(
+                    f"{folder} is being prepared ({plans[0].relative_to(folder)}): finish `stair prepare` first, with its "
+                    "command of before; it writes the index itself"
+                )
             jobs = [Job(path.name, 1, (path,)) for path in paths]
             for job, path in zip(jobs, paths, strict=True):
                 if read_json(state / f"{job.name}.json").get("mtime") != path.stat().st_mtime_ns:

@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from datamodules.headers import write_indices
 from datamodules.prepare import cc, classes, datasets, emoji, folder, karpathy
+from datamodules.prepare.shard import make_shard
 from datamodules.tars import captions, image_bytes, stream
 from stair.cli import main
 
@@ -663,3 +665,49 @@ def test_absolute_paths_below_a_folder_that_is_a_link_are_found_in_either_spelli
     ]
     with pytest.raises(ValueError, match="3 path outside"):
         folder(write_csv(tmp_path / "u.csv", rows), tmp_path / "data" / "images", tmp_path / "none", workers=1)
+
+
+def test_the_doctor_writes_no_index_into_a_folder_that_is_not_finished_and_leaves_its_records(tmp_path, monkeypatch):
+    images = write_images(tmp_path / "images", 12)
+    table = write_csv(tmp_path / "t.csv", [(f"{i}.jpg", f"number {i}") for i in range(12)])
+    made: list[str] = []
+
+    def dies_at_the_third(path, *more):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(path.name)
+        return make_shard(path, *more)
+
+    monkeypatch.setattr("datamodules.prepare.shards.make_shard", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        folder(table, images, tmp_path / "out", shard_samples=4, workers=1)
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"train.plan\): finish `stair prepare` first"):
+        write_indices([str(path) for path in (tmp_path / "out").glob("*.tar")])
+    assert contents(tmp_path / "out") == before
+    monkeypatch.setattr(
+        "datamodules.prepare.shards.make_shard", lambda *all: made.append(all[0].name) or make_shard(*all)
+    )
+    folder(table, images, tmp_path / "out", shard_samples=4, workers=1)
+    assert made == ["train-00000.tar", "train-00001.tar", "train-00002.tar"]
+    write_indices([str(path) for path in (tmp_path / "out").glob("*.tar")])
+
+
+def test_img2datasets_samples_that_training_leaves_out_by_their_names_are_bad_too(tmp_path):
+    write_img2dataset(tmp_path / "cc", 1, 9)
+    path = tmp_path / "cc" / "00000.tar"
+    with tarfile.open(path, "a") as tar:
+        last = next(member for member in reversed(tar.getmembers()) if member.name.endswith(".jpg"))
+        for name in (last.name, "photo_v1.5.jpg"):
+            content = picture(1)
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    cc(tmp_path / "cc", workers=1, max_bad_share=0.5)
+    streamed = list(stream(str(path), pytest.fail))
+    wrong = [sample["__wrong__"].partition(":")[0] for sample in streamed if sample["__wrong__"]]
+    assert wrong == ["duplicate member", "dotted key"]
+    assert {cause: report(tmp_path / "cc", "all")["bad"].get(cause) for cause in wrong} == dict.fromkeys(wrong, 1)
+    cc(tmp_path / "cc", mend=True, workers=1, max_bad_share=0.5)
+    left = list(stream(str(path), pytest.fail))
+    assert not any(sample["__wrong__"] for sample in left) and len(left) == len(streamed) - 2

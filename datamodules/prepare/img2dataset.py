@@ -106,6 +106,8 @@ def check_shard(shard: Path, mend: bool) -> dict[str, Any]:
         key = str(sample["__key__"])
         keys.append(key)
         try:
+            if sample["__wrong__"]:
+                raise ValueError(sample["__wrong__"])
             captions(sample)
             _check_header(image_bytes(sample))
         except ValueError as error:
