@@ -29,6 +29,7 @@ LONGEST_CAPTION = 10_000  # characters; what is longer is a page of text that we
 _IMAGES = frozenset(IMAGE_TYPES)
 _WANTED = frozenset(IMAGE_TYPES + CAPTION_TYPES + CLASS_TYPES)
 _PICKLES = frozenset(("pyd", "pth", "pt", "pkl", "pickle", "ckpt"))
+_OTHER_BACKSLASH = re.compile(r"\\(?![{},])")  # a command's own: only a brace's or comma's is for the pattern
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own members
 
 _UNSAFE = "unsafe name: {!r} leads out of its folder"
@@ -47,7 +48,7 @@ def expand(spec: str | list[str]) -> list[str]:
 
     Args:
         spec: a path, a glob (`a/*.tar`), a brace pattern (`a/{0000..0004}.tar`), a URL or `pipe:` command (braces
-            allowed), or a list of these.
+            allowed; `\\{`, `\\}` and `\\,` stand for themselves, any other backslash stays), or a list of these.
 
     Raises:
         FileNotFoundError: if a part of the spec matches no file.
@@ -56,7 +57,7 @@ def expand(spec: str | list[str]) -> list[str]:
     if not isinstance(spec, str):
         return [shard for part in spec for shard in expand(part)]
     try:
-        patterns = list(braceexpand.braceexpand(spec))
+        patterns = list(braceexpand.braceexpand(_OTHER_BACKSLASH.sub(r"\\\\", spec)))
     except braceexpand.UnbalancedBracesError as error:
         raise ValueError(
             f"{spec!r} has a brace without its counterpart: wanted a pattern such as {{0000..0004}}"

@@ -27,8 +27,8 @@ from datamodules.loader import ShardLoader
 from datamodules.mixture import Shards, find, mixture
 from datamodules.pairs import CollatePairs, EvaluationPairs, evaluation_loader
 from datamodules.shards import ImageTextShards
-from datamodules.sources import Remote
-from datamodules.tars import stream, walk
+from datamodules.sources import Remote, open_shard
+from datamodules.tars import expand, stream, walk
 from stair.images import box_pixels, decode_image, eval_pixels
 from stair.vocabulary import Vocabulary
 
@@ -810,3 +810,12 @@ def test_further_members_with_dots_beside_an_image_are_no_samples_and_move_none(
     write_tar(tmp_path / "b.tar", members)
     streamed = [list(stream(str(tmp_path / name), pytest.fail)) for name in ("a.tar", "b.tar")]
     assert streamed[0] == streamed[1] and len(streamed[0]) == 4
+
+
+def test_a_command_keeps_its_backslashes_and_a_brace_is_itself_behind_one():
+    assert expand(r"pipe:tr '\n\t' ' ' < a\ b-{0..1}.tar \\ c") == [
+        rf"pipe:tr '\n\t' ' ' < a\ b-{i}.tar \\ c" for i in range(2)
+    ]
+    assert expand(r"pipe:awk '\{print $1\, $2\}' {a,b}\t") == [rf"pipe:awk '{{print $1, $2}}' {i}\t" for i in "ab"]
+    with open_shard(expand(r"pipe:printf 'a\nb'")[0], Remote()) as file:
+        assert file.read() == b"a\nb"
