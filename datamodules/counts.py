@@ -49,7 +49,7 @@ def sizes(shards: list[str], remote: Remote) -> list[Size]:
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         folders = sorted({_folder(shard) for shard in shards if not shard.startswith("pipe:")})
-        indexes = dict(zip(folders, pool.map(lambda folder: _index(folder, remote), folders), strict=True))
+        indexes = dict(zip(folders, pool.map(lambda folder: read_index(folder, remote), folders), strict=True))
         known = list(pool.map(lambda shard: _said(shard, indexes.get(_folder(shard), {}), remote), shards))
         unknown = [shard for shard, size in zip(shards, known, strict=True) if size is None and not is_remote(shard)]
         counted = dict(zip(unknown, _counted(unknown, pool), strict=True))
@@ -69,7 +69,7 @@ def told(shards: list[str]) -> list[int | None]:
     indexes: dict[str, dict[str, tuple[int, int]]] = {folder: {} for folder in map(_folder, local)}
     for folder in indexes:
         with suppress(OSError, ValueError):
-            indexes[folder] = _index(folder, Remote())
+            indexes[folder] = read_index(folder, Remote())
     with ThreadPoolExecutor(_THREADS) as pool:
         found = dict(zip(local, pool.map(look, local), strict=True))
     return [found.get(shard) for shard in shards]
@@ -91,7 +91,7 @@ def _small(place: str, remote: Remote) -> bytes | None:
     return None
 
 
-def _index(folder: str, remote: Remote) -> dict[str, Any]:
+def read_index(folder: str, remote: Remote) -> dict[str, Any]:
     place = f"{folder}/{INDEX}"
     text = _small(place, remote)
     if text is None:

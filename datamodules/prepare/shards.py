@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datamodules.counts import FORMAT, INDEX, _index
+from datamodules.counts import FORMAT, INDEX, read_index
 from datamodules.prepare.jobs import Job, alone_in, cores, read_json, run, write_json
 from datamodules.prepare.shard import Limits, Raw, Refused, make_shard
 from datamodules.sources import Remote
@@ -273,7 +273,7 @@ def index_entries(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: if it is damaged, or of another format.
     """
-    known = _index(str(folder), Remote())
+    known = read_index(str(folder), Remote())
     said = read_json(folder / INDEX).get("shards", {}) if known else {}
     return {name: {**said[name], "samples": samples, "bytes": size} for name, (samples, size) in known.items()}
 
