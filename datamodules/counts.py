@@ -91,7 +91,16 @@ def _small(place: str, remote: Remote) -> bytes | None:
     return None
 
 
-def read_index(folder: str, remote: Remote) -> dict[str, Any]:
+def read_index(folder: str, remote: Remote) -> dict[str, tuple[int, int]]:
+    """Samples and bytes of each shard, by its name, as `index.json` says; nothing if there is none of ours.
+
+    Args:
+        folder: a local one, or a URL.
+        remote: how to go about the latter.
+
+    Raises:
+        ValueError: if it is damaged, or of another format.
+    """
     place = f"{folder}/{INDEX}"
     text = _small(place, remote)
     if text is None:
