@@ -114,7 +114,7 @@ def open_set(
         name, place = "", word
     folder = Path(place)
     if folder.is_dir():
-        parts = {s: next(filter(_glob, (str(folder / f"{s}*.tar"), str(folder / s / "*.tar"))), "") for s in SPLITS}
+        parts = _parts(folder)
         part = split or next((s for s in SPLITS if parts[s]), None)
         if any(parts.values()) or any(folder.glob("*.tar")):
             spec = parts.get(part or "") or str(folder / (f"{part}*.tar" if part else "*.tar"))
@@ -214,10 +214,7 @@ def _tars(spec: str, home: Path, split: str, classnames: str | None, captions: i
     if classes and not samples.has_classes():  # names of other classes, as of those that training has seen
         print(f"{home.resolve().name}: no image is of one of the {len(classes)} classes named, so none is classified")
         classes = []
-    beside = {
-        part: next(filter(_glob, (str(home / f"{part}-*.tar"), str(home / part / "*.tar"))), "")
-        for part in ("train", "val")
-    }
+    beside = {part: spec for part, spec in _parts(home).items() if part != "test"}
     # what is measured must not be learned from
     measured = {Path(path).resolve() for path in expand(spec)}
     may_probe = classes and not measured & {path.resolve() for s in beside.values() for path in _glob(s)}
@@ -229,6 +226,11 @@ def _is_retrieval(home: Path) -> bool:
     """Whether the tars are those of CLIP's published retrieval sets, as `dataset_type.txt` beside them says."""
     kind = home / "dataset_type.txt"
     return kind.is_file() and kind.read_text(encoding="utf-8").strip() == "retrieval"
+
+
+def _parts(home: Path) -> dict[str, str]:
+    """Patterns of the tars of each split of a folder, "" where there are none."""
+    return {part: next(filter(_glob, (str(home / f"{part}*.tar"), str(home / part / "*.tar"))), "") for part in SPLITS}
 
 
 def _glob(spec: str) -> list[Path]:

@@ -231,9 +231,8 @@ def _plain(value: Any) -> Any:
 def _csv(path: Path, column: str) -> Iterator[dict[str, Any] | Item]:
     """Rows; one that cannot be read, or has more cells than columns, is an item that cannot be used, named by its line."""
     delimiter = "\t" if path.suffix == ".tsv" else ","
-    with path.open(
-        newline="", encoding="utf-8-sig"
-    ) as file:  # spreadsheets write a mark before the first column's name
+    # spreadsheets write a mark before the first column's name
+    with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
         try:
             _demand_column(path, column, names := reader.fieldnames or ())

@@ -104,6 +104,8 @@ def test_the_table_means_over_seeds_and_chooses_on_validation(scripts, tmp_path)
     assert "v, t→i R@1 at 64 words on both sides: 0.800 of its best cut, 0.889 of all words" in text
     assert "v, t→i R@1 at 64 words an image: 0.850 of its best cut, 0.944 of all words" in text
     assert f"| v | b (2) | 1.25 | 1.25 | – | 1.25 | {0.4 / 0.45:.3f} / 1.000 |" in text
+    scripts[1].write_table(plan, tmp_path, ["1"])
+    assert "| a ← (1) | 50.0 |" in (tmp_path / "table.md").read_text()
     assert f"| v | weaker (2) | {0.20 / 0.32:.2f} | {0.20 / 0.32:.2f} | – | {0.20 / 0.32:.2f} | – | – |" in text
 
 

@@ -1,6 +1,6 @@
 """The table and the plots of a plan's finished runs, from their records: `table.md`, `table.json` and pictures.
 
-    python benchmarks/paper_table/table.py PLAN OUT
+    python benchmarks/paper_table/table.py PLAN OUT [SEED ...]      # of these seeds alone; of all that are there
 
 Mean ± standard deviation over seeds (of the sample, so it needs two). Lines are ordered as in the plan; the best sparse
 and the best dense line by recall on *validation* are marked, and the targets are judged by these two alone.
@@ -9,6 +9,7 @@ and the best dense line by recall on *validation* are marked, and the targets ar
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ WANTED_AT_64 = 0.98
 SIDES = {"both": "on both sides", "images": "an image"}
 
 
-def write_table(plan: dict[str, Any], out: Path) -> None:
-    """Writes the table of whatever is finished."""
-    found = {name: _records(out / name) for name in plan["variants"]}
+def write_table(plan: dict[str, Any], out: Path, seeds: Sequence[str] = ("*",)) -> None:
+    """Writes the table of whatever is finished, of these seeds."""
+    found = {name: _records(out / name, seeds) for name in plan["variants"]}
     found = {name: records for name, records in found.items() if records}
     if not found:
         print("nothing is finished yet")
@@ -84,8 +85,8 @@ def select(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]], kind: s
     return max((name for name in those if len(found[name]) == most), key=recall, default=None)
 
 
-def _records(folder: Path) -> list[dict[str, Any]]:
-    paths = sorted(folder.glob("seed*/evaluation/evaluation.json"))
+def _records(folder: Path, seeds: Sequence[str]) -> list[dict[str, Any]]:
+    paths = sorted(path for seed in seeds for path in folder.glob(f"seed{seed}/evaluation/evaluation.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
@@ -223,6 +224,6 @@ def _plot(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]], out: Pat
 if __name__ == "__main__":
     from run import read_plan
 
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3:
         sys.exit(__doc__)
-    write_table(read_plan(Path(sys.argv[1])), Path(sys.argv[2]))
+    write_table(read_plan(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3:] or ["*"])
