@@ -53,9 +53,7 @@ class StairCLI(LightningCLI):
     """Lightning's command line with the project's callbacks, and `--run`."""
 
     _checkpoints: str | None = None  # where the training keeps them, for a command that logs elsewhere
-    _start_from: str | None = (
-        None  # what follows from --run; not in the settings, as the saved ones serve other commands
-    )
+    _start_from: str | None = None  # by --run; not in the settings, as saved ones serve other commands too
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the always-on callbacks under keys of their own, the run's name, and the links."""
@@ -98,7 +96,7 @@ class StairCLI(LightningCLI):
             refuse_leftover(config.trainer.default_root_dir or ".")
         if config.ckpt_path in (None, "last") and not config.trainer.fast_dev_run:
             _refuse_to_replace(config)
-        if not config.trainer.logger:  # it would refuse to run
+        if config.trainer.logger is False:  # it would refuse to run
             config.trainer.callbacks = [
                 callback
                 for callback in _listed(config.trainer.callbacks or [])

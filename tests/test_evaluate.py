@@ -176,6 +176,9 @@ def test_folders_are_called_by_the_names_given_one_for_each(tmp_path):
         assert open_set(str(tmp_path), classnames=f"{tmp_path}/{given}").classes == ["goldfish", "tench"]
     with pytest.raises(ValueError, match="1 names for 2 folders"):
         open_set(str(tmp_path), classnames=f"{tmp_path}/keyed.json:short")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match=r"broken\.json is no json"):
+        open_set(str(tmp_path), classnames=f"{tmp_path}/broken.json")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json: no such file"):
         open_set(str(tmp_path), classnames=f"{tmp_path}/nowhere.json")
     (tmp_path / "val" / "n01").rename(tmp_path / "val" / "001.Black_footed_Albatross")

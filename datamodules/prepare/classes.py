@@ -63,7 +63,10 @@ def class_names(folders: list[str], names: Path | None) -> list[str]:
     if names is None:
         return [_NUMBER.sub("", name).replace("_", " ").strip() for name in folders]
     text = names.read_text(encoding="utf-8")
-    found: Any = json.loads(text) if names.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
+    try:
+        found: Any = json.loads(text) if names.suffix == ".json" else list(filter(str.strip, text.splitlines()))
+    except ValueError as error:
+        raise ValueError(f"{names} is no json: {error}") from error
     if names.suffix != ".json" and all(line.split(maxsplit=1)[0] in folders for line in found):
         # ImageNet's LOC_synset_mapping.txt gives synonyms, the first one is the usual name
         pairs = [line.strip().partition(" ") for line in found]
