@@ -1,0 +1,33 @@
+"""Exceptions of the project. Each names the setting or the file at fault, so that callers need not read the message."""
+
+from pathlib import Path
+
+
+class StairError(ValueError):
+    """An input that cannot be used. The command line prints its message without a traceback."""
+
+
+class SettingError(StairError):
+    """A setting that is missing, out of range, or in conflict with another one.
+
+    Args:
+        message: the value given, the values allowed, what to do.
+        setting: dotted name as on the command line, such as `data.global_batch_size`.
+    """
+
+    def __init__(self, message: str, setting: str) -> None:
+        super().__init__(message)
+        self.setting = setting
+
+
+class FileError(StairError):
+    """A file or folder that is missing, damaged, or of another format.
+
+    Args:
+        message: what is wrong with it, what to do.
+        path: the file or folder.
+    """
+
+    def __init__(self, message: str, path: Path | str) -> None:
+        super().__init__(message)
+        self.path = Path(path)
