@@ -22,8 +22,8 @@ from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from datamodules.pairs import EvaluationPairs, Pair
 from datamodules.synthetic import write_scenes
+from stair.data.pairs import EvaluationPairs, Pair
 from stair.embed import embed
 from stair.images import MAX_PIXELS
 from stair.index.commands import index

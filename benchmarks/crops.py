@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from stair.data.items import Item, items_of
 from stair.images import decode_image
-from stair.sources import Item, items_of
 
 
 def crop(image: Image.Image, generator: np.random.Generator, size: int) -> bytes:

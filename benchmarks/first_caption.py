@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from datamodules.pairs import EvaluationPairs
+from stair.data.pairs import EvaluationPairs
 from stair.images import MAX_PIXELS
 from stair.metrics import RetrievalRecall
 from stair.model import Stair

@@ -23,7 +23,7 @@ Door = Callable[[bytes], None]
 
 def _tar(folder: Path) -> tuple[Door, list[bytes]]:
     """A shard: members, samples, captions."""
-    from datamodules.tars import captions, index, stream
+    from stair.data.tars import captions, index, stream
     from tests.test_fuzz_shards import WHOLE
 
     path = folder / "a.tar"
@@ -42,8 +42,8 @@ def _tar(folder: Path) -> tuple[Door, list[bytes]]:
 
 def _captions(folder: Path) -> tuple[Door, list[bytes]]:
     """The json and text of a sample, to word pieces."""
-    from datamodules.tars import captions
     from stair import Vocabulary
+    from stair.data.tars import captions
     from tests.conftest import write_vocabulary
 
     vocabulary = Vocabulary(write_vocabulary(folder / "vocab.txt"))

@@ -38,9 +38,9 @@ from PIL import Image
 
 from benchmarks.ratios import header
 from datamodules.augment import Augment
-from datamodules.pairs import Pair
 from datamodules.shards import ImageTextShards
-from datamodules.tars import captions, expand, image_bytes, stream
+from stair.data.pairs import Pair
+from stair.data.tars import captions, expand, image_bytes, stream
 
 _BLOCK = 1 << 20
 _PARTS = 8

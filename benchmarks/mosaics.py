@@ -14,7 +14,7 @@ from typing import Any
 import webdataset
 from PIL import Image, ImageOps
 
-from datamodules.tars import captions, expand, image_bytes, stream
+from stair.data.tars import captions, expand, image_bytes, stream
 from stair.images import decode_image
 
 _WIDTH, _HEIGHT, _TILE = 500, 375, 125

@@ -3,75 +3,20 @@
 import hashlib
 import itertools
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from datamodules.counts import Size, sizes, spread, told
 from datamodules.plan import Source, file_name
-from datamodules.sources import Remote, open_directly
 from datamodules.tally import Skip
-from datamodules.tars import expand
+from stair.data.counts import Size, sizes, spread, told
+from stair.data.remote import Remote, open_directly
+from stair.data.specs import Shards
+from stair.data.tars import expand
 
 logger = logging.getLogger(__name__)
 
 _NEAR = 0.03  # a number within this share of the truth moves hardly a sample
-
-
-def require(holds: bool, name: str, value: object, wanted: str) -> None:
-    """Refuses a setting.
-
-    Raises:
-        ValueError: unless it holds.
-    """
-    if not holds:
-        raise ValueError(f"{name}={value!r}: wanted {wanted}")
-
-
-@dataclass(frozen=True)
-class Shards:
-    """A source of a mixture.
-
-    Args:
-        shards: shard spec, or a list of them.
-        weight: share of the pairs, relative to the other sources' weights; more than 0.
-        samples: pairs in these shards together, where they cannot be counted; at least 1.
-    """
-
-    shards: str | list[str]
-    weight: float | None = None
-    samples: int | None = None
-
-
-def mixture(train: str | list[str] | dict[str, str | list[str] | Shards] | None) -> dict[str, Shards]:
-    """The sources by name; "" is the name of an only one.
-
-    Raises:
-        ValueError: if some have a weight and others none, or a mapping was not understood as one.
-    """
-    for spec in [train] if isinstance(train, str) else train or ():
-        if spec.startswith("{") and ": " in spec:
-            raise ValueError(
-                f"data.train={spec!r} looks like a mapping and cannot be read as one: wanted {{NAME: SPEC, ...}} or "
-                "{NAME: {shards: SPEC, weight: NUMBER, samples: NUMBER}, ...}; patterns with brackets or braces stand "
-                "between quotes, as in {name: 'data/{00..09}.tar'}"
-            )
-    if not isinstance(train, dict):
-        return {"": Shards(train)} if train else {}
-    mixed = {name: given if isinstance(given, Shards) else Shards(given) for name, given in train.items()}
-    without = [name for name, given in mixed.items() if given.weight is None]
-    if without and len(without) < len(mixed):
-        raise ValueError(f"sources {without} have no weight and others have: give all of them one, or none")
-    if "" in mixed:
-        raise ValueError("a source of the mixture has an empty name")
-    for name, source in mixed.items():
-        weight, samples = source.weight, source.samples
-        require(
-            weight is None or 0 < weight < float("inf"), f"weight of source {name!r}", weight, "more than 0, or none"
-        )
-        require(samples is None or samples >= 1, f"samples of source {name!r}", samples, "at least 1, or none")
-    return mixed
 
 
 def find(

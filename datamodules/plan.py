@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from datamodules.sources import is_remote
+from stair.data.remote import is_remote
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: its multiples modulo 2^64 are spread as evenly as can be
 

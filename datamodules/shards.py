@@ -15,15 +15,17 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from datamodules.augment import Augment
-from datamodules.inspection import Needs, probe
 from datamodules.loader import ShardLoader
-from datamodules.mixture import Shards, find, mixture, require
-from datamodules.pairs import CollatePairs, EvaluationPairs, evaluation_loader
+from datamodules.mixture import find
+from datamodules.pairs import CollatePairs, evaluation_loader
 from datamodules.plan import Plan, Source
-from datamodules.shard_cache import check_folder
-from datamodules.sources import Remote
 from datamodules.stream import ShardStream
 from datamodules.tally import CAUSE, SOURCE, Tally
+from stair.data.inspection import Needs, probe
+from stair.data.pairs import EvaluationPairs
+from stair.data.remote import Remote
+from stair.data.shard_cache import check_folder
+from stair.data.specs import Shards, mixture, require
 from stair.images import MAX_PIXELS
 from stair.vocabulary import Vocabulary
 

@@ -20,12 +20,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
 from datamodules.augment import Augment
-from datamodules.pairs import CollatePairs, Pair
+from datamodules.pairs import CollatePairs
 from datamodules.plan import Piece, Plan, seeded
-from datamodules.sources import Remote
 from datamodules.tally import CAUSE, CONVERTED, Report, Skip, Tally
-from datamodules.tars import captions, image_bytes, stream
 from stair.batch import Batch
+from stair.data.pairs import Pair
+from stair.data.remote import Remote
+from stair.data.tars import captions, image_bytes, stream
 
 _MISSING: dict[str, Any] = {}  # a place whose sample its shard did not have
 

@@ -119,8 +119,8 @@ def count_shards(stage: int, train: str, val: str) -> int:
 
     from jsonargparse import auto_cli
 
-    from datamodules.mixture import Shards, mixture
-    from datamodules.tars import expand
+    from stair.data.specs import Shards, mixture
+    from stair.data.tars import expand
 
     # typed as in ImageTextShards and parsed as in main.py, so that every spec means here what it means there
     def given(

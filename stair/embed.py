@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from stair.data.items import COLUMNS, Item, Side, items_of
 from stair.embeddings import PLAN, Embeddings, Space, to_csr
 from stair.images import decode_image, eval_pixels
 from stair.model import Stair
 from stair.plain import one_line
-from stair.sources import COLUMNS, Item, Side, items_of
 
 
 def embed(

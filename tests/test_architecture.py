@@ -58,7 +58,7 @@ def test_imports_point_down(family: str):
 def test_the_package_never_imports_the_trainer():
     for path in FILES["stair"]:
         if path != CLI:
-            assert not families(imports_of(path)) & {"lightning", "pytorch_lightning", "webdataset"}, path
+            assert not families(imports_of(path)) & {"lightning", "pytorch_lightning"}, path
 
 
 def test_the_command_imports_nothing_heavy_or_higher_until_it_runs():

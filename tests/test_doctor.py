@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.doctor import doctor
-from datamodules.inspection import first_samples
 from datamodules.shards import ImageTextShards
-from datamodules.sources import Remote
-from datamodules.tars import types_of
 from stair.cli import main
+from stair.data.doctor import doctor
+from stair.data.inspection import first_samples
+from stair.data.remote import Remote
+from stair.data.tars import types_of
 
 WORDS = [f"word{n}" for n in range(700)]
 
@@ -396,7 +396,7 @@ class Zeros(io.RawIOBase):
 
 
 def test_a_member_that_training_passes_over_stops_no_fit_however_large_it_is(tmp_path, vocab, monkeypatch):
-    monkeypatch.setattr("stair.tar_members.LARGEST", 1 << 20)
+    monkeypatch.setattr("stair.data.tar_members.LARGEST", 1 << 20)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, content in members(range(8)):
             info = tarfile.TarInfo(name)

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from stair.cli import main
+from stair.data.items import items_of
 from stair.embeddings import Embeddings, Space
 from stair.index import SparseIndex
-from stair.sources import items_of
 
 CAPTIONS = ["a red ball", "two dogs on the sea", "the small cat", "a blue house", "a green tree , a bird"]
 
@@ -90,7 +90,8 @@ def stair(monkeypatch, capsys):
 
 
 def test_embedded_vectors_are_those_of_the_encoders_in_training(stair, model, shard, tmp_path):
-    from datamodules.pairs import CollatePairs, EvaluationPairs
+    from datamodules.pairs import CollatePairs
+    from stair.data.pairs import EvaluationPairs
     from stair.model import Stair
 
     stair("embed", model, shard, tmp_path / "images")

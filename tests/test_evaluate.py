@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.evaluation import open_set
 from datamodules.synthetic import write_scenes
 from stair import Stair, Vocabulary, cli
 from stair.clip import ClipConfig, DenseClip
 from stair.evaluate import EvaluationSet, Sample, Scored, evaluate, open_model
 from stair.evaluate.classify import class_rows, linear_probe, zero_shot
 from stair.evaluate.naming import naming, right_words, word_rows
+from stair.evaluate.open_set import open_set
 from stair.evaluate.prune import cost, curve, index_bytes
 from stair.ranking import SparseRows
 from stair.report.tables import tables

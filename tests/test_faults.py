@@ -19,11 +19,11 @@ from scipy import sparse
 from torch.utils.data import IterableDataset
 
 import lightning_modules.checkpoints as checkpoints
-from datamodules.prepare import folder as prepare_folder
 from datamodules.workers import LivelyLoader
 from lightning_modules.checkpoints import WholeFiles, keep_whole
 from main import main
 from stair import Embeddings, SparseIndex, Stair
+from stair.data.prepare import folder as prepare_folder
 from stair.disk import whole
 from tests.conftest import write_small_scenes
 from tests.test_index import SPACE, embeddings

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datamodules.tars import captions
 from stair import Embeddings, SparseIndex, Vocabulary
+from stair.data.tars import captions
 from stair.index.columns import Condition
 from stair.index.files import read_manifest, write_manifest
 from stair.index.query import parse_words

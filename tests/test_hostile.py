@@ -20,14 +20,16 @@ import torch.distributed.checkpoint as parts
 from packaging.requirements import Requirement
 from PIL import Image
 
-import datamodules.sources as sources
+import stair.data.remote as sources
 from callbacks.retrieval_panels import _escape
 from datamodules.synthetic import write_scenes
-from datamodules.tars import stream
 from lightning_modules.consolidate import consolidate
 from lightning_modules.parallel import refuse_code
 from main import main
 from stair import Embeddings, SparseIndex, Stair
+from stair.data.items import items_of
+from stair.data.tar_members import BrokenTarError, Tar
+from stair.data.tars import stream
 from stair.evaluate import output
 from stair.explain import read_text
 from stair.explain_page import page
@@ -39,8 +41,6 @@ from stair.plain import escape, one_line, plain
 from stair.report import write_html
 from stair.report.tables import Table
 from stair.serve.page import PAGE
-from stair.sources import items_of
-from stair.tar_members import BrokenTarError, Tar
 from tests.test_index import SPACE, embeddings
 from tests.test_stages import SMALL, words
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from datamodules.headers import write_indices
-from datamodules.prepare import cc, classes, datasets, emoji, folder, karpathy
-from datamodules.prepare.shard import make_shard
-from datamodules.tars import captions, image_bytes, stream
 from stair.cli import main
+from stair.data.headers import write_indices
+from stair.data.prepare import cc, classes, datasets, emoji, folder, karpathy
+from stair.data.prepare.shard import make_shard
+from stair.data.tars import captions, image_bytes, stream
 
 ROOT = Path(__file__).parents[1]
 
@@ -678,7 +678,7 @@ def test_the_doctor_writes_no_index_into_a_folder_that_is_not_finished_and_leave
         made.append(path.name)
         return make_shard(path, *more)
 
-    monkeypatch.setattr("datamodules.prepare.shards.make_shard", dies_at_the_third)
+    monkeypatch.setattr("stair.data.prepare.shards.make_shard", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         folder(table, images, tmp_path / "out", shard_samples=4, workers=1)
     before = contents(tmp_path / "out")
@@ -686,7 +686,7 @@ def test_the_doctor_writes_no_index_into_a_folder_that_is_not_finished_and_leave
         write_indices([str(path) for path in (tmp_path / "out").glob("*.tar")])
     assert contents(tmp_path / "out") == before
     monkeypatch.setattr(
-        "datamodules.prepare.shards.make_shard", lambda *all: made.append(all[0].name) or make_shard(*all)
+        "stair.data.prepare.shards.make_shard", lambda *all: made.append(all[0].name) or make_shard(*all)
     )
     folder(table, images, tmp_path / "out", shard_samples=4, workers=1)
     assert made == ["train-00000.tar", "train-00001.tar", "train-00002.tar"]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.mixture import Shards
 from datamodules.synthetic import write_scenes
+from stair.data.specs import Shards
 from tests.test_shards import digest, keys, loader, shards, write_shards, write_words
 
 ROOT = Path(__file__).parents[1]

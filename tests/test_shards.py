@@ -22,13 +22,15 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from datamodules.augment import Augment, scaled, upright_jpeg
-from datamodules.counts import count_samples
 from datamodules.loader import ShardLoader
-from datamodules.mixture import Shards, find, mixture
-from datamodules.pairs import CollatePairs, EvaluationPairs, evaluation_loader
+from datamodules.mixture import find
+from datamodules.pairs import CollatePairs, evaluation_loader
 from datamodules.shards import ImageTextShards
-from datamodules.sources import Remote, open_shard
-from datamodules.tars import expand, stream, walk
+from stair.data.counts import count_samples
+from stair.data.pairs import EvaluationPairs
+from stair.data.remote import Remote, open_shard
+from stair.data.specs import Shards, mixture
+from stair.data.tars import expand, stream, walk
 from stair.images import box_pixels, decode_image, eval_pixels
 from stair.vocabulary import Vocabulary
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import webdataset
 
-from datamodules.tars import IMAGE_TYPES, captions, expand, stream
+from stair.data.tars import IMAGE_TYPES, captions, expand, stream
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ from timm.models import save_for_hf
 from transformers import BertConfig, BertForMaskedLM
 
 sys.path.insert(0, str(HOME))
-from datamodules.pairs import entries, read_entry
-from datamodules.tars import CAPTION_TYPES, captions
 from stair.clip import DenseClip
+from stair.data.pairs import entries, read_entry
+from stair.data.tars import CAPTION_TYPES, captions
 
 _BATCH, _RATE, _HIDDEN = 256, 2e-3, 0.15
 

@@ -80,8 +80,8 @@ def _write_words(plan: dict[str, Any], path: Path) -> None:
     if path.is_file():
         return
     sys.path.insert(0, str(HOME))
-    from datamodules.pairs import entries, read_entry
-    from datamodules.tars import CAPTION_TYPES, captions
+    from stair.data.pairs import entries, read_entry
+    from stair.data.tars import CAPTION_TYPES, captions
     from stair.vocabulary import Vocabulary
 
     whole = Vocabulary(plan["vocabulary"])

@@ -1,6 +1,6 @@
 """Measuring a finished model: retrieval, classification, sparsity, cost, and whether words mean what they say.
 
-The command `stair evaluate` reads shards and folders (datamodules/evaluation.py); `evaluate` takes any samples:
+The command `stair evaluate` reads shards and folders (stair/evaluate/open_set.py); `evaluate` takes any samples:
 
     from stair.evaluate import EvaluationSet, Sample, evaluate, open_model
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from datamodules.sources import BUFFER, Remote, open_directly
+from stair.data.remote import BUFFER, Remote, open_directly
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from datamodules.sources import Remote, is_remote, read_small
-from datamodules.tars import walk
+from stair.data.remote import Remote, is_remote, read_small
+from stair.data.tars import walk
 
 logger = logging.getLogger(__name__)
 

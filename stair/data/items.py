@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from stair.tar_members import BrokenTarError, Member, Tar
+from stair.data.tar_members import BrokenTarError, Member, Tar
 
 Side = Literal["images", "texts"]
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -332,7 +332,7 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
 
 
 def _captions(path: Path, members: dict[str, Member]) -> list[str]:
-    """The captions of a sample, as training takes them (datamodules/tars.py, which this side may not import)."""
+    """The captions of a sample, as training takes them (stair/data/tars.py, which this side may not import)."""
 
     def read(kind: str) -> str:
         return Item("", path, members[kind].offset, members[kind].size).read().decode()

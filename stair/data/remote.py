@@ -89,7 +89,7 @@ def open_shard(shard: str, remote: Remote) -> BinaryIO:
     if not is_remote(shard):
         return open(shard, "rb", buffering=BUFFER)
     if remote.cache and not shard.startswith("pipe:"):
-        from datamodules.shard_cache import open_cached  # it opens shards itself
+        from stair.data.shard_cache import open_cached  # it opens shards itself
 
         if copy := open_cached(shard, remote):
             return copy

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 import braceexpand
 from webdataset.tariterators import base_plus_ext
 
-from datamodules.sources import Remote, is_remote, open_shard
-from stair.tar_members import BrokenTarError, Member, Tar
+from stair.data.remote import Remote, is_remote, open_shard
+from stair.data.tar_members import BrokenTarError, Member, Tar
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 CAPTION_TYPES = ("json", "txt")

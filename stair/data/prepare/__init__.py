@@ -7,12 +7,12 @@ them, `jobs.py` runs and records the work. `img2dataset.py` checks and indexes s
 from pathlib import Path
 from typing import Any
 
-from datamodules.prepare.arrow import arrow_source
-from datamodules.prepare.classes import class_source
-from datamodules.prepare.emoji import emoji_source
-from datamodules.prepare.img2dataset import index_folder
-from datamodules.prepare.shards import write_shards
-from datamodules.prepare.tables import karpathy_source, table_source
+from stair.data.prepare.arrow import arrow_source
+from stair.data.prepare.classes import class_source
+from stair.data.prepare.emoji import emoji_source
+from stair.data.prepare.img2dataset import index_folder
+from stair.data.prepare.shards import write_shards
+from stair.data.prepare.tables import karpathy_source, table_source
 
 
 def folder(

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from datamodules.prepare.shard import Refused
-from datamodules.prepare.shards import Source
-from datamodules.prepare.tables import ImageFiles
+from stair.data.prepare.shard import Refused
+from stair.data.prepare.shards import Source
+from stair.data.prepare.tables import ImageFiles
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _NUMBER = re.compile(r"^\d+[._-]\s*")  # 001.Black_footed_Albatross

@@ -18,8 +18,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from datamodules.prepare.shard import Raw
-from datamodules.prepare.shards import Source
+from stair.data.prepare.shard import Raw
+from stair.data.prepare.shards import Source
 
 _BLOCKS = ((0x2300, 0x23FF), (0x25A0, 0x27BF), (0x2B00, 0x2BFF), (0x1F000, 0x1F0FF), (0x1F300, 0x1FAFF))
 _A_FACE = 0x1F600  # a font without this one draws no emoji

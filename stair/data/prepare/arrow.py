@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.prepare.jobs import read_json
-from datamodules.prepare.shard import Raw
-from datamodules.prepare.shards import Source
-from datamodules.prepare.tables import CAPTION_COLUMNS, ImageFiles, texts_of
+from stair.data.prepare.jobs import read_json
+from stair.data.prepare.shard import Raw
+from stair.data.prepare.shards import Source
+from stair.data.prepare.tables import CAPTION_COLUMNS, ImageFiles, texts_of
 
 _SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
 

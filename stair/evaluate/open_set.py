@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datamodules.pairs import entries, opened, whole_captions
-from datamodules.prepare.classes import class_names
-from datamodules.tars import (
+from stair.data.pairs import entries, opened, whole_captions
+from stair.data.prepare.classes import class_names
+from stair.data.tars import (
     CAPTION_TYPES,
     CLASS_TYPES,
     NoCaptionError,

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from datamodules.headers import Count, count, spread, write_indices
-from datamodules.inspection import Finding, Needs, Said, Sight, first_samples, judge, look
-from datamodules.mixture import Shards, mixture
-from datamodules.sources import Remote, is_remote
-from datamodules.tars import expand
+from stair.data.headers import Count, count, spread, write_indices
+from stair.data.inspection import Finding, Needs, Said, Sight, first_samples, judge, look
+from stair.data.remote import Remote, is_remote
+from stair.data.specs import Shards, mixture
+from stair.data.tars import expand
 from stair.plain import one_line
 from stair.vocabulary import Vocabulary
 
@@ -83,7 +83,7 @@ def doctor(
 
 
 # what ImageTextShards and the towers take where nothing is said
-_DEFAULTS = {
+_DEFAULTS: dict[str, Any] = {
     "max_tokens": 77,
     "image_size": 224,
     "global_batch_size": 256,
@@ -100,8 +100,8 @@ _MODEL = {"vocabulary": "vocabulary", "max_tokens": "text.max_tokens", "image_si
 def _settings(files: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    base = Path(__file__).parents[1] / "configs" / "base.yaml"
-    merged = OmegaConf.merge(*(OmegaConf.load(path) for path in ([base, *files] if files else [])), {})
+    base = Path(__file__).parents[2] / "configs" / "base.yaml"
+    merged = OmegaConf.merge(*(OmegaConf.load(str(path)) for path in ([base, *files] if files else [])), {})
     found = dict(_DEFAULTS)
     for name in _DEFAULTS:
         if (value := OmegaConf.select(merged, f"data.{name}")) is not None:

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datamodules.counts import FORMAT, INDEX, read_index
-from datamodules.prepare.jobs import Job, alone_in, cores, read_json, run, write_json
-from datamodules.prepare.shard import Limits, Raw, Refused, make_shard
-from datamodules.sources import Remote
+from stair.data.counts import FORMAT, INDEX, read_index
+from stair.data.prepare.jobs import Job, alone_in, cores, read_json, run, write_json
+from stair.data.prepare.shard import Limits, Raw, Refused, make_shard
+from stair.data.remote import Remote
 from stair.images import MAX_PIXELS
 
 REPORT, CLASSNAMES = "prepare.json", "classnames.json"

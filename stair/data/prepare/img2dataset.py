@@ -12,10 +12,10 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from datamodules.prepare.jobs import STATE, Job, alone_in, cores, read_json, run, sha256_of, tell_done, write_json
-from datamodules.prepare.shard import Hashed, Refused, add_member
-from datamodules.prepare.shards import REPORT, Tally, listed, refuse_foreign_index, write_index
-from datamodules.tars import captions, image_bytes, stream, types_of
+from stair.data.prepare.jobs import STATE, Job, alone_in, cores, read_json, run, sha256_of, tell_done, write_json
+from stair.data.prepare.shard import Hashed, Refused, add_member
+from stair.data.prepare.shards import REPORT, Tally, listed, refuse_foreign_index, write_index
+from stair.data.tars import captions, image_bytes, stream, types_of
 from stair.disk import whole
 
 
@@ -152,7 +152,7 @@ def _missing(shard: Path, keys: list[str]) -> list[tuple[str, str]]:
     """Samples that were fetched, as the files beside a shard say, and are not in it."""
     table = shard.with_suffix(".parquet")
     if table.is_file() and importlib.util.find_spec("pyarrow"):
-        from datamodules.prepare.arrow import pyarrow_module
+        from stair.data.prepare.arrow import pyarrow_module
 
         rows = pyarrow_module("parquet").read_table(table, columns=["key", "status"]).to_pylist()
         wanted = [row["key"] for row in rows if row["status"] == "success"]

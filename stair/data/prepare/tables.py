@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datamodules.prepare.shard import Raw, Refused, printable
-from datamodules.prepare.shards import Source
+from stair.data.prepare.shard import Raw, Refused, printable
+from stair.data.prepare.shards import Source
 
 IMAGE_COLUMNS = "image image_path filepath file_path file_name filename path file image_name".split()
 CAPTION_COLUMNS = "captions caption text title sentences sentence comment".split()
@@ -162,7 +162,7 @@ def _jsonl(table: Path) -> Iterator[Line]:
 
 
 def _parquet(table: Path) -> Iterator[Line]:
-    from datamodules.prepare.arrow import pyarrow_module
+    from stair.data.prepare.arrow import pyarrow_module
 
     try:
         rows = pyarrow_module("parquet").ParquetFile(table).iter_batches()

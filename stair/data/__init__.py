@@ -1,0 +1,1 @@
+"""Reading image-text data: tars, tables, folders, remote shards. Every command reads through this package."""

@@ -1,0 +1,142 @@
+"""Evaluation sets: every image once, with all its captions.
+
+Metrics compare models, so nothing may go missing in silence: tars are indexed up front, and a bad sample stops the run.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from stair.data.remote import is_remote
+from stair.data.tars import CAPTION_TYPES, IMAGE_TYPES, captions, expand, image_bytes, index
+from stair.images import decode_image, eval_pixels
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a sample lies: its tar, its key, and offset and length in bytes of its members by type."""
+
+    path: str
+    key: str
+    members: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image and its captions, read.
+
+    Attributes:
+        pixels: (3, S, S) uint8.
+        captions: at least one.
+        image_id: place in the set, or -1 for a row that only evens out ranks.
+        key: `tar/__key__`.
+        source: name of the source in a mixture, else "".
+    """
+
+    pixels: Tensor
+    captions: list[str]
+    image_id: int
+    key: str
+    source: str = ""
+
+
+class EvaluationPairs(Dataset[Pair]):
+    """A set of N images by index; indices from N on repeat images as padding.
+
+    Args:
+        spec: path, glob, brace pattern, or list of these; local, uncompressed tars.
+        image_size: side S of the square images, in pixels.
+        max_pixels: largest width × height that is decoded.
+
+    Raises:
+        FileNotFoundError: if the spec matches nothing.
+        ValueError: if it names a URL, a broken tar, a set without samples, or a sample without image or caption.
+    """
+
+    def __init__(self, spec: str | list[str], image_size: int, max_pixels: int) -> None:
+        self.image_size, self.max_pixels = image_size, max_pixels
+        self.entries = entries(spec, CAPTION_TYPES)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Pair:
+        """Reads one sample.
+
+        Raises:
+            ValueError: naming file, key and cause if it is bad.
+        """
+        entry = self.entries[index % len(self)]
+        with opened(entry) as sample:
+            texts = whole_captions(sample)
+            pixels = eval_pixels(decode_image(image_bytes(sample), self.max_pixels), self.image_size)
+        source = os.path.basename(entry.path).removesuffix(".tar")
+        return Pair(pixels, texts, index if index < len(self) else -1, f"{source}/{entry.key}")
+
+
+@contextmanager
+def opened(entry: Entry) -> Iterator[dict[str, bytes]]:
+    """The members of a sample, while it is read.
+
+    Raises:
+        ValueError: of whatever is found wrong with it meanwhile; names file, key and cause.
+    """
+    try:
+        yield read_entry(entry)
+    except ValueError as error:
+        raise ValueError(f"evaluation sample {entry.key!r} of {entry.path}: {error}") from error
+
+
+def whole_captions(sample: Mapping[str, bytes]) -> list[str]:
+    """The captions of a sample, none of which may be blank: training leaves such out, a measure must not.
+
+    Raises:
+        ValueError: as `captions`, or if one is blank.
+    """
+    texts = captions(sample)
+    if not all(texts):
+        raise ValueError(f"no caption: one of the {len(texts)} is blank")
+    return texts
+
+
+def entries(spec: str | list[str], beside: Sequence[str]) -> list[Entry]:
+    """Where the samples of a set lie.
+
+    Args:
+        spec: path, glob, brace pattern, or list of these; local, uncompressed tars.
+        beside: types of members, one of which must stand beside the image.
+
+    Raises:
+        FileNotFoundError: if the spec matches nothing.
+        ValueError: if it names a URL, a broken tar, a set without samples, or one without image or what must be beside.
+    """
+    found = [entry for shard in expand(spec) for entry in _index(shard, beside)]
+    if not found:
+        raise ValueError(f"evaluation set {spec!r} holds no sample: wanted {IMAGE_TYPES} beside {tuple(beside)}")
+    return found
+
+
+def _index(shard: str, beside: Sequence[str]) -> Iterator[Entry]:
+    if is_remote(shard):
+        raise ValueError(f"evaluation reads by position, which {shard!r} does not allow: copy it to a local path")
+    for key, members, wrong in list(index(shard)):  # a tar that is cut short is named as such, not by its last sample
+        if wrong:
+            raise ValueError(f"evaluation sample {key!r} of {shard}: {wrong}")
+        for types in (IMAGE_TYPES, tuple(beside)):
+            if not members.keys() & set(types):
+                raise ValueError(f"evaluation sample {key!r} of {shard} has members {list(members)}, wanted {types}")
+        yield Entry(shard, key, members)
+
+
+def read_entry(entry: Entry) -> dict[str, bytes]:
+    """The members of a sample by type."""
+    with open(entry.path, "rb") as tar:
+        sample = {}
+        for kind, (offset, length) in entry.members.items():
+            tar.seek(offset)
+            sample[kind] = tar.read(length)
+        return sample
