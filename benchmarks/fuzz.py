@@ -23,7 +23,8 @@ Door = Callable[[bytes], None]
 
 def _tar(folder: Path) -> tuple[Door, list[bytes]]:
     """A shard: members, samples, captions."""
-    from stair.data.tars import captions, index, stream
+    from stair.data.samples import captions
+    from stair.data.tars import index, stream
     from tests.test_fuzz_shards import WHOLE
 
     path = folder / "a.tar"
@@ -43,7 +44,7 @@ def _tar(folder: Path) -> tuple[Door, list[bytes]]:
 def _captions(folder: Path) -> tuple[Door, list[bytes]]:
     """The json and text of a sample, to word pieces."""
     from stair import Vocabulary
-    from stair.data.tars import captions
+    from stair.data.samples import captions
     from tests.conftest import write_vocabulary
 
     vocabulary = Vocabulary(write_vocabulary(folder / "vocab.txt"))

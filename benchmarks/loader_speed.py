@@ -40,7 +40,8 @@ from benchmarks.ratios import header
 from datamodules.augment import Augment
 from datamodules.shards import ImageTextShards
 from stair.data.pairs import Pair
-from stair.data.tars import captions, expand, image_bytes, stream
+from stair.data.samples import captions, image_bytes
+from stair.data.tars import expand, stream
 
 _BLOCK = 1 << 20
 _PARTS = 8

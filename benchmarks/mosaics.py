@@ -14,7 +14,8 @@ from typing import Any
 import webdataset
 from PIL import Image, ImageOps
 
-from stair.data.tars import captions, expand, image_bytes, stream
+from stair.data.samples import captions, image_bytes
+from stair.data.tars import expand, stream
 from stair.images import decode_image
 
 _WIDTH, _HEIGHT, _TILE = 500, 375, 125

@@ -26,7 +26,8 @@ from datamodules.tally import CAUSE, CONVERTED, Report, Skip, Tally
 from stair.batch import Batch
 from stair.data.pairs import Pair
 from stair.data.remote import Remote
-from stair.data.tars import captions, image_bytes, stream
+from stair.data.samples import captions, image_bytes
+from stair.data.tars import stream
 
 _MISSING: dict[str, Any] = {}  # a place whose sample its shard did not have
 

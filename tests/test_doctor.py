@@ -21,7 +21,7 @@ from stair.cli import main
 from stair.data.doctor import doctor
 from stair.data.inspection import first_samples
 from stair.data.remote import Remote
-from stair.data.tars import types_of
+from stair.data.samples import types_of
 
 WORDS = [f"word{n}" for n in range(700)]
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stair import Embeddings, SparseIndex, Vocabulary
-from stair.data.tars import captions
+from stair.data.samples import captions
 from stair.index.columns import Condition
 from stair.index.files import read_manifest, write_manifest
 from stair.index.query import parse_words

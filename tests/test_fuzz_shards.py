@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datamodules.augment import Augment
+from stair.data.samples import captions, image_bytes
 from stair.data.tar_members import BrokenTarError, Tar
-from stair.data.tars import captions, image_bytes, stream, walk
+from stair.data.tars import stream, walk
 from tests.test_shards import encode, good, keys, picture, shards, write_shards, write_tar, write_words
 
 AUGMENT = Augment(8, (0.5, 1.0), True, 1_000_000)

@@ -22,7 +22,8 @@ from stair.cli import main
 from stair.data.headers import write_indices
 from stair.data.prepare import cc, classes, datasets, emoji, folder, karpathy
 from stair.data.prepare.shard import make_shard
-from stair.data.tars import captions, image_bytes, stream
+from stair.data.samples import captions, image_bytes
+from stair.data.tars import stream
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import webdataset
 
-from stair.data.tars import IMAGE_TYPES, captions, expand, stream
+from stair.data.samples import IMAGE_TYPES, captions
+from stair.data.tars import expand, stream
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from transformers import BertConfig, BertForMaskedLM
 sys.path.insert(0, str(HOME))
 from stair.clip import DenseClip
 from stair.data.pairs import entries, read_entry
-from stair.data.tars import CAPTION_TYPES, captions
+from stair.data.samples import CAPTION_TYPES, captions
 
 _BATCH, _RATE, _HIDDEN = 256, 2e-3, 0.15
 

@@ -81,7 +81,7 @@ def _write_words(plan: dict[str, Any], path: Path) -> None:
         return
     sys.path.insert(0, str(HOME))
     from stair.data.pairs import entries, read_entry
-    from stair.data.tars import CAPTION_TYPES, captions
+    from stair.data.samples import CAPTION_TYPES, captions
     from stair.vocabulary import Vocabulary
 
     whole = Vocabulary(plan["vocabulary"])

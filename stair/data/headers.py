@@ -15,7 +15,8 @@ from stair.data.counts import INDEX, sizes
 from stair.data.prepare.jobs import Job, alone_in, cores, read_json, run, sha256_of, tell_done
 from stair.data.prepare.shards import index_entries, kept_entries, refuse_foreign_index, write_index
 from stair.data.remote import Remote, is_remote
-from stair.data.tars import CAPTION_TYPES, IMAGE_TYPES, walk
+from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES
+from stair.data.tars import walk
 
 _HASHED_SHARDS, _HASHED_BYTES = 8, 1 << 29  # whose checksums are compared
 

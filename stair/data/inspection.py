@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from stair.data.remote import Remote, is_remote
-from stair.data.tars import CAPTION_TYPES, IMAGE_TYPES, caption_field, captions, image_bytes, stream, types_of
+from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES, caption_field, captions, image_bytes, types_of
+from stair.data.tars import stream
 from stair.images import MAX_PIXELS, decode_image, eval_pixels, image_format
 from stair.vocabulary import Vocabulary
 

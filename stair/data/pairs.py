@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stair.data.remote import is_remote
-from stair.data.tars import CAPTION_TYPES, IMAGE_TYPES, captions, expand, image_bytes, index
+from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES, captions, image_bytes
+from stair.data.tars import expand, index
 from stair.images import decode_image, eval_pixels
 
 

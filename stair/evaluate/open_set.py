@@ -8,15 +8,8 @@ from typing import Any
 
 from stair.data.pairs import entries, opened, whole_captions
 from stair.data.prepare.classes import class_names
-from stair.data.tars import (
-    CAPTION_TYPES,
-    CLASS_TYPES,
-    NoCaptionError,
-    caption_field,
-    class_number,
-    expand,
-    image_bytes,
-)
+from stair.data.samples import CAPTION_TYPES, CLASS_TYPES, NoCaptionError, caption_field, class_number, image_bytes
+from stair.data.tars import expand
 from stair.evaluate import EvaluationSet, Sample, open_model, show, write
 from stair.evaluate import evaluate as measure
 from stair.evaluate.sets import Samples, images_told_alike

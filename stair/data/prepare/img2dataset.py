@@ -15,7 +15,8 @@ from PIL import Image, UnidentifiedImageError
 from stair.data.prepare.jobs import STATE, Job, alone_in, cores, read_json, run, sha256_of, tell_done, write_json
 from stair.data.prepare.shard import Hashed, Refused, add_member
 from stair.data.prepare.shards import REPORT, Tally, listed, refuse_foreign_index, write_index
-from stair.data.tars import captions, image_bytes, stream, types_of
+from stair.data.samples import captions, image_bytes, types_of
+from stair.data.tars import stream
 from stair.disk import whole
 
 

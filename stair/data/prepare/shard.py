@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from stair.data.prepare.jobs import STATE, tell_done
-from stair.data.tars import captions
+from stair.data.samples import captions
 from stair.disk import whole
 from stair.images import decode_image, image_format
 

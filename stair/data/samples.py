@@ -1,0 +1,215 @@
+"""The rules of a sample: which members belong to it, what its image, captions and class are, and what makes it bad.
+
+A sample is a run of members with one key (`KEY.jpg` with `KEY.json` and/or `KEY.txt`). Key and type are split as WebDataset
+splits them: at the first dot of the file name. Training, evaluation, embedding, preparation and diagnosis all apply these
+rules, so that a sample means the same everywhere. Nothing is ever unpickled.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from webdataset.tariterators import base_plus_ext
+
+IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")  # if a sample has several images, the first of this order is its image
+CAPTION_TYPES = ("json", "txt")
+CLASS_TYPES = ("cls",)  # the number of a class, for evaluation
+LONGEST_CAPTION = 10_000  # characters; longer text is a page that was stored as a caption by mistake
+
+_IMAGES = frozenset(IMAGE_TYPES)
+_WANTED = frozenset(IMAGE_TYPES + CAPTION_TYPES + CLASS_TYPES)
+_PICKLES = frozenset(("pyd", "pth", "pt", "pkl", "pickle", "ckpt"))
+_META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own members
+
+_UNSAFE = "unsafe name: {!r} leads out of its folder"
+_TWICE = "duplicate member: {!r} comes twice, or two samples that follow each other share a key"
+_DOTTED = "dotted key: {!r} belongs to key {!r} as type {!r}; rename it: keys hold no dots"
+
+
+class Named(Protocol):
+    """A member of an archive, whatever else is known of it."""
+
+    @property
+    def name(self) -> str:
+        """Path in the archive."""
+
+
+M = TypeVar("M", bound=Named)
+Value = TypeVar("Value")
+
+
+class NoCaptionError(ValueError):
+    """A sample without a caption."""
+
+
+@dataclass
+class Grouped(Generic[Value]):
+    """The members of one sample.
+
+    Attributes:
+        key: name of the members up to the first dot of the file name.
+        members: one value for each member, by type in lower case (`jpg`, `json`, ...).
+        problems: reasons to skip the sample. Each begins with its cause and a colon.
+        warnings: notes that are no reason to skip it.
+    """
+
+    key: str
+    members: dict[str, Value] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    _dotted: dict[str, str] = field(default_factory=dict)  # problems by name up to the last dot, as of `1.5.png`
+
+    def resolved(self) -> "Iterator[Grouped[Value]]":
+        """The sample. If it has no image and dotted names, one bad sample for each name that was meant as a key."""
+        if not self._dotted or self.members.keys() & _IMAGES:
+            if self.members:
+                yield self
+        elif self.members.keys() & _WANTED:
+            self.problems += self._dotted.values()
+            yield self
+        else:
+            for i, (name, problem) in enumerate(self._dotted.items()):
+                yield Grouped(name, {}, [*self.problems, problem], [] if i else self.warnings)
+
+
+def is_wanted(name: str) -> bool:
+    """Whether a member can belong to a sample, by its name."""
+    return key_and_type(name)[1] in _WANTED
+
+
+def key_and_type(name: str) -> tuple[str, str]:
+    """Key and type (in lower case) of a member; both empty for members that belong to no sample."""
+    key, kind = base_plus_ext(name)
+    return (key, kind.lower()) if key and not _META.match(name) else ("", "")
+
+
+def group(
+    members: Iterable[M], value: Callable[[M], Value], select: Callable[[str], bool] | None = is_wanted
+) -> Iterator[Grouped[Value]]:
+    """Groups the members of an archive into samples.
+
+    If `members` raises, the sample at hand is not yielded: a part of it may be missing.
+
+    Args:
+        members: in the order of the archive.
+        value: computes what is kept of a member. It is called before the next member is taken.
+        select: which members are kept, by name; None keeps all.
+    """
+    sample: Grouped[Value] = Grouped("")
+    for member in members:
+        key, kind = key_and_type(member.name)
+        wanted = bool(key) and (select is None or select(member.name))
+        dotted = _is_dotted(key, kind)
+        if key != sample.key and (wanted or dotted):
+            yield from sample.resolved()
+            sample = Grouped(key, problems=[_UNSAFE.format(key)] if _leaves_its_folder(key) else [])
+        if dotted:
+            sample._dotted.setdefault(member.name.rpartition(".")[0], _DOTTED.format(member.name, key, kind))
+        if not wanted:
+            if kind.rpartition(".")[2] in _PICKLES:
+                sample.warnings.append(f"pickle ignored: {member.name!r} is never opened")
+        elif kind in sample.members:
+            sample.problems.append(_TWICE.format(member.name))
+        else:
+            sample.members[kind] = value(member)
+    yield from sample.resolved()
+
+
+def _is_dotted(key: str, kind: str) -> bool:
+    """Whether a type is a wanted one after its last dot only; `folder/._a.png` is macOS's, no sample."""
+    _, dot, last = kind.rpartition(".")
+    return bool(dot) and last in _WANTED and not key.endswith("/")
+
+
+def _leaves_its_folder(key: str) -> bool:
+    return key.startswith(("/", "\\")) or ".." in key.replace("\\", "/").split("/")
+
+
+def image_type(members: Mapping[str, Any]) -> str:
+    """The type of the member that is a sample's image.
+
+    Raises:
+        ValueError: `no image: ...` if it has none.
+    """
+    for kind in IMAGE_TYPES:
+        if kind in members:
+            return kind
+    raise ValueError(f"no image: members are {types_of(members)}, wanted one of {list(IMAGE_TYPES)}")
+
+
+def image_bytes(sample: Mapping[str, bytes]) -> bytes:
+    """The image member of a sample.
+
+    Raises:
+        ValueError: `no image: ...` if it has none.
+    """
+    return sample[image_type(sample)]
+
+
+def captions(sample: Mapping[str, bytes], lines: bool = False) -> list[str]:
+    """The captions of a sample: `captions` of its JSON, else `caption` of it, else its text.
+
+    Args:
+        sample: bytes of its members by type.
+        lines: whether a .txt member holds a caption on each line. By default it is one caption.
+
+    Returns:
+        At least one string that is not blank; surrounding white space is removed, blank ones are kept as "".
+
+    Raises:
+        NoCaptionError: `no caption: ...`.
+        ValueError: `caption unreadable: ...` or `caption too long: ...`.
+    """
+    try:
+        texts = _in_json(sample["json"].decode()) if "json" in sample else []
+        if not texts and "txt" in sample:
+            text = sample["txt"].decode()
+            texts = [line for line in text.split("\n") if line.strip()] if lines else [text]
+        texts = [text.strip() for text in texts]
+        for text in texts:
+            text.encode()  # JSON can spell half a surrogate pair, which the tokenizer rejects
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"caption unreadable: {type(error).__name__}: {error}") from error
+    if not any(texts):
+        raise NoCaptionError(
+            f"no caption: members are {types_of(sample)}, wanted KEY.txt, or KEY.json with "
+            '{"captions": [...]} or {"caption": "..."}; members of a sample must follow each other in the tar'
+        )
+    if (longest := max(map(len, texts))) > LONGEST_CAPTION:
+        raise ValueError(f"caption too long: {longest} characters, the limit is {LONGEST_CAPTION}")
+    return texts
+
+
+def _in_json(text: str) -> list[str]:
+    fields = json.loads(text)
+    several, single = fields.get("captions"), fields.get("caption")
+    if several and not isinstance(several, list):
+        raise TypeError(f"captions is a {type(several).__name__}, wanted a list of strings")
+    return list(several or ([single] if single else []))
+
+
+def caption_field(sample: Mapping[str, bytes]) -> str:
+    """Where `captions` finds those of a sample that has some: `json: captions`, `json: caption` or `txt`."""
+    fields = json.loads(sample.get("json", b"{}"))
+    return next((f"json: {name}" for name in ("captions", "caption") if fields.get(name)), "txt")
+
+
+def class_number(sample: Mapping[str, bytes]) -> int | None:
+    """The number in KEY.cls, None if the sample has none.
+
+    Raises:
+        ValueError: if it is not a number from 0 up.
+    """
+    text = next((sample[kind] for kind in CLASS_TYPES if kind in sample), None)
+    if text is None:
+        return None
+    if not text.strip().isdigit():
+        raise ValueError(f"its .cls is {text[:20]!r}, wanted the number of a class, from 0")
+    return int(text)
+
+
+def types_of(sample: Mapping[str, Any]) -> list[str]:
+    """The types of a sample's members, without fields that begin with two underscores."""
+    return [kind for kind in sample if not kind.startswith("__")]
