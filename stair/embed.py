@@ -85,7 +85,8 @@ def embed(
         for number in missing:
             few = items[number * part_size : (number + 1) * part_size]
             vectors, kept, complaints = _encode(stair, few, side, batch_size, workers, top, threshold, bar)
-            part = Embeddings(vectors, [item.id for item in kept], space, [item.metadata for item in kept])
+            records = [item.metadata for item in kept], [item.source for item in kept]
+            part = Embeddings(vectors, [item.id for item in kept], space, *records)
             part.save(paths[number], {"skipped": complaints})
             for complaint in complaints:
                 tqdm.write(f"skipped {one_line(complaint)}")
@@ -108,7 +109,7 @@ def _digest(items: Sequence[Item]) -> str:
     digest, stamp = hashlib.sha256(), cache(_stamp)
     for item in items:
         place = [str(item.path), item.offset, item.length, *stamp(item.path)] if item.path else []
-        digest.update(json.dumps([item.id, item.text, place, item.metadata]).encode() + b"\n")
+        digest.update(json.dumps([item.id, item.text, place, item.metadata, item.source]).encode() + b"\n")
     return digest.hexdigest()
 
 

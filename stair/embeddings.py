@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stair.disk import whole
 
-FORMAT = "stair-embeddings-1"
+FORMAT = "stair-embeddings-2"
 PLAN = "embeddings.json"  # what `stair embed` meant to do, beside its parts
 
 
@@ -86,13 +86,16 @@ class Embeddings:
         vectors: (N, V) CSR, float32, the weights as the model gave them, not normalised.
         ids: N strings.
         space: what they are comparable with.
-        metadata: N dictionaries of plain values, or none at all.
+        metadata: N dictionaries of plain values that the user gave (columns of a table), or none at all.
+        source: N dictionaries that say where each item came from (see `stair.data.items.Item.source`), or none at all.
+            They are stored apart from `metadata`, so that a column of the user's may have any name.
     """
 
     vectors: sparse.csr_matrix
     ids: Sequence[str]
     space: Space
     metadata: Sequence[dict[str, Any]] = ()
+    source: Sequence[dict[str, Any]] = ()
 
     def __post_init__(self) -> None:
         """Refuses parts of different lengths.
@@ -100,10 +103,11 @@ class Embeddings:
         Raises:
             ValueError: naming the lengths.
         """
-        lengths = len(self.ids), len(self.metadata) or len(self.ids), len(self.space.tokens)
-        if (self.vectors.shape[0], lengths[1], self.vectors.shape[1]) != lengths:
+        count = len(self.ids)
+        lengths = {len(self.metadata) or count, len(self.source) or count, count}
+        if self.vectors.shape != (count, len(self.space.tokens)) or len(lengths) > 1:
             raise ValueError(
-                f"{self.vectors.shape} vectors, {len(self.ids)} ids, {len(self.metadata)} metadata, "
+                f"{self.vectors.shape} vectors, {count} ids, {len(self.metadata)} metadata, {len(self.source)} source, "
                 f"{len(self.space.tokens)} words do not fit together"
             )
 
@@ -152,6 +156,7 @@ class Embeddings:
             [name for part in parts for name in part.ids],
             parts[0].space,
             [row for part in parts for row in part.metadata or [{}] * len(part)],
+            [row for part in parts for row in part.source or [{}] * len(part)],
         )
 
     @classmethod
@@ -165,13 +170,13 @@ class Embeddings:
         header = read_header(path)
         space = Space(header["model"], header["similarity"], tuple(header["tokens"].split("\n")))  # type: ignore[arg-type]
         try:
-            vectors, ids, metadata = _READERS[path.suffix](path, len(space.tokens))
+            vectors, ids, metadata, source = _READERS[path.suffix](path, len(space.tokens))
             vectors.check_format(full_check=True)  # else a number out of range is read out of memory later
         except OSError:
             raise
         except Exception as error:  # each format has errors of its own
             raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-        return cls(vectors, ids, space, metadata)
+        return cls(vectors, ids, space, metadata, source)
 
 
 def part_files(path: str | Path) -> list[Path]:
@@ -247,11 +252,11 @@ def _parquet() -> Any:
     return parquet
 
 
-def _json_rows(embeddings: Embeddings) -> list[str]:
-    """Metadata of each row. NaN and infinity are refused: Python would write them, and strict readers stop there."""
+def _json_rows(embeddings: Embeddings, records: Sequence[dict[str, Any]]) -> list[str]:
+    """Metadata or source of each row, `{}` if there is none. NaN is an error: strict JSON readers reject it."""
     encode = json.JSONEncoder(allow_nan=False).encode
     rows = []
-    for name, row in zip(embeddings.ids, embeddings.metadata, strict=False):  # of metadata there may be none
+    for name, row in zip(embeddings.ids, records or [{}] * len(embeddings), strict=True):
         try:
             rows.append(encode(row))
         except (TypeError, ValueError) as error:
@@ -270,18 +275,24 @@ def _write_safetensors(embeddings: Embeddings, header: dict[str, str], path: Pat
         "indices": vectors.indices.astype(np.int32),
         "data": vectors.data.astype(np.float32),
         "ids": np.frombuffer(json.dumps(list(embeddings.ids)).encode(), np.uint8),
-        "metadata": np.frombuffer(f"[{', '.join(_json_rows(embeddings))}]".encode(), np.uint8),
+        **{
+            name: np.frombuffer(f"[{', '.join(_json_rows(embeddings, records))}]".encode(), np.uint8)
+            for name, records in (("metadata", embeddings.metadata), ("source", embeddings.source))
+        },
     }
     save_file(tensors, str(path), header)
 
 
-def _read_safetensors(path: Path, words: int) -> tuple[sparse.csr_matrix, list[str], list[dict[str, Any]]]:
+Read = tuple[sparse.csr_matrix, list[str], list[dict[str, Any]], list[dict[str, Any]]]
+
+
+def _read_safetensors(path: Path, words: int) -> Read:
     from safetensors.numpy import load_file
 
     part = load_file(str(path))
-    ids, metadata = (json.loads(part[name].tobytes()) for name in ("ids", "metadata"))
+    ids, metadata, source = (json.loads(part[name].tobytes()) for name in ("ids", "metadata", "source"))
     vectors = sparse.csr_matrix((part["data"], part["indices"], part["indptr"]), shape=(len(ids), words))
-    return vectors, ids, metadata
+    return vectors, ids, metadata, source
 
 
 def _write_parquet(embeddings: Embeddings, header: dict[str, str], path: Path) -> None:
@@ -292,19 +303,21 @@ def _write_parquet(embeddings: Embeddings, header: dict[str, str], path: Path) -
         "id": pa.array(list(embeddings.ids), pa.string()),
         "words": pa.LargeListArray.from_arrays(offsets, pa.array(vectors.indices.astype(np.int32))),
         "weights": pa.LargeListArray.from_arrays(offsets, pa.array(vectors.data.astype(np.float32))),
-        "metadata": pa.array(_json_rows(embeddings) or ["{}"] * len(embeddings), pa.string()),
+        "metadata": pa.array(_json_rows(embeddings, embeddings.metadata), pa.string()),
+        "source": pa.array(_json_rows(embeddings, embeddings.source), pa.string()),
     }
     table = pa.table(columns).replace_schema_metadata(header)
     _parquet().write_table(table, path, compression="zstd")
 
 
-def _read_parquet(path: Path, words: int) -> tuple[sparse.csr_matrix, list[str], list[dict[str, Any]]]:
+def _read_parquet(path: Path, words: int) -> Read:
     table = _parquet().read_table(path).combine_chunks()
     lists = [table[name].combine_chunks() for name in ("words", "weights")]
     offsets = lists[0].offsets.to_numpy() - lists[0].offsets[0].as_py()
     indices, data = (column.flatten().to_numpy() for column in lists)
     vectors = sparse.csr_matrix((data, indices, offsets), shape=(len(table), words))
-    return vectors, table["id"].to_pylist(), [json.loads(row) for row in table["metadata"].to_pylist()]
+    metadata, source = ([json.loads(row) for row in table[name].to_pylist()] for name in ("metadata", "source"))
+    return vectors, table["id"].to_pylist(), metadata, source
 
 
 _WRITERS = {".safetensors": _write_safetensors, ".parquet": _write_parquet}

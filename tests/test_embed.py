@@ -106,7 +106,7 @@ def test_embedded_vectors_are_those_of_the_encoders_in_training(stair, model, sh
     np.testing.assert_allclose(texts.vectors.toarray(), wanted["text_CV"].numpy(), atol=1e-6)
     assert images.ids == batch["key"] and images.space == texts.space == loaded.space
     assert texts.ids[:3] == ["some-0000/sub/k0#0", "some-0000/sub/k0#1", "some-0000/sub/k1#0"]
-    assert images.metadata[0]["captions"] == [CAPTIONS[0], f"{CAPTIONS[0]} ."]
+    assert images.source[0]["captions"] == [CAPTIONS[0], f"{CAPTIONS[0]} ."]
 
 
 @pytest.mark.slow
@@ -179,7 +179,7 @@ def test_an_interrupted_embedding_of_texts_goes_on_and_takes_no_others(stair, mo
         with pytest.raises(SystemExit, match="content differ"):
             stair("embed", model, write(words), out, *options)
     stair("embed", model, write(texts), out, *options)
-    assert [row["text"] for row in Embeddings.load(out).metadata][0 :: 2 if source == "tar" else 1] == texts
+    assert [row["text"] for row in Embeddings.load(out).source][0 :: 2 if source == "tar" else 1] == texts
     with pytest.raises(SystemExit, match="column differ"):
         stair("embed", model, write(texts), out, *options, "--column", "other")
 
@@ -215,7 +215,7 @@ def test_a_caption_that_cannot_be_read_costs_neither_its_picture_nor_other_texts
     printed = stair("embed", model, path, tmp_path / "images")
     assert "without captions a/bad: captions of 'bad' cannot be read" in printed and "0 skipped" in printed
     images = Embeddings.load(tmp_path / "images")
-    assert images.ids == ["a/good", "a/bad"] and "captions" not in images.metadata[1]
+    assert images.ids == ["a/good", "a/bad"] and "captions" not in images.source[1]
     printed = stair("embed", model, path, tmp_path / "texts", "--side", "texts")
     assert "skipped a/bad: captions of 'bad' cannot be read" in printed and "1 skipped" in printed
     assert Embeddings.load(tmp_path / "texts").ids == ["a/good#0"]
@@ -341,7 +341,7 @@ def test_dates_of_a_table_become_texts(stair, model, tmp_path, format):
     parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "t.parquet")
     stair("embed", model, tmp_path / "t.parquet", tmp_path / "out", "--side", "texts", "--format", format)
     written = {"day": "2026-01-02", "at": "2026-01-02T03:04:00+00:00", "time": "03:04:00", "days": ["2026-01-02"]}
-    assert Embeddings.load(tmp_path / "out").metadata == [{"text": "a dog", **written}]
+    assert Embeddings.load(tmp_path / "out").metadata == [written]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, [1.0, math.nan], {"a": [-math.inf]}, datetime.timedelta(1)])
@@ -402,11 +402,12 @@ def test_tables_and_standard_input_are_sources(stair, model, folder, tmp_path, t
     for kind, year in (("csv", "2001"), ("parquet", 2001)):
         items = items_of(str(folder / f"table.{kind}"), "images", id_column="name")
         assert [item.id for item in items] == ["row 0", "row 1"]
-        assert items[1].read() == png(1) and items[1].metadata == {"file": "deep/p1.png", "year": year}
+        assert items[1].read() == png(1) and items[1].metadata == {"year": year}
+        assert items[1].source["file"] == "deep/p1.png"
     typed(b"a red ball\n\na dog\n")
     stair("embed", model, "-", tmp_path / "lines", "--side", "texts", "--top", "2")
     lines = Embeddings.load(tmp_path / "lines")
-    assert lines.ids == ["0", "1"] and lines.metadata[1] == {"text": "a dog"}
+    assert lines.ids == ["0", "1"] and lines.source[1] == {"text": "a dog"} and lines.metadata == [{}, {}]
     assert (np.diff(lines.vectors.indptr) <= 2).all()
 
 
@@ -439,7 +440,16 @@ def test_from_pictures_to_hits_on_the_command_line(stair, model, shard, tmp_path
     (tmp_path / "query.png").write_bytes(png(3))
     printed = stair("search", index, "--image", tmp_path / "query.png", "--model", model, "--k", "2")
     assert printed.split()[1] == "some-0000/sub/k3" and len(printed.splitlines()) == 2
-    assert stair("search", index, "--text", "two dogs", "--model", model, "--where", "file=some-0000.tar and length>1")
+    assert stair(
+        "search",
+        index,
+        "--text",
+        "two dogs",
+        "--model",
+        model,
+        "--where",
+        "stair:file=some-0000.tar and stair:length>1",
+    )
     assert "4 documents" in stair("index", index, "--delete", "some-0000/sub/k3", "--compact")
     for words, complaint in [((), "give one of"), (("--words", "dog:x"), "no number"), (("--text", "dog"), "model")]:
         with pytest.raises(SystemExit, match=complaint):

@@ -267,7 +267,8 @@ def client(tiny_stair, tmp_path):
     places = [{"file": "0.png"}, {"file": "0.png", "offset": -5}, {"file": "0.png", "offset": "x"}, {"file": "a\0b"}]
     places += [{"file": "x" * 5000}, {"file": "."}, {"file": "0.png", "length": 1 << 50}, {"file": 3}, {}]
     vectors = tiny_stair.encode(images=[image] * len(places))
-    index = SparseIndex.build(tmp_path / "i", vectors, [str(n) for n in range(len(places))], places, tiny_stair)
+    documents = Embeddings(vectors, [str(n) for n in range(len(places))], tiny_stair.space, source=places)
+    index = SparseIndex.build(tmp_path / "i", documents, model=tiny_stair)
     app = application(index, tiny_stair, tmp_path / "p", ["localhost"])
     return TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
 

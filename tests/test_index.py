@@ -536,11 +536,13 @@ def test_a_text_without_a_model_is_refused_with_what_to_do(tmp_path):
 
 @pytest.mark.parametrize("kind", ["safetensors", "parquet"])
 def test_embeddings_come_back_as_they_were_written(tmp_path, kind):
-    written = embeddings(7, metadata=[{"caption": f'<"{n}">', "n": n} for n in range(7)])
+    metadata = [{"text": f'<"{n}">', "file": n} for n in range(7)]  # names that `source` has too
+    written = embeddings(7, metadata=metadata, source=[{"file": "a.tar", "offset": n} for n in range(7)])
     written.save(tmp_path / f"part-0.{kind}", {"top": 3})
     for read in (Embeddings.load(tmp_path), Embeddings.load(tmp_path / f"part-0.{kind}")):
         assert (read.vectors != written.vectors).nnz == 0 and read.vectors.dtype == np.float32
         assert (list(read.ids), list(read.metadata), read.space) == (written.ids, written.metadata, SPACE)
+        assert read.source == written.source
 
 
 def test_files_that_are_no_embeddings_are_refused(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stair.embeddings import Embeddings
 from stair.explain import read_image
 from stair.index import SparseIndex
 from stair.model import Stair
@@ -51,12 +52,15 @@ def application(tiny_stair, pictures, tmp_path):
     (tmp_path / "secret.png").write_bytes(png(pictures[0]))
     for n, picture in enumerate(pictures):
         (root / f"p{n}.png").write_bytes(b"12345" + png(picture) if n == 1 else png(picture))
-    metadata = [{"file": f"p{n}.png", "captions": [caption], "n": n} for n, caption in enumerate(CAPTIONS)]
-    metadata[1]["offset"] = 5
-    metadata[4]["file"] = "../secret.png"
-    metadata[5]["file"] = "/etc/hostname"
+    # the user's columns have the names of ours, and stay the user's
+    metadata = [{"file": "p3.png", "offset": 7, "length": 3, "text": "exit", "n": n} for n in range(len(CAPTIONS))]
+    source = [{"file": f"p{n}.png", "captions": [caption]} for n, caption in enumerate(CAPTIONS)]
+    source[1]["offset"] = 5
+    source[4]["file"] = "../secret.png"
+    source[5]["file"] = "/etc/hostname"
     ids = [f"id {n} & é" for n in range(len(CAPTIONS))]
-    index = SparseIndex.build(tmp_path / "i", tiny_stair.encode(images=pictures), ids, metadata, tiny_stair)
+    documents = Embeddings(tiny_stair.encode(images=pictures), ids, tiny_stair.space, metadata, source)
+    index = SparseIndex.build(tmp_path / "i", documents, model=tiny_stair)
     return serving.application(index, tiny_stair, root, ["localhost", "127.0.0.1"])
 
 
@@ -170,7 +174,7 @@ def test_the_page_asks_no_other_host_and_runs_only_its_own_script(client):
     assert client.get("/api/about").json() == {
         "documents": 6,
         "similarity": "dot",
-        "keys": ["captions", "file", "n", "offset"],
+        "keys": ["file", "length", "n", "offset", "stair:captions", "stair:file", "stair:offset", "text"],
         "pictures": True,
     }
 

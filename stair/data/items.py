@@ -38,8 +38,10 @@ class Item:
         offset: where the picture begins in the file, in bytes.
         length: bytes of the picture; None for the whole file.
         text: a text, where it is one.
-        metadata: what is known of it. For pictures `file`, and in tars `offset` and `length`, say where it lies; those
-            in a parquet file have none of these.
+        metadata: the other columns of its row, if it came from a table.
+        source: where it came from: `file` of a picture (relative to the source), in tars with `offset` and `length` in
+            bytes and the sample's `key` and `captions`; in cells of a parquet file with `row_group`, `row` in it and
+            `column`. `text` of a text.
         complaint: why it cannot be used, or what of it: a picture whose captions cannot be read is still a picture.
     """
 
@@ -49,6 +51,7 @@ class Item:
     length: int | None = None
     text: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
     complaint: str = ""
 
     def read(self) -> bytes:
@@ -160,16 +163,16 @@ def _standard_input() -> list[str]:
 def _lines(lines: Sequence[str], side: Side) -> Iterator[Item]:
     for number, line in enumerate(line for line in lines if line.strip()):
         if side == "texts":
-            yield Item(str(number), text=line, metadata={"text": line})
+            yield Item(str(number), text=line, source={"text": line})
         else:
-            yield Item(line, Path(line), metadata={"file": line})
+            yield Item(line, Path(line), source={"file": line})
 
 
 def _folder(folder: Path) -> Iterator[Item]:
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in IMAGE_ENDINGS and path.is_file():
             name = path.relative_to(folder).as_posix()
-            yield Item(name, path, metadata={"file": name})
+            yield Item(name, path, source={"file": name})
 
 
 def _table(path: Path, side: Side, column: str, id_column: str) -> Iterator[Item]:
@@ -184,13 +187,15 @@ def _table(path: Path, side: Side, column: str, id_column: str) -> Iterator[Item
             continue
         metadata = _metadata(f"{path}, row {number}", row, (column, id_column))
         if isinstance(row[column], tuple):
-            yield _Cell(name, path, metadata=metadata, place=row[column], column=column)
+            group, number = row[column]
+            source = {"file": path.name, "row_group": group, "row": number, "column": column}
+            yield _Cell(name, path, metadata=metadata, source=source, place=row[column], column=column)
             continue
         value = str(row[column])
         if side == "texts":
-            yield Item(name, text=value, metadata={"text": value, **metadata})
+            yield Item(name, text=value, metadata=metadata, source={"text": value})
         else:
-            yield Item(name, path.parent / value, metadata={"file": value, **metadata})
+            yield Item(name, path.parent / value, metadata=metadata, source={"file": value})
 
 
 def _demand_column(path: Path, column: str, names: Iterable[str]) -> None:
@@ -301,12 +306,12 @@ def _tar(path: Path, side: Side) -> Iterator[Item]:
             yield Item(f"{path.stem}/{key}", complaint=complaint)
         elif side == "texts":
             for number, caption in enumerate(captions):
-                yield Item(f"{path.stem}/{key}#{number}", text=caption, metadata={"text": caption, "key": key})
+                yield Item(f"{path.stem}/{key}#{number}", text=caption, source={"text": caption, "key": key})
         elif picture is not None:
-            place = {"file": path.name, "offset": picture.offset, "length": picture.size}
-            metadata = {"captions": captions, **place} if captions else place
+            source = {"file": path.name, "offset": picture.offset, "length": picture.size, "key": key}
+            source |= {"captions": captions} if captions else {}
             name = f"{path.stem}/{key}"
-            yield Item(name, path, picture.offset, picture.size, metadata=metadata, complaint=complaint)
+            yield Item(name, path, picture.offset, picture.size, source=source, complaint=complaint)
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:

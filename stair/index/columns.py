@@ -27,6 +27,9 @@ _TESTS: dict[str, Callable[[Any, Any], Any]] = {
 _AND = re.compile(r'\s+and\s+(?=(?:[^"]*"[^"]*")*[^"]*$)')  # not between double quotes
 _CONDITION = re.compile(r"\s*([^\s=<>!]+)\s*(!=|<=|>=|=|<|>)\s*(.*)", re.DOTALL)
 
+#: how keys begin under which the columns hold what STAIR itself knows of a document
+SOURCE = "stair:"
+
 
 class Condition:
     """One condition of a filter, such as `split=test` or `year >= 2010`.
@@ -108,6 +111,12 @@ class Texts(Sequence[str]):
         if not 0 <= place < len(self):
             raise IndexError(place)
         return self._text[self._start[place] : self._start[place + 1]].tobytes().decode()
+
+
+def split_record(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The user's metadata and the source of a document."""
+    metadata = {key: value for key, value in record.items() if not key.startswith(SOURCE)}
+    return metadata, {key[len(SOURCE) :]: value for key, value in record.items() if key.startswith(SOURCE)}
 
 
 def write_columns(metadata: Sequence[dict[str, Any]]) -> tuple[list[dict[str, str]], dict[str, NDArray[Any]]]:

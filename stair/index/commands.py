@@ -100,7 +100,8 @@ def search(
         shared = hit.words[:shown]
         if json_lines:
             contributions = {word.word: word.contribution for word in shared}
-            print(json.dumps({"id": hit.id, "score": hit.score, "words": contributions, "metadata": hit.metadata}))
+            known = {"metadata": hit.metadata, "source": hit.source}
+            print(json.dumps({"id": hit.id, "score": hit.score, "words": contributions, **known}))
         else:
             words_of_hit = " ".join(f"{word.word}:{word.contribution:.3f}" for word in shared)
             print(f"{hit.score:9.4f}  {one_line(hit.id)}  {one_line(words_of_hit)}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from stair.index.columns import split_record
 from stair.index.scoring import Query
 from stair.index.segment import Segment
 
@@ -52,7 +53,12 @@ class Hit:
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """What was added with it."""
-        return self._segment.columns.row(self._document)
+        return split_record(self._segment.columns.row(self._document))[0]
+
+    @cached_property
+    def source(self) -> dict[str, Any]:
+        """Where it came from, as `Embeddings.source`."""
+        return split_record(self._segment.columns.row(self._document))[1]
 
     @cached_property
     def words(self) -> list[SharedWord]:

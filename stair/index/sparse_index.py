@@ -21,7 +21,7 @@ import numpy as np
 from scipy import sparse
 
 from stair.embeddings import Embeddings, Space, to_csr
-from stair.index.columns import Condition, conditions
+from stair.index.columns import Condition, conditions, split_record
 from stair.index.hits import Hit
 from stair.index.query import parse_words, weights_query, words_query
 from stair.index.scoring import Best, Query, search_segment
@@ -154,13 +154,24 @@ class SparseIndex:
             ValueError: if there is no such document.
         """
         segment, document = self._store.document(name)
-        return segment.columns.row(document)
+        return split_record(segment.columns.row(document))[0]
+
+    def source(self, name: str) -> dict[str, Any]:
+        """Where a document came from, as `Embeddings.source`.
+
+        Raises:
+            ValueError: if there is no such document.
+        """
+        segment, document = self._store.document(name)
+        return split_record(segment.columns.row(document))[1]
 
     def content(self) -> Iterator[Embeddings]:
         """All documents, segment by segment, vectors as they are compared."""
         for segment in self._store.segments:
-            vectors, ids, metadata = segment.content(len(self.space.tokens))
-            yield Embeddings(vectors, ids, self.space, metadata)
+            vectors, ids, records = segment.content(len(self.space.tokens))
+            pairs = [split_record(record) for record in records]
+            metadata, source = ([pair[n] for pair in pairs] for n in (0, 1))
+            yield Embeddings(vectors, ids, self.space, metadata, source)
 
     # ---------------------------------------------------------------- searching
 

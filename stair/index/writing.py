@@ -10,6 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from stair.embeddings import Embeddings, Space
+from stair.index.columns import SOURCE
 from stair.index.files import Record, one_writer, read_manifest, write_bytes, write_manifest
 from stair.index.postings import checked
 from stair.index.segment import Segment, records_of, write_deleted, write_segment
@@ -145,7 +146,14 @@ def _write_parts(folder: Path, space: Space, parts: Iterable[Embeddings]) -> Ite
         rows = space.comparable(checked(part.vectors, len(space.tokens)))
         for i in range(0, len(part), SEGMENT):
             piece: Any = slice(i, i + SEGMENT)
-            yield write_segment(folder, rows[piece], part.ids[piece], part.metadata[piece]), part.ids[piece]
+            yield write_segment(folder, rows[piece], part.ids[piece], _records(part)[piece]), part.ids[piece]
+
+
+def _records(part: Embeddings) -> list[dict[str, Any]]:
+    """What the columns hold of each document: the user's metadata, and its source under keys of their own."""
+    none: list[dict[str, Any]] = [{}] * len(part)
+    pairs = zip(part.metadata or none, part.source or none, strict=True)
+    return [{**metadata, **{f"{SOURCE}{key}": value for key, value in source.items()}} for metadata, source in pairs]
 
 
 def _remove_unnamed(folder: Path, segments: Sequence[Record]) -> None:

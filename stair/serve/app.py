@@ -115,6 +115,7 @@ class SearchPage:
                 "score": hit.score,
                 "words": [[word.word, word.contribution] for word in hit.words[:_SHOWN_WORDS]],
                 "metadata": hit.metadata,
+                "source": hit.source,
             }
             for hit in self.index.search(words=words, k=k, where=where)
         ]
@@ -145,7 +146,7 @@ class SearchPage:
         return name
 
     def _opened(self, name: str) -> Image.Image:
-        place = self.index.metadata(name)
+        place = self.index.source(name)
         if self.root is None or not isinstance(place.get("file"), str):
             raise HTTPException(404, "no picture is known of this document")
         try:

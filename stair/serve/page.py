@@ -69,12 +69,12 @@ function showQuery() {
 }
 const address = (path, id, more = {}) => path + '?' + new URLSearchParams({id, ...more});
 function caption(hit) {
-  const known = hit.metadata;
-  return plain(known.text || (known.captions || [])[0] || known.caption || hit.id);
+  const known = hit.source;
+  return plain(known.text || (known.captions || [])[0] || hit.metadata.caption || hit.id);
 }
 function card(hit) {
   const item = make('li', {className: 'hit'});
-  if (pictures && hit.metadata.file) {
+  if (pictures && hit.source.file) {
     const still = address('/picture', hit.id);
     const shares = Object.fromEntries(hit.words.filter(pair => pair[1] > 0).slice(0, 24));
     const image = make('img', {src: still, alt: caption(hit), loading: 'lazy'});
