@@ -28,7 +28,8 @@ from datamodules.pairs import CollatePairs, evaluation_loader
 from datamodules.shards import ImageTextShards
 from stair.data.counts import count_samples
 from stair.data.pairs import EvaluationPairs
-from stair.data.remote import Remote, open_shard
+from stair.data.remote import Remote
+from stair.data.shard_cache import open_shard
 from stair.data.specs import Shards, mixture
 from stair.data.tars import expand, stream, walk
 from stair.images import box_pixels, decode_image, eval_pixels

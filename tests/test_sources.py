@@ -18,7 +18,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from stair.data import counts
 from stair.data import remote as sources
 from stair.data.counts import Size, sizes
-from stair.data.remote import LastingError, Remote, open_shard
+from stair.data.remote import LastingError, Remote
+from stair.data.shard_cache import open_shard
 from tests.test_resume_data import take
 from tests.test_shards import keys, loader, shards, write_shards, write_words
 

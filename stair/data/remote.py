@@ -76,26 +76,6 @@ def is_remote(shard: str) -> bool:
     return "://" in shard or shard.startswith("pipe:")
 
 
-def open_shard(shard: str, remote: Remote) -> BinaryIO:
-    """Opens a shard for reading forwards.
-
-    Args:
-        shard: a path, `pipe:COMMAND`, `http(s)://…`, or a URL that fsspec knows (`s3://`, `gs://`, `hf://`, …).
-        remote: how to go about what is not a local file.
-
-    Raises:
-        OSError: if it cannot be opened, or on reading if it cannot be read to its end.
-    """
-    if not is_remote(shard):
-        return open(shard, "rb", buffering=BUFFER)
-    if remote.cache and not shard.startswith("pipe:"):
-        from stair.data.shard_cache import open_cached  # it opens shards itself
-
-        if copy := open_cached(shard, remote):
-            return copy
-    return open_directly(shard, remote)
-
-
 def open_directly(shard: str, remote: Remote) -> BinaryIO:
     """As `open_shard`, without local copies."""
     return io.BufferedReader(Steady(shard, remote), BUFFER)

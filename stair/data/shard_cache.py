@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from stair.data.remote import BUFFER, Remote, open_directly
+from stair.data.remote import BUFFER, Remote, is_remote, open_directly
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,23 @@ def check_folder(cache: str) -> None:
         raise ValueError(
             f"data.remote.cache={cache!r} cannot hold copies ({error}): {wanted}; null keeps none"
         ) from error
+
+
+def open_shard(shard: str, remote: Remote) -> BinaryIO:
+    """Opens a shard for reading forwards.
+
+    Args:
+        shard: a path, `pipe:COMMAND`, `http(s)://…`, or a URL that fsspec knows (`s3://`, `gs://`, `hf://`, …).
+        remote: how to go about what is not a local file.
+
+    Raises:
+        OSError: if it cannot be opened, or on reading if it cannot be read to its end.
+    """
+    if not is_remote(shard):
+        return open(shard, "rb", buffering=BUFFER)
+    if remote.cache and not shard.startswith("pipe:") and (copy := open_cached(shard, remote)):
+        return copy
+    return open_directly(shard, remote)
 
 
 def open_cached(shard: str, remote: Remote) -> BinaryIO | None:

@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 
 import braceexpand
 
-from stair.data.remote import Remote, is_remote, open_shard
+from stair.data.remote import Remote, is_remote
 from stair.data.samples import group, is_wanted
+from stair.data.shard_cache import open_shard
 from stair.data.tar_members import BrokenTarError, Member, Tar
 
 _OTHER_BACKSLASH = re.compile(r"\\(?![{},])")  # a command's own: only a brace's or comma's is for the pattern

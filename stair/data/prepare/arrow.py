@@ -5,12 +5,14 @@ file decodes a whole row group for each row.
 """
 
 import functools
-import importlib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow
+from pyarrow import parquet
 
 from stair.data.prepare.jobs import read_json
 from stair.data.prepare.shard import Raw
@@ -18,18 +20,6 @@ from stair.data.prepare.shards import Source
 from stair.data.prepare.tables import CAPTION_COLUMNS, ImageFiles, texts_of
 
 _SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
-
-
-def pyarrow_module(name: str) -> Any:
-    """A module of pyarrow.
-
-    Raises:
-        ValueError: where it is not installed.
-    """
-    try:
-        return importlib.import_module(f"pyarrow.{name}")
-    except ImportError as error:
-        raise ValueError("reading parquet and arrow files needs pyarrow: pip install -e '.[prepare]'") from error
 
 
 @dataclass(frozen=True)
@@ -83,20 +73,19 @@ class Rows:
 @functools.lru_cache(maxsize=2)
 def _table(file: Path) -> Any:
     """The batches of an Arrow stream and the rows before each; mapped, so that nothing is read yet."""
-    pyarrow = pyarrow_module("lib")
-    stream = pyarrow_module("ipc").open_stream(pyarrow.memory_map(str(file)))
+    stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
     return stream.read_all()
 
 
 @functools.lru_cache(maxsize=2)
 def _group(file: Path, group: int, columns: tuple[str, ...]) -> Any:
-    return pyarrow_module("parquet").ParquetFile(file).read_row_group(group, columns=list(columns))
+    return parquet.ParquetFile(file).read_row_group(group, columns=list(columns))
 
 
 @functools.lru_cache(maxsize=64)
 def _groups(file: Path) -> tuple[int, ...]:
     """Rows of each row group of a parquet file."""
-    about = pyarrow_module("parquet").read_metadata(file)
+    about = parquet.read_metadata(file)
     return tuple(about.row_group(i).num_rows for i in range(about.num_row_groups))
 
 
@@ -180,8 +169,8 @@ def _saved(folder: Path) -> list[Path]:
 
 def _schema(file: Path) -> Any:
     try:
-        return _table(file).schema if file.suffix == ".arrow" else pyarrow_module("parquet").read_schema(file)
-    except pyarrow_module("lib").ArrowInvalid as error:
+        return _table(file).schema if file.suffix == ".arrow" else parquet.read_schema(file)
+    except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
@@ -197,7 +186,8 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
 
 
 def _image_column(schema: Any, features: dict[str, dict[str, Any]]) -> str:
-    types = pyarrow_module("types")
+    from pyarrow import types
+
     found = [name for name, kind in features.items() if kind.get("_type") == "Image"]
     for column in schema:
         held = types.is_struct(column.type) and {part.name for part in column.type} >= {"bytes", "path"}

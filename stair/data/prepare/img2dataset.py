@@ -153,9 +153,9 @@ def _missing(shard: Path, keys: list[str]) -> list[tuple[str, str]]:
     """Samples that were fetched, as the files beside a shard say, and are not in it."""
     table = shard.with_suffix(".parquet")
     if table.is_file() and importlib.util.find_spec("pyarrow"):
-        from stair.data.prepare.arrow import pyarrow_module
+        from pyarrow import parquet
 
-        rows = pyarrow_module("parquet").read_table(table, columns=["key", "status"]).to_pylist()
+        rows = parquet.read_table(table, columns=["key", "status"]).to_pylist()
         wanted = [row["key"] for row in rows if row["status"] == "success"]
         return [(key, f"{table.name} lists it as fetched") for key in wanted if key not in set(keys)]
     lost = _stated(shard) - len(keys)

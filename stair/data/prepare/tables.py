@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+from pyarrow import parquet
+
 from stair.data.prepare.shard import Raw, Refused, printable
 from stair.data.prepare.shards import Source
 
@@ -162,11 +165,9 @@ def _jsonl(table: Path) -> Iterator[Line]:
 
 
 def _parquet(table: Path) -> Iterator[Line]:
-    from stair.data.prepare.arrow import pyarrow_module
-
     try:
-        rows = pyarrow_module("parquet").ParquetFile(table).iter_batches()
-    except pyarrow_module("lib").ArrowInvalid as error:
+        rows = parquet.ParquetFile(table).iter_batches()
+    except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{table} cannot be read: {error}") from error
     number = 0
     for batch in rows:
