@@ -55,7 +55,7 @@ def test_using_a_model_does_not_need_the_trainer(wheel: Path):
     metadata = Parser().parsestr(members(wheel, "METADATA"))
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert any(line.startswith("torch>") for line in needed)
-    assert not any(line.startswith(("lightning", "webdataset", "tensorboard")) for line in needed)
+    assert not any(line.startswith(("lightning", "tensorboard")) for line in needed)
 
 
 def test_training_without_a_checkout_is_refused_with_what_to_do(wheel: Path, tmp_path: Path):
