@@ -7,7 +7,6 @@
 C captions, V words.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import lightning as L
 from scipy import sparse
 
 from stair.embeddings import PLAN, Embeddings, Space, to_csr
+from stair.files import write_json
 from stair.model import Stair
 
 
@@ -84,5 +84,5 @@ class EmbeddingWriter(L.Callback):
             part.save(folder / f"part-{trainer.global_rank:05}.safetensors")
             if trainer.is_global_zero:
                 plan = {"model": space.model, "similarity": space.similarity, "side": side, "parts": trainer.world_size}
-                (folder / PLAN).write_text(json.dumps(plan) + "\n")
+                write_json(folder / PLAN, plan)
         self._rows.clear()

@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import string
 import tarfile
 from collections import Counter
@@ -32,6 +31,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from datamodules.depictions import caption_scene, draw_scene
 from datamodules.scenes import Scene, random_scene
+from stair.files import read_json, sha256, write_bytes
 
 TRAIN_SHARDS = 4
 _MANIFEST = "manifest.json"
@@ -100,19 +100,16 @@ def _vocabulary(captions: Iterable[str]) -> list[str]:
 
 
 def _write(path: Path, content: bytes) -> str:
-    """Writes by temporary name and rename, so that a broken-off run leaves no half file. Returns the sha256."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    """Writes a file atomically and returns its sha256."""
+    write_bytes(path, content)
     return hashlib.sha256(content).hexdigest()
 
 
 def _is_complete(folder: Path, parameters: dict[str, int | str]) -> bool:
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / _MANIFEST)
         return manifest["parameters"] == parameters and all(
-            hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
-            for name, digest in manifest["files"].items()
+            sha256(folder / name) == digest for name, digest in manifest["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from lightning_modules.parallel import put
-from stair.disk import whole
+from stair.files import removed_on_failure
 
 _FRESH = ".fresh.ckpt"  # not "last...": Lightning would resume from it
 
@@ -33,7 +33,7 @@ class WholeFiles(TorchCheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(_FRESH)
-        with whole(target, fresh), fresh.open("wb") as file:
+        with removed_on_failure(target, fresh), fresh.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from lightning_modules.parallel import found, numbered, put, rebuilt, refuse_code
+from lightning_modules.parallel import found, numbered, rebuilt, refuse_code
 from stair.clip import DenseClip
+from stair.files import atomic_write
 from stair.model import Stair
 
 _KINDS = {kind.family: kind for kind in (Stair, DenseClip)}
@@ -35,11 +36,9 @@ def consolidate(checkpoint: str, out: str) -> None:
     content = _read(source)
     if "towers" not in content:
         raise ValueError(f"{source} does not say which model it holds: it was written by no run of this version")
-    target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".ckpt":
-        fresh = target.with_name(f".{target.name}.new")
-        torch.save(content, fresh)
-        put(fresh, target)
+        with atomic_write(target) as part:
+            torch.save(content, part)
     else:
         _write_model(content, target)
     print(f"{target}: step {content['global_step']} of {source}")

@@ -10,7 +10,6 @@ B items of a batch, V words.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from stair.data.items import COLUMNS, Item, Side, items_of
 from stair.embeddings import PLAN, Embeddings, Space, to_csr
+from stair.files import read_json, write_json
 from stair.images import decode_image, eval_pixels
 from stair.model import Stair
 from stair.plain import one_line
@@ -157,17 +157,14 @@ def _device(device: str, rank: int) -> str:
 
 def _agree(path: Path, plan: dict[str, Any]) -> None:
     if path.exists():
-        there = json.loads(path.read_text())
+        there = read_json(path)
         if differing := [key for key in plan if there.get(key) != plan[key]]:
             raise ValueError(
                 f"{path.parent} holds embeddings made otherwise: {', '.join(differing)} differ. Give the command that "
                 "made them to go on, or another folder"
             )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(json.dumps(plan, indent=2) + "\n")
-    fresh.replace(path)
+    write_json(path, plan)
 
 
 def _encode(

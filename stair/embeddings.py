@@ -7,7 +7,6 @@ N rows, V words. CSR: `indptr` (N+1,), `indices` and `data` (non-zeros,).
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +18,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from stair.disk import whole
+from stair.files import atomic_write
 
 FORMAT = "stair-embeddings-2"
 PLAN = "embeddings.json"  # what `stair embed` meant to do, beside its parts
@@ -127,8 +126,6 @@ class Embeddings:
         path = Path(path)
         if path.suffix not in _WRITERS:
             raise ValueError(f"{path} ends in {path.suffix!r}; wanted one of {sorted(_WRITERS)}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.{os.getpid()}")
         header = {
             "format": FORMAT,
             "model": self.space.model,
@@ -136,9 +133,8 @@ class Embeddings:
             "tokens": "\n".join(self.space.tokens),
             "facts": json.dumps(facts or {}),
         }
-        with whole(path, fresh):
-            _WRITERS[path.suffix](self, header, fresh)
-        fresh.replace(path)
+        with atomic_write(path) as part:
+            _WRITERS[path.suffix](self, header, part)
 
     @classmethod
     def load(cls, path: str | Path) -> "Embeddings":

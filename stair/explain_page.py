@@ -5,7 +5,6 @@ Words and sentences come from data, so all of them are escaped; the page has no 
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from stair.explain import Explanation, PictureReading, Reading, SentenceReading, explain, read_image, read_text
+from stair.files import atomic_write
 from stair.images import decode_image
 from stair.model import Stair
 from stair.plain import escape, one_line
@@ -54,13 +54,11 @@ def explain_command(
         subject: Explanation | Reading = explain(stair, both[0], both[1])
     else:
         subject = read_text(stair, both[0]) if isinstance(both[0], str) else read_image(stair, both[0])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = out.with_name(f".{os.getpid()}.{out.name}")
-    if out.suffix == ".png":
-        draw(subject, words).save(fresh)
-    else:
-        fresh.write_text(page(subject, words), encoding="utf-8")
-    fresh.replace(out)
+    with atomic_write(out) as part:
+        if out.suffix == ".png":
+            draw(subject, words).save(part, "PNG")
+        else:
+            part.write_text(page(subject, words), encoding="utf-8")
     shared = subject.shared if isinstance(subject, Explanation) else ()
     for word in shared[:words]:
         print(f"{word.contribution:9.4f}  {one_line(word.word)}  ({word.query:.4f} x {word.document:.4f})")

@@ -3,7 +3,6 @@
 `Stair.from_pretrained("name/model")` reads it back.
 """
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -11,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from stair.card import SPARSE, card, markdown_table
+from stair.files import read_json
 from stair.report.tables import measured
-from stair.towers import folder_of, read_description
-
-#: what a saved model consists of; nothing else in its folder is uploaded
-FILES = ("model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
+from stair.towers import FILES, folder_of, read_description
 
 
 def model_card(
@@ -103,9 +100,7 @@ def push(
     from huggingface_hub import HfApi
 
     folder = folder_of(model)
-    measured = json.loads(results.read_text(encoding="utf-8")) if results is not None else None
-    if measured is not None and not isinstance(measured, dict):
-        raise ValueError(f"{results} must hold one json object of measures by name")
+    measured = read_json(results) if results is not None else None
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary)
         (staged / "README.md").write_text(model_card(folder, licence, name, data, measured), encoding="utf-8")

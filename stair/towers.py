@@ -7,7 +7,6 @@ B images, C captions, T positions, V words (or the width of a dense embedding).
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,12 +19,15 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from stair.disk import whole
 from stair.encoders import ImageEncoder, ImageTower, TextEncoder, TextTower
+from stair.errors import FileError
+from stair.files import atomic_folder, read_json
 from stair.images import as_rgb, eval_pixels
 from stair.vocabulary import Vocabulary
 
 _WEIGHTS, _CONFIG, _FORMAT = "model.safetensors", "config.json", 1
+#: what a saved model consists of
+FILES = (_WEIGHTS, _CONFIG, "vocab.txt", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass
@@ -164,18 +166,16 @@ class TwoTowers(nn.Module):
     def save_pretrained(self, folder: str | Path, facts: dict[str, Any] | None = None) -> None:
         """Writes the model: weights as safetensors, configuration as json, the tokenizer's files. No pickle.
 
-        The folder appears whole or not at all: it is written beside its place and renamed.
+        A new folder appears complete or not at all. In a folder that exists, a saved model is replaced and other files
+        stay.
 
         Args:
-            folder: replaced if it exists.
+            folder: where to write.
             facts: plain values about the training, kept in `config.json` under `training`; `recorded` by default.
+
+        Raises:
+            FileError: before anything is written, if the folder holds files of the same names that are no saved model.
         """
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-        for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        fresh.mkdir()
         content = {
             "format": _FORMAT,
             "family": self.family,
@@ -183,14 +183,10 @@ class TwoTowers(nn.Module):
             "vocabulary_fingerprint": self.vocabulary.fingerprint,
             "training": self.recorded if facts is None else facts,
         }
-        with whole(folder, fresh):
-            save_model(self, str(fresh / _WEIGHTS))
-            self.vocabulary.save(fresh)
-            (fresh / _CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with atomic_folder(Path(folder), _CONFIG, FILES, _is_ours) as stage:
+            save_model(self, str(stage / _WEIGHTS))
+            self.vocabulary.save(stage)
+            (stage / _CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def portable_config(self) -> dict[str, Any]:
         """The configuration without any name that would have to be looked up elsewhere."""
@@ -260,6 +256,13 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         raise ValueError(f"{path}: {broken[0]!r} has values that are not finite; such a model cannot be used")
 
 
+def _is_ours(config: Path) -> bool:
+    try:
+        return "vocabulary_fingerprint" in read_json(config)
+    except (OSError, FileError):
+        return False
+
+
 def read_description(folder: Path) -> dict[str, Any]:
     """Reads and checks the `config.json` of a saved model: `family`, `model`, `vocabulary_fingerprint`, `training`.
 
@@ -269,13 +272,9 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     if missing := [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} is no saved model: {missing} missing")
-    try:
-        content: Any = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / _CONFIG} is no json: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{folder / _CONFIG} has format {found!r}; this version reads {_FORMAT}")
+    content = read_json(folder / _CONFIG)
+    if content.get("format") != _FORMAT:
+        raise ValueError(f"{folder / _CONFIG} has format {content.get('format')!r}; this version reads {_FORMAT}")
     if missing := sorted({"model", "vocabulary_fingerprint", "training"} - content.keys()):
         raise ValueError(f"{folder / _CONFIG} lacks {missing}: it was written by no version of this project")
     return {"family": "stair", **content}

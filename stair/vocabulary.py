@@ -5,7 +5,6 @@ any stage (docs/paper.md): the special tokens and BERT's `[unusedN]` place holde
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from tokenizers.models import WordPiece
 from torch import Tensor
 from transformers import BertTokenizer
 
+from stair.files import read_json
 from stair.plain import one_line
 
 _UNUSED = re.compile(r"\[unused\d+\]")
@@ -231,10 +231,4 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; a tokenizer's file has at most {_MAX_BYTES}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no json: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, wanted an object; save the tokenizer anew")
-    return content
+    return read_json(path)

@@ -24,7 +24,7 @@ from lightning_modules.checkpoints import WholeFiles, keep_whole
 from main import main
 from stair import Embeddings, SparseIndex, Stair
 from stair.data.prepare import folder as prepare_folder
-from stair.disk import whole
+from stair.files import removed_on_failure
 from tests.conftest import write_small_scenes
 from tests.test_index import SPACE, embeddings
 from tests.test_requeue import Line
@@ -119,13 +119,16 @@ def test_a_shard_that_finds_no_room_is_not_there_and_the_finished_ones_are(full,
 
 
 def test_an_error_that_is_not_about_room_is_what_it_was(tmp_path):
-    with pytest.raises(ValueError, match=r"^plain$"), whole(tmp_path / "a", tmp_path / "b"):
+    with pytest.raises(ValueError, match=r"^plain$"), removed_on_failure(tmp_path / "a", tmp_path / "b"):
         (tmp_path / "b").write_text("half")
         raise ValueError("plain")
     assert not (tmp_path / "b").exists()
     wrapped = RuntimeError("the writer failed")
     wrapped.__cause__ = OSError(errno.EDQUOT, "quota")
-    with pytest.raises(OSError, match=r"quota.*bytes were left.*/a") as caught, whole(tmp_path / "a", tmp_path / "b"):
+    with (
+        pytest.raises(OSError, match=r"quota.*bytes were left.*/a") as caught,
+        removed_on_failure(tmp_path / "a", tmp_path / "b"),
+    ):
         raise wrapped
     assert caught.value.errno == errno.EDQUOT
 

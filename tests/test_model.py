@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer, DistilBertC
 
 from stair import Stair, Vocabulary
 from stair.encoders import ImageTower, TextTower
+from stair.errors import FileError
 from tests.conftest import TEXT_OPTIONS, WORDS, tiny_config, write_vocabulary
 
 
@@ -146,9 +147,9 @@ def written(name, **changes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: (d / "tokenizer.json").write_text("{"), r"tokenizer\.json is no json"),
-        (lambda d: (d / "tokenizer_config.json").write_text("[" * 100_000), r"tokenizer_config\.json is no json"),
-        (lambda d: (d / "tokenizer_config.json").write_text("[]"), "holds list, wanted an object"),
+        (lambda d: (d / "tokenizer.json").write_text("{"), r"tokenizer\.json is not JSON"),
+        (lambda d: (d / "tokenizer_config.json").write_text("[" * 100_000), r"tokenizer_config\.json is not JSON"),
+        (lambda d: (d / "tokenizer_config.json").write_text("[]"), r"tokenizer_config\.json holds a list"),
         (lambda d: os.truncate(d / "tokenizer_config.json", (64 << 20) + 1), "has at most 67108864"),
         (written("tokenizer_config.json", do_lower_case="no"), "do_lower_case is 'no' in .*; wanted true or false"),
         (written("tokenizer_config.json", extra_special_tokens=[{}]), "describes no BERT tokenizer .KeyError"),
@@ -235,6 +236,35 @@ def test_a_saved_model_answers_the_same_after_loading(tiny_stair, captions, pixe
     ]
 
 
+def test_a_model_saved_over_a_folder_leaves_everything_else_there(tiny_stair, tmp_path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("ref")
+    (tmp_path / "thesis.tex").write_text("two years")
+    for _ in range(2):
+        tiny_stair.save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        ".git",
+        "thesis.tex",
+        "model.safetensors",
+        "config.json",
+        "vocab.txt",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert (tmp_path / ".git" / "HEAD").read_text() == "ref"
+    Stair.from_pretrained(tmp_path)
+
+
+def test_a_model_saved_over_one_of_another_library_is_refused(tiny_stair, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "model.safetensors").write_text("theirs")
+    with pytest.raises(FileError) as caught:
+        tiny_stair.save_pretrained(tmp_path)
+    assert caught.value.path == tmp_path
+    assert (tmp_path / "model.safetensors").read_text() == "theirs"
+
+
 def test_cosine_scores_are_of_length_one_and_dot_scores_are_not(tiny_stair, captions, pixels):
     image, text = tiny_stair.encode_image(pixels), tiny_stair.encode_text(captions)
     torch.testing.assert_close(tiny_stair.score(image, text), image @ text.T)
@@ -253,7 +283,7 @@ def test_pictures_of_any_size_are_encoded(tiny_stair):
     ("change", "message"),
     [
         (lambda d: (d / "model.safetensors").unlink(), "model.safetensors.* missing"),
-        (lambda d: (d / "config.json").write_text("{"), "is no json"),
+        (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
         (lambda d: edit(d, format=99), "format 99"),
         (lambda d: edit(d, model={"surprise": 1}), "unknown fields"),
         (lambda d: edit_model(d, name="hf-hub:someone/else"), "weights from elsewhere"),

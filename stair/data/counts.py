@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from stair.data.remote import Remote, is_remote, read_small
 from stair.data.tars import walk
+from stair.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -189,10 +190,7 @@ def _kept(folder: str) -> dict[str, int]:
 def _keep(folder: str, counts: dict[str, int]) -> None:
     place = _notebook(folder)
     with suppress(OSError):  # a home that cannot be written to costs the next run its time, no more
-        place.parent.mkdir(parents=True, exist_ok=True)
-        fresh = place.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps(counts))
-        fresh.replace(place)
+        write_json(place, counts)
 
 
 def spread(total: int, shards: int) -> list[int]:

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from stair.data.counts import INDEX, sizes
-from stair.data.prepare.jobs import Job, alone_in, cores, read_json, run, sha256_of, tell_done
+from stair.data.prepare.jobs import Job, alone_in, cores, read_json, run, tell_done
 from stair.data.prepare.shards import index_entries, kept_entries, refuse_foreign_index, write_index
 from stair.data.remote import Remote, is_remote
 from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES
 from stair.data.tars import walk
+from stair.files import sha256
 
 _HASHED_SHARDS, _HASHED_BYTES = 8, 1 << 29  # whose checksums are compared
 
@@ -112,7 +113,7 @@ def _compare_checksums(count: Count, entries: dict[str, dict[str, Any] | None]) 
     for shard in spread(list(entries), _HASHED_SHARDS) if entries else []:
         entry = entries[shard] or {}
         left -= count.sizes[shard]
-        if left > 0 and shard not in count.stale and entry.get("sha256") not in (None, sha256_of(Path(shard))):
+        if left > 0 and shard not in count.stale and entry.get("sha256") not in (None, sha256(Path(shard))):
             count.doubtful[shard] = f"other content than {INDEX} says (sha256)"
 
 
@@ -180,4 +181,4 @@ def index_entry(shard: Path) -> dict[str, Any]:
     samples = sum(1 for _ in walk(shard, "r:*"))
     tell_done()
     about = shard.stat()
-    return {"samples": samples, "bytes": about.st_size, "sha256": sha256_of(shard), "mtime": about.st_mtime_ns}
+    return {"samples": samples, "bytes": about.st_size, "sha256": sha256(shard), "mtime": about.st_mtime_ns}

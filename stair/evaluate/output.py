@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from stair.card import DENSE, SPARSE, card
 from stair.evaluate.embed import Embedded
 from stair.evaluate.scored import Scored
 from stair.evaluate.sets import EvaluationSet
+from stair.files import write_text
 from stair.plain import escape, one_line
 from stair.report import Picture, as_list, gallery, image_tag, table, top_words, write_html
 from stair.report.tables import Table, measured, protocol, tables
@@ -45,9 +45,8 @@ def write(
     embedded: Mapping[str, Embedded],
 ) -> None:
     """Writes `evaluation.json`, `report.html` and `model_card.md` into a folder, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _put(folder / "evaluation.json", json.dumps(_without_nan(result), indent=2, ensure_ascii=False) + "\n")
-    _put(folder / "model_card.md", model_card(result))
+    write_text(folder / "evaluation.json", json.dumps(_without_nan(result), indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "model_card.md", model_card(result))
     examples = [section for what in sets if (section := _examples(scored, what, embedded[what.name]))]
     sections = [*map(_section, tables(result)), *_plots(result), *examples[:1]]
     notes = [protocol(name, figures) for name, figures in result["sets"].items()]
@@ -145,9 +144,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_nan(inner) for inner in value]
     return None if isinstance(value, float) and value != value else value
-
-
-def _put(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

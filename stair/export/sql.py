@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from stair.disk import whole
+from stair.files import atomic_write
 from stair.index import SparseIndex
 from stair.index.scoring import Query
 
@@ -71,12 +71,8 @@ def _fresh(out: Path) -> Iterator[Path]:
     """Where to write a file that must not exist; it appears when it is whole."""
     if out.exists():
         raise FileExistsError(f"{out} exists; give a new file")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.new")
-    unfinished.unlink(missing_ok=True)  # of an export that was killed
-    with whole(out, unfinished):
-        yield unfinished
-    unfinished.rename(out)
+    with atomic_write(out) as part:
+        yield part
 
 
 def _fill(database: Any, index: SparseIndex, statement: str) -> None:

@@ -5,7 +5,6 @@ by a rename. POSIX only.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from stair.disk import whole
+from stair.files import atomic_write, lock, removed_on_failure, sha256
 
 Record = dict[str, Any]  # of a file: `bytes`, `sha256`
 
@@ -39,7 +38,7 @@ def write_array(path: Path, array: NDArray[Any]) -> Record:
     Returns:
         Its `bytes` and `sha256`.
     """
-    with whole(path, path), path.open("wb") as file:
+    with removed_on_failure(path, path), path.open("wb") as file:
         hashing = _Hashing(file)
         np.lib.format.write_array(hashing, np.ascontiguousarray(array), allow_pickle=False)
         file.flush()
@@ -48,24 +47,10 @@ def write_array(path: Path, array: NDArray[Any]) -> Record:
 
 
 def write_bytes(path: Path, data: bytes) -> Record:
-    """Puts a file in its place by temporary name and rename, and waits until both are on disk."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    with whole(path, fresh), fresh.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
-    sync_folder(path.parent)
+    """Writes a file atomically and returns its record."""
+    with atomic_write(path) as part:
+        part.write_bytes(data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def check(path: Path, record: Record, content: bool) -> None:
@@ -84,16 +69,8 @@ def check(path: Path, record: Record, content: bool) -> None:
         raise ValueError(
             f"{path} has {size} bytes, {record['bytes']} were written: the index is damaged, build it again"
         )
-    if content and _digest(path) != record["sha256"]:
+    if content and sha256(path) != record["sha256"]:
         raise ValueError(f"{path} is not what was written (sha256 differs): the index is damaged, build it again")
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_manifest(path: Path, content: Record) -> None:
@@ -129,9 +106,5 @@ def one_writer(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: if another process holds it.
     """
-    with (folder / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{folder}: another process is writing this index; try again when it is done") from error
+    with lock(folder / "lock", f"{folder}: another process is writing this index; try again when it is done"):
         yield

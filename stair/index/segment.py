@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from stair.files import sync
 from stair.index.columns import Columns, Condition, Texts, texts_to_arrays, write_columns
-from stair.index.files import Record, check, sync_folder, write_array
+from stair.index.files import Record, check, write_array
 from stair.index.postings import Arrays, checked, invert
 from stair.plain import plain
 
@@ -45,8 +46,8 @@ def write_segment(
     name = f"segment-{secrets.token_hex(6)}"
     (folder / name).mkdir()
     files = {f"{name}/{key}.npy": write_array(folder / name / f"{key}.npy", array) for key, array in arrays.items()}
-    sync_folder(folder / name)
-    sync_folder(folder)
+    sync(folder / name)
+    sync(folder)
     return {"name": name, "documents": len(ids), "columns": schema, "files": files, "deleted": None}
 
 
@@ -54,7 +55,7 @@ def write_deleted(folder: Path, segment: Record, deleted_N: NDArray[np.bool_]) -
     """Writes which documents of a segment are deleted, and returns what the manifest keeps of the segment now."""
     path = Path(segment["name"]) / f"deleted-{secrets.token_hex(6)}.npy"
     record = write_array(folder / path, deleted_N)
-    sync_folder(folder / segment["name"])
+    sync(folder / segment["name"])
     return {**segment, "deleted": {"file": str(path), "count": int(deleted_N.sum()), **record}}
 
 

@@ -5,11 +5,11 @@ Captions and words come from data, so all of them are escaped.
 """
 
 import base64
-import os
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from stair.files import write_text
 from stair.plain import escape
 
 
@@ -38,10 +38,7 @@ def write_html(path: Path, title: str, notes: Sequence[str], sections: Iterable[
 </body>
 </html>
 """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, page)
 
 
 def as_list(kind: str, items: Iterable[str]) -> str:

@@ -12,12 +12,12 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from stair.data.prepare.jobs import STATE, Job, alone_in, cores, read_json, run, sha256_of, tell_done, write_json
+from stair.data.prepare.jobs import STATE, Job, alone_in, cores, read_json, run, tell_done
 from stair.data.prepare.shard import Hashed, Refused, add_member
 from stair.data.prepare.shards import REPORT, Tally, listed, refuse_foreign_index, write_index
 from stair.data.samples import captions, image_bytes, types_of
 from stair.data.tars import stream
-from stair.disk import whole
+from stair.files import removed_on_failure, sha256, write_json
 
 
 def index_folder(folder: Path, mend: bool, max_bad_share: float, workers: int) -> None:
@@ -125,7 +125,7 @@ def check_shard(shard: Path, mend: bool) -> dict[str, Any]:
     mended = mend and bool(bad or errors) and len(bad) < len(keys)
     if mended:
         _rewrite(shard, set(bad))
-    digest = sha256_of(shard)
+    digest = sha256(shard)
     there = shard.stat()
     return {
         "inputs": max(len(keys), _stated(shard)),
@@ -167,7 +167,7 @@ def _missing(shard: Path, keys: list[str]) -> list[tuple[str, str]]:
 def _rewrite(shard: Path, bad: set[str]) -> None:
     temporary = shard.parent / STATE / f"{shard.name}.{os.getpid()}.part"
     samples = 0
-    with whole(shard, temporary), open(temporary, "wb") as file:
+    with removed_on_failure(shard, temporary), open(temporary, "wb") as file:
         with tarfile.open(fileobj=Hashed(file), mode="w|", format=tarfile.USTAR_FORMAT) as tar:
             for sample in stream(str(shard), lambda error: True):
                 if sample["__key__"] not in bad:

@@ -5,8 +5,6 @@ lie in `.prepare` of the folder that is written.
 """
 
 import contextlib
-import fcntl
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -23,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stair.disk import whole
+from stair.files import lock, write_json
 
 STATE = ".prepare"
 
@@ -65,30 +63,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there whole or not at all, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with whole(path, temporary), open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def sha256_of(path: Path) -> str:
-    """Checksum of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """As `write_whole`, in a form that depends on the value alone."""
-    write_whole(path, (json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode())
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one where there is no such file or it holds something else."""
     try:
@@ -106,23 +80,13 @@ def alone_in(folder: Path) -> Iterator[Path]:
         ValueError: if another process prepares data in it.
     """
     state = folder / STATE
-    state.mkdir(parents=True, exist_ok=True)
-    with open(state / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another `stair prepare` writes to {folder}; wait for it or give another folder"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-        try:
+    busy = f"another `stair prepare` writes to {folder}; wait for it or give another folder"
+    try:
+        with lock(state / "lock", busy):
             yield state
-        finally:
-            with contextlib.suppress(OSError):  # records of what is unfinished stay
-                if [path.name for path in state.iterdir()] == ["lock"]:
-                    (state / "lock").unlink()
-                    state.rmdir()
+    finally:
+        with contextlib.suppress(OSError):  # records of what is unfinished stay
+            state.rmdir()
 
 
 def run(

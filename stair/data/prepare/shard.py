@@ -19,7 +19,7 @@ from PIL import Image
 
 from stair.data.prepare.jobs import STATE, tell_done
 from stair.data.samples import captions
-from stair.disk import whole
+from stair.files import removed_on_failure
 from stair.images import decode_image, image_format
 
 
@@ -65,7 +65,7 @@ def make_shard(path: Path, keyed: list[tuple[str, Any]], read: Callable[[Any], R
     anew: Counter[str] = Counter()
     samples = captions = 0
     try:
-        with whole(path, temporary), open(temporary, "wb") as file:
+        with removed_on_failure(path, temporary), open(temporary, "wb") as file:
             hashed = Hashed(file)
             with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
                 for key, reference in keyed:

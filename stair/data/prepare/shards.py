@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from stair.data.counts import FORMAT, INDEX, read_index
-from stair.data.prepare.jobs import Job, alone_in, cores, read_json, run, write_json
+from stair.data.prepare.jobs import Job, alone_in, cores, read_json, run
 from stair.data.prepare.shard import Limits, Raw, Refused, make_shard
 from stair.data.remote import Remote
+from stair.files import write_json
 from stair.images import MAX_PIXELS
 
 REPORT, CLASSNAMES = "prepare.json", "classnames.json"

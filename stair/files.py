@@ -1,0 +1,281 @@
+"""Files on disk: atomic writes, locks, checksums, JSON. Every other module writes through this one.
+
+A file or folder appears complete under its name, or not at all. It has the mode that the umask gives, and it is on disk
+when the call returns. Files of others in the same folder are left alone. POSIX only.
+"""
+
+import errno
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from stair.errors import FileError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_IN_RUST = re.compile(r"os error (\d+)")
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Writes a file beside its place and renames it. A symbolic link is replaced, its target is left alone.
+
+    Args:
+        path: the file. Missing parent folders are created.
+
+    Yields:
+        Where to write. No file exists there yet.
+
+    Raises:
+        FileError: if `path` is a folder.
+        OSError: if the disk is full, with `path` and the bytes that are free.
+    """
+    if path.is_dir() and not path.is_symlink():
+        raise FileError(f"{path} is a folder; give the name of a file", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name}.{platform.node()}."
+    _remove_stale(path.parent.glob(f"{glob.escape(prefix)}*.part"))
+    part = path.with_name(f"{prefix}{os.getpid()}.{secrets.token_hex(4)}.part")
+    with removed_on_failure(path, part):
+        mode = _new_file_mode(part)
+        yield part
+        part.chmod(mode)  # some writers make files that their owner alone can read
+        sync(part)
+        part.replace(path)
+    sync(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file as `atomic_write` does."""
+    with atomic_write(path) as part:
+        part.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 as `atomic_write` does."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON as `atomic_write` does; equal values give equal bytes."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
+
+
+@contextmanager
+def atomic_folder(folder: Path, last: str, names: Collection[str], is_ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """Writes the files of a folder beside their places, then renames them. Other files in the folder are left alone.
+
+    A new folder appears at once. In a folder that exists, `last` goes first and comes last: while the files are replaced
+    the folder is invalid, and never a mix of old and new files.
+
+    Args:
+        folder: where the files go. Missing parent folders are created.
+        last: the file that makes the folder valid, such as `config.json`.
+        names: all files that such a folder can hold. Those that are not written again are removed.
+        is_ours: whether an existing `last` was written by this project.
+
+    Yields:
+        An empty folder to write to.
+
+    Raises:
+        FileError: before anything is written, if `folder` is a file, holds files of others under these names, or is
+            written by another process.
+        OSError: if the disk is full, with `folder` and the bytes that are free.
+    """
+    stage = _stage(folder)
+    with lock(stage.with_suffix(".lock"), f"{folder} is being written by another process; try again later"):
+        check_folder(folder, last, names, is_ours)
+        remove(stage)
+        stage.mkdir()
+        with removed_on_failure(folder, stage):
+            mode = _new_file_mode(stage / ".mode")
+            yield stage
+            for path in stage.rglob("*"):
+                if path.is_file():
+                    path.chmod(mode)
+                    sync(path)
+            _move_in(stage, folder, last, names)
+
+
+def check_folder(folder: Path, last: str, names: Collection[str], is_ours: Callable[[Path], bool]) -> None:
+    """Checks that `atomic_folder` may write to a folder, so that a command can fail before its work.
+
+    Raises:
+        FileError: if `folder` is a file, or holds files of others under these names.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileError(f"{folder} is a file; give the name of a folder", folder)
+    present = sorted(name for name in {last, *names} if os.path.lexists(folder / name))
+    ours = is_ours(folder / last) if last in present else (_stage(folder) / last).is_file()  # killed in `_move_in`
+    if present and not ours:
+        raise FileError(
+            f"{folder} holds {', '.join(present)}, which this project did not write. Give another folder, or move them",
+            folder,
+        )
+
+
+def _stage(folder: Path) -> Path:
+    inside = folder.is_dir()  # a folder may be a mount point or a link: only inside is the same file system
+    return (folder if inside else folder.parent) / f".{folder.absolute().name}.part"
+
+
+def _move_in(stage: Path, folder: Path, last: str, names: Collection[str]) -> None:
+    if not folder.is_dir():
+        stage.rename(folder)
+        sync(folder.parent)
+        return
+    written = [path.relative_to(stage) for path in stage.rglob("*") if path.is_file()]
+    (folder / last).unlink(missing_ok=True)
+    for name in {*names} - {str(path) for path in written}:
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted(written, key=lambda path: path == Path(last)):
+        (folder / path.parent).mkdir(parents=True, exist_ok=True)
+        (stage / path).replace(folder / path)
+    shutil.rmtree(stage)
+    sync(folder)
+
+
+@contextmanager
+def removed_on_failure(path: Path, unfinished: Path) -> Iterator[None]:
+    """Removes an unfinished file or folder if writing it fails. States path and free bytes if the disk is full.
+
+    Args:
+        path: what is to appear, or to be replaced.
+        unfinished: what is being written.
+
+    Raises:
+        OSError: of the number that the system gave, with `path` and the bytes that are free.
+    """
+    try:
+        yield
+    except BaseException as error:
+        number = _no_room_number(error)
+        free = _free_bytes(path) if number else 0
+        with suppress(OSError):
+            remove(unfinished)
+        if number is None:
+            raise
+        why = f"{os.strerror(number)}: {free} bytes were left. What stood there before is untouched; free space, try again"
+        raise OSError(number, why, str(path)) from error
+
+
+def _no_room_number(error: BaseException | None) -> int | None:
+    """The system's number of a write that failed for lack of room, however the writer wrapped it."""
+    while error is not None:
+        in_rust = _IN_RUST.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(in_rust[1]) if in_rust else None
+        if number in _NO_ROOM:
+            return number
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
+
+
+def _new_file_mode(path: Path) -> int:
+    """The mode of a new file there: of the umask, or of the folder's access list. The umask cannot be read in a thread."""
+    path.open("xb").close()
+    mode = path.stat().st_mode & 0o777
+    path.unlink()
+    return mode
+
+
+def _remove_stale(parts: Iterator[Path]) -> None:
+    """Removes what killed processes of this machine left."""
+    for part in parts:
+        try:
+            os.kill(int(part.name.split(".")[-3]), 0)
+        except ProcessLookupError:
+            remove(part)
+        except (PermissionError, ValueError):
+            pass
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder, if it is there. Never what a link points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def lock(path: Path, message: str = "", wait: bool = False) -> Iterator[None]:
+    """Holds a lock; the system releases it when the process ends. A file system without locks gives none.
+
+    Args:
+        path: the lock's file. It is removed afterwards. Missing parent folders are created.
+        message: of the error, what is in use.
+        wait: for another holder instead of failing.
+
+    Raises:
+        FileError: if another process or thread holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                raise FileError(message or f"{path} is locked by another process; try again later", path) from error
+            except OSError:
+                pass
+            if not _is_open_file(path, file.fileno()):
+                continue  # the holder before removed it
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_open_file(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+        FileError: if it holds anything else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path} is not JSON: {error}", path) from error
+    if not isinstance(value, dict):
+        raise FileError(f"{path} holds a {type(value).__name__}; it must hold one JSON object", path)
+    return value
