@@ -38,6 +38,7 @@ for notice in (
     r".*treespec, LeafSpec.*is deprecated",
     r".*It is recommended to use `self.log\(.*sync_dist=True",  # ours are reduced over ranks before they are logged
     r"FSDP2-wrapped module .* returned a view tensor",  # nothing is written into hidden states
+    r"Sparse CSR tensor support is in beta",
     r"Found \d+ module\(s\) in eval mode",  # the frozen side of stage 2, meant so
 ):
     warnings.filterwarnings("ignore", notice)

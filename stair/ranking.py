@@ -8,7 +8,6 @@ Shapes: N rows, M rows ranked against each other, Q queries of a block, V words 
 rows of the query that has most.
 """
 
-import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -57,9 +56,7 @@ class SparseRows(NamedTuple):
         """(N, width) sparse CSR."""
         start = torch.cat([self.entries.new_zeros(1), self.entries.cumsum(0)])
         size = (len(self.entries), width)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            return torch.sparse_csr_tensor(start, self.column.long(), self.weight, size=size, check_invariants=False)
+        return torch.sparse_csr_tensor(start, self.column.long(), self.weight, size=size, check_invariants=False)
 
     def scipy(self, width: int) -> Any:
         """(N, width) `scipy.sparse.csr_matrix`."""

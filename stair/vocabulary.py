@@ -16,6 +16,7 @@ from tokenizers.models import WordPiece
 from torch import Tensor
 from transformers import BertTokenizer
 
+from stair.errors import SettingError
 from stair.files import read_json
 from stair.plain import one_line
 
@@ -47,6 +48,8 @@ def refuse_halves(texts: Iterable[str]) -> None:
 
 class Vocabulary:
     """WordPiece tokeniser plus what the embedding space needs to know of its words.
+
+    Nothing in it changes after construction, so any number of threads can use one.
 
     V is the vocabulary size, B captions, T token positions.
 
@@ -89,7 +92,12 @@ class Vocabulary:
                 f"ids {'dense' if dense else 'with holes'}; give a BERT vocab.txt, a folder with one, or a "
                 "hub name (which needs the network once, or HF_HUB_CACHE with a copy)"
             )
+        # length is a matter of each call: set here, it would be shared by all threads
+        self._backend = self._tokenizer.backend_tokenizer
+        self._backend.no_padding()
+        self._backend.no_truncation()
         self.pad_id: int = by_token["[PAD]"]
+        self.unknown_id: int = by_token["[UNK]"]
         special = set(self._tokenizer.all_special_ids)
         self.never_active: list[int] = [
             i for i, token in enumerate(self.tokens) if i in special or _UNUSED.fullmatch(token)
@@ -109,24 +117,35 @@ class Vocabulary:
 
         Args:
             captions: B strings.
-            max_tokens: longest length kept, [CLS] and [SEP] included.
+            max_tokens: longest length kept, [CLS] and [SEP] included; at least 2.
 
         Returns:
             `ids_BT` int64 and `mask_BT` bool (True at real tokens, [CLS] and [SEP] included).
+
+        Raises:
+            ValueError: if a caption holds half of a character, or there is no room for a token.
+        """
+        return self.pad(self.encode(captions), max_tokens)
+
+    def encode(self, captions: Sequence[str]) -> list[list[int]]:
+        """The ids of each caption at full length, [CLS] and [SEP] included.
 
         Raises:
             ValueError: if a caption holds half of a character.
         """
         refuse_halves(captions)
         # the fast tokenizer itself: what wraps it takes longer than it does
-        tokenizer = self._tokenizer.backend_tokenizer
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(max_tokens)
-        encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(captions))]
-        lengths_B = torch.tensor([len(ids) for ids in encoded])
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(captions))]
+
+    def pad(self, encoded: Sequence[list[int]], max_tokens: int) -> tuple[Tensor, Tensor]:
+        """Cuts and pads what `encode` gave; see `tokenize`."""
+        if max_tokens < 2:
+            raise SettingError(f"max_tokens is {max_tokens}; give 2 or more: [CLS] and [SEP] take two", "max_tokens")
+        cut = [ids if len(ids) <= max_tokens else [*ids[: max_tokens - 1], ids[-1]] for ids in encoded]
+        lengths_B = torch.tensor([len(ids) for ids in cut])
         mask_BT = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
         ids_BT = torch.full(mask_BT.shape, self.pad_id)
-        ids_BT[mask_BT] = torch.tensor([i for ids in encoded for i in ids])
+        ids_BT[mask_BT] = torch.tensor([i for ids in cut for i in ids])
         return ids_BT, mask_BT
 
     def pieces(self, text: str) -> list[int]:
@@ -136,7 +155,7 @@ class Vocabulary:
             ValueError: if the text holds half of a character.
         """
         refuse_halves([text])
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         never = set(self.never_active)
         return [i for i in ids if i not in never]
 

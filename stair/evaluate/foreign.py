@@ -7,6 +7,7 @@ B images or texts, V words (or the width of a dense embedding).
 """
 
 import pickle
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +68,7 @@ class OpenClip:
                 f"open_clip cannot open {architecture!r} with {checkpoint!r}: {str(error)[:200]}"
             ) from error
         self.model, self.preprocess = model.to(_device()).eval(), preprocess
+        self._lock = threading.Lock()  # tokenizers of transformers keep how they cut texts
         self.context: int = self.tokenize.context_length
 
     @torch.no_grad()
@@ -78,7 +80,9 @@ class OpenClip:
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """(B, V) embeddings."""
-        found: Tensor = self.model.encode_text(self.tokenize(list(texts)).to(_device()))
+        with self._lock:
+            ids = self.tokenize(list(texts))
+        found: Tensor = self.model.encode_text(ids.to(_device()))
         return found
 
 
@@ -115,6 +119,7 @@ class SentenceModel:
         self.sparse = settings.is_file() and '"SparseEncoder"' in settings.read_text(encoding="utf-8")
         family: Any = SparseEncoder if self.sparse else SentenceTransformer
         self.model: Any = family(folder, device=str(_device()), trust_remote_code=False)
+        self._lock = threading.Lock()
         named = self.model.similarity_fn_name
         if named not in ("cosine", "dot"):
             raise ValueError(f"{folder} compares by {named!r}; only cosine and dot can be ranked here")
@@ -135,7 +140,8 @@ class SentenceModel:
         return self._encode(list(texts))
 
     def _encode(self, what: list[Any]) -> Tensor:
-        found: Tensor = self.model.encode(what, convert_to_tensor=True, show_progress_bar=False)
+        with self._lock:  # `encode` sets the model's mode, and its tokenizer keeps how it cuts texts
+            found: Tensor = self.model.encode(what, convert_to_tensor=True, show_progress_bar=False)
         return found.to_dense() if found.is_sparse or found.is_sparse_csr else found
 
 

@@ -3,6 +3,7 @@
 Named in `modules.json` of an exported folder, so it stays where it is: `stair.export.st_module.StairModule`.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ class StairModule(InputModule):
     def __init__(self, model: Stair) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
-        self.tokenizer = model.vocabulary._tokenizer  # names dimensions for `SparseEncoder.decode`
+        # names dimensions for `SparseEncoder.decode`; a copy, as calling it changes how it cuts texts
+        self.tokenizer = copy.deepcopy(model.vocabulary._tokenizer)
 
     @property
     def modalities(self) -> list[Any]:

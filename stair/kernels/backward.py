@@ -8,7 +8,6 @@ of its dense form, a chunk of words at a time, while most are.
 B rows, N packed positions, D width, V words, C words of a chunk, A active (row, word) pairs.
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,9 +15,6 @@ import torch
 from torch import Tensor
 
 from stair.kernels.packing import Packing
-
-# torch's notice that CSR is young would greet every user in the first step
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
 # A multiply-add of the sparse form costs about this many of the dense form's (benchmarks/head.py --limits)
 _GATHER_COST = {torch.float64: 20, torch.float32: 35, torch.bfloat16: 80, torch.float16: 80}

@@ -23,8 +23,6 @@ CAPTION_COLUMNS = "captions caption text title sentences sentence comment".split
 # a line of a table: its place, and its cells by column, or what is wrong with it
 Line = tuple[str, dict[str, Any] | str]
 
-csv.field_size_limit(10_000_000)
-
 
 @dataclass(frozen=True)
 class ImageFiles:
@@ -129,6 +127,7 @@ def _lines(table: Path, delimiter: str | None) -> Iterator[Line]:
 
 
 def _csv(table: Path, delimiter: str) -> Iterator[Line]:
+    csv.field_size_limit(10_000_000)  # of the process, so not where this file is imported
     # tab-separated files know no quotes: one that begins a caption would swallow the lines after it
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
