@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from stair.data.items import Item, items_of
+from stair.data.items import Item, list_items
 from stair.images import decode_image
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100_000, help="crops at least")
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
     options = parser.parse_args()
-    items = items_of(options.tars, "images", None, "id")
+    items = list_items(options.tars, "images").items
     options.out.mkdir(parents=True)
     each = -(-options.count // len(items))
     for shard, first in enumerate(range(0, len(items), 500)):

@@ -26,7 +26,7 @@ from datamodules.tally import CAUSE, CONVERTED, Report, Skip, Tally
 from stair.batch import Batch
 from stair.data.pairs import Pair
 from stair.data.remote import Remote
-from stair.data.samples import captions, image_bytes
+from stair.data.samples import caption_lines, captions, image_bytes
 from stair.data.tars import stream
 
 _MISSING: dict[str, Any] = {}  # a place whose sample its shard did not have
@@ -35,6 +35,11 @@ _MISSING: dict[str, Any] = {}  # a place whose sample its shard did not have
 @functools.lru_cache(maxsize=4096)
 def _stem(shard: str) -> str:
     return PurePosixPath(shard.partition("?")[0]).name.removesuffix(".tar")
+
+
+@functools.lru_cache(maxsize=4096)
+def _caption_lines(shard: str, remote: Remote) -> bool:
+    return caption_lines(shard, remote)
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ class Reader:
         piece: Piece = sample["__piece__"]
         if sample["__wrong__"]:
             raise ValueError(sample["__wrong__"])
-        texts = [text for text in captions(sample) if text]
+        texts = [text for text in captions(sample, _caption_lines(piece.shard, self.remote)) if text]
         key = f"{_stem(piece.shard)}/{sample['__key__']}"
         rng = seeded(self.plan.seed, piece.visit, key)
         pixels = self.augment(image_bytes(sample), rng, converted)

@@ -1,8 +1,9 @@
 """`stair embed`: many pictures or texts to sparse embeddings on disk, part by part, so that it can stop and go on.
 
-`embeddings.json` holds the plan: model, items, pruning, how many parts. The same command finds it, skips the parts that
-are there and makes the others; another plan is refused. Parts are shared between processes by their number, so any number
-of devices or machines on one file system work without talking to each other.
+`embeddings.json` holds the plan: model, items, pruning, how many parts. The same command finds it, leaves the parts that
+are there and makes the others; another plan is an error. Parts are shared between processes by their number, so any number
+of devices or machines on one file system work without communication. When all parts are there, the file also says how many
+items were taken and skipped, and why.
 
 B items of a batch, V words.
 """
@@ -10,6 +11,7 @@ B items of a batch, V words.
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -21,12 +23,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from stair.data.items import COLUMNS, Item, Side, items_of
-from stair.embeddings import PLAN, Embeddings, Space, to_csr
+from stair.data.items import COLUMNS, Item, Listing, Side, list_items
+from stair.data.samples import Skipped, count_causes, skipped_lines
+from stair.embeddings import PLAN, Embeddings, Space, read_header, to_csr
+from stair.errors import FileError
 from stair.files import read_json, write_json
 from stair.images import decode_image, eval_pixels
 from stair.model import Stair
-from stair.plain import one_line
 
 
 def embed(
@@ -35,7 +38,7 @@ def embed(
     out: Path,
     side: Side = "images",
     column: str | None = None,
-    id_column: str = "id",
+    id_column: str | None = None,
     top: int | None = None,
     threshold: float = 0.0,
     batch_size: int = 64,
@@ -49,12 +52,13 @@ def embed(
 
     Args:
         model: folder of a saved model, or its name on the hub.
-        source: a folder of pictures, tars (a glob in quotes), a csv, tsv or parquet table, or - for standard input.
+        source: a folder of pictures, tars (a pattern in quotes), a csv, tsv, jsonl or parquet table, or - for standard
+            input.
         out: folder of the embeddings.
         side: embed the pictures or the texts of the source.
         column: column of a table with paths of pictures (in parquet also bytes, or Hugging Face's {bytes, path}), or
             with texts; `image` or `text` where left out.
-        id_column: column of a table with ids.
+        id_column: column of a table with ids, as typed; `id` where left out, or numbers of rows if there is no such column.
         top: keep only so many words of each, the heaviest.
         threshold: keep only weights above this.
         batch_size: how many are encoded at a time.
@@ -71,31 +75,44 @@ def embed(
     _demand_range(top, threshold, batch_size, workers, part_size)
     rank, ranks = _share(share)
     device = _device(device, rank)
-    items, stair = items_of(source, side, column, id_column), Stair.from_pretrained(model)
+    listing = list_items(source, side, column, id_column)
+    for line in [*skipped_lines(listing.skipped), *skipped_lines(listing.notes, word="note:")]:
+        print(line)
+    items, stair = listing.items, Stair.from_pretrained(model)
     space = stair.space
     pruning = {"top": top, "threshold": threshold}
     settings = {"side": side, "column": column or COLUMNS[side], **pruning, "part_size": part_size, "format": format}
     paths = [out / f"part-{number:05}.{format}" for number in range(-(-len(items) // part_size))]
+    _check_room(out, items)
     _agree(out / PLAN, _plan(space, items, settings | {"parts": len(paths)}))
     missing = [number for number in range(rank, len(paths), ranks) if not paths[number].exists()]
     stair.to(device)
-    skipped = 0
     with tqdm(total=len(items), unit=side[:-1], disable=None) as bar:
         bar.update(len(items) - sum(len(items[n * part_size : (n + 1) * part_size]) for n in missing))
         for number in missing:
             few = items[number * part_size : (number + 1) * part_size]
-            vectors, kept, complaints = _encode(stair, few, side, batch_size, workers, top, threshold, bar)
+            vectors, kept, skipped = _encode(stair, few, side, batch_size, workers, top, threshold, bar)
             records = [item.metadata for item in kept], [item.source for item in kept]
             part = Embeddings(vectors, [item.id for item in kept], space, *records)
-            part.save(paths[number], {"skipped": complaints})
-            for complaint in complaints:
-                tqdm.write(f"skipped {one_line(complaint)}")
-            for item in kept:
-                if item.complaint:
-                    tqdm.write(f"without captions {one_line(f'{item.id}: {item.complaint}')}")
-            skipped += len(complaints)
-    there = sum(path.exists() for path in paths)
-    print(f"{out}: {there} of {len(paths)} parts, {len(items)} {side} in all, {skipped} skipped now")
+            part.save(paths[number], {"skipped": skipped})
+            for line in skipped_lines(skipped):
+                tqdm.write(line)
+    _report(out, paths, side, listing)
+
+
+def _report(out: Path, paths: list[Path], side: Side, listing: Listing) -> None:
+    """Prints what was taken and skipped by all processes; if nothing is missing, keeps it in `embeddings.json`."""
+    there = [path for path in paths if path.exists()]
+    undecoded = [Skipped(*one) for path in there for one in json.loads(read_header(path)["facts"])["skipped"]]
+    skipped = [*listing.skipped, *undecoded]
+    if len(there) < len(paths):
+        print(f"{out}: {len(there)} of {len(paths)} parts; the same command makes the others")
+        return
+    causes = count_causes(skipped)
+    counts = {"taken": len(listing.items) - len(undecoded), "skipped": causes}
+    write_json(out / PLAN, {**read_json(out / PLAN), **counts, "skipped_items": [one._asdict() for one in skipped]})
+    why = f" ({', '.join(f'{count} {cause}' for cause, count in causes.items())})" if causes else ""
+    print(f"{out}: {len(paths)} parts, {counts['taken']} {side} taken, {len(skipped)} skipped{why}")
 
 
 def _plan(space: Space, items: Sequence[Item], settings: dict[str, Any]) -> dict[str, Any]:
@@ -156,15 +173,26 @@ def _device(device: str, rank: int) -> str:
 
 
 def _agree(path: Path, plan: dict[str, Any]) -> None:
-    if path.exists():
-        there = read_json(path)
+    """Checks that the parts of a plan can be written, and writes the plan."""
+    there = read_json(path) if path.exists() else {}
+    if there:
         if differing := [key for key in plan if there.get(key) != plan[key]]:
-            raise ValueError(
+            raise FileError(
                 f"{path.parent} holds embeddings made otherwise: {', '.join(differing)} differ. Give the command that "
-                "made them to go on, or another folder"
+                "made them to go on, or another folder",
+                path.parent,
             )
-        return
-    write_json(path, plan)
+    elif parts := sorted(path.parent.glob("part-*")):
+        raise FileError(f"{path.parent} holds {parts[0].name} and no {PLAN}; give another folder", path.parent)
+    write_json(path, there or plan)  # also when resuming: a folder that cannot be written to is known at once
+
+
+def _check_room(out: Path, items: Sequence[Item]) -> None:
+    """Checks that there is room for what is known of the parts: ids, metadata and sources."""
+    needed = sum(len(json.dumps([item.id, item.metadata, item.source])) for item in items)
+    place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise FileError(f"{out}: {free} bytes are free; ids and metadata alone take {needed}. Make room", out)
 
 
 def _encode(
@@ -176,19 +204,24 @@ def _encode(
     top: int | None,
     threshold: float,
     bar: Any,
-) -> tuple[sparse.csr_matrix, list[Item], list[str]]:
-    """Vectors, the items they are of, and complaints about the others."""
-    rows, kept, complaints = [sparse.csr_matrix((0, len(stair.vocabulary)), dtype="float32")], list[Item](), list[str]()
+) -> tuple[sparse.csr_matrix, list[Item], list[Skipped]]:
+    """Vectors, the items they are of, and the others."""
+    rows, kept, skipped = (
+        [sparse.csr_matrix((0, len(stair.vocabulary)), dtype="float32")],
+        list[Item](),
+        list[Skipped](),
+    )
     for few, content in _batches(stair, items, side, batch_size, workers):
         good = [n for n, one in enumerate(content) if not isinstance(one, ValueError)]
-        complaints += [f"{few[n].id}: {one}" for n, one in enumerate(content) if isinstance(one, ValueError)]
+        wrong = [(few[n], one) for n, one in enumerate(content) if isinstance(one, ValueError)]
+        skipped += [Skipped(item.place or item.id, str(error)) for item, error in wrong]
         if good:
             chosen = [content[n] for n in good]
             embedding_BV = stair.encode_text(chosen) if side == "texts" else stair.encode_image(torch.stack(chosen))
             rows.append(to_csr(embedding_BV, top, threshold))
             kept += [few[n] for n in good]
         bar.update(len(few))
-    return sparse.vstack(rows, format="csr"), kept, complaints
+    return sparse.vstack(rows, format="csr"), kept, skipped
 
 
 def _batches(
@@ -196,7 +229,7 @@ def _batches(
 ) -> Iterator[tuple[Sequence[Item], list[Any]]]:
     pieces = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     if side == "texts":
-        yield from ((piece, [ValueError(i.complaint) if i.text is None else i.text for i in piece]) for piece in pieces)
+        yield from ((piece, [item.text for item in piece]) for piece in pieces)
         return
     pictures = Pictures(items, stair.config.image.image_size)
     loader: DataLoader[Any] = DataLoader(pictures, batch_size=batch_size, num_workers=workers, collate_fn=list)
@@ -220,5 +253,5 @@ class Pictures(Dataset[Any]):
     def __getitem__(self, index: int) -> Tensor | ValueError:
         try:
             return eval_pixels(decode_image(self.items[index].read()), self.size)
-        except (ValueError, OSError) as error:
-            return ValueError(str(error))
+        except ValueError as error:
+            return error

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from stair.cli import main
-from stair.data.items import items_of
+from stair.data.items import list_items
 from stair.embeddings import Embeddings, Space
 from stair.index import SparseIndex
 
@@ -213,11 +213,11 @@ def test_a_caption_that_cannot_be_read_costs_neither_its_picture_nor_other_texts
     samples = {"good": {"png": png(0), "txt": b"a red ball"}, "bad": {"png": png(1), **BAD_CAPTIONS[bad]}}
     path = write_tar(tmp_path / "a.tar", samples)
     printed = stair("embed", model, path, tmp_path / "images")
-    assert "without captions a/bad: captions of 'bad' cannot be read" in printed and "0 skipped" in printed
+    assert "note: a/bad: without captions: caption unreadable" in printed and "2 images taken, 0 skipped" in printed
     images = Embeddings.load(tmp_path / "images")
     assert images.ids == ["a/good", "a/bad"] and "captions" not in images.source[1]
     printed = stair("embed", model, path, tmp_path / "texts", "--side", "texts")
-    assert "skipped a/bad: captions of 'bad' cannot be read" in printed and "1 skipped" in printed
+    assert "skipped a/bad: caption unreadable" in printed and "1 texts taken, 1 skipped" in printed
     assert Embeddings.load(tmp_path / "texts").ids == ["a/good#0"]
 
 
@@ -228,20 +228,22 @@ def test_a_line_with_too_many_cells_is_named_by_its_number_and_left_out(stair, m
         for side in ("texts", "images"):
             out = tmp_path / f"{kind}-{side}"
             printed = stair("embed", model, table, out, "--side", side)
-            assert f"skipped t.{kind}:2: 4 cells, the first line has 3" in printed and "1 skipped" in printed
+            assert f"skipped t.{kind}:2: line malformed: 4 cells, the first line has 3" in printed
+            assert "1 skipped (1 line malformed)" in printed
             assert Embeddings.load(out).ids == ["2"]
     table.write_text("id\ttext\n1\ta\tb\n")
-    with pytest.raises(ValueError, match=r"no texts can be used; t\.tsv:2: 3 cells"):
-        items_of(str(table), "texts")
+    with pytest.raises(ValueError, match=r"no texts can be used; t\.tsv:2: line malformed: 3 cells"):
+        list_items(str(table), "texts")
 
 
 def test_texts_of_standard_input_end_at_line_ends_only(typed):
     texts = ["a\u2028b", "a\x0cb", "a\x85b", "a\rb", "a\x1eb", "last"]
     typed("\r\n".join(texts[:3]).encode() + b"\n" + "\n".join(texts[3:]).encode())
-    assert [item.text for item in items_of("-", "texts")] == texts
-    typed(b"caf\xe9\n")
-    with pytest.raises(ValueError, match="standard input is no UTF-8"):
-        items_of("-", "texts")
+    assert [item.text for item in list_items("-", "texts").items] == texts
+    typed(b"caf\xe9\na dog\n")
+    listing = list_items("-", "texts")
+    assert [(one.place, one.cause) for one in listing.skipped] == [("standard input:1", "caption not UTF-8")]
+    assert [(item.id, item.text) for item in listing.items] == [("1", "a dog")]
 
 
 @pytest.mark.parametrize("form", ["bytes", "hugging face"])
@@ -255,13 +257,13 @@ def test_pictures_inside_parquet_are_embedded_as_files_are(stair, model, folder,
     columns = {"image": cells, "second": cells, "id": [*names, "broken", "none"], "n": list(range(6))}
     parquet.write_table(pa.table(columns), tmp_path / "t.parquet", row_group_size=4)
     printed = stair("embed", model, tmp_path / "t.parquet", tmp_path / "out", "--batch_size", "3", "--workers", "1")
-    assert "skipped broken: image undecodable" in printed and "skipped none: image missing" in printed
+    assert "skipped t.parquet:5: image undecodable" in printed and "skipped t.parquet:6: image missing" in printed
     stair("embed", model, folder, tmp_path / "wanted")
     got, wanted = Embeddings.load(tmp_path / "out"), Embeddings.load(tmp_path / "wanted")
     assert got.ids == wanted.ids and got.metadata == [{"n": n} for n in range(4)]
     np.testing.assert_array_equal(got.vectors.toarray(), wanted.vectors.toarray())
     parquet.write_table(pa.table({**columns, "image": cells[::-1]}), tmp_path / "t.parquet", row_group_size=4)
-    assert items_of(str(tmp_path / "t.parquet"), "images")[2].read() == found[3]  # not what was read before
+    assert list_items(str(tmp_path / "t.parquet"), "images").items[2].read() == found[3]  # not what was read before
     with pytest.raises(SystemExit, match="content differ"):
         stair("embed", model, tmp_path / "t.parquet", tmp_path / "out")
 
@@ -274,9 +276,9 @@ def test_columns_that_hold_no_pictures_or_texts_are_refused_by_name(tmp_path):
     parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
     for column, side in [("several", "texts"), ("bytes", "texts"), ("pictures", "images"), ("of", "images")]:
         with pytest.raises(ValueError, match=f"column '{column}' holds .*; wanted .*`stair prepare datasets`"):
-            items_of(str(tmp_path / "t.parquet"), side, column)
+            list_items(str(tmp_path / "t.parquet"), side, column)
     with pytest.raises(ValueError, match=r"no column 'image'; there are \['bytes', 'of', 'pictures', 'several'\]"):
-        items_of(str(tmp_path / "t.parquet"), "images")
+        list_items(str(tmp_path / "t.parquet"), "images")
 
 
 @pytest.mark.parametrize("harm", ["header", "cut within a header", "cut between members"])
@@ -286,7 +288,7 @@ def test_a_tar_that_stops_being_one_is_refused_and_not_embedded_in_part(tmp_path
             info = tarfile.TarInfo(f"{number}.txt")
             info.size = 5
             tar.addfile(info, io.BytesIO(b"a dog"))
-    assert len(items_of(str(tmp_path / "a.tar"), "texts")) == 6
+    assert len(list_items(str(tmp_path / "a.tar"), "texts").items) == 6
     data = bytearray((tmp_path / "a.tar").read_bytes())
     at = 3 * 1024  # a header and a block of bytes each
     if harm == "header":
@@ -295,40 +297,39 @@ def test_a_tar_that_stops_being_one_is_refused_and_not_embedded_in_part(tmp_path
         del data[at + (100 if harm == "cut within a header" else 0) :]
     (tmp_path / "a.tar").write_bytes(data)
     with pytest.raises(ValueError, match=r"a\.tar is no uncompressed tar, or cut short"):
-        items_of(str(tmp_path / "a.tar"), "texts")
+        list_items(str(tmp_path / "a.tar"), "texts")
 
 
 def test_a_blank_cell_is_nothing(tmp_path):
     (tmp_path / "t.csv").write_text("id,text\na,  \nb,a dog\n")
-    blank, dog = items_of(str(tmp_path / "t.csv"), "texts")
-    assert blank.text is None and blank.complaint == "row 0 has nothing in column 'text'" and dog.text == "a dog"
+    listing = list_items(str(tmp_path / "t.csv"), "texts")
+    assert [item.text for item in listing.items] == ["a dog"]
+    assert [(one.place, one.cause) for one in listing.skipped] == [("t.csv:2", "caption empty")]
 
 
 def test_a_row_with_nothing_in_its_column_is_left_out_alone(tmp_path):
     (tmp_path / "t.csv").write_text("id,text\na\nb,a dog\n")
-    first, second = items_of(str(tmp_path / "t.csv"), "texts")
-    assert first.text is None and first.complaint == "row 0 has nothing in column 'text'" and second.text == "a dog"
+    listing = list_items(str(tmp_path / "t.csv"), "texts")
+    assert [item.text for item in listing.items] == ["a dog"]
+    assert [(one.place, one.cause) for one in listing.skipped] == [("t.csv:2", "line malformed")]
 
 
 def test_a_spreadsheets_mark_is_no_part_of_the_first_columns_name(tmp_path):
     (tmp_path / "t.csv").write_text("text,id\na dog,b\n", encoding="utf-8-sig")
-    (item,) = items_of(str(tmp_path / "t.csv"), "texts")
+    (item,) = list_items(str(tmp_path / "t.csv"), "texts").items
     assert (item.id, item.text) == ("b", "a dog")
 
 
 def test_a_text_too_long_for_a_cell_is_left_out_alone_and_other_encodings_are_refused(tmp_path):
     table = tmp_path / "t.csv"
     table.write_text(f"id,text\na,a cat\nb,{'x' * 200_000}\nc,a dog\n")
-    limit = csv.field_size_limit(131_072)  # Python's own; `stair prepare` raises it for its process
-    try:
-        cat, long, dog = items_of(str(table), "texts")
-    finally:
-        csv.field_size_limit(limit)
-    assert (cat.text, dog.text) == ("a cat", "a dog")
-    assert long.id == "t.csv:3" and "larger than field limit" in long.complaint and "quote" in long.complaint
+    listing = list_items(str(table), "texts")
+    assert [item.text for item in listing.items] == ["a cat", "a dog"]
+    ((place, reason),) = listing.skipped
+    assert place == "t.csv:3" and "larger than field limit" in reason and "quote" in reason
     table.write_bytes("id,text\na,un café\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"t\.csv, after line .*save the table as UTF-8"):
-        items_of(str(table), "texts")
+    with pytest.raises(ValueError, match=r"t\.csv:2: caption not UTF-8: .*save the file as UTF-8"):
+        list_items(str(table), "texts")
 
 
 @pytest.mark.parametrize("format", ["safetensors", "parquet"])
@@ -351,7 +352,7 @@ def test_values_that_json_has_no_word_for_are_refused_before_anything_is_encoded
 
     rows = [{"text": "a dog", "odd": None}, {"text": "a cat", "odd": value}]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
-    with pytest.raises(SystemExit, match=r"row 1: 'odd' is .*; wanted a text, a finite number"):
+    with pytest.raises(SystemExit, match=r"t.parquet:2: 'odd' is .*; wanted a text, a finite number"):
         stair("embed", model, tmp_path / "t.parquet", tmp_path / "out", "--side", "texts")
     assert not (tmp_path / "out").exists()
 
@@ -385,7 +386,8 @@ def test_settings_out_of_range_are_one_line_before_the_first_item(stair, tmp_pat
 def test_pictures_that_cannot_be_read_are_left_out_and_named(stair, model, folder, tmp_path):
     (folder / "p0.png").write_bytes(b"no picture")
     printed = stair("embed", model, folder, tmp_path / "out", "--workers", "1", "--batch_size", "2")
-    assert "1 skipped" in printed and "skipped p0.png: image undecodable" in printed
+    assert "2 skipped (1 not an image by its name, 1 image undecodable)" in printed
+    assert "skipped p0.png: image undecodable" in printed and "skipped notes.txt: not an image" in printed
     assert Embeddings.load(tmp_path / "out").ids == ["deep/p1.png", "deep/p3.png", "p2.png"]
 
 
@@ -400,7 +402,7 @@ def test_tables_and_standard_input_are_sources(stair, model, folder, tmp_path, t
         writer.writerows(rows)
     parquet.write_table(pa.Table.from_pylist(rows), folder / "table.parquet")
     for kind, year in (("csv", "2001"), ("parquet", 2001)):
-        items = items_of(str(folder / f"table.{kind}"), "images", id_column="name")
+        items = list_items(str(folder / f"table.{kind}"), "images", id_column="name").items
         assert [item.id for item in items] == ["row 0", "row 1"]
         assert items[1].read() == png(1) and items[1].metadata == {"year": year}
         assert items[1].source["file"] == "deep/p1.png"
@@ -415,7 +417,7 @@ def test_sources_that_are_none_are_refused(folder, shard, tmp_path):
     (tmp_path / "cut.tar").write_bytes(shard.read_bytes()[:700])
     (tmp_path / "twice.csv").write_text("id,text\na,x\na,y\n")
     for source, side, complaint in [
-        (tmp_path / "nothing", "images", "no such file"),
+        (tmp_path / "nothing", "images", "no shard matches|no such"),
         (folder, "texts", "it gives images"),
         (folder / "notes.txt", "texts", "no folder, tar, csv"),
         (tmp_path / "cut.tar", "images", "cut short"),
@@ -425,7 +427,7 @@ def test_sources_that_are_none_are_refused(folder, shard, tmp_path):
     ]:
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises((ValueError, FileNotFoundError), match=complaint):
-            items_of(str(source), side)
+            list_items(str(source), side)
 
 
 def test_from_pictures_to_hits_on_the_command_line(stair, model, shard, tmp_path):

@@ -27,7 +27,7 @@ from lightning_modules.consolidate import consolidate
 from lightning_modules.parallel import refuse_code
 from main import main
 from stair import Embeddings, SparseIndex, Stair
-from stair.data.items import items_of
+from stair.data.items import list_items
 from stair.data.tar_members import BrokenTarError, Tar
 from stair.data.tars import stream
 from stair.evaluate import output
@@ -318,7 +318,7 @@ def test_captions_nested_beyond_reason_are_refused(tmp_path):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     with pytest.raises(ValueError, match="captions of 'k' cannot be read"):
-        items_of(str(tmp_path / "a.tar"), "texts")
+        list_items(str(tmp_path / "a.tar"), "texts")
 
 
 # ------------------------------------------------------------------ indices and embeddings

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from stair.data.remote import Remote, is_remote
-from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES, caption_field, captions, image_bytes, types_of
+from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES, caption_field, caption_lines, captions, image_bytes, types_of
 from stair.data.tars import stream
 from stair.images import MAX_PIXELS, decode_image, eval_pixels, image_format
 from stair.vocabulary import Vocabulary
@@ -113,7 +113,8 @@ def first_samples(shard: str, count: int, remote: Remote) -> tuple[list[dict[str
     """The first samples of a shard, with the names of all members, and what broke it before there were so many."""
     errors: list[Exception] = []
     with closing(stream(shard, errors.append, select=None, remote=remote)) as samples:
-        found = [{**sample, "__url__": shard} for sample in itertools.islice(samples, count)]
+        lines = caption_lines(shard, remote)
+        found = [{**sample, "__url__": shard, "__lines__": lines} for sample in itertools.islice(samples, count)]
     return found, str(errors[0]) if errors else ""
 
 
@@ -127,7 +128,7 @@ def look(samples: Iterable[dict[str, Any]], needs: Needs) -> Sight:
         if len(sight.members) < 10:
             sight.members += [f"{sample['__key__']}.{kind}" for kind in types_of(sample)]
         _tried(sight, sample, _well_named)
-        texts = _tried(sight, sample, captions)
+        texts = _tried(sight, sample, lambda sample: captions(sample, sample["__lines__"]))
         data = _tried(sight, sample, image_bytes)
         sight.no_caption += texts is None
         sight.no_image += data is None

@@ -1,48 +1,64 @@
-"""Where pictures and texts to embed come from: a folder, tar shards, a table, the lines of standard input.
+"""Where images and texts to embed come from: a folder, tar shards, a table, the lines of standard input.
 
-A source is turned into a list of items first, none of them read: so the work can be counted, divided into parts, shared
-and taken up again where it stopped.
+A source is listed before anything is encoded: what is used, what is skipped and why. So the work can be counted, divided
+into parts, shared and resumed, and every mistake that can be known is known at once.
 """
 
-import csv
-import glob
-import json
 import math
+import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import date, time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from stair.data.tar_members import BrokenTarError, Member, Tar
+from pyarrow import parquet
+
+from stair.data.folders import image_files
+from stair.data.remote import is_remote
+from stair.data.samples import (
+    CAPTION_TYPES,
+    Skipped,
+    caption_lines,
+    captions,
+    check_caption,
+    group,
+    image_type,
+    other_members,
+    printable,
+)
+from stair.data.tables import SUFFIXES, Row, Table, open_table
+from stair.data.tar_members import BrokenTarError, Tar
+from stair.data.tars import expand
+from stair.errors import FileError, SettingError
 
 Side = Literal["images", "texts"]
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 COLUMNS: dict[Side, str] = {"images": "image", "texts": "text"}  # of a table, where none is given
+LONGEST_ID = 512  # bytes; Elasticsearch and OpenSearch take no longer ones
+_INT64 = range(-(1 << 63), 1 << 63)
 
-# columns of a parquet file, as Arrow spells their types; a colon would make it the name of a field
-_BYTES = re.compile(r"binary(?!:)")
-_PICTURES = re.compile(r"(large_)?binary(_view)?|struct<.*\bbytes: (large_)?binary.*>")
+# columns of a parquet file that hold images, as Arrow spells their types
+_IMAGES = re.compile(r"(large_)?binary(_view)?|struct<.*\bbytes: (large_)?binary.*>")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture or text. With neither path nor text it only stands for what cannot be used, and counts as left out.
+    """One image or text.
 
     Attributes:
         id: unique in its source.
-        path: file of a picture.
-        offset: where the picture begins in the file, in bytes.
-        length: bytes of the picture; None for the whole file.
+        path: file of an image.
+        offset: where the image begins in the file, in bytes.
+        length: bytes of the image; None for the whole file.
         text: a text, where it is one.
         metadata: the other columns of its row, if it came from a table.
-        source: where it came from: `file` of a picture (relative to the source), in tars with `offset` and `length` in
+        source: where it came from: `file` of an image (relative to the source), in tars with `offset` and `length` in
             bytes and the sample's `key` and `captions`; in cells of a parquet file with `row_group`, `row` in it and
-            `column`. `text` of a text.
-        complaint: why it cannot be used, or what of it: a picture whose captions cannot be read is still a picture.
+            `column`. `text` of a text, in tars with `key`.
+        place: file and line, if it came from a table.
     """
 
     id: str
@@ -52,302 +68,304 @@ class Item:
     text: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
-    complaint: str = ""
+    place: str = ""
 
     def read(self) -> bytes:
-        """The bytes of a picture.
+        """The bytes of an image.
 
         Raises:
-            ValueError: saying why there are none.
+            ValueError: `image missing: ...` or `file unreadable: ...`.
         """
         if self.path is None:
-            raise ValueError(self.complaint)
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            return file.read() if self.length is None else file.read(self.length)
+            raise ValueError("image missing: the item is a text")
+        try:
+            if "row_group" in self.source:
+                return read_cell(self.path, *(self.source[name] for name in ("row_group", "row", "column")))
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                return file.read() if self.length is None else file.read(self.length)
+        except OSError as error:
+            raise ValueError(f"file unreadable: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)
-class _Cell(Item):
-    """A picture that is a cell of a parquet file: bytes, or Hugging Face's `{bytes, path}`.
+class Listing:
+    """A source, listed.
 
     Attributes:
-        place: row group, row in it.
-        column: its column.
+        items: what is used, in the order of the source.
+        skipped: what is not, with place and reason.
+        notes: what a user should know of those that are used.
     """
 
-    place: tuple[int, int] = (0, 0)
-    column: str = ""
-
-    def read(self) -> bytes:
-        """The bytes of a picture.
-
-        Raises:
-            ValueError: if the cell has none.
-        """
-        assert self.path is not None
-        group, row = self.place
-        cell = _group(self.path, self.path.stat().st_mtime_ns, group, self.column)[row].as_py()
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if data is None:
-            raise ValueError(f"image missing: no bytes in the cell, {cell!r}; a path alone is not followed")
-        return bytes(data)
+    items: list[Item] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    notes: list[Skipped] = field(default_factory=list)
 
 
-@lru_cache(maxsize=1)  # parquet is read by row groups, and pictures one after another
-def _group(path: Path, changed: int, group: int, column: str) -> Any:
+def read_cell(path: Path, row_group: int, row: int, column: str) -> bytes:
+    """The image in a cell of a parquet file: bytes, or Hugging Face's `{bytes, path}`.
+
+    Raises:
+        ValueError: `image missing: ...` if the cell has none.
+    """
+    cell = _cells(path, path.stat().st_mtime_ns, row_group, column)[row].as_py()
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if data is None:
+        raise ValueError("image missing: the cell holds no bytes; a path alone is not followed")
+    return bytes(data)
+
+
+@lru_cache(maxsize=1)  # parquet is read by row groups, and images one after another
+def _cells(path: Path, changed: int, row_group: int, column: str) -> Any:
     """A column of a row group; `changed` tells a file from another one that takes its place."""
-    return _parquet_file(path).read_row_group(group, columns=[column])[column]
+    return parquet.ParquetFile(path).read_row_group(row_group, columns=[column])[column]
 
 
-def items_of(source: str, side: Side, column: str | None = None, id_column: str = "id") -> list[Item]:
+def list_items(source: str, side: Side, column: str | None = None, id_column: str | None = None) -> Listing:
     """Lists a source.
 
     Args:
-        source: a folder of pictures; tars (`a.tar`, or a glob such as `shards/*.tar`) of KEY.jpg beside KEY.json or
-            KEY.txt; a `.csv`, `.tsv` or `.parquet` table; `-` for lines of standard input (paths, or texts).
-        side: whether its pictures or its texts are wanted. Texts of tars are the captions.
-        column: of a table: paths of pictures (relative to the table), in parquet also their bytes or Hugging Face's
+        source: a folder of images; tars (`a.tar`, or a pattern such as `shards/*.tar`) of KEY.jpg beside KEY.json or
+            KEY.txt; a table (.csv, .tsv, .jsonl, .parquet); `-` for lines of standard input (paths, or texts).
+        side: whether its images or its texts are wanted. Texts of tars are the captions.
+        column: of a table: paths of images (relative to the table), in parquet also their bytes or Hugging Face's
             `{bytes, path}`; or texts. `image` or `text` where left out.
-        id_column: of a table: ids; numbers of rows where there is none.
-
-    Returns:
-        Items in the order of the source; what is wrong with a caption or a line is that item's `complaint`.
+        id_column: of a table: ids, as typed. Where left out, `id` if there is such a column, else numbers of rows from 0.
 
     Raises:
         FileNotFoundError: if there is nothing.
-        ValueError: if it is none of these, two items have one id, or none can be used.
+        FileError: if it is none of these, two items have one id, a value cannot be kept, or no item can be used.
+        SettingError: if a column is not there.
     """
-    items = list(_items(source, side, column, id_column))
-    if not items:
+    listing = Listing()
+    for found in _entries(source, side, column, id_column, listing.notes):
+        (listing.skipped if isinstance(found, Skipped) else listing.items).append(found)  # type: ignore[arg-type]
+    if not listing.items and not listing.skipped:
         raise FileNotFoundError(f"{source!r} holds no {side}")
-    seen: set[str] = set()
-    for item in items:
-        if item.id in seen:
-            raise ValueError(
-                f"{source!r}: id {item.id!r} occurs twice. Tars of one name in several folders give the same ids: embed "
-                "each folder by itself. Of a table choose ids with --id_column"
+    if not listing.items:
+        first = listing.skipped[0]
+        raise FileError(f"{source!r}: no {side} can be used; {first.place}: {first.reason}", source)
+    _check_ids(source, listing)
+    return listing
+
+
+def _check_ids(source: str, listing: Listing) -> None:
+    first: dict[str, Item] = {}
+    for item in listing.items:
+        if (other := first.setdefault(item.id, item)) is not item:
+            where = f" ({other.place} and {item.place})" if item.place else ""
+            raise FileError(
+                f"{source!r}: id {item.id!r} occurs twice{where}. Tars of one name in several folders give the same ids: "
+                "embed each folder by itself. Of a table choose ids with --id_column",
+                source,
             )
-        seen.add(item.id)
-    if all(item.path is None and item.text is None for item in items):
-        raise ValueError(f"{source!r}: no {side} can be used; {items[0].id}: {items[0].complaint}")
-    return items
+        if len(item.id.encode()) > LONGEST_ID:
+            reason = f"long id: {len(item.id.encode())} bytes; Elasticsearch and OpenSearch take {LONGEST_ID}"
+            listing.notes.append(Skipped(item.place or f"{item.id[:40]}...", reason))
 
 
-def _items(source: str, side: Side, column: str | None, id_column: str) -> Iterator[Item]:
+def _entries(
+    source: str, side: Side, column: str | None, id_column: str | None, notes: list[Skipped]
+) -> Iterator[Item | Skipped]:
     path = Path(source)
     if source == "-":
-        return _lines(_standard_input(), side)
+        return _lines(sys.stdin.buffer.read(), side)
     if path.is_dir():
         if side == "texts":
-            raise ValueError(f"{source} is a folder: it gives images. Texts come from tars, tables or standard input")
+            raise FileError(f"{source} is a folder: it gives images. Texts come from tars, tables or stdin", path)
         return _folder(path)
-    files = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(source))]
-    if not files:
-        raise FileNotFoundError(f"no such file or folder: {source!r}")
-    if all(file.suffix == ".tar" for file in files):
-        return (item for file in files for item in _tar(file, side))
-    if len(files) == 1 and path.suffix in (".csv", ".tsv", ".parquet"):
-        return _table(path, side, column or COLUMNS[side], id_column)
-    raise ValueError(f"{source!r} is no folder, tar, csv, tsv or parquet file, nor `-` for standard input")
+    if is_remote(source):
+        raise FileError(f"{source!r} is not local: items are read by position. Copy it to a local path", source)
+    files = [path] if path.is_file() else [Path(name) for name in expand(source)]
+    kinds = {file.suffix.lower() for file in files}
+    if kinds == {".tar"}:
+        return (found for file in files for found in _tar(file, side, notes))
+    if len(files) == 1 and kinds <= set(SUFFIXES) - {".txt"}:
+        return _table(open_table(files[0]), side, column or COLUMNS[side], id_column, notes)
+    raise FileError(f"{source!r} is no folder, tar, csv, tsv, jsonl or parquet file, nor `-` for standard input", path)
 
 
-def _standard_input() -> list[str]:
+def _lines(data: bytes, side: Side) -> Iterator[Item | Skipped]:
+    # neither text mode nor `splitlines`: they also cut at \r, form feeds, U+0085 and U+2028, which texts hold
+    lines = enumerate(re.split("\r?\n", data.decode("utf-8", "surrogateescape")), 1)
+    for number, (line, text) in enumerate((line, text) for line, text in lines if text.strip()):
+        place = f"standard input:{line}"
+        yield (
+            _image(place, printable(text), Path(text), {}) if side == "images" else _text(place, str(number), text, {})
+        )
+
+
+def _folder(folder: Path) -> Iterator[Item | Skipped]:
+    for found in image_files(folder):
+        if isinstance(found, Skipped):
+            yield found
+        else:
+            name = printable(found.name)
+            yield Item(name, found.path, source={"file": name})
+
+
+def _text(place: str, name: str, text: str, metadata: dict[str, Any]) -> Item | Skipped:
     try:
-        # neither text mode nor `splitlines`: they also cut at \r, form feeds, U+0085 and U+2028, which texts hold
-        return re.split("\r?\n", sys.stdin.buffer.read().decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is no UTF-8 ({error}); convert it, such as with iconv -t UTF-8") from error
+        check_caption(text)
+    except ValueError as error:
+        return Skipped(place, str(error))
+    return Item(name, text=text, metadata=metadata, source={"text": text}, place=place)
 
 
-def _lines(lines: Sequence[str], side: Side) -> Iterator[Item]:
-    for number, line in enumerate(line for line in lines if line.strip()):
-        if side == "texts":
-            yield Item(str(number), text=line, source={"text": line})
+def _image(place: str, name: str, path: Path, metadata: dict[str, Any], file: str | None = None) -> Item | Skipped:
+    if not os.path.isfile(path):
+        return Skipped(place, f"image missing: no file {printable(str(path))}")
+    return Item(name, path, metadata=metadata, source={"file": printable(file or str(path))}, place=place)
+
+
+def _table(
+    table: Table, side: Side, column: str, id_column: str | None, notes: list[Skipped]
+) -> Iterator[Item | Skipped]:
+    for name, setting in ((column, "column"), (id_column, "id_column")):
+        if name is not None and name not in table.columns:
+            known = sorted(table.columns)
+            raise SettingError(f"{table.path}: no column {name!r}; there are {known}. Choose with --{setting}", setting)
+    inside = side == "images" and _IMAGES.fullmatch(table.columns[column]) is not None
+    if not inside:
+        _check_type(table, side, column)
+    if unread := [name for name in table.bytes_columns if name != column]:
+        notes.append(Skipped(table.path.name, f"columns of bytes: {unread} are no metadata"))
+    id_column = id_column or ("id" if "id" in table.columns else None)
+    for number, row in enumerate(table.rows()):
+        if row.problem:
+            yield Skipped(row.place, row.problem)
+            continue
+        if "-" in row.place.rpartition(":")[2]:
+            notes.append(Skipped(row.place, "row of several lines: a quoted cell holds line ends"))
+        identity = _id(row, id_column, number)
+        if isinstance(identity, Skipped):
+            yield identity
         else:
-            yield Item(line, Path(line), source={"file": line})
+            yield _of_row(table, row, identity, side, column, id_column, inside)
 
 
-def _folder(folder: Path) -> Iterator[Item]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in IMAGE_ENDINGS and path.is_file():
-            name = path.relative_to(folder).as_posix()
-            yield Item(name, path, source={"file": name})
+def _id(row: Row, column: str | None, number: int) -> str | Skipped:
+    value = number if column is None else row.cells.get(column)
+    if value is None or value == "":
+        return Skipped(row.place, f"id empty: nothing in column {column!r}")
+    if isinstance(value, (list, dict, tuple)):
+        return Skipped(row.place, f"id of a type that is none: column {column!r} holds a {type(value).__name__}")
+    return printable(value.isoformat() if isinstance(value, (date, time)) else str(value))
 
 
-def _table(path: Path, side: Side, column: str, id_column: str) -> Iterator[Item]:
-    rows = _parquet(path, side, column) if path.suffix == ".parquet" else _csv(path, column)
-    for number, row in enumerate(rows):
-        if isinstance(row, Item):
-            yield row
-            continue
-        name = str(row.get(id_column) if row.get(id_column) is not None else number)
-        if row[column] is None or (isinstance(row[column], str) and not row[column].strip()):
-            yield Item(name, complaint=f"row {number} has nothing in column {column!r}")
-            continue
-        metadata = _metadata(f"{path}, row {number}", row, (column, id_column))
-        if isinstance(row[column], tuple):
-            group, number = row[column]
-            source = {"file": path.name, "row_group": group, "row": number, "column": column}
-            yield _Cell(name, path, metadata=metadata, source=source, place=row[column], column=column)
-            continue
-        value = str(row[column])
-        if side == "texts":
-            yield Item(name, text=value, metadata=metadata, source={"text": value})
-        else:
-            yield Item(name, path.parent / value, metadata=metadata, source={"file": value})
-
-
-def _demand_column(path: Path, column: str, names: Iterable[str]) -> None:
-    if column not in names:
-        raise ValueError(f"{path}: no column {column!r}; there are {sorted(names)}. Choose with --column")
-
-
-def _metadata(where: str, row: dict[str, Any], without: Sequence[str]) -> dict[str, Any]:
-    """What a row says besides, as json has it: found out here, not when a part has been encoded."""
-    known = {}
-    for key, value in row.items():
-        if key in without or value is None:
-            continue
+def _of_row(
+    table: Table, row: Row, name: str, side: Side, column: str, id_column: str | None, inside: bool
+) -> Item | Skipped:
+    rest = {key: value for key, value in row.cells.items() if key not in (column, id_column) and value is not None}
+    metadata = {}
+    for key, value in rest.items():
         try:
-            known[key] = _plain(value)
+            metadata[key] = _plain(value)
+        except UnicodeError:
+            return Skipped(row.place, f"not UTF-8: column {key!r}; save the table as UTF-8")
         except ValueError as error:
-            raise ValueError(
-                f"{where}: {key!r} is {error}; wanted a text, a finite number, true or false, a date, or a list of "
-                "these. Leave the value empty (null) or the column out"
+            raise FileError(
+                f"{table.path}, {row.place}: {key!r} is {error}; wanted a text, a finite number (integers of 64 bits), "
+                "true or false, a date, or a list of these. Leave the value empty (null) or the column out",
+                table.path,
             ) from error
-    return known
+    if inside:
+        source = {"file": table.path.name, "row_group": row.group, "row": row.row, "column": column}
+        return Item(name, table.path, metadata=metadata, source=source, place=row.place)
+    value = row.cells.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        cause = "caption empty" if side == "texts" else "image unnamed"
+        return Skipped(row.place, f"{cause}: nothing in column {column!r}")
+    if isinstance(value, (list, dict)):
+        return Skipped(row.place, f"cell of another type: column {column!r} holds a {type(value).__name__}")
+    if side == "texts":
+        return _text(row.place, name, str(value), metadata)
+    return _image(row.place, name, table.path.parent / str(value).strip(), metadata, str(value).strip())
 
 
 def _plain(value: Any) -> Any:
+    """A value of the user's as JSON has it, of the same type and exact."""
+    if isinstance(value, str):
+        value.encode()
+        return value
     if isinstance(value, (date, time)):  # a datetime is a date
         return value.isoformat()
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value}, which json has no word for")
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if value is None or isinstance(value, (str, int, float)):
+        return {_plain(name): _plain(part) for name, part in value.items()}
+    if (isinstance(value, int) and value not in _INT64) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{value}")
+    if value is None or isinstance(value, (bool, int, float)):
         return value
     raise ValueError(f"a {type(value).__name__}")
 
 
-def _csv(path: Path, column: str) -> Iterator[dict[str, Any] | Item]:
-    """Rows; one that cannot be read, or has more cells than columns, is an item that cannot be used, named by its line."""
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    # spreadsheets write a mark before the first column's name
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter=delimiter)
-        try:
-            _demand_column(path, column, names := reader.fieldnames or ())
-            while (row := _next_row(reader)) is not None:
-                if isinstance(row, str):
-                    yield Item(f"{path.name}:{reader.reader.line_num}", complaint=row)
-                elif None not in row:
-                    yield row
-                else:
-                    cells = len(names) + len(row[None])
-                    wrong = f"{cells} cells, the first line has {len(names)}: is a text with {delimiter!r} not quoted?"
-                    yield Item(f"{path.name}:{reader.line_num}", complaint=wrong)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, after line {reader.line_num}: {error}; save the table as UTF-8") from error
-
-
-def _next_row(reader: "csv.DictReader[str]") -> dict[Any, Any] | str | None:
-    """A row, what is wrong with it, or None at the end."""
-    try:
-        return next(reader, None)
-    except csv.Error as error:  # a text of more than 131,072 characters: a quote that is never closed makes one
-        return f"{error}; is a quote never closed?"
-
-
-def _parquet(path: Path, side: Side, column: str) -> Iterator[dict[str, Any]]:
-    """Rows without bytes; those of pictures stay unread, their column holds row group and row of each."""
-    file = _parquet_file(path)
-    kinds = {field.name: str(field.type) for field in file.schema_arrow}
-    _demand_column(path, column, kinds)
-    inside = side == "images" and _PICTURES.fullmatch(kinds[column]) is not None
-    if not inside:
-        _demand_text(path, side, column, kinds[column])
-    names = [name for name, kind in kinds.items() if not _BYTES.search(kind)]
-    for group in range(file.num_row_groups):
-        rows = (row for batch in file.iter_batches(row_groups=[group], columns=names) for row in batch.to_pylist())
-        for number, row in enumerate(rows):
-            yield {**row, column: (group, number)} if inside else row
-
-
-def _demand_text(path: Path, side: Side, column: str, kind: str) -> None:
-    """Refuses columns of which every cell would be taken for a path or text by the way Python spells it."""
-    if _BYTES.search(kind) or ("<" in kind and not kind.startswith("dictionary<")):
-        wanted = {"images": "paths of pictures, their bytes, or {bytes, path}", "texts": "one text a row"}[side]
-        raise ValueError(
-            f"{path}: column {column!r} holds {kind}; wanted {wanted}. Choose with --column, or make shards of the "
-            "folder's pictures and captions with `stair prepare datasets`, and embed these"
+def _check_type(table: Table, side: Side, column: str) -> None:
+    """Checks that cells are no lists or bytes, which would be taken for a path or text by the way Python spells them."""
+    kind = table.columns[column]
+    if column in table.bytes_columns or ("<" in kind and not kind.startswith("dictionary<")):
+        wanted = {"images": "paths of images, their bytes, or {bytes, path}", "texts": "one text a row"}[side]
+        raise SettingError(
+            f"{table.path}: column {column!r} holds {kind}; wanted {wanted}. Choose with --column, or make shards of the "
+            "folder's images and captions with `stair prepare datasets`, and embed these",
+            "column",
         )
 
 
-def _parquet_file(path: Path) -> Any:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError("parquet needs pyarrow: `pip install 'stair-embeddings[search]'`") from error
-    return parquet.ParquetFile(path)
-
-
-def _tar(path: Path, side: Side) -> Iterator[Item]:
-    for key, members in _samples(path):
-        picture = next((info for kind, info in members.items() if f".{kind}" in IMAGE_ENDINGS), None)
-        try:
-            captions, complaint = _captions(path, members), ""
-        except (ValueError, AttributeError, TypeError, RecursionError) as error:
-            captions, complaint = [], f"captions of {key!r} cannot be read: {type(error).__name__}: {error}"
-        if side == "texts" and complaint:
-            yield Item(f"{path.stem}/{key}", complaint=complaint)
-        elif side == "texts":
-            for number, caption in enumerate(captions):
-                yield Item(f"{path.stem}/{key}#{number}", text=caption, source={"text": caption, "key": key})
-        elif picture is not None:
-            source = {"file": path.name, "offset": picture.offset, "length": picture.size, "key": key}
-            source |= {"captions": captions} if captions else {}
-            name = f"{path.stem}/{key}"
-            yield Item(name, path, picture.offset, picture.size, source=source, complaint=complaint)
-
-
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
-    """The members of each sample by type: names up to the first dot of the last part make a key."""
-    key, members = "", dict[str, Member]()
+def _tar(path: Path, side: Side, notes: list[Skipped]) -> Iterator[Item | Skipped]:
+    stem, lines = printable(path.stem), caption_lines(str(path))
     try:
         with open(path, "rb") as file:
-            for member in Tar(file, compressed=False):
-                folder, _, name = member.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                this = f"{folder}/{stem}" if folder else stem
-                if not stem:
+            members = list(Tar(file, compressed=False))
+            samples = list(group(members, lambda member: (member.offset, member.size)))
+            for sample in samples:
+                name = f"{stem}/{sample.key}"
+                notes += [Skipped(name, warning) for warning in sample.warnings]
+                if sample.problems:
+                    yield Skipped(name, sample.problems[0])
                     continue
-                if this != key and members:
-                    yield key, members
-                    members = {}
-                key = this
-                members.setdefault(kind.lower(), member)
-    except BrokenTarError as error:
-        raise ValueError(f"{path} is no uncompressed tar, or cut short: {error}") from error
-    if members:
-        yield key, members
+                texts, problem = _captions(file, sample.members, lines)
+                if side == "texts":
+                    yield from [Skipped(name, problem)] if problem else _texts(name, sample.key, texts)
+                    continue
+                found = _picture(path, name, sample.key, sample.members, texts)
+                yield found
+                if problem and not texts and isinstance(found, Item) and not problem.startswith("no caption"):
+                    notes.append(Skipped(name, f"without captions: {problem}"))
+    except (BrokenTarError, OSError) as error:
+        raise FileError(f"{path} is no uncompressed tar, or cut short: {error}", path) from error
+    for other in other_members((member.name for member in members), (sample.key for sample in samples)):
+        yield Skipped(f"{stem}/{other.place}", other.reason)
 
 
-def _captions(path: Path, members: dict[str, Member]) -> list[str]:
-    """The captions of a sample, as training takes them (stair/data/tars.py, which this side may not import)."""
+def _captions(file: Any, members: dict[str, tuple[int, int]], lines: bool) -> tuple[list[str], str]:
+    """The captions of a sample, or why there are none."""
+    sample = dict.fromkeys(members, b"")
+    for kind in members.keys() & set(CAPTION_TYPES):
+        file.seek(members[kind][0])
+        sample[kind] = file.read(members[kind][1])
+    try:
+        return captions(sample, lines), ""
+    except ValueError as error:
+        return [], str(error)
 
-    def read(kind: str) -> str:
-        return Item("", path, members[kind].offset, members[kind].size).read().decode()
 
-    fields = json.loads(read("json")) if "json" in members else {}
-    found = fields.get("captions") or [fields[name] for name in ("caption",) if fields.get(name)]
-    if not found and "txt" in members:
-        found = [read("txt")]
-    if not (isinstance(found, list) and all(isinstance(caption, str) for caption in found)):
-        raise TypeError(f"they are {found!r:.80}, wanted a list of strings")
-    for caption in found:
-        caption.encode()  # json can spell half a character, which the tokenizer does not take
-    return [caption.strip() for caption in found if caption.strip()]
+def _texts(name: str, key: str, texts: Iterable[str]) -> Iterator[Item | Skipped]:
+    for number, text in enumerate(texts):
+        if text:
+            yield Item(f"{name}#{number}", text=text, source={"text": text, "key": key})
+        else:
+            yield Skipped(f"{name}#{number}", "caption empty: nothing but white space")
+
+
+def _picture(path: Path, name: str, key: str, members: dict[str, tuple[int, int]], texts: list[str]) -> Item | Skipped:
+    try:
+        offset, length = members[image_type(members)]
+    except ValueError as error:
+        return Skipped(name, str(error))
+    source = {"file": printable(path.name), "offset": offset, "length": length, "key": key}
+    if any(texts):
+        source["captions"] = [text for text in texts if text]
+    return Item(name, path, offset, length, source=source)

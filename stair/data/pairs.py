@@ -12,18 +12,22 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stair.data.remote import is_remote
-from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES, captions, image_bytes
+from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES, caption_lines, captions, image_bytes
 from stair.data.tars import expand, index
 from stair.images import decode_image, eval_pixels
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a sample lies: its tar, its key, and offset and length in bytes of its members by type."""
+    """Where a sample lies: its tar, its key, and offset and length in bytes of its members by type.
+
+    `lines` says whether its .txt holds a caption on each line (`stair.data.samples.caption_lines`).
+    """
 
     path: str
     key: str
     members: dict[str, tuple[int, int]]
+    lines: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class EvaluationPairs(Dataset[Pair]):
         """
         entry = self.entries[index % len(self)]
         with opened(entry) as sample:
-            texts = whole_captions(sample)
+            texts = whole_captions(sample, entry.lines)
             pixels = eval_pixels(decode_image(image_bytes(sample), self.max_pixels), self.image_size)
         source = os.path.basename(entry.path).removesuffix(".tar")
         return Pair(pixels, texts, index if index < len(self) else -1, f"{source}/{entry.key}")
@@ -92,13 +96,13 @@ def opened(entry: Entry) -> Iterator[dict[str, bytes]]:
         raise ValueError(f"evaluation sample {entry.key!r} of {entry.path}: {error}") from error
 
 
-def whole_captions(sample: Mapping[str, bytes]) -> list[str]:
+def whole_captions(sample: Mapping[str, bytes], lines: bool = False) -> list[str]:
     """The captions of a sample, none of which may be blank: training leaves such out, a measure must not.
 
     Raises:
         ValueError: as `captions`, or if one is blank.
     """
-    texts = captions(sample)
+    texts = captions(sample, lines)
     if not all(texts):
         raise ValueError(f"no caption: one of the {len(texts)} is blank")
     return texts
@@ -124,13 +128,14 @@ def entries(spec: str | list[str], beside: Sequence[str]) -> list[Entry]:
 def _index(shard: str, beside: Sequence[str]) -> Iterator[Entry]:
     if is_remote(shard):
         raise ValueError(f"evaluation reads by position, which {shard!r} does not allow: copy it to a local path")
+    lines = caption_lines(shard)
     for key, members, wrong in list(index(shard)):  # a tar that is cut short is named as such, not by its last sample
         if wrong:
             raise ValueError(f"evaluation sample {key!r} of {shard}: {wrong}")
         for types in (IMAGE_TYPES, tuple(beside)):
             if not members.keys() & set(types):
                 raise ValueError(f"evaluation sample {key!r} of {shard} has members {list(members)}, wanted {types}")
-        yield Entry(shard, key, members)
+        yield Entry(shard, key, members, lines)
 
 
 def read_entry(entry: Entry) -> dict[str, bytes]:

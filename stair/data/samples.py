@@ -5,15 +5,23 @@ splits them: at the first dot of the file name. Training, evaluation, embedding,
 rules, so that a sample means the same everywhere. Nothing is ever unpickled.
 """
 
+import functools
 import json
+import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from webdataset.tariterators import base_plus_ext
 
-IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")  # if a sample has several images, the first of this order is its image
+from stair.data.remote import Remote, is_remote, read_small
+from stair.plain import one_line
+
+# if a sample has several images, the first of this order is its image
+IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "jfif", "gif", "bmp", "tif", "tiff")
 CAPTION_TYPES = ("json", "txt")
 CLASS_TYPES = ("cls",)  # the number of a class, for evaluation
 LONGEST_CAPTION = 10_000  # characters; longer text is a page that was stored as a caption by mistake
@@ -21,11 +29,54 @@ LONGEST_CAPTION = 10_000  # characters; longer text is a page that was stored as
 _IMAGES = frozenset(IMAGE_TYPES)
 _WANTED = frozenset(IMAGE_TYPES + CAPTION_TYPES + CLASS_TYPES)
 _PICKLES = frozenset(("pyd", "pth", "pt", "pkl", "pickle", "ckpt"))
+_SET_TYPE = "dataset_type.txt"  # of CLIP_benchmark
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own members
 
 _UNSAFE = "unsafe name: {!r} leads out of its folder"
 _TWICE = "duplicate member: {!r} comes twice, or two samples that follow each other share a key"
 _DOTTED = "dotted key: {!r} belongs to key {!r} as type {!r}; rename it: keys hold no dots"
+
+
+class Skipped(NamedTuple):
+    """Something of the user's that is not used.
+
+    Attributes:
+        place: file, line of a table or key of a sample.
+        reason: begins with its cause and a colon.
+    """
+
+    place: str
+    reason: str
+
+    @property
+    def cause(self) -> str:
+        """What it is counted under."""
+        return self.reason.partition(":")[0]
+
+
+def count_causes(skipped: Iterable[Skipped]) -> dict[str, int]:
+    """How many were skipped for each cause, the most frequent first."""
+    return dict(Counter(one.cause for one in skipped).most_common())
+
+
+def skipped_lines(skipped: Sequence[Skipped], shown: int = 10, word: str = "skipped") -> list[str]:
+    """For a terminal: of each cause the first places with their reasons, and how many more there are."""
+    lines = []
+    for cause, count in count_causes(skipped).items():
+        first = [one for one in skipped if one.cause == cause][:shown]
+        lines += [f"{word} {one_line(one.place)}: {one_line(one.reason)}" for one in first]
+        lines += [f"{word} {count - shown} more: {cause}"] if count > shown else []
+    return lines
+
+
+def printable(name: str) -> str:
+    """A name as UTF-8: bytes that are none become backslash escapes such as `\\xe9`, and so do lone surrogates."""
+    return _SURROGATE.sub(lambda found: _escaped(ord(found[0])), name)
+
+
+def _escaped(code: int) -> str:
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
 
 
 class Named(Protocol):
@@ -99,7 +150,7 @@ def group(
     """
     sample: Grouped[Value] = Grouped("")
     for member in members:
-        key, kind = key_and_type(member.name)
+        key, kind = key_and_type(printable(member.name))
         wanted = bool(key) and (select is None or select(member.name))
         dotted = _is_dotted(key, kind)
         if key != sample.key and (wanted or dotted):
@@ -115,6 +166,25 @@ def group(
         else:
             sample.members[kind] = value(member)
     yield from sample.resolved()
+
+
+def other_members(names: Iterable[str], keys: Iterable[str]) -> Iterator[Skipped]:
+    """The members of an archive that belong to none of its samples, one for each key. WebDataset's own are left out.
+
+    Args:
+        names: of all members.
+        keys: of the samples.
+    """
+    known = set(keys)
+    for name in map(printable, names):
+        key, kind = key_and_type(name)
+        if _META.match(name) or key in known:
+            continue
+        if not key or key.endswith("/"):
+            yield Skipped(name, "hidden file: its name begins with a dot")
+        elif not _is_dotted(key, kind):
+            known.add(key)
+            yield Skipped(key, f"no image or caption: its first member has type {kind!r}, wanted {sorted(_WANTED)}")
 
 
 def _is_dotted(key: str, kind: str) -> bool:
@@ -177,9 +247,66 @@ def captions(sample: Mapping[str, bytes], lines: bool = False) -> list[str]:
             f"no caption: members are {types_of(sample)}, wanted KEY.txt, or KEY.json with "
             '{"captions": [...]} or {"caption": "..."}; members of a sample must follow each other in the tar'
         )
-    if (longest := max(map(len, texts))) > LONGEST_CAPTION:
-        raise ValueError(f"caption too long: {longest} characters, the limit is {LONGEST_CAPTION}")
+    check_length(max(texts, key=len))
     return texts
+
+
+def check_length(caption: str) -> None:
+    """Checks the length of a caption.
+
+    Raises:
+        ValueError: `caption too long: ...`.
+    """
+    if len(caption) > LONGEST_CAPTION:
+        raise ValueError(f"caption too long: {len(caption)} characters, the limit is {LONGEST_CAPTION}")
+
+
+def check_caption(text: str) -> str:
+    """A caption that stands alone, such as a cell of a table, without white space around it.
+
+    Raises:
+        ValueError: `caption empty: ...`, `caption not UTF-8: ...` or `caption too long: ...`.
+    """
+    text = text.strip()
+    if not text:
+        raise ValueError("caption empty: nothing but white space")
+    if printable(text) != text:
+        raise ValueError(f"caption not UTF-8: {printable(text)[:80]!r}; save the file as UTF-8")
+    check_length(text)
+    return text
+
+
+def caption_lines(shard: str, remote: Remote | None = None) -> bool:
+    """Whether the .txt members of a shard hold a caption on each line rather than one caption.
+
+    That is so in the retrieval sets of CLIP_benchmark: `dataset_type.txt` in the shard's folder, or in the one above it,
+    says `retrieval`. Every command follows this rule.
+
+    Args:
+        shard: path, URL or `pipe:` command. A command has no folder, so each of its .txt is one caption.
+        remote: how to read from URLs.
+
+    Raises:
+        OSError: if it cannot be known whether there is such a file.
+    """
+    if shard.startswith("pipe:"):
+        return False
+    if is_remote(shard):
+        home = posixpath.dirname(shard.partition("?")[0])
+        above = [posixpath.dirname(home)] if home.count("/") > 2 else []
+        return any(_says_retrieval_at(f"{url}/{_SET_TYPE}", remote or Remote()) for url in (home, *above))
+    folder = Path(shard).resolve().parent
+    return any(_says_retrieval(path / _SET_TYPE) for path in (folder, folder.parent))
+
+
+def _says_retrieval(file: Path) -> bool:
+    return file.is_file() and file.read_bytes().strip() == b"retrieval"
+
+
+@functools.lru_cache(maxsize=4096)
+def _says_retrieval_at(url: str, remote: Remote) -> bool:
+    content = read_small(url, remote)
+    return content is not None and content.strip() == b"retrieval"
 
 
 def _in_json(text: str) -> list[str]:

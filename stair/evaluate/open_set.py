@@ -6,17 +6,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stair.data.pairs import entries, opened, whole_captions
+from stair.data.folders import HIDDEN, ImageFile, image_files
+from stair.data.pairs import Entry, entries, opened, whole_captions
 from stair.data.prepare.classes import class_names
-from stair.data.samples import CAPTION_TYPES, CLASS_TYPES, NoCaptionError, caption_field, class_number, image_bytes
+from stair.data.samples import (
+    CAPTION_TYPES,
+    CLASS_TYPES,
+    NoCaptionError,
+    Skipped,
+    class_number,
+    image_bytes,
+    skipped_lines,
+)
 from stair.data.tars import expand
+from stair.errors import FileError
 from stair.evaluate import EvaluationSet, Sample, open_model, show, write
 from stair.evaluate import evaluate as measure
 from stair.evaluate.sets import Samples, images_told_alike
 from stair.images import decode_image
 
 SPLITS = ("test", "val", "train")
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _CLASSNAMES = "classnames.json", "classnames.txt"
 
 
@@ -143,37 +152,34 @@ class _Part:
 class _TarSamples:
     """Samples of tars; a class is their `.cls`, their `label`, or the place of their `class` among the class names."""
 
-    def __init__(self, spec: str, classes: Sequence[str], most: int | None = None, lines: bool = False) -> None:
+    def __init__(self, spec: str, classes: Sequence[str], most: int | None = None) -> None:
         self._entries = entries(spec, CAPTION_TYPES + CLASS_TYPES)
         self._names = list(classes)
         self._classes = {name: place for place, name in enumerate(classes)}
         self._most = most
-        self._lines = lines  # a .txt has a caption on each line
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __getitem__(self, index: int, /) -> Sample:
-        with opened(self._entries[index]) as sample:
-            return Sample(decode_image(image_bytes(sample)), self._told(sample), self._label(sample))
+        entry = self._entries[index]
+        with opened(entry) as sample:
+            return Sample(decode_image(image_bytes(sample)), self._told(sample, entry), self._label(sample, entry))
 
-    def _told(self, sample: dict[str, bytes]) -> list[str]:
+    def _told(self, sample: dict[str, bytes], entry: Entry) -> list[str]:
         try:
-            told = whole_captions(sample)
-            if self._lines and caption_field(sample) == "txt":
-                told = [line.strip() for line in told[0].splitlines() if line.strip()]
-            return told[: self._most]
+            return whole_captions(sample, entry.lines)[: self._most]
         except NoCaptionError:
-            if self._label(sample) is None:
+            if self._label(sample, entry) is None:
                 raise
             return []  # a class is enough to be measured by
 
-    def _each(self, what: Callable[[dict[str, bytes]], Any]) -> Iterator[Any]:
+    def _each(self, what: Callable[[dict[str, bytes], Entry], Any]) -> Iterator[Any]:
         for entry in self._entries:
             with opened(entry) as sample:
-                yield what(sample)
+                yield what(sample, entry)
 
-    def _label(self, sample: dict[str, bytes]) -> int | None:
+    def _label(self, sample: dict[str, bytes], entry: Entry) -> int | None:
         if not self._classes:
             return None
         if (number := class_number(sample)) is not None:
@@ -203,7 +209,7 @@ class _TarSamples:
 
 def _tars(spec: str, home: Path, split: str, classnames: str | None, captions: int | None) -> EvaluationSet:
     classes = _class_names(home, classnames)
-    samples = _TarSamples(spec, classes, captions, any(_is_retrieval(place) for place in (home, home.parent)))
+    samples = _TarSamples(spec, classes, captions)
     if classes and not samples.has_classes():  # names of other classes, as of those that training has seen
         print(f"{home.resolve().name}: no image is of one of the {len(classes)} classes named, so none is classified")
         classes = []
@@ -213,12 +219,6 @@ def _tars(spec: str, home: Path, split: str, classnames: str | None, captions: i
     may_probe = classes and not measured & {path.resolve() for s in beside.values() for path in _glob(s)}
     parts = {part: _TarSamples(s, classes) for part, s in beside.items() if may_probe and s}
     return EvaluationSet(home.resolve().name, samples, split, classes, **parts, retrieval=samples.captions_tell_apart())
-
-
-def _is_retrieval(home: Path) -> bool:
-    """Whether the tars are those of CLIP's published retrieval sets, as `dataset_type.txt` beside them says."""
-    kind = home / "dataset_type.txt"
-    return kind.is_file() and kind.read_text(encoding="utf-8").strip() == "retrieval"
 
 
 def _parts(home: Path) -> dict[str, str]:
@@ -273,12 +273,24 @@ class _FolderSamples:
     """Images in a folder for each class."""
 
     def __init__(self, folder: Path, classes: Sequence[str]) -> None:
-        self._files = [
-            (path, label)
-            for label, name in enumerate(classes)
-            for path in sorted((folder / name).rglob("*"))
-            if path.suffix.lower() in _IMAGES and not path.name.startswith(".")
-        ]
+        self._files: list[tuple[Path, int]] = []
+        skipped: list[Skipped] = []
+        for label, name in enumerate(classes):
+            for found in image_files(folder / name):
+                if isinstance(found, ImageFile):
+                    self._files.append((found.path, label))
+                else:
+                    skipped.append(Skipped(f"{name}/{found.place}", found.reason))
+        self._report(folder, skipped)
+
+    def _report(self, folder: Path, skipped: list[Skipped]) -> None:
+        """Prints what of a folder is not measured. Images that cannot be read stop the evaluation."""
+        passable = ("not an image by its name", "hidden file")
+        if lost := [one for one in skipped if one.cause not in passable]:
+            raise FileError(f"{folder / lost[0].place}: {lost[0].reason}", folder / lost[0].place)
+        for line in skipped_lines(skipped):
+            print(line)
+        print(f"{folder}: {len(self._files)} images taken, {len(skipped)} skipped")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -295,7 +307,7 @@ def _class_folders(folder: Path, split: str | None, classnames: str | None) -> E
     part = split or next((s for s in SPLITS if (folder / s).is_dir()), None)
     home = folder / part if part else folder
     folders = [path.name for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
-    classes = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+    classes = sorted(name for name in folders if not name.startswith(HIDDEN))
     samples = _FolderSamples(home, classes)
     if not len(samples):
         raise ValueError(

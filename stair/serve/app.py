@@ -21,6 +21,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from stair.data.folders import find_file
+from stair.data.items import read_cell
 from stair.embeddings import to_csr
 from stair.explain import PictureReading, read_image, shares_on_patches
 from stair.explain_page import overlay
@@ -150,13 +152,16 @@ class SearchPage:
         if self.root is None or not isinstance(place.get("file"), str):
             raise HTTPException(404, "no picture is known of this document")
         try:
-            path = (self.root / place["file"]).resolve()
+            path = find_file(self.root, place["file"]).resolve()
             if not path.is_relative_to(self.root) or not path.is_file():
                 raise HTTPException(404, "the picture is not in the collection")
-            with path.open("rb") as file:
-                file.seek(int(place.get("offset", 0)))
-                data = file.read(min(int(place.get("length", _MOST_BYTES)), _MOST_BYTES))
-        except (OSError, ValueError, TypeError, OverflowError) as error:
+            if "row_group" in place:
+                data = read_cell(path, place["row_group"], place["row"], place["column"])
+            else:
+                with path.open("rb") as file:
+                    file.seek(int(place.get("offset", 0)))
+                    data = file.read(min(int(place.get("length", _MOST_BYTES)), _MOST_BYTES))
+        except (OSError, ValueError, TypeError, OverflowError, LookupError) as error:
             raise HTTPException(404, "the picture cannot be read where its document says it is") from error
         return decode_image(data)
 

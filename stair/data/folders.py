@@ -1,0 +1,79 @@
+"""The reader of folders of images: every entry is an image, or is named with the reason why it is not."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stair.data.samples import IMAGE_TYPES, Skipped, printable
+
+HIDDEN = (".", "__MACOSX")  # how names begin of what systems and tools keep beside the images
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image by its name.
+
+    Attributes:
+        name: path relative to the folder, with `/`, as the file system has it.
+        path: the file.
+    """
+
+    name: str
+    path: Path
+
+
+def image_files(folder: Path) -> Iterator[ImageFile | Skipped]:
+    """The entries of a folder and of all folders below it, in a fixed order. Links are followed.
+
+    Yields:
+        Images, known by the suffix of their names in any case; `Skipped` for everything else but folders.
+    """
+    yield from _walk(folder, "", frozenset())
+
+
+def find_file(folder: Path, name: str) -> Path:
+    """The file of a name that `printable` has made, if there is one. It may lie outside of the folder."""
+    path = folder / name
+    raw = re.sub(rb"\\x([89a-f][0-9a-f])", lambda found: bytes.fromhex(found[1].decode()), os.fsencode(name))
+    return path if os.path.exists(path) else folder / os.fsdecode(raw)
+
+
+def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[ImageFile | Skipped]:
+    try:
+        here = os.stat(folder)
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        yield Skipped(printable(prefix or str(folder)), f"folder unreadable: {error.strerror}")
+        return
+    identity = here.st_dev, here.st_ino
+    if identity in above:
+        yield Skipped(printable(prefix), "link to a folder above it: not followed")
+        return
+    for entry in entries:
+        name = prefix + entry.name
+        if entry.name.startswith(HIDDEN):
+            yield Skipped(printable(name), "hidden file: its name begins with a dot or __MACOSX")
+        elif entry.is_dir():
+            if _is_image(entry.name):
+                yield Skipped(printable(name), "not a file: it is a folder with the name of an image")
+            yield from _walk(Path(entry.path), f"{name}/", above | {identity})
+        elif problem := _problem(entry):
+            yield Skipped(printable(name), problem)
+        else:
+            yield ImageFile(name, Path(entry.path))
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower()[1:] in IMAGE_TYPES
+
+
+def _problem(entry: "os.DirEntry[str]") -> str:
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        return f"link broken: it leads to {printable(os.readlink(entry.path))}"
+    if not _is_image(entry.name):
+        return f"not an image by its name: wanted .{', .'.join(IMAGE_TYPES)}"
+    if not entry.is_file():
+        return "not a file: it is a pipe, a socket or a device"
+    return "" if os.access(entry.path, os.R_OK) else "file unreadable: no permission"

@@ -1,0 +1,214 @@
+"""The reader of tables (.csv, .tsv, .txt, .jsonl, .parquet): every row with its place, or with what is wrong with it.
+
+Cells of .csv, .tsv and .txt are text as typed. Cells of .jsonl and .parquet keep their types; columns of bytes stay unread.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyarrow import ArrowException, parquet
+
+from stair.data.samples import printable
+from stair.errors import FileError
+
+SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".parquet")
+_BYTES = re.compile(r"binary(?!:)")  # in the name of an Arrow type; with a colon it is the name of a field
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table.
+
+    Attributes:
+        place: file and line (`a.csv:3`, `a.csv:3-5`), or file and row from 1 in .parquet.
+        cells: by column; empty if there is a problem.
+        problem: why the row cannot be used. It begins with its cause and a colon.
+        group: row group of a .parquet file.
+        row: row in that group.
+    """
+
+    place: str
+    cells: dict[str, Any]
+    problem: str = ""
+    group: int = 0
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose rows are read when they are asked for.
+
+    Attributes:
+        path: the file.
+        columns: the Arrow type of each column by name, empty outside of .parquet. Of .jsonl, the keys of the first object.
+        rows: reads the rows.
+    """
+
+    path: Path
+    columns: dict[str, str]
+    rows: Callable[[], Iterator[Row]]
+
+    @property
+    def bytes_columns(self) -> list[str]:
+        """Columns that hold bytes. Rows do not have them."""
+        return [name for name, kind in self.columns.items() if _BYTES.search(kind)]
+
+
+def open_table(path: Path, delimiter: str | None = None) -> Table:
+    """Opens a table by the suffix of its name.
+
+    Args:
+        path: the file.
+        delimiter: of cells; a tab in .tsv and a comma in .csv and .txt if None.
+
+    Raises:
+        FileError: if it is no table, has no columns, or two columns of one name.
+    """
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        table = _parquet_table(path)
+    elif kind in (".jsonl", ".ndjson"):
+        first = next((row.cells for row in _jsonl_rows(path) if not row.problem), {})
+        table = Table(path, dict.fromkeys(first, ""), lambda: _jsonl_rows(path))
+    elif kind in SUFFIXES:
+        sign = delimiter or ("\t" if kind == ".tsv" else ",")
+        table = Table(path, dict.fromkeys(_header(path, sign), ""), lambda: _csv_rows(path, sign))
+    else:
+        raise FileError(f"{path} is no table of a known kind; wanted {', '.join(SUFFIXES)}", path)
+    if not table.columns:
+        raise FileError(f"{path} is empty; wanted a table whose first line names its columns", path)
+    if wrong := [name for name in table.columns if printable(name) != name]:
+        raise FileError(
+            f"{path}: the name of column {printable(wrong[0])!r} is no UTF-8; save the table as UTF-8", path
+        )
+    return table
+
+
+def _reader(lines: Iterator[str], delimiter: str) -> Any:
+    # tab-separated files have no quotes: a caption may begin with one
+    if delimiter == "\t":
+        return csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, skipinitialspace=True, strict=True)
+    return csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+
+
+def _text(path: Path) -> Any:
+    with open(path, "rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise FileError(f"{path} is UTF-16; save the table as UTF-8", path)
+    # spreadsheets write a mark before the first column's name; bytes that are no UTF-8 are judged where they are used
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _header(path: Path, delimiter: str) -> list[str]:
+    with _text(path) as file:
+        try:
+            first: list[str] = next(_reader(file, delimiter), [])
+        except csv.Error as error:
+            raise FileError(f"{path}:1: {error}; wanted the names of the columns", path) from error
+    names = [name.strip() or f"column {number}" for number, name in enumerate(first, 1)]
+    _check_names(path, names)
+    return names
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    if twice := [name for name in dict.fromkeys(names) if list(names).count(name) > 1]:
+        raise FileError(f"{path}: two columns are called {printable(twice[0])!r}; rename one", path)
+
+
+class _Lines:
+    """The lines of a file, of which some can be given back."""
+
+    def __init__(self, file: Iterator[str]) -> None:
+        self.file, self.waiting, self.number = file, list[str](), 0
+        self.taken: list[str] = []  # since `number`
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self.waiting.pop() if self.waiting else next(self.file)
+        self.taken.append(line)
+        return line
+
+    def accept(self, count: int) -> str:
+        """Counts lines as read, gives back the others that were taken; returns where the counted ones lie."""
+        first = self.number + 1
+        self.number += count
+        self.waiting += reversed(self.taken[count:])
+        self.taken = []
+        return f"{first}" if count == 1 else f"{first}-{self.number}"
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
+    """Rows. A quote that is never closed costs its own line alone: reading goes on at the next one."""
+    names = _header(path, delimiter)
+    with _text(path) as file:
+        lines = _Lines(file)
+        next(reader := _reader(lines, delimiter))
+        lines.accept(len(lines.taken))
+        while True:
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                place = f"{path.name}:{lines.accept(1)}"
+                yield Row(
+                    place, {}, f"line malformed: {error}; is a quote not closed, or a cell with quotes not quoted?"
+                )
+                reader = _reader(lines, delimiter)  # the old one still waits for the quote
+                continue
+            if cells is None:
+                return
+            place = f"{path.name}:{lines.accept(len(lines.taken))}"
+            if len(cells) == len(names):
+                yield Row(place, dict(zip(names, cells, strict=True)))
+            elif cells:
+                wrong = f"{len(cells)} cells, the first line has {len(names)}"
+                yield Row(place, {}, f"line malformed: {wrong}: is a cell with {delimiter!r} not quoted?")
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    with _text(path) as file:
+        for number, line in enumerate(file, 1):
+            place = f"{path.name}:{number}"
+            if not line.strip():
+                continue
+            try:
+                cells = json.loads(line, object_pairs_hook=_object)
+            except (ValueError, RecursionError) as error:
+                yield Row(place, {}, f"line malformed: {error}")
+                continue
+            yield Row(place, cells) if isinstance(cells, dict) else Row(place, {}, "line malformed: no JSON object")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
+def _parquet_table(path: Path) -> Table:
+    try:
+        schema = parquet.read_schema(path)
+    except ArrowException as error:
+        raise FileError(f"{path} cannot be read: {error}", path) from error
+    _check_names(path, schema.names)
+    table = Table(path, {field.name: str(field.type) for field in schema}, lambda: _parquet_rows(path, names))
+    names = [name for name in table.columns if name not in table.bytes_columns]
+    return table
+
+
+def _parquet_rows(path: Path, names: list[str]) -> Iterator[Row]:
+    file, total = parquet.ParquetFile(path), 0
+    for group in range(file.num_row_groups):
+        # a table of bytes alone has rows too, which its batches do not say
+        count = file.metadata.row_group(group).num_rows
+        batches = file.iter_batches(row_groups=[group], columns=names) if names else ()
+        rows = (cells for batch in batches for cells in batch.to_pylist()) if names else ({} for _ in range(count))
+        for row, cells in enumerate(rows):
+            total += 1
+            yield Row(f"{path.name}:{total}", cells, group=group, row=row)
