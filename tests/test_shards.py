@@ -646,8 +646,8 @@ def test_training_shards_without_samples_are_refused_before_the_first_step(tmp_p
 
 
 def test_members_of_other_names_are_refused_with_what_was_seen_and_what_is_wanted(tmp_path, vocab):
-    names = {f"{n}.{kind}": b"word1" for n in range(8) for kind in ("gif", "txt")}
-    with pytest.raises(ValueError, match=r"'jpg', 'jpeg', 'png', 'webp'.*members seen: \['0.gif', '0.txt'"):
+    names = {f"{n}.{kind}": b"word1" for n in range(8) for kind in ("avif", "txt")}
+    with pytest.raises(ValueError, match=r"'jpg', 'jpeg', 'png', 'webp'.*members seen: \['0.avif', '0.txt'"):
         loader(str(write_tar(tmp_path / "a.tar", names)), vocab)
     images = {f"{n}.png": picture(n) for n in range(8)}
     with pytest.raises(ValueError, match=r"'json', 'txt'.*members seen: \['0.png'"):
