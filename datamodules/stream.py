@@ -38,8 +38,8 @@ def _stem(shard: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _caption_lines(shard: str, remote: Remote) -> bool:
-    return caption_lines(shard, remote)
+def _caption_lines(shard: str) -> bool:
+    return caption_lines(shard)
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Reader:
         piece: Piece = sample["__piece__"]
         if sample["__wrong__"]:
             raise ValueError(sample["__wrong__"])
-        texts = [text for text in captions(sample, _caption_lines(piece.shard, self.remote)) if text]
+        texts = [text for text in captions(sample, _caption_lines(piece.shard)) if text]
         key = f"{_stem(piece.shard)}/{sample['__key__']}"
         rng = seeded(self.plan.seed, piece.visit, key)
         pixels = self.augment(image_bytes(sample), rng, converted)

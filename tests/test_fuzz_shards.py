@@ -248,7 +248,7 @@ KINDS = {
     "huge pixels": ({"0.png": bytes(BOMB)}, "image too large"),
     "no image": ({"0.png": b"GIF89a"}, "image undecodable"),
     "half an image": ({"0.png": picture(1, (40, 40))[:900]}, "image undecodable"),
-    "another extension": ({"0.png": None, "0.bmp": picture(1)}, "no image"),
+    "another extension": ({"0.png": None, "0.avif": picture(1)}, "no image"),
     "no caption": ({"0.json": None}, "no caption"),
     "blank caption": ({"0.json": b'{"caption": "  "}'}, "no caption"),
     "long caption": ({"0.json": json.dumps({"caption": "word " * 20_000}).encode()}, "caption too long"),

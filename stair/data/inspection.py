@@ -113,7 +113,7 @@ def first_samples(shard: str, count: int, remote: Remote) -> tuple[list[dict[str
     """The first samples of a shard, with the names of all members, and what broke it before there were so many."""
     errors: list[Exception] = []
     with closing(stream(shard, errors.append, select=None, remote=remote)) as samples:
-        lines = caption_lines(shard, remote)
+        lines = caption_lines(shard)
         found = [{**sample, "__url__": shard, "__lines__": lines} for sample in itertools.islice(samples, count)]
     return found, str(errors[0]) if errors else ""
 

@@ -5,9 +5,7 @@ splits them: at the first dot of the file name. Training, evaluation, embedding,
 rules, so that a sample means the same everywhere. Nothing is ever unpickled.
 """
 
-import functools
 import json
-import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +15,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from webdataset.tariterators import base_plus_ext
 
-from stair.data.remote import Remote, is_remote, read_small
+from stair.data.remote import is_remote
 from stair.plain import one_line
 
 # if a sample has several images, the first of this order is its image
@@ -29,7 +27,6 @@ LONGEST_CAPTION = 10_000  # characters; longer text is a page that was stored as
 _IMAGES = frozenset(IMAGE_TYPES)
 _WANTED = frozenset(IMAGE_TYPES + CAPTION_TYPES + CLASS_TYPES)
 _PICKLES = frozenset(("pyd", "pth", "pt", "pkl", "pickle", "ckpt"))
-_SET_TYPE = "dataset_type.txt"  # of CLIP_benchmark
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own members
 
@@ -276,37 +273,23 @@ def check_caption(text: str) -> str:
     return text
 
 
-def caption_lines(shard: str, remote: Remote | None = None) -> bool:
+def caption_lines(shard: str) -> bool:
     """Whether the .txt members of a shard hold a caption on each line rather than one caption.
 
     That is so in the retrieval sets of CLIP_benchmark: `dataset_type.txt` in the shard's folder, or in the one above it,
     says `retrieval`. Every command follows this rule.
 
     Args:
-        shard: path, URL or `pipe:` command. A command has no folder, so each of its .txt is one caption.
-        remote: how to read from URLs.
-
-    Raises:
-        OSError: if it cannot be known whether there is such a file.
+        shard: path, URL or `pipe:` command. No file is looked for beside URLs and commands: each .txt is one caption.
     """
-    if shard.startswith("pipe:"):
-        return False
     if is_remote(shard):
-        home = posixpath.dirname(shard.partition("?")[0])
-        above = [posixpath.dirname(home)] if home.count("/") > 2 else []
-        return any(_says_retrieval_at(f"{url}/{_SET_TYPE}", remote or Remote()) for url in (home, *above))
+        return False
     folder = Path(shard).resolve().parent
-    return any(_says_retrieval(path / _SET_TYPE) for path in (folder, folder.parent))
+    return any(_says_retrieval(path / "dataset_type.txt") for path in (folder, folder.parent))
 
 
 def _says_retrieval(file: Path) -> bool:
     return file.is_file() and file.read_bytes().strip() == b"retrieval"
-
-
-@functools.lru_cache(maxsize=4096)
-def _says_retrieval_at(url: str, remote: Remote) -> bool:
-    content = read_small(url, remote)
-    return content is not None and content.strip() == b"retrieval"
 
 
 def _in_json(text: str) -> list[str]:
