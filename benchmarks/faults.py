@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lightning_modules.checkpoints as checkpoints
-import stair.index.files as index_files
+import stair.files as files
 import stair.towers as towers
 from datamodules.synthetic import write_scenes
 from lightning_modules.contrastive import ContrastiveModule
@@ -148,7 +148,7 @@ def arm(kill: Kill) -> None:
         "checkpoint": (checkpoints.torch, "save"),
         "rename": (checkpoints, "put"),
         "hand-over": (towers, "save_model"),
-        "index": (index_files.os, "fsync"),
+        "index": (files.os, "fsync"),
     }
     if kill.moment == "any":
         return

@@ -77,14 +77,13 @@ def _index(folder: Path) -> tuple[Door, list[bytes]]:
     """The files of an index, chosen by the first byte, with checksums that agree, as a stranger could write them."""
     import numpy as np
 
-    import stair.index.store as store
     from stair import SparseIndex
-    from stair.index.files import read_manifest, write_manifest
+    from stair.index.storage import MANIFEST, read_manifest, write_manifest
     from tests.test_index import V, embeddings
 
     place = folder / "i"
     SparseIndex.build(place, embeddings(5, metadata=[{"n": n, "t": f"t{n % 2}"} for n in range(5)]))
-    manifest = place / store.MANIFEST
+    manifest = place / MANIFEST
     files = sorted(path for path in place.glob("segment-*/*") if path.is_file())
     whole = {path: path.read_bytes() for path in [manifest, *files]}
     body = json.dumps(read_manifest(manifest)).encode()
@@ -112,10 +111,9 @@ def _index(folder: Path) -> tuple[Door, list[bytes]]:
 
 def _believe_checksums() -> None:
     """No file is refused for its length or checksum: what stands behind that check is to be tried."""
-    import stair.index.segment as segment
-    import stair.index.store as store
+    import stair.index.storage as storage
 
-    segment.check = store.check = lambda *_, **__: None  # type: ignore[assignment]
+    storage.check = lambda *_, **__: None  # type: ignore[assignment]
 
 
 def _model(folder: Path) -> tuple[Door, list[bytes]]:

@@ -452,7 +452,7 @@ def test_from_pictures_to_hits_on_the_command_line(stair, model, shard, tmp_path
         "--where",
         "stair:file=some-0000.tar and stair:length>1",
     )
-    assert "4 documents" in stair("index", index, "--delete", "some-0000/sub/k3", "--compact")
+    assert "4 documents" in stair("index", index, "--delete", "some-0000/sub/k3")
     for words, complaint in [((), "give one of"), (("--words", "dog:x"), "no number"), (("--text", "dog"), "model")]:
         with pytest.raises(SystemExit, match=complaint):
             stair("search", index, *words)

@@ -212,8 +212,8 @@ def test_an_output_that_cannot_be_written_is_said_by_name(tiny_stair):
 
 def test_a_file_that_vanishes_from_an_index_is_named(tmp_path):
     SparseIndex.build(tmp_path / "i", embeddings(5))
-    next((tmp_path / "i").glob("*/row_words.npy")).unlink()
-    with pytest.raises(ValueError, match=r"row_words.npy has None bytes"):
+    next((tmp_path / "i").glob("*/documents.arrow")).unlink()
+    with pytest.raises(ValueError, match=r"documents.arrow has None bytes"):
         SparseIndex.open(tmp_path / "i")
 
 

@@ -1,15 +1,16 @@
 """`stair index` and `stair search`."""
 
 import json
+import sys
 from pathlib import Path
 
 from PIL import Image
 
-from stair.embeddings import Embeddings
+from stair.embeddings import Embeddings, part_files, read_header
 from stair.images import decode_image
+from stair.index.hits import Hit
 from stair.index.sparse_index import SparseIndex
-from stair.index.store import MANIFEST
-from stair.index.writing import Writer
+from stair.index.storage import MANIFEST, change
 from stair.plain import one_line
 
 
@@ -18,46 +19,37 @@ def index(
     delete: str | None = None,
     delete_from: Path | None = None,
     replace: bool = False,
-    compact: bool = False,
     verify: bool = False,
 ) -> None:
-    """Makes or changes an index: deletes documents and adds embeddings in one step, whole or not at all; merges segments.
+    """Makes or changes an index: deletes documents and adds embeddings in one step, all or none of it.
 
     Args:
         paths: folder of the index, then folders or files of embeddings (`stair embed`) to add to it. Without an index
             there, one is made.
         delete: id of a document to delete.
         delete_from: file with an id on each line, all to be deleted.
-        replace: documents that are there already give way to those that are added; without it, they are refused.
-        compact: merge small segments and free what deleted documents take.
+        replace: documents that are added replace those of the same id; without it, they are refused.
         verify: compare the checksum of every file.
     """
     folder, embeddings = Path(paths[0]), paths[1:]
     deleted = [delete] if delete is not None else []
     if delete_from is not None:
         deleted += delete_from.read_text(encoding="utf-8").splitlines()
+    for path in embeddings:
+        for file in part_files(path):
+            read_header(file)  # a path that is no embeddings ends the command before anything is written
     parts = (part for path in embeddings for part in Embeddings.parts(path))
     if embeddings and not deleted and not (folder / MANIFEST).exists():
-        opened = SparseIndex.build(folder, parts)
-    else:
-        if deleted or embeddings:
-            with Writer(folder) as writer:
-                writer.change(parts, deleted, replace)
-        opened = SparseIndex.open(folder)
-    if compact:
-        opened.compact()
+        SparseIndex.build(folder, parts)
+    elif deleted or embeddings:
+        change(folder, parts, deleted, replace)
+    opened = SparseIndex.open(folder)
     if verify:
         opened.verify()
-    _state(opened)
-
-
-def _state(index: SparseIndex) -> None:
-    facts = index.facts
+    facts = opened.facts
     each = facts["bytes"] / max(1, facts["documents"])
-    print(
-        f"{index.folder}: {facts['documents']} documents in {facts['segments']} segments, {facts['deleted']} deleted, "
-        f"{facts['bytes']} bytes ({each:.0f} a document), {facts['similarity']}, model {facts['model'][:12]}"
-    )
+    size = f"{facts['documents']} documents, {facts['bytes']} bytes ({each:.0f} a document)"
+    print(f"{folder}: {size}, {facts['similarity']}, model {facts['model'][:12]}")
 
 
 def search(
@@ -81,8 +73,8 @@ def search(
         image: a picture to look for.
         words: weighted words instead of a text, such as 'dog:2 beach -people'; no model needed.
         like: id of a document to find neighbours of.
-        where: conditions on metadata with ` and ` between, such as 'split=test and year>=2010'; a value that has one in it
-            stands between double quotes.
+        where: conditions on metadata with ` and ` between, such as 'split=test and year>=2010'; `stair:NAME` is a column of
+            our own, such as stair:file. Names and values with signs or ` and ` in them go between double quotes.
         k: how many hits.
         shown: how many shared words of each.
         json_lines: one JSON object a line instead of a table.
@@ -97,14 +89,23 @@ def search(
     query: str | Image.Image | None = decode_image(image.read_bytes()) if image is not None else text
     hits = opened.search(query, k, words=words, like=like, where=where or ())
     for hit in hits:
-        shared = hit.words[:shown]
-        if json_lines:
-            contributions = {word.word: word.contribution for word in shared}
-            known = {"metadata": hit.metadata, "source": hit.source}
-            print(json.dumps({"id": hit.id, "score": hit.score, "words": contributions, **known}))
-        else:
-            words_of_hit = " ".join(f"{word.word}:{word.contribution:.3f}" for word in shared)
-            print(f"{hit.score:9.4f}  {one_line(hit.id)}  {one_line(words_of_hit)}")
+        print(_json(hit, shown) if json_lines else _line(hit, shown))
+    for condition, count in hits.not_comparable.items():
+        print(
+            f"{count} of {len(opened)} documents have no value that compares with {one_line(condition)}; they do not match",
+            file=sys.stderr,
+        )
     if not hits and not json_lines:
-        told = f" where {one_line(where)}" if where else ""
-        print(f"no document scores above 0{told}: none shares a word with the query that counts for it")
+        restricted = f" where {one_line(where)}" if where else ""
+        print(f"no document scores above 0{restricted}: none shares a word with the query that counts for it")
+
+
+def _json(hit: Hit, shown: int) -> str:
+    words = {word.word: word.contribution for word in hit.words[:shown]}
+    row = {"id": hit.id, "score": hit.score, "words": words, "metadata": hit.metadata, "source": hit.source}
+    return json.dumps(row, default=str)
+
+
+def _line(hit: Hit, shown: int) -> str:
+    words = " ".join(f"{word.word}:{word.contribution:.3f}" for word in hit.words[:shown])
+    return f"{hit.score:9.4f}  {one_line(hit.id)}  {one_line(words)}"

@@ -1,13 +1,12 @@
 """What a search returns: documents, and the words that explain each score."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from stair.index.columns import split_record
 from stair.index.scoring import Query
-from stair.index.segment import Segment
+from stair.index.storage import Segment
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class SharedWord:
 
 @dataclass(repr=False, eq=False)  # not frozen: that makes ten hits cost as much as the search
 class Hit:
-    """A document found.
+    """A document of a result.
 
     Attributes:
         id: as it was added.
@@ -52,13 +51,13 @@ class Hit:
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
-        """What was added with it."""
-        return split_record(self._segment.columns.row(self._document))[0]
+        """The user's values, each of the type that was added. Missing values (None, NaN) are left out."""
+        return self._segment.documents.row(self._document, "user")
 
     @cached_property
     def source(self) -> dict[str, Any]:
         """Where it came from, as `Embeddings.source`."""
-        return split_record(self._segment.columns.row(self._document))[1]
+        return self._segment.documents.row(self._document, "stair")
 
     @cached_property
     def words(self) -> list[SharedWord]:
@@ -71,3 +70,16 @@ class Hit:
             if dense_V[v] != 0
         ]
         return sorted(shared, key=lambda word: -word.contribution)
+
+
+class Hits(list[Hit]):
+    """Hits, best first.
+
+    Attributes:
+        not_comparable: for each condition with `<`, `<=`, `>` or `>=` of the filter, how many documents have no value that
+            compares with it, if there are any. These do not match.
+    """
+
+    def __init__(self, hits: Iterable[Hit] = (), not_comparable: dict[str, int] | None = None) -> None:
+        super().__init__(hits)
+        self.not_comparable = not_comparable or {}

@@ -4,9 +4,8 @@
     for hit in index.search("red bicycle", k=10):
         print(hit.id, hit.score, hit.words[:3])
 
-A folder with a manifest, the words, and segments (stair/index/segment.py). Additions write a new segment, deletions a new
-list of the deleted, `compact` merges; then the manifest is replaced, so that whoever opens the folder sees all of a change
-or nothing of it. An index that is open keeps what it opened until it makes a change itself.
+Its files never change: a change writes new ones beside them and replaces the manifest (stair/index/storage.py). An open
+index keeps what it opened until it makes a change itself. Any number of threads can search it.
 
 N documents, V words.
 """
@@ -14,6 +13,7 @@ N documents, V words.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +21,17 @@ import numpy as np
 from scipy import sparse
 
 from stair.embeddings import Embeddings, Space, to_csr
-from stair.index.columns import Condition, conditions, split_record
-from stair.index.hits import Hit
+from stair.errors import SettingError
+from stair.index.hits import Hit, Hits
 from stair.index.query import parse_words, weights_query, words_query
 from stair.index.scoring import Best, Query, search_segment
-from stair.index.store import WORDS, Store
-from stair.index.writing import Writer, create
+from stair.index.storage import WORDS, Segment, Store, build, change
+from stair.metadata import filtered
 
 if TYPE_CHECKING:
     from stair.model import Stair
+
+Rows = Sequence[dict[str, Any]]
 
 
 class SparseIndex:
@@ -44,7 +46,8 @@ class SparseIndex:
 
     Raises:
         FileNotFoundError: if there is no index.
-        ValueError: if it is damaged, or of another model.
+        FileError: if it is damaged.
+        ValueError: if it is of another model.
     """
 
     def __init__(self, folder: str | Path, model: "Stair | None" = None) -> None:
@@ -65,28 +68,30 @@ class SparseIndex:
         folder: str | Path,
         vectors: Any,
         ids: Sequence[str] | None = None,
-        metadata: Sequence[dict[str, Any]] = (),
+        metadata: Rows = (),
         model: "Stair | None" = None,
     ) -> "SparseIndex":
         """Makes a new index.
 
         Args:
-            folder: where; must not hold an index yet.
+            folder: where; must not be an index yet.
             vectors: (N, V) CSR as `Stair.encode` returns it; or `Embeddings`, which bring ids and metadata along, or an
                 iterable of them.
             ids: N strings, all different; `0`, `1`, … where left out.
-            metadata: N dictionaries of plain values, for filters and to come back with hits.
+            metadata: N dictionaries of text, finite numbers, booleans, dates, None, or lists and dictionaries of these.
+                They come back with hits as they are, and filters use them.
             model: the model of the vectors; may be left out for `Embeddings`.
 
         Raises:
             FileExistsError: if there is an index already.
+            SettingError: if an id or a value of the metadata cannot be stored: with id and key.
             ValueError: if parts do not fit together.
         """
         parts = iter(_parts(vectors, ids, metadata, model.space if model is not None else None))
         first = next(parts, None)
         if first is None:
             raise ValueError("no embeddings to build an index of")
-        create(Path(folder), _chain(first, parts), first.space)
+        build(Path(folder), chain([first], parts), first.space)
         return cls(folder, model)
 
     def use(self, model: "Stair") -> None:
@@ -109,69 +114,73 @@ class SparseIndex:
         return len(self._store)
 
     def __contains__(self, name: str) -> bool:
-        return self._store.find(name) is not None
+        return any(documents.find(name) is not None for documents in self._store.documents)
 
     @property
     def ids(self) -> Iterator[str]:
         """The ids of all documents, in the order of addition."""
-        for segment in self._store.segments:
-            for document, name in enumerate(segment.ids):
-                if not (len(segment.deleted) and segment.deleted[document]):
-                    yield name
+        return (name for documents in self._store.documents for name in documents.ids.to_pylist())
 
     @property
     def keys(self) -> list[str]:
-        """The metadata keys that some document has."""
-        return sorted({key for segment in self._store.segments for key in segment.columns.keys})
+        """Names of the metadata that some document has, and of its source with `stair:` before, as filters take them."""
+        return sorted({key for documents in self._store.documents for key in documents.names})
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Size and make: documents, deleted ones, segments, non-zeros, bytes on disk, model, similarity."""
-        return self._store.facts
+        """Size and make: documents, non-zeros, bytes on disk, model, similarity."""
+        store = self._store
+        return {
+            "documents": len(store),
+            "nonzeros": sum(len(segment.arrays["row_words"]) for segment in store.segments),
+            "bytes": store.bytes,
+            "model": store.space.model,
+            "similarity": store.space.similarity,
+        }
 
     def verify(self) -> None:
-        """Reads every file and compares its checksum. Opening compares lengths only.
+        """Reads every file, compares its checksum, and the postings with the rows. Opening compares lengths only.
 
         Raises:
-            ValueError: naming the first that differs.
+            FileError: naming the first that differs.
         """
-        self._store.verify()
+        for segment in self._store.segments:
+            segment.verify(len(self.space.tokens))
 
     def vector(self, name: str) -> dict[str, float]:
         """The words of a document, heaviest first; scaled to length 1 where the similarity is cosine.
 
         Raises:
-            ValueError: if there is no such document.
+            SettingError: if there is no such document.
         """
-        segment, document = self._store.document(name)
-        words, weights = segment.row(document)
+        segment, n = self._document(name)
+        words, weights = segment.row(n)
         return {self.space.tokens[words[i]]: float(weights[i]) for i in np.argsort(-weights, kind="stable")}
 
     def metadata(self, name: str) -> dict[str, Any]:
-        """What was added with a document.
-
-        Raises:
-            ValueError: if there is no such document.
-        """
-        segment, document = self._store.document(name)
-        return split_record(segment.columns.row(document))[0]
+        """The user's values of a document, without missing ones. Errors as for `vector`."""
+        segment, n = self._document(name)
+        return segment.documents.row(n, "user")
 
     def source(self, name: str) -> dict[str, Any]:
-        """Where a document came from, as `Embeddings.source`.
+        """Where a document came from, as `Embeddings.source`. Errors as for `vector`."""
+        segment, n = self._document(name)
+        return segment.documents.row(n, "stair")
 
-        Raises:
-            ValueError: if there is no such document.
-        """
-        segment, document = self._store.document(name)
-        return split_record(segment.columns.row(document))[1]
+    def _document(self, name: str) -> tuple[Segment, int]:
+        for segment in self._store.segments:
+            n = segment.documents.find(name)
+            if n is not None:
+                return segment, n
+        raise SettingError(f"{self.folder} has no document {name!r}", "id")
 
     def content(self) -> Iterator[Embeddings]:
         """All documents, segment by segment, vectors as they are compared."""
-        for segment in self._store.segments:
-            vectors, ids, records = segment.content(len(self.space.tokens))
-            pairs = [split_record(record) for record in records]
-            metadata, source = ([pair[n] for pair in pairs] for n in (0, 1))
-            yield Embeddings(vectors, ids, self.space, metadata, source)
+        store = self._store
+        for segment in store.segments:
+            rows = segment.documents
+            user, ours = ([rows.row(n, owner) for n in range(len(rows))] for owner in ("user", "stair"))
+            yield Embeddings(segment.vectors(len(store.space.tokens)), rows.ids.to_pylist(), store.space, user, ours)
 
     # ---------------------------------------------------------------- searching
 
@@ -183,7 +192,7 @@ class SparseIndex:
         words: str | Mapping[str, float] | None = None,
         like: str | None = None,
         where: str | Sequence[str] = (),
-    ) -> list[Hit]:
+    ) -> Hits:
         """The k documents of highest dot product with a query, exactly.
 
         Args:
@@ -193,19 +202,19 @@ class SparseIndex:
             words: weighted words, such as `dog:2 beach -people`, or weights by word.
             like: id of a document whose vector is the query; it is left out of the hits.
             where: conditions on metadata that all must hold: one text such as `split=test and year>=2010`, or a list
-                with a text for each. A value with ` and ` in it stands between double quotes.
+                with a text for each (`stair.metadata.conditions`).
 
         Returns:
             Hits, best first; equal scores in the order of addition.
 
         Raises:
+            SettingError: if a condition cannot be read, or does not fit the metadata.
             ValueError: if not exactly one of query, words and like is given, or it cannot be read.
         """
         if k < 1:
             raise ValueError(f"k is {k}; give a number of hits from 1 up")
-        encoded = self.query(query, words=words, like=like)
-        hits = self.top(encoded, k + (like is not None), where)
-        return [hit for hit in hits if hit.id != like][:k]
+        hits = self.top(self.query(query, words=words, like=like), k + (like is not None), where)
+        return Hits([hit for hit in hits if hit.id != like][:k], hits.not_comparable)
 
     def query(
         self, query: Any = None, *, words: str | Mapping[str, float] | None = None, like: str | None = None
@@ -214,33 +223,23 @@ class SparseIndex:
         if sum(value is not None for value in (query, words, like)) != 1:
             raise ValueError("give one of: a query, words, or the id of a document to search like")
         if like is not None:
-            segment, document = self._store.document(like)
-            return Query(*segment.row(document), len(self.space.tokens))
+            segment, n = self._document(like)
+            return Query(*segment.row(n), len(self.space.tokens))
         if words is not None:
             return words_query(parse_words(words) if isinstance(words, str) else words, self.space, self._pieces)
         row = self._row(query)
         return weights_query(row.indices, row.data, self.space)
 
-    def top(self, query: Query, k: int, where: str | Sequence[str] = ()) -> list[Hit]:
+    def top(self, query: Query, k: int, where: str | Sequence[str] = ()) -> Hits:
         """As `search`, for a query that is ready."""
-        wanted = self._conditions(where)
-        best, dense_V = Best(max(1, min(k, len(self)))), query.dense()
-        for segment in self._store.segments:
-            search_segment(segment.arrays, query, dense_V, segment.allowed(wanted), segment.first, best)
+        store = self._store
+        allowed, not_comparable = filtered(store.documents, where)
+        best, dense_V = Best(max(1, min(k, len(store)))), query.dense()
+        for segment, allowed_N in zip(store.segments, allowed, strict=True):
+            search_segment(segment.arrays, query, dense_V, allowed_N, segment.first, best)
         count = int(best.count[0])
         found = zip(best.documents[:count].tolist(), best.scores[:count].tolist(), strict=True)
-        return [self._hit(document, score, query) for document, score in found]
-
-    def _hit(self, number: int, score: float, query: Query) -> Hit:
-        segment = next(s for s in reversed(self._store.segments) if s.first <= number)
-        document = number - segment.first
-        return Hit(segment.ids[document], score, segment, document, query, self.space.tokens)
-
-    def _conditions(self, where: str | Sequence[str]) -> list[Condition]:
-        wanted = conditions(where)
-        if unknown := sorted({condition.key for condition in wanted} - set(self.keys if wanted else ())):
-            raise ValueError(f"filter on {unknown}: no document has it; known are {self.keys}")
-        return wanted
+        return Hits((_hit(store, number, score, query) for number, score in found), not_comparable)
 
     def _row(self, query: Any) -> sparse.csr_matrix:
         from PIL.Image import Image
@@ -285,37 +284,30 @@ class SparseIndex:
         self,
         vectors: Any,
         ids: Sequence[str] | None = None,
-        metadata: Sequence[dict[str, Any]] = (),
+        metadata: Rows = (),
         replace: bool = False,
     ) -> "SparseIndex":
-        """Adds documents, all or none; those there stay as they are. Arguments as for `build`, and
+        """Adds documents, all or none. Readers see the index before or after it.
+
+        Arguments and errors as for `build`, and
 
         Args:
-            replace: whether a document takes the place of one with the same id; refused otherwise. Readers see the old
-                ones or the new ones, never neither.
+            replace: whether a document replaces the one of the same id; refused otherwise.
 
         Raises:
-            ValueError: if an id is there already or occurs twice, or the vectors are of another model.
+            SettingError: if an id is there already or occurs twice.
         """
         model = self._model.space if self._model is not None else None
-        with Writer(self.folder) as writer:
-            writer.change(_parts(vectors, ids, metadata, model), replace=replace)
+        change(self.folder, _parts(vectors, ids, metadata, model), replace=replace)
         return self._again()
 
-    def delete(self, ids: Sequence[str]) -> "SparseIndex":
-        """Deletes documents, all or none; `compact` frees their space.
+    def delete(self, ids: str | Sequence[str]) -> "SparseIndex":
+        """Deletes documents, all or none.
 
         Raises:
-            ValueError: if there is no such document.
+            SettingError: if there is no such document.
         """
-        with Writer(self.folder) as writer:
-            writer.change(delete=[ids] if isinstance(ids, str) else ids)
-        return self._again()
-
-    def compact(self) -> "SparseIndex":
-        """Merges small segments and leaves deleted documents out; ids, scores and order stay."""
-        with Writer(self.folder) as writer:
-            writer.compact()
+        change(self.folder, delete=[ids] if isinstance(ids, str) else ids)
         return self._again()
 
     def _again(self) -> "SparseIndex":
@@ -323,9 +315,13 @@ class SparseIndex:
         return self
 
 
-def _parts(
-    vectors: Any, ids: Sequence[str] | None, metadata: Sequence[dict[str, Any]], space: Space | None
-) -> Iterable[Embeddings]:
+def _hit(store: Store, number: int, score: float, query: Query) -> Hit:
+    segment = next(s for s in reversed(store.segments) if s.first <= number)
+    n = number - segment.first
+    return Hit(segment.documents.ids[n].as_py(), score, segment, n, query, store.space.tokens)
+
+
+def _parts(vectors: Any, ids: Sequence[str] | None, metadata: Rows, space: Space | None) -> Iterable[Embeddings]:
     if isinstance(vectors, Embeddings):
         return [vectors]
     if not hasattr(vectors, "shape"):
@@ -339,8 +335,3 @@ def _parts(
     if wrong := [name for name in names if not isinstance(name, str)]:
         raise ValueError(f"id {wrong[0]!r} is a {type(wrong[0]).__name__}; ids are texts: str(...)")
     return [Embeddings(sparse.csr_matrix(vectors), names, space, metadata)]
-
-
-def _chain(first: Embeddings, rest: Iterable[Embeddings]) -> Iterator[Embeddings]:
-    yield first
-    yield from rest
