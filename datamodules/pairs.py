@@ -39,11 +39,13 @@ class CollatePairs:
 
     def __call__(self, pairs: list[Pair]) -> Batch:
         """The batch of these pairs."""
-        ids_CT, mask_CT = self.vocabulary.tokenize([text for pair in pairs for text in pair.captions], self.max_tokens)
+        encoded = self.vocabulary.encode([text for pair in pairs for text in pair.captions])
+        ids_CT, mask_CT = self.vocabulary.pad(encoded, self.max_tokens)
         return Batch(
             pixels=torch.stack([pair.pixels for pair in pairs]),
             ids=ids_CT,
             mask=mask_CT,
+            cut=torch.tensor([len(ids) > self.max_tokens for ids in encoded], dtype=torch.bool),
             image_id=torch.tensor([pair.image_id for pair in pairs]),
             caption_image=torch.tensor([pair.image_id for pair in pairs for _ in pair.captions]),
             key=[pair.key for pair in pairs],

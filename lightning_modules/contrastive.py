@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -24,7 +25,10 @@ from lightning_modules.optimizer import Optimizer
 from stair.batch import Batch
 from stair.losses import Contrastive
 from stair.metrics import RetrievalRecall
+from stair.set_counts import SetCounts, image_hashes, sentences, token_captions
 from stair.towers import TowersConfig, TwoTowers
+
+RECALL_AT = (1, 5, 10)
 
 
 class ContrastiveModule(L.LightningModule):
@@ -68,8 +72,9 @@ class ContrastiveModule(L.LightningModule):
             raise ValueError(f"compile is {compile!r}; give one of {', '.join(known)}, or null for none")
         self.optimizer, self.scale_start, self.micro_batch_size = optimizer, scale_start, micro_batch_size
         self.recompute, self.compile_backend, self._laid_out = recompute, compile, False
-        self.retrieval = torch.nn.ModuleList()
+        self.retrieval, self.counts = torch.nn.ModuleList(), torch.nn.ModuleList()
         self._sets: list[str] = []
+        self._stated: dict[str, str] = {}
 
     @classmethod
     def home(cls) -> str:
@@ -275,7 +280,8 @@ class ContrastiveModule(L.LightningModule):
                 "bf16-mixed, or 32-true"
             )
         self._sets = self._set_names("test" if stage == "test" else "val") if stage != "predict" else []
-        self.retrieval = torch.nn.ModuleList([RetrievalRecall() for _ in self._sets])
+        self.retrieval = torch.nn.ModuleList([RetrievalRecall(RECALL_AT) for _ in self._sets])
+        self.counts = torch.nn.ModuleList([SetCounts() for _ in self._sets])
 
     def _set_names(self, kind: str) -> list[str]:
         return list(getattr(self.trainer.datamodule, f"{kind}_names"))
@@ -286,6 +292,9 @@ class ContrastiveModule(L.LightningModule):
         metric = self.retrieval[dataloader_idx]
         image_BV, text_CV = (self.towers.comparable(encoded[key]) for key in ("image_BV", "text_CV"))
         metric.update(image_BV, text_CV, batch["image_id"], batch["caption_image"])
+        captions = token_captions(self.towers.vocabulary, batch["ids"], batch["mask"], batch["cut"])
+        counts = self.counts[dataloader_idx]
+        counts.update(image_hashes(batch["pixels"]), captions, batch["image_id"], batch["caption_image"])
         return encoded
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
@@ -306,13 +315,24 @@ class ContrastiveModule(L.LightningModule):
         self._log_retrieval("test")
 
     def _log_retrieval(self, prefix: str) -> None:
-        for place, (name, metric) in enumerate(zip(self._sets, self.retrieval, strict=True)):
+        for place, (name, metric, counts) in enumerate(zip(self._sets, self.retrieval, self.counts, strict=True)):
             values = metric.compute()
+            self._state_counts(f"{prefix}/{name}", counts.compute(), metric.tied)
             metric.reset()
+            counts.reset()
             self.log_dict({f"{prefix}/{name}/{key}": value.float() for key, value in values.items()})
             if place == 0:
                 recalls = [value.float() for key, value in values.items() if "recall@" in key]
                 self.log(f"{prefix}/recall", torch.stack(recalls).mean(), prog_bar=True)
+
+    def _state_counts(self, name: str, counts: dict[str, int], tied: dict[str, int]) -> None:
+        """Logs what makes the figures of a set unfair, once and whenever it changes by more than ties."""
+        size = f"{name}: {counts['images']} images, {counts['captions']} captions"
+        lasting = "; ".join([size, *sentences(counts, RECALL_AT)])
+        if not self.trainer.sanity_checking and self._stated.get(name) != lasting:
+            self._stated[name] = lasting
+            ties = sentences({f"tied_{way}": number for way, number in tied.items()})
+            rank_zero_info("; ".join([lasting, *ties]))
 
 
 def sides(towers: TwoTowers) -> dict[str, tuple[torch.nn.Module, ...]]:

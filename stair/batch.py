@@ -15,6 +15,7 @@ class Batch(TypedDict):
         pixels: (B, 3, H, W) uint8, 0 to 255. The model normalises: mean and deviation have one home.
         ids: (C, T) int64 word-piece ids, padded with the vocabulary's pad id.
         mask: (C, T) bool, True at real tokens.
+        cut: (C,) bool, True where a caption was longer than the model's longest text.
         image_id: (B,) int64, the image's place in its evaluation set; -1 marks padding that only evens out ranks and
             must be ignored. In training: the row number.
         caption_image: (C,) int64, the `image_id` of the image a caption belongs to; -1 for padding.
@@ -25,6 +26,7 @@ class Batch(TypedDict):
     pixels: Tensor
     ids: Tensor
     mask: Tensor
+    cut: Tensor
     image_id: Tensor
     caption_image: Tensor
     key: list[str]

@@ -9,7 +9,6 @@ import importlib.util
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -66,6 +65,8 @@ def _help() -> str:
 
 def main() -> None:
     """`stair WORD …`."""
+    import warnings
+
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # here, as a library leaves filters alone
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):

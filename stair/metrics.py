@@ -9,8 +9,8 @@ torchmetrics has retrieval metrics, not used here: they want one flat entry per 
 Shapes: B images of an update, C captions of it, N images in all, V words (or the width of a dense embedding).
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from stair.ranking import SparseRows, retrieval_figures
+from stair.ranking import SparseRows, rank_figures, retrieval_ranks
 
+Rows = Callable[[Tensor], Iterable[Tensor]]
 _ALWAYS_ON = 0.9
 
 
@@ -40,7 +41,56 @@ def row_of_caption(image_id_B: Tensor, caption_image_C: Tensor) -> Tensor:
     return match_CB.int().argmax(1).masked_fill(~real_C, -1) if match_CB.numel() else caption_image_C.long()
 
 
-class RetrievalRecall(Metric):
+class ImageRows(Metric):
+    """Rows of images and of their captions, gathered from all ranks; an image that a sampler repeats counts once.
+
+    A subclass names its states and their types. The first two are `image_id` and `captions`, how many captions an image
+    has; states of captions follow each other in the order of the images.
+    """
+
+    full_state_update = False
+    _STATES: ClassVar[dict[str, torch.dtype]]
+
+    def __init__(self) -> None:
+        super().__init__(compute_on_cpu=True, dist_sync_fn=self._gather)
+        for name in self._STATES:
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def _add(self, image_id: Tensor, caption_image: Tensor, images: Rows, captions: Rows) -> None:
+        """Adds the real rows of a batch: `images` and `captions` choose rows by an index, for the states in order."""
+        row_C = row_of_caption(image_id, caption_image)
+        # captions in the order of their images; padding has sorted to the front and is cut off
+        order_C = row_C.argsort(stable=True)[int((row_C < 0).sum()) :]
+        real_B = image_id >= 0
+        captions_B = torch.bincount(row_C[order_C], minlength=len(image_id))
+        new = (image_id[real_B], captions_B[real_B], *images(real_B), *captions(order_C))
+        for name, rows in zip(self._STATES, new, strict=True):
+            getattr(self, name).append(rows)
+
+    def _first(self) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The states, (N,) bool whether a row is the first of its image, and (C,) bool the same of captions."""
+        states = [dim_zero_cat(getattr(self, name)) for name in self._STATES]
+        ordered_N, order_N = states[0].sort(stable=True)
+        is_new_N = torch.ones_like(ordered_N, dtype=torch.bool)
+        is_new_N[1:] = ordered_N[1:] != ordered_N[:-1]
+        first_N = torch.empty_like(is_new_N).scatter_(0, order_N, is_new_N)
+        return states, first_N, first_N.repeat_interleave(states[1])
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gathers the states of all ranks; a rank without rows takes part with empty ones of the right type.
+
+        torchmetrics would send an empty fp32 tensor from it, which breaks the gathering of integers.
+        """
+        for name, dtype in self._STATES.items():
+            if isinstance(rows := getattr(self, name), list):
+                setattr(self, name, [torch.cat([torch.empty(0, dtype=dtype), *(r.cpu() for r in rows)])])
+        super().sync(*args, **kwargs)
+
+    def _gather(self, rows: Tensor, group: Any = None) -> list[Tensor]:
+        return [part.cpu() for part in gather_all_tensors(rows.to(self.device), group)]
+
+
+class RetrievalRecall(ImageRows):
     """Recall@k, ranks and gain of image-to-text (i2t) and text-to-image (t2i) retrieval over a whole set.
 
     rank(query) = 1 + number of competitors whose score is at least that of the query's best own row, where
@@ -66,7 +116,6 @@ class RetrievalRecall(Metric):
         ValueError: if a k is below 1.
     """
 
-    full_state_update = False
     higher_is_better = True
     _STATES = {  # noqa: RUF012 - torchmetrics needs plain class attributes
         "image_id": torch.int64,
@@ -80,12 +129,11 @@ class RetrievalRecall(Metric):
     }
 
     def __init__(self, ks: Sequence[int] = (1, 5, 10)) -> None:
-        super().__init__(compute_on_cpu=True, dist_sync_fn=self._gather)
+        super().__init__()
         if min(ks, default=0) < 1:
             raise ValueError(f"ks is {tuple(ks)}: wanted one or more numbers of at least 1, as in (1, 5, 10)")
         self.ks = tuple(ks)
-        for name in self._STATES:
-            self.add_state(name, [], dist_reduce_fx="cat")
+        self.tied: dict[str, int] = {}
 
     def update(self, image_BV: Tensor, text_CV: Tensor, image_id: Tensor, caption_image: Tensor) -> None:
         """Adds images with their captions.
@@ -104,53 +152,31 @@ class RetrievalRecall(Metric):
             raise ValueError(
                 f"image embeddings are {image_BV.shape[1]} wide, text embeddings {text_CV.shape[1]}: wanted one width"
             )
-        row_C = row_of_caption(image_id, caption_image)
-        # captions in the order of their images; padding has sorted to the front and is cut off
-        order_C = row_C.argsort(stable=True)[int((row_C < 0).sum()) :]
-        real_B = image_id >= 0
-        captions_B = torch.bincount(row_C[order_C], minlength=len(image_id))
-        new = (
-            image_id[real_B],
-            captions_B[real_B],
-            *SparseRows.of(image_BV.detach()[real_B]),
-            *SparseRows.of(text_CV.detach()[order_C]),
+        self._add(
+            image_id,
+            caption_image,
+            lambda real_B: SparseRows.of(image_BV.detach()[real_B]),
+            lambda order_C: SparseRows.of(text_CV.detach()[order_C]),
         )
-        for name, rows in zip(self._STATES, new, strict=True):
-            getattr(self, name).append(rows)
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gathers the states of all ranks; a rank without rows takes part with empty ones of the right type.
-
-        torchmetrics would send an empty fp32 tensor from it, which breaks the gathering of integers.
-        """
-        for name, dtype in self._STATES.items():
-            if isinstance(rows := getattr(self, name), list):
-                setattr(self, name, [torch.cat([torch.empty(0, dtype=dtype), *(r.cpu() for r in rows)])])
-        super().sync(*args, **kwargs)
-
-    def _gather(self, rows: Tensor, group: Any = None) -> list[Tensor]:
-        return [part.cpu() for part in gather_all_tensors(rows.to(self.device), group)]
 
     def compute(self) -> dict[str, Tensor]:
         """Ranks every image and every caption.
 
         Returns:
-            For `i2t` and `t2i`: `recall@k` for each k, `mrr` and `ndcg@10`, in 0 to 1; `median_rank`, from 1.
+            For `i2t` and `t2i`: `recall@k` for each k, `mrr` and `ndcg@10`, in 0 to 1; `median_rank`, from 1. The
+            attribute `tied` then has the number of queries whose best right answer scores as a wrong one does.
         """
-        return retrieval_figures(*self.embeddings(), self.ks)
+        ranks = retrieval_ranks(*self.embeddings())
+        self.tied = {way: int(found.tied.sum()) for way, found in ranks.items()}
+        return rank_figures(ranks, self.ks)
 
     def embeddings(self) -> tuple[SparseRows, SparseRows, Tensor]:
         """Images in the order of their ids, their captions, and (C,) int64 the place of each caption's image."""
-        image_id_N, captions_N, *parts = (dim_zero_cat(getattr(self, name)) for name in self._STATES)
-        ordered_N, order_N = image_id_N.sort(stable=True)
-        is_new_N = torch.ones_like(ordered_N, dtype=torch.bool)
-        is_new_N[1:] = ordered_N[1:] != ordered_N[:-1]
-        first_N = torch.empty_like(is_new_N).scatter_(0, order_N, is_new_N)
-
+        (_, captions_N, *parts), first_N, first_C = self._first()
         # sparse products exist on CPU and CUDA only
         device = self.device if self.device.type == "cuda" else torch.device("cpu")
         images = SparseRows(*parts[:3]).only(first_N).to(device)
-        texts = SparseRows(*parts[3:]).only(first_N.repeat_interleave(captions_N)).to(device)
+        texts = SparseRows(*parts[3:]).only(first_C).to(device)
         return images, texts, torch.arange(len(images.entries)).repeat_interleave(captions_N[first_N])
 
 

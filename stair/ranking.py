@@ -8,7 +8,7 @@ Shapes: N rows, M rows ranked against each other, Q queries of a block, V words 
 rows of the query that has most.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -122,10 +122,12 @@ class Ranks(NamedTuple):
     Attributes:
         first: (N,) int64, rank of the best right answer among the wrong ones, from 1.
         gain: (N,) fp32, nDCG@`cut` with binary relevance.
+        tied: (N,) bool, whether a wrong answer scores as the best right one does, or a score is NaN.
     """
 
     first: Tensor
     gain: Tensor
+    tied: Tensor
 
 
 def rank(query: SparseRows, owner_N: Tensor, gallery: SparseRows, owner_M: Tensor, width: int, cut: int = 10) -> Ranks:
@@ -147,6 +149,7 @@ def rank(query: SparseRows, owner_N: Tensor, gallery: SparseRows, owner_M: Tenso
     """
     first: list[Tensor] = [owner_N[:0]]
     gain: list[Tensor] = [query.weight[:0]]
+    tied: list[Tensor] = [owner_N[:0].bool()]
     if len(owner_M):
         gallery_MV = gallery.matrix(width)
         discount = 1 / torch.arange(2, cut + 2, device=owner_N.device).log2()
@@ -156,35 +159,51 @@ def rank(query: SparseRows, owner_N: Tensor, gallery: SparseRows, owner_M: Tenso
             score_MQ = gallery_MV @ query.columns(begin, last, width)
             own_MQ = owner_M[:, None] == owner_N[None, begin:last]
             own_Q = own_MQ.sum(0)
-            place_KQ = _places(score_MQ, own_MQ, int(own_Q.max()))[:, own_Q > 0]
+            place_KQ, tied_Q = _places(score_MQ, own_MQ, int(own_Q.max()))
+            place_KQ = place_KQ[:, own_Q > 0]
             if len(place_KQ):
+                tied.append(tied_Q[own_Q > 0])
                 first.append(place_KQ[0])
                 gains_KQ = torch.where(place_KQ <= cut, discount[place_KQ.clamp(max=cut) - 1], 0.0)
                 gain.append(gains_KQ.sum(0) / best[own_Q[own_Q > 0].clamp(max=cut)])
-    return Ranks(torch.cat(first), torch.cat(gain))
+    return Ranks(torch.cat(first), torch.cat(gain), torch.cat(tied))
 
 
-def _places(score_MQ: Tensor, own_MQ: Tensor, most: int) -> Tensor:
-    """(K, Q) int64: places of each query's own rows, best first, `_NOWHERE` where it has fewer than K."""
+def _places(score_MQ: Tensor, own_MQ: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """(K, Q) int64: places of each query's own rows, best first, `_NOWHERE` where it has fewer than K; `Ranks.tied`."""
     own_KQ = score_MQ.masked_fill(~own_MQ | score_MQ.isnan(), -torch.inf).topk(most, dim=0).values
     here_KQ = torch.arange(most, device=own_MQ.device)[:, None] < own_MQ.sum(0)
     # "not below" instead of "at least": a NaN among the wrong ones then counts against
     ahead = [(~(score_MQ < own_Q) & ~own_MQ).sum(0) for own_Q in own_KQ]
     places = [before_Q + 1 + place for place, before_Q in enumerate(ahead)]
-    return torch.stack(places).masked_fill(~here_KQ, _NOWHERE) if places else own_MQ.new_zeros(0).long()
+    if not places:
+        return own_MQ.new_zeros(0).long(), own_MQ.new_zeros(0)
+    above_Q = ((score_MQ > own_KQ[0]) & ~own_MQ).sum(0)
+    return torch.stack(places).masked_fill(~here_KQ, _NOWHERE), ahead[0] > above_Q
 
 
 def retrieval_figures(
     images: SparseRows, texts: SparseRows, text_owner: Tensor, ks: Iterable[int], ways: Iterable[str] = ("i2t", "t2i")
 ) -> dict[str, Tensor]:
     """The figures of `stair.metrics.RetrievalRecall` for images 0 … N-1 and texts that belong to `text_owner`."""
+    return rank_figures(retrieval_ranks(images, texts, text_owner, ways), ks)
+
+
+def retrieval_ranks(
+    images: SparseRows, texts: SparseRows, text_owner: Tensor, ways: Iterable[str] = ("i2t", "t2i")
+) -> dict[str, Ranks]:
+    """Ranks of images among texts (`i2t`) and of texts among images (`t2i`); arguments as `retrieval_figures`."""
     device, image_owner = images.entries.device, torch.arange(len(images.entries), device=images.entries.device)
     text_owner = text_owner.to(device)
     width = 1 + max((int(rows.column.max()) for rows in (images, texts) if len(rows.column)), default=0)
     sides = {"i2t": (images, image_owner, texts, text_owner), "t2i": (texts, text_owner, images, image_owner)}
+    return {way: rank(*sides[way], width) for way in ways}
+
+
+def rank_figures(ranks: Mapping[str, Ranks], ks: Iterable[int]) -> dict[str, Tensor]:
+    """Recall@k, median rank, mean reciprocal rank and nDCG@10 of each direction."""
     figures: dict[str, Tensor] = {}
-    for name in ways:
-        first, gain = rank(*sides[name], width)
+    for name, (first, gain, _) in ranks.items():
         figures |= {f"{name}/recall@{k}": (first <= k).float().mean() for k in ks}
         # torch.median takes the lower of two middle ranks; none at all gives NaN
         figures[f"{name}/median_rank"] = (first.float().median() - (-first.float()).median()) / 2

@@ -142,10 +142,10 @@ class Vocabulary:
         if max_tokens < 2:
             raise SettingError(f"max_tokens is {max_tokens}; give 2 or more: [CLS] and [SEP] take two", "max_tokens")
         cut = [ids if len(ids) <= max_tokens else [*ids[: max_tokens - 1], ids[-1]] for ids in encoded]
-        lengths_B = torch.tensor([len(ids) for ids in cut])
-        mask_BT = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
+        lengths_B = torch.tensor([len(ids) for ids in cut], dtype=torch.int64)
+        mask_BT = torch.arange(max(map(len, cut), default=0)) < lengths_B[:, None]
         ids_BT = torch.full(mask_BT.shape, self.pad_id)
-        ids_BT[mask_BT] = torch.tensor([i for ids in cut for i in ids])
+        ids_BT[mask_BT] = torch.tensor([i for ids in cut for i in ids], dtype=torch.int64)
         return ids_BT, mask_BT
 
     def pieces(self, text: str) -> list[int]:

@@ -65,23 +65,25 @@ def zero_shot(
         width: V.
 
     Returns:
-        `top1`, `top5`, `mean_class_top1` (each class of equal weight), `images`, `classes`, and `per_class`: name to
-        accuracy and number of images, of classes that have images.
+        `top1`, `top5`, `mean_class_top1` (each class that has images of equal weight), `images`, `classes`, `tied` (images
+        that score a wrong class as high as their own), and `per_class`: by the place of a class its `name`, `top1` (NaN
+        without images) and `images`.
     """
-    first = rank(images, labels, classes, torch.arange(len(names)), width).first
-    per_class = {
-        names[label]: {
-            "top1": float((first[labels == label] == 1).float().mean()),
-            "images": int((labels == label).sum()),
-        }
-        for label in labels.unique().tolist()
-    }
+    ranks = rank(images, labels, classes, torch.arange(len(names)), width)
+    first = ranks.first
+    per_class: list[dict[str, Any]] = [
+        {"name": name, "top1": float((first[own] == 1).float().mean()), "images": int(own.sum())}
+        for label, name in enumerate(names)
+        for own in [labels == label]
+    ]
+    accuracies = [found["top1"] for found in per_class if found["images"]]
     return {
         "top1": float((first == 1).float().mean()),
         "top5": float((first <= 5).float().mean()),
-        "mean_class_top1": sum(figures["top1"] for figures in per_class.values()) / max(len(per_class), 1),
+        "mean_class_top1": sum(accuracies) / max(len(accuracies), 1),
         "images": len(labels),
         "classes": len(names),
+        "tied": int(ranks.tied.sum()),
         "per_class": per_class,
     }
 

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stair.evaluate.scored import Scored
-from stair.evaluate.sets import EvaluationSet, Samples, batches
+from stair.evaluate.scored import Cutting, Scored
+from stair.evaluate.sets import EvaluationSet, Sample, Samples, batches
 from stair.grounding import Expansion, Grounding
 from stair.metrics import SparsityStats
 from stair.ranking import SparseRows
+from stair.set_counts import SetCounts, image_hashes, text_captions, token_captions
+from stair.towers import TwoTowers
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Embedded:
         labels: (N,) int64, -1 where an image has no class.
         width: V.
         figures: of words, sparsity and expansion; empty for dense models.
+        image_hash: (N,) int64, equal for images of equal pixels.
+        counts: of `SetCounts`.
         seconds: spent on reading and embedding.
     """
 
@@ -38,6 +42,8 @@ class Embedded:
     labels: Tensor
     width: int
     figures: dict[str, float]
+    image_hash: Tensor
+    counts: dict[str, int]
     seconds: float
 
     def comparable(self, similarity: str) -> tuple[SparseRows, SparseRows]:
@@ -57,7 +63,8 @@ def embed(scored: Scored, what: EvaluationSet, batch_size: int = 64, words: int 
     start = time.perf_counter()
     images: list[SparseRows] = []
     texts: list[SparseRows] = []
-    metrics = _Words(scored, words)
+    metrics, counts = _Words(scored, words), SetCounts()
+    hashes: list[Tensor] = []
     captions: list[list[str]] = []
     labels: list[int] = []
     width = 1
@@ -69,26 +76,63 @@ def embed(scored: Scored, what: EvaluationSet, batch_size: int = 64, words: int 
             images.append(SparseRows.of(image_BV))
             texts.append(SparseRows.of(text_CV))
             metrics.add(image_BV, text_CV, told, [len(s.captions) if what.retrieval else 0 for s in batch])
+            hashes.append(image_hashes([sample.image for sample in batch]))
+            _count(counts, scored, batch, hashes[-1], len(captions))
             captions += [list(sample.captions) for sample in batch]
             labels += [-1 if sample.label is None else sample.label for sample in batch]
             width = image_BV.shape[1]
-    counts = torch.tensor([len(own) if what.retrieval else 0 for own in captions])
-    owner = torch.arange(len(captions)).repeat_interleave(counts)
+    captions_N = torch.tensor([len(own) if what.retrieval else 0 for own in captions])
+    owner = torch.arange(len(captions)).repeat_interleave(captions_N)
     seconds = time.perf_counter() - start
     rows = SparseRows.cat(images), SparseRows.cat(texts)
-    return Embedded(*rows, owner, captions, torch.tensor(labels), width, metrics.figures(), seconds)
+    return Embedded(
+        *rows,
+        owner,
+        captions,
+        torch.tensor(labels),
+        width,
+        metrics.figures(),
+        torch.cat(hashes),
+        _known(counts.compute(), scored),
+        seconds,
+    )
 
 
-def embed_images(scored: Scored, samples: Samples, batch_size: int = 64) -> tuple[SparseRows, Tensor]:
-    """Comparable embeddings of those images that have a label, and (N,) int64 their labels."""
+def _count(counts: SetCounts, scored: Scored, batch: list[Sample], image_hash: Tensor, first: int) -> None:
+    texts = [text for sample in batch for text in sample.captions]
+    encoder = scored.encoder
+    if isinstance(encoder, TwoTowers):
+        longest, encoded = encoder.config.text.max_tokens, encoder.vocabulary.encode(texts)
+        cut = torch.tensor([len(ids) > longest for ids in encoded], dtype=torch.bool)
+        read = token_captions(encoder.vocabulary, *encoder.vocabulary.pad(encoded, longest), cut)
+    else:
+        read = text_captions(texts, encoder.cut(texts) if isinstance(encoder, Cutting) else None)
+    image_id = torch.arange(first, first + len(batch))
+    owner = image_id.repeat_interleave(torch.tensor([len(sample.captions) for sample in batch]))
+    counts.update(image_hash, read, image_id, owner)
+
+
+def _known(counts: dict[str, int], scored: Scored) -> dict[str, int]:
+    """Without counts that a model with another tokenizer does not state."""
+    if not isinstance(scored.encoder, TwoTowers):
+        del counts["captions_with_unknown_tokens"]
+        if not isinstance(scored.encoder, Cutting):
+            del counts["cut_captions"]
+    return counts
+
+
+def embed_images(scored: Scored, samples: Samples, batch_size: int = 64) -> tuple[SparseRows, Tensor, Tensor]:
+    """Comparable embeddings of those images that have a label, (N,) int64 their labels, and their hashes."""
     rows: list[SparseRows] = []
     labels: list[int] = []
+    hashes: list[Tensor] = []
     for batch in batches(samples, batch_size):
         rows.append(SparseRows.of(scored.encoder.encode_image([sample.image for sample in batch]).float().cpu()))
         labels += [-1 if sample.label is None else sample.label for sample in batch]
+        hashes.append(image_hashes([sample.image for sample in batch]))
     all_rows, label_N = SparseRows.cat(rows), torch.tensor(labels)
     comparable = all_rows.unit() if scored.encoder.similarity == "cosine" else all_rows
-    return comparable.only(label_N >= 0), label_N[label_N >= 0]
+    return comparable.only(label_N >= 0), label_N[label_N >= 0], torch.cat(hashes)[label_N >= 0]
 
 
 class _Words:

@@ -80,10 +80,19 @@ class OpenClip:
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """(B, V) embeddings."""
-        with self._lock:
-            ids = self.tokenize(list(texts))
+        ids = self._ids(texts, self.context)
         found: Tensor = self.model.encode_text(ids.to(_device()))
         return found
+
+    def cut(self, texts: Sequence[str]) -> Tensor:
+        """(B,) bool, True where a text is longer than the model takes."""
+        longer = self._ids(["", *texts], self.context + 2)[:, self.context]
+        return longer[1:] != longer[0]
+
+    def _ids(self, texts: Sequence[str], length: int) -> Tensor:
+        with self._lock:
+            ids: Tensor = self.tokenize(list(texts), context_length=length)
+        return ids
 
 
 def _open_clip(place: str, vocabulary: Vocabulary | None) -> Scored:

@@ -105,13 +105,13 @@ def _plots(result: Mapping[str, Any]) -> list[str]:
             axis.grid(alpha=0.3)
             title = f"Recall against active words: {name}"
             sections.append(f"<section><h2>{escape(title)}</h2>{image_tag(png(figure), title)}</section>")
-        per_class = figures.get("zero_shot", {}).get("per_class", {})
+        per_class = [found for found in figures.get("zero_shot", {}).get("per_class", []) if found["images"]]
         if 1 < len(per_class) <= 50:
             figure = Figure(figsize=(7, 0.6 + 0.22 * len(per_class)), dpi=110, layout="constrained")
             axis = figure.subplots()
-            names = sorted(per_class, key=lambda key: per_class[key]["top1"])
-            axis.barh(range(len(names)), [100 * per_class[key]["top1"] for key in names])
-            axis.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
+            per_class.sort(key=lambda found: found["top1"])
+            axis.barh(range(len(per_class)), [100 * found["top1"] for found in per_class])
+            axis.set_yticks(range(len(per_class)), [found["name"] for found in per_class], fontsize=7, parse_math=False)
             axis.set_xlabel("zero-shot top-1, %")
             title = f"Accuracy of each class: {name}"
             sections.append(f"<section><h2>{escape(title)}</h2>{image_tag(png(figure), title)}</section>")

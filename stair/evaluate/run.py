@@ -14,8 +14,9 @@ from stair.evaluate.embed import Embedded, embed, embed_images
 from stair.evaluate.naming import naming, right_words, word_rows
 from stair.evaluate.prune import cost, curve
 from stair.evaluate.scored import Scored
-from stair.evaluate.sets import EvaluationSet, images_told_alike
-from stair.ranking import QUERIES, SparseRows, retrieval_figures
+from stair.evaluate.sets import EvaluationSet
+from stair.ranking import QUERIES, SparseRows, rank_figures, retrieval_ranks
+from stair.set_counts import class_counts
 
 KS = (1, 5, 10)
 MOST = (8, 16, 32, 64, 128, 256, 512)
@@ -74,7 +75,7 @@ def evaluate(
             )
         say(f"embedding {what.name}: {len(what.samples)} images")
         found = embedded[what.name] = embed(scored, what, batch_size)
-        result = results[what.name] = {"protocol": _protocol(scored, what, found, ks)}
+        result: dict[str, Any] = {}
         if what.retrieval:
             say(f"ranking {what.name}")
             result |= _retrieval(scored, found, ks, most, shares)
@@ -85,6 +86,7 @@ def evaluate(
             result |= _classification(scored, what, found, batch_size, say)
         if scored.vocabulary is not None:
             result["naming"] = _naming(scored, what, found, dense_words)
+        results[what.name] = {"protocol": _protocol(scored, what, found, ks), **result}
     model = {"name": scored.name, "kind": scored.kind, "similarity": scored.encoder.similarity}
     return {"model": model | {"training": scored.facts}, "sets": results}, embedded
 
@@ -94,10 +96,8 @@ def _protocol(scored: Scored, what: EvaluationSet, found: Embedded, ks: Sequence
     score_block = 4 * QUERIES * max(len(found.texts.entries), len(found.images.entries))
     return {
         "split": what.split,
-        "images": len(counts),
-        "captions": sum(counts),
+        **found.counts,
         "captions_an_image": {"least": min(counts, default=0), "most": max(counts, default=0)},
-        "images_with_the_captions_of_another": images_told_alike(found.captions),
         "similarity": scored.encoder.similarity,
         "truncation": scored.truncation,
         "ties": TIES,
@@ -116,8 +116,9 @@ def _retrieval(
 ) -> dict[str, Any]:
     similarity = scored.encoder.similarity
     images, texts = found.comparable(similarity)
-    figures = retrieval_figures(images, texts, found.owner, ks)
-    result: dict[str, Any] = {"retrieval": {name: float(value) for name, value in figures.items()}}
+    ranks = retrieval_ranks(images, texts, found.owner)
+    found.counts.update({f"tied_{way}": int(each.tied.sum()) for way, each in ranks.items()})
+    result: dict[str, Any] = {"retrieval": {name: float(value) for name, value in rank_figures(ranks, ks).items()}}
     sparse = scored.kind == "sparse"
     result["cost"] = cost(images, texts, found.width, sparse)
     if sparse and (most or shares):
@@ -135,11 +136,18 @@ def _classification(
     if not known.any():
         raise ValueError(f"set {what.name!r} has class names but no image with a class")
     test = images.only(known), found.labels[known]
-    rows = class_rows(scored, what.classes)
-    result: dict[str, Any] = {"zero_shot": zero_shot(*test, rows, what.classes, found.width)}
+    found.counts.update(class_counts(what.classes, found.labels.tolist(), found.image_hash.tolist()))
+    classes = class_rows(scored, what.classes)
+    result: dict[str, Any] = {"zero_shot": zero_shot(*test, classes, what.classes, found.width)}
     result["zero_shot"]["templates"] = list(TEMPLATES)
+    found.counts["tied_classes"] = result["zero_shot"]["tied"]
     if len(what.train) and len(what.val):
-        train, val = (embed_images(scored, part, batch_size) for part in (what.train, what.val))
+        learned: dict[str, tuple[SparseRows, torch.Tensor]] = {}
+        for part, samples in (("train", what.train), ("val", what.val)):
+            rows, labels, hashes = embed_images(scored, samples, batch_size)
+            learned[part] = rows, labels
+            found.counts[f"images_also_in_{part}"] = int(torch.isin(found.image_hash, hashes).sum())
+        train, val = learned["train"], learned["val"]
         if len(train[1].unique()) < 2 or not len(val[1]):
             say(f"no linear probe of {what.name}: its train part has one class, or its val part no image with a class")
         elif not all(np.isfinite(rows.scipy(found.width).data).all() for rows, _ in (train, val, test)):

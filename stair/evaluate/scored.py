@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from PIL.Image import Image
 from torch import Tensor
@@ -24,6 +24,15 @@ class Encoder(Protocol):
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """(B, V) embeddings of texts."""
+        ...
+
+
+@runtime_checkable
+class Cutting(Protocol):
+    """A model with its own tokenizer that states which texts it cuts."""
+
+    def cut(self, texts: Sequence[str]) -> Tensor:
+        """(B,) bool, True where a text is longer than the model takes."""
         ...
 
 

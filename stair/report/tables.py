@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stair.card import markdown_table
+from stair.set_counts import sentences
 
 _WAYS = {"t2i": "text → image", "i2t": "image → text"}
 
@@ -57,10 +58,9 @@ def protocol(name: str, figures: Mapping[str, Any]) -> str:
     least, most = p["captions_an_image"]["least"], p["captions_an_image"]["most"]
     captions = f"{least}" if least == most else f"{least} to {most}"
     memory = sum(p["memory_bytes"].values()) / 2**20
-    same = p["images_with_the_captions_of_another"]
-    doubles = f"; {same} images have the same captions as another" if same else ""
+    unfair = "".join(f"; {sentence}" for sentence in sentences(p, p["recall_at"] if "retrieval" in figures else ()))
     return (
-        f"{name}: split {p['split']}, {p['images']} images with {captions} captions each ({p['captions']}){doubles}; "
+        f"{name}: split {p['split']}, {p['images']} images with {captions} captions each ({p['captions']}){unfair}; "
         f"compared by {p['similarity']}; {p['truncation']}; {p['queries']}; {p['ties']}; {memory:.0f} MiB held"
     )
 
