@@ -10,21 +10,23 @@ if __name__ == "__main__":  # before anything is imported that takes time
     hold_signals()
 
 import importlib
-import os
 import warnings
-from datetime import timedelta
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
+from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from callbacks.health import Health
-from callbacks.requeue import Requeue, refuse_leftover
+from callbacks.progress import StepProgress
+from callbacks.requeue import Requeue
 from callbacks.retrieval_panels import RetrievalPanels
 from callbacks.run_monitor import RunMonitor
+from callbacks.settings import SaveSettings, expand_paths
 from callbacks.source_monitor import SourceMonitor
 from callbacks.sparsity_monitor import SparsityMonitor
 from callbacks.stage_transition import StageTransition, stage_before
@@ -32,6 +34,16 @@ from callbacks.watchdog import Watchdog
 from datamodules.shards import ImageTextShards
 from lightning_modules.checkpoints import keep_whole
 from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.inputs import check_resumes, is_complete, training_inputs
+from lightning_modules.run_folder import (
+    check_leftover,
+    check_untouched,
+    existing_checkpoint,
+    read_checkpoint,
+    resume_path,
+)
+from lightning_modules.run_lock import training_lock
+from stair.errors import SettingError
 
 # said by the libraries to each other, once a run and rank; nothing a user could act on
 for notice in (
@@ -44,17 +56,34 @@ for notice in (
     warnings.filterwarnings("ignore", notice)
 
 BASE = Path(__file__).parent / "configs" / "base.yaml"
-RECORD = "tensorboard"  # the logger's name in base.yaml: the folder of a training's curves, settings and checkpoints
-
-# when a ModelCheckpoint acts, where it is told to
-_TIMES = ("every_n_train_steps", "train_time_interval", "every_n_epochs", "save_on_train_epoch_end")
+ALWAYS_ON = {
+    "transition": StageTransition,
+    "sparsity": SparsityMonitor,
+    "panels": RetrievalPanels,
+    "monitor": RunMonitor,
+    "sources": SourceMonitor,
+    "health": Health,
+    "watchdog": Watchdog,
+    "rates": LearningRateMonitor,
+    "bar": StepProgress,
+    "requeue": Requeue,  # after those above: what it saves holds what they noted
+    "last": LastCheckpoint,
+    "best": BestCheckpoint,
+}
+HOME = "runs/default"  # a stage's folder where neither --run nor trainer.default_root_dir is given
 
 
 class StairCLI(LightningCLI):
     """Lightning's command line with the project's callbacks, and `--run`."""
 
-    _checkpoints: str | None = None  # where the training keeps them, for a command that logs elsewhere
+    _home: Path  # the stage's folder
+    _complete = False  # the stage is trained, and there is nothing to do
     _start_from: str | None = None  # by --run; not in the settings, as saved ones serve other commands too
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._inputs: dict[str, Any] = {}
+        with ExitStack() as self._held:
+            super().__init__(*args, **options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the always-on callbacks under keys of their own, the run's name, and the links."""
@@ -66,151 +95,123 @@ class StairCLI(LightningCLI):
             "validate, test and predict load RUN/stagek/stair and log in RUN/stagek/validate, .../test and .../predict. "
             "The dense baseline works in RUN/clip",
         )
-        parser.add_lightning_class_args(StageTransition, "transition")
-        parser.add_lightning_class_args(SparsityMonitor, "sparsity")
-        parser.add_lightning_class_args(RetrievalPanels, "panels")
-        parser.add_lightning_class_args(RunMonitor, "monitor")
-        parser.add_lightning_class_args(SourceMonitor, "sources")
-        parser.add_lightning_class_args(Health, "health")
-        parser.add_lightning_class_args(Watchdog, "watchdog")
-        parser.add_lightning_class_args(Requeue, "requeue")  # last: what it saves holds what the others noted
+        for key, callback in ALWAYS_ON.items():
+            parser.add_lightning_class_args(callback, key)
+        parser.set_defaults({"rates.logging_interval": "step"})
         parser.link_arguments("model.init_args.stair.vocabulary", "data.vocabulary")
         parser.link_arguments("model.init_args.stair.image.image_size", "data.image_size")
         parser.link_arguments("model.init_args.stair.text.max_tokens", "data.max_tokens")
 
     def before_instantiate_classes(self) -> None:
-        """Spells out `--run`: where the stage works and what it starts from; and what follows from the command."""
+        """Resolves paths and `--run`: the stage's folder, what it starts from, and the checkpoint to load."""
         config = self.config[self.subcommand]
-        if config.run is not None:
-            self._spell_out(config)
+        expand_paths(config)
+        self._saved = config.clone()  # what follows from it may be otherwise where the folder has moved to
+        family = _family_of(config.model.class_path)
+        self._home = _home_of(config, family)
         if config.weights_only is None:
             config.weights_only = True  # Lightning would unpickle, and so run, what comes over http
-        if self.subcommand != "fit":
-            if (self._start_from or config.transition.start_from or config.ckpt_path) is None:
-                raise ValueError(
-                    f"{self.subcommand} has no model, only weights as they start: give --run RUN, "
-                    "--transition.start_from RUN/stage3/stair or --ckpt_path FILE"
-                )
-            self._set_apart(config)
+        _place_loggers(config.trainer, self._home, self.subcommand)
+        export = Path(config.transition.hand_over or self._home / family.hand_over)
+        if self.subcommand == "fit":
+            self._prepare_fit(config, family, export)
             return
-        if config.ckpt_path is None:
-            refuse_leftover(config.trainer.default_root_dir or ".")
-        if config.ckpt_path in (None, "last") and not config.trainer.fast_dev_run:
-            _refuse_to_replace(config)
-        if config.trainer.logger is False:  # it would refuse to run
-            config.trainer.callbacks = [
-                callback
-                for callback in _listed(config.trainer.callbacks or [])
-                if not callback.class_path.endswith(".LearningRateMonitor")
-            ]
-        if not config.data.val or config.trainer.limit_val_batches == 0:
-            _save_without_validation(config.trainer)
+        if config.ckpt_path in ("last", "best"):
+            config.ckpt_path = str(existing_checkpoint(self._home, config.ckpt_path))
+        elif config.ckpt_path is None:
+            check_leftover(self._home)
+            self._start_from = str(export) if config.run is not None else None
+        if (self._start_from or config.transition.start_from or config.ckpt_path) is None:
+            raise SettingError(
+                f"{self.subcommand} has no model, only weights as they start: give --run RUN, "
+                "--transition.start_from RUN/stage3/stair or --ckpt_path FILE",
+                "run",
+            )
 
-    def instantiate_trainer(self, **more: Any) -> Trainer:
-        """The trainer, whose checkpoints are whole or absent, and looked for where the training keeps them."""
+    def _prepare_fit(self, config: Any, family: type[ContrastiveModule], export: Path) -> None:
+        """What the stage starts from, and what it does in a folder where a training has been."""
+        if config.run is not None and (previous := stage_before(family, config.transition.after)) > 0:
+            self._start_from = str(Path(config.run) / f"stage{previous}" / family.hand_over)
+        if config.trainer.fast_dev_run:
+            return
+        self._inputs = training_inputs(config, config.transition.start_from or self._start_from)
+        if config.ckpt_path == "last" and is_complete(export, self._inputs):
+            rank_zero_info(f"{export} is finished, and came from the same inputs: there is nothing to do")
+            self._complete = True
+            return
+        self._held.enter_context(training_lock(self._home))
+        config.ckpt_path = _resume_path(config.ckpt_path, self._home, export, self._inputs)
+
+    def instantiate_classes(self) -> None:
+        """Builds what the command needs, which is nothing for a stage that is complete."""
+        if not self._complete:
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self._complete:
+            super()._run_subcommand(subcommand)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """The trainer, whose checkpoints are whole or absent."""
         transition = self._get(self.config_init, "transition")
-        transition.start_from = transition.start_from or self._start_from
-        trainer = super().instantiate_trainer(**more)
+        transition.start_from, transition.inputs = transition.start_from or self._start_from, self._inputs
+        settings = SaveSettings(self._parser(self.subcommand), self._saved)
+        always_on = [each for each in [*callbacks, settings] if _applies(each, config)]
+        trainer = super()._instantiate_trainer({**config, "default_root_dir": str(self._home)}, always_on)
         keep_whole(trainer)
-        for keeper in trainer.checkpoint_callbacks:
-            if self._checkpoints is not None and isinstance(keeper, ModelCheckpoint) and keeper.dirpath is None:
-                keeper.dirpath = self._checkpoints
         return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Takes no settings from a checkpoint: Lightning would let it name the class that is built."""
 
-    def _spell_out(self, config: Any) -> None:
-        family = _family_of(config.model.class_path)
-        home = Path(config.run) / family.home()
-        config.trainer.default_root_dir = str(home)
-        for logger in _listed(config.trainer.logger):
-            if hasattr(logger, "init_args") and "save_dir" in logger.init_args:
-                logger.init_args.save_dir = str(home)
-        if config.transition.start_from is None:
-            if self.subcommand == "fit":
-                previous = stage_before(family, config.transition.after)
-                source = home.with_name(f"stage{previous}") if previous > 0 else None
-            else:  # a checkpoint that is named wins over the hand-over
-                source = home if getattr(config, "ckpt_path", None) is None else None
-            self._start_from = str(source / family.hand_over) if source else None
 
-    def _set_apart(self, config: Any) -> None:
-        """Keeps a command that does not train out of the record of the training, whose curves begin at step 0 too."""
-        # a name of its own even so: a logger without a folder of its own would have the settings overwritten
-        self.save_config_kwargs = {**self.save_config_kwargs, "config_filename": f"{self.subcommand}.yaml"}
-        for place, logger in enumerate(_listed(config.trainer.logger)):
-            if getattr(logger, "class_path", "").split(".")[-1] not in ("TensorBoardLogger", "CSVLogger"):
-                continue  # their names are no folders
-            options = logger.init_args
-            if options.name != RECORD:
-                continue  # the user's choice
-            if place == 0:  # Lightning looks for checkpoints where the first logger writes
-                version = options.version if isinstance(options.version, str) else f"version_{options.version}"
-                self._checkpoints = os.path.join(options.save_dir, RECORD, version, "checkpoints")
-            options.name = self.subcommand
-        if self._checkpoints is None:
-            return
-        if config.ckpt_path == "best":  # to Lightning, the best of this process
-            config.ckpt_path = os.path.join(self._checkpoints, "best.ckpt")
-        if config.ckpt_path == "last" and not any(Path(self._checkpoints).glob("last*.ckpt")):
-            # Lightning would measure weights as they start
-            raise FileNotFoundError(
-                f"--ckpt_path last: no last.ckpt in {self._checkpoints}. Give the run's folder with --run, or a file"
-            )
-
-
-def _refuse_to_replace(config: Any) -> None:
-    """Keeps a training that begins anew from writing over one that is there.
-
-    Raises:
-        ValueError: naming what it would have replaced.
-    """
-    home = Path(config.trainer.default_root_dir or ".")
-    hand_over = config.transition.hand_over or home / _family_of(config.model.class_path).hand_over
-    names = {RECORD, *(each.init_args.get("name") or "." for each in _listed(config.trainer.logger) if _has_args(each))}
-    kept = [path for name in sorted(names) for path in sorted((home / name).glob("**/checkpoints/last*.ckpt"))]
-    kept += sorted((home / "checkpoints").glob("last*.ckpt"))  # where there is no logger
-    finished = [hand_over] if Path(hand_over).exists() else []
-    if config.ckpt_path is None and (kept or finished):
-        raise ValueError(
-            f"{[*kept, *finished][0]} is of an earlier training, which this one would replace. To go on with that: "
-            f"--ckpt_path last. To begin anew: another --run, or remove {home}"
+def _home_of(config: Any, family: type[ContrastiveModule]) -> Path:
+    given = config.trainer.default_root_dir
+    if config.run is None:
+        return Path(given or HOME)
+    if given is not None:
+        raise SettingError(
+            f"--run {config.run} and --trainer.default_root_dir {given} both name the folder: give one of them",
+            "trainer.default_root_dir",
         )
-    elsewhere = any(_has_args(each) and each.init_args.get("dirpath") for each in _listed(config.trainer.callbacks))
-    if finished and not kept and not elsewhere:  # Lightning would begin anew, and hand over again
-        raise ValueError(
-            f"--ckpt_path last: {hand_over} is finished, and its checkpoints are gone, so there is nothing to go on from. "
-            f"To train again: another --run, or remove {home}"
-        )
+    return Path(config.run) / family.home()
 
 
-def _has_args(component: Any) -> bool:
-    return hasattr(component, "init_args")
+def _resume_path(given: str | None, home: Path, export: Path, inputs: dict[str, Any]) -> str | None:
+    """The checkpoint that `fit` resumes from; None begins anew."""
+    if given is None:
+        check_untouched(home, export)
+    if given not in ("last", "best"):
+        return given
+    path = resume_path(home, export) if given == "last" else existing_checkpoint(home, given)
+    if path is None:
+        return None
+    check_resumes(path, read_checkpoint(path)["callbacks"].get("StageTransition", {}).get("inputs", {}), inputs)
+    return str(path)
 
 
-def _save_without_validation(trainer: Any) -> None:
-    """Has checkpoints written that would wait for validations, and says so: there would never be one."""
-    interval = trainer.val_check_interval
-    if isinstance(interval, int):
-        name, value, said = "every_n_train_steps", interval, f"every {interval} steps (trainer.val_check_interval)"
-    elif isinstance(interval, float | None):  # of an epoch
-        name, value, said = "save_on_train_epoch_end", True, "at the end of each epoch"
-    else:  # of time
-        name, value, said = "train_time_interval", timedelta(minutes=15), "every 15 minutes"
-    written = []
-    for callback in _listed(trainer.callbacks):
-        if getattr(callback, "class_path", "").split(".")[-1] != "ModelCheckpoint":
-            continue
-        options = callback.init_args
-        # what monitors has nothing to monitor, what has a time of its own keeps it
-        if all(options[key] is None for key in ("monitor", *_TIMES)):
-            options[name] = value
-            written.append(f"{options.filename}.ckpt" if options.filename else "a checkpoint")
-    rank_zero_info(
-        "nothing is validated (data.val is not given, or trainer.limit_val_batches is 0), so nothing chooses a best "
-        "checkpoint" + (f"; {', '.join(written)} is written {said}" if written else "")
-    )
+def _place_loggers(trainer: Any, home: Path, subcommand: str) -> None:
+    """Has loggers write into the stage's folder, unless theirs is given; those of validate, test and predict apart."""
+    for logger in _listed(trainer.logger):
+        options = getattr(logger, "init_args", {})
+        if options.get("save_dir", "") in (None, "."):
+            options["save_dir"] = str(home)
+        if (
+            subcommand != "fit" and options.get("name") == "tensorboard"
+        ):  # that of base.yaml: its curves begin at step 0 too
+            options["name"] = subcommand
+
+
+def _applies(callback: Callback, trainer: dict[str, Any]) -> bool:
+    """Whether an always-on callback goes with the trainer's settings, which the user may have switched something off by."""
+    if isinstance(callback, LearningRateMonitor):
+        return trainer["logger"] is not False
+    if isinstance(callback, ModelCheckpoint):
+        return trainer["enable_checkpointing"] is not False
+    if isinstance(callback, ProgressBar):
+        theirs = any(isinstance(each, ProgressBar) for each in _listed(trainer["callbacks"]))
+        return trainer["enable_progress_bar"] is not False and not theirs
+    return not (isinstance(callback, SaveSettings) and trainer["fast_dev_run"])
 
 
 def _listed(value: Any) -> list[Any]:
@@ -235,7 +236,7 @@ def main(args: list[str] | None = None) -> StairCLI:
         subclass_mode_model=True,
         auto_configure_optimizers=False,
         args=args,
-        save_config_kwargs={"overwrite": True},  # else a requeued run is refused its own folder
+        save_config_callback=None,  # see SaveSettings
         parser_kwargs={
             "parser_mode": "omegaconf+",
             "allow_abbrev": False,

@@ -266,7 +266,7 @@ def train_through(data: Path, run: Path, ranks: int, kills: list[Kill], usual: f
 def torn(run: Path) -> list[str]:
     """The files that a next attempt would load, and cannot."""
     wrong = []
-    for path in run.glob("stage*/tensorboard/checkpoints/[!.]*.ckpt"):
+    for path in run.glob("stage*/checkpoints/[!.]*.ckpt"):
         try:
             torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:

@@ -17,10 +17,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from callbacks.requeue import save_now
 from callbacks.run_monitor import logs_now
 from callbacks.sparsity_monitor import words_of
 from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.run_folder import save_last
 from lightning_modules.stage import StairStage
 from stair.batch import Batch
 from stair.plain import one_line
@@ -242,7 +242,7 @@ class Health(L.Callback):
             return
         saved = "the weights are not finite either: go on from the last checkpoint"
         if _sound(trainer):
-            saved = f"the state without these steps is saved in {save_now(trainer)}"
+            saved = f"the state without these steps is saved in {save_last(trainer)}"
         raise RuntimeError(
             f"{what}, and {steps} steps on end were so; {saved}. Look at these samples, lower optimizer.lr, or set "
             "trainer.precision to bf16-mixed if it is 16-mixed; then give the same command with --ckpt_path last"

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from lightning_modules.contrastive import planned_steps
-from lightning_modules.parallel import put
+from lightning_modules.run_folder import save_last
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Requeue(L.Callback):
         if trainer.strategy.reduce_boolean_decision(due, all=False) and not self._waited:
             self._waited = True
             return
-        self._saved = save_now(trainer)
+        self._saved = save_last(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -159,38 +159,6 @@ class Requeue(L.Callback):
         later = self._noted if self._noted > self._agreed else 0  # SIGTERM, meanwhile
         self._clear()
         self._noted = later
-
-
-def save_now(trainer: L.Trainer) -> Path:
-    """Saves the state in `last.ckpt`, on all ranks together, between two batches.
-
-    Writes beside `last.ckpt`, then renames: whoever is killed meanwhile has the old state or the new one."""
-    keeper: Any = trainer.checkpoint_callback
-    folder = Path(getattr(keeper, "dirpath", None) or Path(trainer.default_root_dir) / "checkpoints")
-    target, fresh = folder / "last.ckpt", folder / "requeue.ckpt.new"
-    trainer.save_checkpoint(fresh)
-    if trainer.is_global_zero:
-        put(fresh, target)
-    trainer.strategy.barrier("requeue")
-    return target
-
-
-def refuse_leftover(folder: str | Path) -> None:
-    """Refuses to start a SLURM job without --ckpt_path where Lightning's own requeueing once left a checkpoint.
-
-    Lightning would resume from it, be it of another run; this project never writes one.
-
-    Args:
-        folder: the trainer's default_root_dir.
-
-    Raises:
-        ValueError: naming the checkpoint.
-    """
-    if SLURMEnvironment.detect() and (found := sorted(Path(folder).glob("hpc_ckpt_*.ckpt"))):
-        raise ValueError(
-            f"{found[-1]} is left over from Lightning's own requeueing, which is not used here, and would be resumed from. "
-            "Remove it, or say what to start from: --ckpt_path last"
-        )
 
 
 def _requeue(signum: signal.Signals) -> str:

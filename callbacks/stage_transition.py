@@ -36,7 +36,12 @@ class StageTransition(L.Callback):
         self.start_from = start_from
         self.hand_over = hand_over
         self.after = after
+        self.inputs: dict[str, Any] = {}  # what the weights follow from (lightning_modules/inputs.py)
         self._trained = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Records the inputs in checkpoints."""
+        return {"inputs": self.inputs}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Takes over and freezes.
@@ -122,7 +127,7 @@ class StageTransition(L.Callback):
         target = Path(self.hand_over or Path(trainer.default_root_dir) / pl_module.hand_over)
         model = gathered(pl_module.towers)
         if trainer.is_global_zero and model is not None:
-            facts = {"stage": pl_module.stage, "steps": trainer.global_step, "finished": True}
+            facts = {"stage": pl_module.stage, "steps": trainer.global_step, "finished": True, "inputs": self.inputs}
             if isinstance(pl_module, StairStage):
                 facts["compared"] = pl_module.compared
             model.save_pretrained(target, facts)

@@ -11,6 +11,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
+from callbacks.checkpoints import LastCheckpoint
+from stair.errors import FileError
 from tests.conftest import write_small_scenes
 from tests.test_stages import SMALL, start, weights, words
 
@@ -45,7 +47,7 @@ def scalars(folder):
 def test_what_does_not_train_leaves_the_record_of_the_training_as_it_is(finished, scenes, command):
     home = finished / "stage1"
     before = content(home)
-    assert {Path("tensorboard/config.yaml"), Path("tensorboard/checkpoints/last.ckpt")} <= before.keys()
+    assert {Path("config.yaml"), Path("checkpoints/last.ckpt")} <= before.keys()
     more = ("--data.test", f"{{scenes: {scenes}/val-*.tar}}") if command == "test" else ()
     main.main(words(scenes, 1, finished, *more, subcommand=command))
     after = content(home)
@@ -54,31 +56,26 @@ def test_what_does_not_train_leaves_the_record_of_the_training_as_it_is(finished
     prefix = "val" if command == "validate" else "test"
     assert 0 <= scalars(home / command)[f"{prefix}/scenes/t2i/recall@5"] <= 1
     settings = yaml.safe_load((home / command / f"{command}.yaml").read_text())
-    assert settings["data"]["val"] and settings["trainer"]["default_root_dir"] == str(home)
+    assert settings["data"]["val"] and settings["run"] == str(finished)
 
 
 @pytest.mark.parametrize("which", ["last", "best"])
-def test_a_checkpoint_is_looked_for_where_the_training_keeps_it(finished, scenes, which, capfd):
-    checkpoint = finished / "stage1" / "tensorboard" / "checkpoints" / f"{which}.ckpt"
+def test_a_checkpoint_is_looked_for_where_the_training_keeps_it(finished, scenes, which):
+    checkpoint = finished / "stage1" / "checkpoints" / f"{which}.ckpt"
     cli = main.main(words(scenes, 1, finished, "--ckpt_path", which, subcommand="validate"))
     assert Path(cli.trainer.ckpt_path) == checkpoint
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert all(torch.equal(saved[name], weight) for name, weight in cli.model.state_dict().items())
-    said = capfd.readouterr()
-    assert "dirpath has changed" not in said.out + said.err
     if which == "last":
         tag = "val/scenes/t2i/median_rank"
-        assert scalars(finished / "stage1" / "validate")[tag] == scalars(checkpoint.parents[1])[tag]
+        assert scalars(finished / "stage1" / "validate")[tag] == scalars(checkpoint.parents[1] / "tensorboard")[tag]
 
 
-def test_a_best_checkpoint_that_is_not_there_is_told_with_its_path(scenes, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"stage1/tensorboard/checkpoints/best\.ckpt"):
-        main.main(words(scenes, 1, tmp_path / "r", "--ckpt_path", "best", subcommand="validate"))
-
-
-def test_a_last_checkpoint_that_is_not_there_is_not_measured_as_fresh_weights(scenes, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no last\.ckpt in .*r/stage1/tensorboard/.*checkpoints"):
-        main.main(words(scenes, 1, tmp_path / "r", "--ckpt_path", "last", subcommand="validate"))
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_a_checkpoint_that_is_not_there_is_not_measured_as_fresh_weights(scenes, tmp_path, which):
+    with pytest.raises(FileError) as refused:
+        main.main(words(scenes, 1, tmp_path / "r", "--ckpt_path", which, subcommand="validate"))
+    assert refused.value.path == tmp_path / "r" / "stage1" / "checkpoints" / f"{which}.ckpt"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +99,7 @@ def test_without_a_run_a_validation_has_a_folder_of_its_own_too(scenes, monkeypa
     at = line.index("--run")
     cli = main.main([*line[:at], *line[at + 2 :], "--transition.start_from", "mine/stage1/stair"])
     assert Path(cli.trainer.log_dir) == Path("runs/default/validate")
-    assert cli.trainer.checkpoint_callback.dirpath == "runs/default/tensorboard/checkpoints"
+    assert cli.trainer.default_root_dir == "runs/default"
 
 
 # ------------------------------------------------------------------ without validations
@@ -118,46 +115,40 @@ def test_a_run_without_validations_that_is_killed_goes_on_from_its_last_checkpoi
     more = ["--trainer.max_steps", "40", "--trainer.val_check_interval", "3"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = start(without_val(words(scenes, 1, killed, *more)))
-    checkpoint = killed / "stage1" / "tensorboard" / "checkpoints" / "last.ckpt"
+    checkpoint = killed / "stage1" / "checkpoints" / "last.ckpt"
     while not checkpoint.exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     output = process.communicate()[0]
     assert process.returncode == -signal.SIGKILL, output[-2000:]
-    assert output.count("nothing chooses a best checkpoint; last.ckpt is written every 3 steps") == 1
+    assert output.count("last.ckpt is written by every_n_train_steps=3") == 1
     steps = torch.load(checkpoint, weights_only=True)["global_step"]
-    assert 3 <= steps < 40 and steps % 3 == 0
+    assert 0 <= steps < 40 and steps % 3 == 0
     resumed = main.main(without_val(words(scenes, 1, killed, *more, "--ckpt_path", "last")))
     assert Path(resumed.trainer.ckpt_path) == checkpoint
     main.main(without_val(words(scenes, 1, whole, *more)))
-    assert [path.name for path in (whole / "stage1" / "tensorboard" / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert [path.name for path in (whole / "stage1" / "checkpoints").iterdir()] == ["last.ckpt"]
     for (name, a), b in zip(weights(killed, 1).items(), weights(whole, 1).values(), strict=True):
         assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize(
-    ("more", "seen"),
+    ("more", "steps", "seconds", "epoch_end"),
     [
-        ([], {"every_n_train_steps": 2}),
-        (["--trainer.val_check_interval", "0.5"], {"save_on_train_epoch_end": True}),
-        (["--trainer.val_check_interval", "00:01:00:00"], {"train_time_interval": timedelta(minutes=15)}),
-        (["--trainer.callbacks.every_n_epochs", "2"], {"every_n_epochs": 2}),
+        ((), 2, None, None),
+        (("--trainer.check_val_every_n_epoch", "1", "--trainer.val_check_interval", "0.5"), 0, None, True),
+        (("--trainer.val_check_interval", "00:01:00:00"), 0, 3600, None),
     ],
 )
-def test_only_a_checkpoint_without_a_time_of_its_own_is_given_one(scenes, tmp_path, monkeypatch, more, seen):
+def test_without_validations_last_ckpt_is_written_where_they_would_be(
+    scenes, tmp_path, monkeypatch, more, steps, seconds, epoch_end
+):
     monkeypatch.setattr(main.StairCLI, "_run_subcommand", lambda self, subcommand: None)
-    keepers = tmp_path / "callbacks.yaml"
-    keepers.write_text("trainer: {check_val_every_n_epoch: 1, callbacks: [ModelCheckpoint]}\n")
-    line = without_val(words(scenes, 1, tmp_path / "r", "--config", str(keepers), *more))
-    cli = main.main(line)
-    (options,) = (callback.init_args for callback in cli.config.fit.trainer.callbacks)
-    assert {key: options[key] for key in main._TIMES if options[key] is not None} == seen
-    cli._parser("fit").save(cli.config.fit, str(tmp_path / "config.yaml"), skip_none=False)
-
-
-def test_a_run_with_validations_keeps_their_times(scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr(main.StairCLI, "_run_subcommand", lambda self, subcommand: None)
-    for more, wanted in ([], None), (["--trainer.limit_val_batches", "0"], 2):
-        cli = main.main(words(scenes, 1, tmp_path / "r", *more))
-        best, last, _ = (callback.init_args for callback in cli.config.fit.trainer.callbacks)
-        assert best.every_n_train_steps is None and last.every_n_train_steps == wanted
+    line = words(scenes, 1, tmp_path / "r", *more)
+    for nothing in (without_val(line), [*line, "--trainer.limit_val_batches", "0"]):
+        cli = main.main(nothing)
+        cli.trainer._data_connector.attach_data(cli.model, datamodule=cli.datamodule)
+        (last,) = (each for each in cli.trainer.callbacks if isinstance(each, LastCheckpoint))
+        last.setup(cli.trainer, cli.model, "fit")
+        assert last._every_n_train_steps == steps and last._save_on_train_epoch_end == epoch_end
+        assert last._train_time_interval == (seconds and timedelta(seconds=seconds))

@@ -72,7 +72,7 @@ def test_a_run_in_fp16_finds_the_scale_of_its_gradients_without_an_alarm(scenes,
     more = ("--trainer.max_steps", "12", "--trainer.val_check_interval", "12")
     main(words(scenes, 1, tmp_path / "r", *more, *FP16))
     stage = tmp_path / "r" / "stage1"
-    saved = torch.load(stage / "tensorboard" / "checkpoints" / "last.ckpt", weights_only=True)
+    saved = torch.load(stage / "checkpoints" / "last.ckpt", weights_only=True)
     assert 1 <= saved["MixedPrecision"]["scale"] < 1e9  # its start: the first gradients overflowed
     assert sum(scalars(tmp_path / "r", 1)["health/left_out"]) == 0 and (stage / "stair").exists()
 

@@ -105,7 +105,7 @@ def until(cluster, job, holds):
 
 
 def saved(run):
-    return lambda: (run / "stage1" / "tensorboard" / "checkpoints" / "best.ckpt").exists()
+    return lambda: (run / "stage1" / "checkpoints" / "best.ckpt").exists()
 
 
 def wait(cluster, job, limit=1500):

@@ -1,0 +1,150 @@
+"""The folder of one stage: where its checkpoints are, whether it holds a training, and who is training in it.
+
+RUN/stage1/checkpoints/last.ckpt, best.ckpt   follow from the folder alone, whatever loggers and callbacks there are
+RUN/stage1/config.yaml                        the settings that trained what lies here
+RUN/stage1/stair                              the exported model
+RUN/stage1/lock                               of the job that trains here now
+"""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_modules.parallel import found, put
+from stair.errors import FileError
+
+_EVENTS_HEADER = 128  # bytes: an event file of TensorBoard in which nothing is logged is shorter
+_EVALUATIONS = ("validate", "test", "predict")
+
+
+def checkpoints(home: str | Path) -> Path:
+    """The folder of `last.ckpt` and `best.ckpt`."""
+    return Path(home) / "checkpoints"
+
+
+def checkpoint(home: str | Path, which: str) -> Path:
+    """`last.ckpt` or `best.ckpt` of a stage's folder, also while a newer one replaces it.
+
+    Args:
+        home: the stage's folder.
+        which: `last` or `best`.
+
+    Raises:
+        FileError: if it is damaged. It may not exist.
+    """
+    path = found(checkpoints(home) / f"{which}.ckpt")
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise FileError(
+            f"{path} is damaged: it is no complete checkpoint ({path.stat().st_size} bytes). Give --ckpt_path with "
+            "another checkpoint of this folder, or begin anew with another --run",
+            path,
+        )
+    return path
+
+
+def traces(home: str | Path, export: str | Path) -> list[Path]:
+    """What shows that a training has been here: export, checkpoints of any name, settings, curves."""
+    home, export = Path(home), Path(export)
+    below = [path for path in sorted(home.rglob("*")) if path.relative_to(home).parts[0] not in _EVALUATIONS]
+    patterns = {
+        "*.ckpt": lambda path: True,
+        "config.yaml": lambda path: path.parent == home,
+        "metrics.csv": lambda path: path.stat().st_size > 0,
+        "events.out.tfevents.*": lambda path: path.stat().st_size > _EVENTS_HEADER,
+    }
+    left = [path for pattern, counts in patterns.items() for path in below if path.match(pattern) and counts(path)]
+    return [*([export] if export.exists() else []), *left]
+
+
+def resume_path(home: Path, export: Path) -> Path | None:
+    """The checkpoint that `fit --ckpt_path last` resumes from. None in a folder where nothing has trained.
+
+    Raises:
+        FileError: if the folder holds a training without `last.ckpt`, or `last.ckpt` is damaged.
+    """
+    last = checkpoint(home, "last")
+    if last.exists():
+        return last
+    if left := traces(home, export):
+        raise FileError(
+            f"--ckpt_path last: there is no {last}, but {left[0]} shows that a training has been here, and a new one would "
+            f"replace it. Give --ckpt_path FILE to resume from another checkpoint. To train anew: another --run, or "
+            f"remove {home}",
+            left[0],
+        )
+    return None
+
+
+def check_untouched(home: Path, export: Path) -> None:
+    """Refuses to begin a training where one has been.
+
+    Raises:
+        FileError: naming what it would replace.
+    """
+    check_leftover(home)
+    if left := traces(home, export):
+        raise FileError(
+            f"{left[0]} is of an earlier training, which this one would replace. To resume that: --ckpt_path last. To "
+            f"train anew: another --run, or remove {home}",
+            left[0],
+        )
+
+
+def check_leftover(home: Path) -> None:
+    """Refuses a checkpoint of Lightning's own requeueing: under SLURM, Lightning would load it unasked.
+
+    Raises:
+        FileError: naming the checkpoint.
+    """
+    if left := sorted(home.glob("hpc_ckpt_*.ckpt")):
+        raise FileError(
+            f"{left[-1]} is left over from Lightning's own requeueing, which is not used here. Lightning would load it. "
+            "Remove it, or give it as --ckpt_path",
+            left[-1],
+        )
+
+
+def existing_checkpoint(home: Path, which: str) -> Path:
+    """`last.ckpt` or `best.ckpt`, for a command that needs it.
+
+    Raises:
+        FileError: if there is none, or it is damaged.
+    """
+    path = checkpoint(home, which)
+    if not path.exists():
+        raise FileError(f"--ckpt_path {which}: there is no {path}. Give the run's folder with --run, or a file", path)
+    return path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's plain values; its tensors stay on disk.
+
+    Raises:
+        FileError: if it is damaged.
+    """
+    file = path / "meta.pt" if path.is_dir() else path
+    try:
+        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise FileError(f"{path} is damaged, or is no checkpoint of a training: {error}", path) from error
+    return content
+
+
+def save(trainer: L.Trainer, target: Path) -> None:
+    """Saves a checkpoint, on all ranks together: beside its place, then renamed. A kill leaves the old or the new one."""
+    fresh = target.with_name(f"{target.stem}.ckpt.new")
+    trainer.save_checkpoint(fresh)
+    if trainer.is_global_zero:
+        put(fresh, target)
+    trainer.strategy.barrier("checkpoint")
+
+
+def save_last(trainer: L.Trainer) -> Path:
+    """Saves the state as `last.ckpt`, between two batches, on all ranks together. Returns its place."""
+    target = checkpoints(trainer.default_root_dir) / "last.ckpt"
+    save(trainer, target)
+    return target

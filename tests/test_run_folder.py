@@ -1,0 +1,325 @@
+"""One folder, one training: checkpoints are found whatever loggers, callbacks and spellings there are."""
+
+import itertools
+import json
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_modules import run_lock
+from lightning_modules.run_folder import resume_path
+from main import main
+from stair.errors import FileError, SettingError
+from tests.conftest import write_small_scenes
+from tests.test_stages import SMALL, words
+
+TWO = ("--trainer.max_steps", "2")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_small_scenes(tmp_path_factory.mktemp("scenes"), SMALL)
+
+
+@pytest.fixture(scope="module")
+def trained(scenes, tmp_path_factory):
+    """A run whose stage 1 was trained for 2 steps, and exported."""
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    main(words(scenes, 1, run, *TWO))
+    return run
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class OtherNameEachTime(CSVLogger):
+    """As W&B, whose folders are named after the id of a run."""
+
+    ids = itertools.count()
+
+    def __init__(self, save_dir: str = ".") -> None:
+        super().__init__(save_dir, name="wandb", version=f"run-{next(self.ids)}")
+
+
+class Scores(L.Callback):
+    """Logs the scores that a test wants at the validations."""
+
+    wanted: list[float] = []
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("score", self.wanted.pop(0))
+
+
+IDS = "{class_path: tests.test_run_folder.OtherNameEachTime}"
+CSV = "{class_path: CSVLogger, init_args: {save_dir: .}}"
+EARLY = "{class_path: EarlyStopping, init_args: {monitor: val/recall, mode: max, patience: 99}}"
+KEEPER = "{class_path: ModelCheckpoint, init_args: {save_last: true, save_top_k: -1}}"
+OVERLAYS = {
+    "callbacks": f"trainer: {{callbacks: [{EARLY}]}}",
+    "no callbacks": "trainer: {callbacks: null}",
+    "no logger": "trainer: {logger: false}",
+    "logger of other names": f"trainer: {{logger: {IDS}}}",
+    "two loggers": f"trainer: {{logger: [{CSV}, {IDS}]}}",
+    "own ModelCheckpoint": f"trainer: {{callbacks: [{KEEPER}]}}",
+}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_run_is_resumed_whatever_loggers_and_callbacks_there_are(scenes, tmp_path, overlay):
+    file = tmp_path / "overlay.yaml"
+    file.write_text(OVERLAYS[overlay])
+    more = ("--config", str(file), "--ckpt_path", "last")
+    main(words(scenes, 1, tmp_path / "r", *TWO, *more))
+    checkpoints = tmp_path / "r" / "stage1" / "checkpoints"
+    assert {"last.ckpt", "best.ckpt"} <= {path.name for path in checkpoints.iterdir()}
+    resumed = main(words(scenes, 1, tmp_path / "r", *more))
+    assert Path(resumed.trainer.ckpt_path) == checkpoints / "last.ckpt" and resumed.trainer.global_step == 4
+    assert resumed.trainer.fit_loop.epoch_loop.batch_progress.total.completed == 4
+    if overlay == "own ModelCheckpoint":
+        assert len(list((tmp_path / "r").rglob("epoch=*.ckpt"))) == 2
+
+
+def test_a_run_is_resumed_whatever_the_spelling_of_its_folder(scenes, copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(copy)
+    for steps, spelling in enumerate(("~/copy", "$RUNS/copy/", "copy", "./copy/../link", copy), 3):
+        cli = main(words(scenes, 1, spelling, "--trainer.max_steps", str(steps), "--ckpt_path", "last"))
+        assert Path(cli.trainer.ckpt_path).resolve() == copy / "stage1" / "checkpoints" / "last.ckpt"
+        assert cli.trainer.fit_loop.epoch_loop.batch_progress.total.completed == steps
+        main(words(scenes, 1, spelling, "--ckpt_path", "best", subcommand="validate"))
+    assert not (tmp_path / "~").exists()
+    with pytest.raises(SettingError) as refused:
+        main(words(scenes, 1, "$NO_SUCH_VARIABLE/r"))
+    assert refused.value.setting == "run"
+
+
+def test_best_ckpt_is_never_replaced_by_a_worse_one(scenes, tmp_path, monkeypatch):
+    more = ("--trainer.callbacks", "tests.test_run_folder.Scores", "--best.monitor", "score", "--ckpt_path", "last")
+    scores = [0.5, 0.4, 0.45, 0.6]
+    monkeypatch.setattr("tests.test_run_folder.Scores.wanted", scores)
+    main(words(scenes, 1, tmp_path / "a", *TWO, *more))
+    copied = Path(shutil.copytree(tmp_path / "a", tmp_path / "b"))
+    best = copied / "stage1" / "checkpoints" / "best.ckpt"
+    # as after a kill between the two: `last` does not know of the best
+    state = torch.load(best.with_name("last.ckpt"), weights_only=True)
+    state["callbacks"] = {}
+    torch.save(state, best.with_name("last.ckpt"))
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    for steps in (4, 6, 8):
+        main(words(scenes, 1, "b", "--trainer.max_steps", str(steps), *more))
+        seen.append(torch.load(best, weights_only=True)["global_step"])
+    assert seen == [2, 2, 8] and scores == []
+    with pytest.raises(SettingError) as refused:
+        main(words(scenes, 1, "b", "--trainer.max_steps", "9", "--ckpt_path", "last"))
+    assert refused.value.setting == "best.monitor"
+
+
+TRACES = {
+    "curves": "tensorboard/events.out.tfevents.1",
+    "curves as csv": "csv/version_0/metrics.csv",
+    "settings": "config.yaml",
+    "export": "stair/config.json",
+    "checkpoint of another name": "checkpoints/last-v1.ckpt",
+    "checkpoint elsewhere": "wandb/x/epoch=0-step=2.ckpt",
+    "leftover of Lightning": "hpc_ckpt_1.ckpt",
+}
+
+
+@pytest.mark.parametrize("trace", TRACES)
+@pytest.mark.parametrize("more", [(), ("--ckpt_path", "last")], ids=["new", "last"])
+def test_a_folder_with_a_trace_of_training_and_no_last_ckpt_is_refused(scenes, tmp_path, trace, more):
+    path = tmp_path / "stage1" / TRACES[trace]
+    path.parent.mkdir(parents=True)
+    path.write_bytes(bytes(1000))
+    before = content(tmp_path)
+    with pytest.raises(FileError) as refused:
+        main(words(scenes, 1, tmp_path, *more))
+    assert refused.value.path in (path, path.parent) and content(tmp_path) == before
+
+
+def test_what_is_of_no_training_does_not_keep_one_from_beginning(tmp_path):
+    for name in (
+        "slurm-1.out",
+        "tensorboard/events.out.tfevents.1",
+        "validate/events.out.tfevents.1",
+        "validate/x.ckpt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(1000 if name.startswith("validate") else 88))
+    assert resume_path(tmp_path, tmp_path / "stair") is None
+
+
+@pytest.mark.parametrize("size", [0, 5000])
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_damaged_checkpoint_is_refused_by_name(scenes, copy, size, command):
+    last = copy / "stage1" / "checkpoints" / "last.ckpt"
+    os.truncate(last, size)
+    before = content(copy)
+    with pytest.raises(FileError) as refused:
+        main(words(scenes, 1, copy, "--ckpt_path", "last", subcommand=command))
+    assert refused.value.path == last and content(copy) == before
+
+
+def test_a_run_and_a_root_folder_are_not_given_together(scenes, tmp_path):
+    with pytest.raises(SettingError) as refused:
+        main(words(scenes, 1, tmp_path / "r", "--trainer.default_root_dir", str(tmp_path / "x")))
+    assert refused.value.setting == "trainer.default_root_dir"
+    line = words(
+        scenes,
+        1,
+        "",
+        *TWO,
+        "--trainer.default_root_dir",
+        str(tmp_path / "x"),
+        "--trainer.enable_checkpointing",
+        "false",
+    )
+    at = line.index("--run")
+    main(line[:at] + line[at + 2 :])
+    assert {"stair", "config.yaml", "tensorboard"} == {path.name for path in (tmp_path / "x").iterdir()}
+
+
+# ------------------------------------------------------------------ results are of the inputs that there are
+
+
+LAST = ("--ckpt_path", "last")
+
+
+@pytest.fixture(scope="module")
+def two_stages(scenes, trained, tmp_path_factory):
+    run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("runs") / "two"))
+    main(words(scenes, 2, run, *TWO))
+    return run
+
+
+def test_a_finished_stage_that_is_submitted_again_writes_nothing(scenes, trained, copy, tmp_path):
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in copy.rglob("*")}
+    moved = Path(shutil.copytree(scenes, tmp_path / "elsewhere"))
+    free = ("--data.workers", "1", "--trainer.log_every_n_steps", "7", "--model.init_args.micro_batch_size", "4")
+    main(words(scenes, 1, copy, *TWO, *LAST))
+    main(words(moved, 1, copy, *TWO, *LAST, *free))
+    shutil.rmtree(copy / "stage1" / "checkpoints")  # to save room
+    main(words(scenes, 1, copy, *TWO, *LAST))
+    after = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in copy.rglob("*")}
+    del before[copy / "stage1"], after[copy / "stage1"]
+    assert after.items() <= before.items()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_stage_whose_stage_before_was_trained_anew_is_refused(scenes, two_stages, tmp_path, finished):
+    run = Path(shutil.copytree(two_stages, tmp_path / "r"))
+    shutil.rmtree(run / "stage1")
+    main(words(scenes, 1, run, *TWO, "--seed_everything", "7"))
+    if not finished:
+        shutil.rmtree(run / "stage2" / "stair")
+    before = content(run)
+    with pytest.raises(FileError, match="transition.start_from") as refused:
+        main(words(scenes, 2, run, *TWO, *LAST))
+    assert refused.value.path == run / "stage2" / ("stair" if finished else "checkpoints/last.ckpt")
+    assert content(run) == before
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("model.init_args.optimizer.lr", "0.1"),
+        ("model.init_args.objective.flops_image", "0.1"),
+        ("seed_everything", "3"),
+        ("data.global_batch_size", "8"),
+        ("data.train", "{scenes}/train-0000.tar"),
+        ("trainer.max_steps", "1"),
+    ],
+)
+def test_a_finished_stage_is_not_complete_for_other_inputs(scenes, trained, changed):
+    name, value = changed
+    before = content(trained)
+    with pytest.raises(FileError, match=name) as refused:
+        main(words(scenes, 1, trained, *TWO, *LAST, f"--{name}", value.format(scenes=scenes)))
+    assert refused.value.path == trained / "stage1" / "stair" and content(trained) == before
+
+
+def test_config_yaml_states_the_settings_that_trained_what_is_there(scenes, copy):
+    file = copy / "stage1" / "config.yaml"
+    rate = "--model.init_args.optimizer.lr"
+    with pytest.raises((ValueError, RuntimeError)):  # data.seed is not that of the checkpoint
+        main(words(scenes, 1, copy, *LAST, rate, "0.5", "--data.seed", "3"))
+    assert yaml.safe_load(file.read_text())["model"]["init_args"]["optimizer"]["lr"] == 2e-3
+    main(words(scenes, 1, copy, *LAST, rate, "0.5"))
+    assert yaml.safe_load(file.read_text())["model"]["init_args"]["optimizer"]["lr"] == 0.5
+    exported = json.loads((copy / "stage1" / "stair" / "config.json").read_text())["training"]
+    assert exported["inputs"]["model.init_args.optimizer.lr"] == 0.5 and exported["steps"] == 4
+
+
+# ------------------------------------------------------------------ two jobs
+
+
+def locked(home, age=0.0, **changes):
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "lock").write_text(json.dumps({**run_lock._holder(), **changes}))
+    os.utime(home / "lock", (time.time() - age,) * 2)
+
+
+@pytest.mark.parametrize(
+    "holder",
+    [{"process": os.getppid(), "started": run_lock._started(os.getppid())}, {"host": "node7", "job": "12", "age": 60}],
+)
+def test_a_second_job_in_a_folder_is_refused_by_naming_the_first(scenes, tmp_path, holder):
+    locked(tmp_path / "r" / "stage1", **holder)
+    before = content(tmp_path / "r")
+    for more in ((), LAST):
+        with pytest.raises(FileError, match=str(holder.get("host", os.getppid()))) as refused:
+            main(words(scenes, 1, tmp_path / "r", *more))
+        assert refused.value.path == tmp_path / "r" / "stage1" / "lock" and content(tmp_path / "r") == before
+
+
+@pytest.mark.parametrize(
+    "holder",
+    [
+        {"process": 2**22 + 1, "started": "1"},
+        {"started": "1"},  # the number of a process that has ended is another's now
+        {"host": "node7", "age": 1000},
+        {"host": "node7", "job": "12", "restart": "0"},
+    ],
+    ids=["ended", "number used again", "no sign of life", "earlier start of this job"],
+)
+def test_the_lock_of_a_job_that_has_ended_is_taken_over(tmp_path, holder, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    locked(tmp_path, **holder)
+    with run_lock.training_lock(tmp_path):
+        mine = json.loads((tmp_path / "lock").read_text())
+        assert (mine["host"], mine["process"], mine["job"]) == (socket.gethostname(), os.getpid(), "12")
+        with pytest.raises(FileError), run_lock.training_lock(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_holder_shows_signs_of_life_and_other_ranks_take_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "HEARTBEAT", 0.01)
+    with run_lock.training_lock(tmp_path):
+        os.utime(tmp_path / "lock", (0, 0))
+        end = time.monotonic() + 20
+        while (tmp_path / "lock").stat().st_mtime == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert (tmp_path / "lock").stat().st_mtime > 0
+        monkeypatch.setenv("SLURM_PROCID", "1")
+        with run_lock.training_lock(tmp_path):
+            pass
+        assert (tmp_path / "lock").exists()
