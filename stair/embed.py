@@ -110,7 +110,7 @@ def _report(out: Path, paths: list[Path], side: Side, listing: Listing) -> None:
         return
     causes = count_causes(skipped)
     counts = {"taken": len(listing.items) - len(undecoded), "skipped": causes}
-    write_json(out / PLAN, {**read_json(out / PLAN), **counts, "skipped_items": [one._asdict() for one in skipped]})
+    write_json(out / PLAN, {**read_json(out / PLAN), **counts, "skipped_items": [one.facts() for one in skipped]})
     why = f" ({', '.join(f'{count} {cause}' for cause, count in causes.items())})" if causes else ""
     print(f"{out}: {len(paths)} parts, {counts['taken']} {side} taken, {len(skipped)} skipped{why}")
 

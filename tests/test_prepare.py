@@ -171,19 +171,19 @@ def test_what_cannot_be_used_is_counted_by_cause_and_listed_and_too_much_of_it_s
     }
     assert told["samples"] == 20 and told["inputs"] == 30
     assert {entry["cause"] for entry in told["left_out_inputs"]} == set(told["left_out"])
-    assert any(entry["where"] == "cut.jpg" for entry in told["left_out_inputs"])
-    assert any("t.csv:30" in entry["where"] for entry in told["left_out_inputs"])
+    assert any(entry["place"] == "cut.jpg" for entry in told["left_out_inputs"])
+    assert any("t.csv:30" in entry["place"] for entry in told["left_out_inputs"])
     assert "left out 10 of 30 inputs" in capsys.readouterr().out
     assert len(by_file(tmp_path / "out")) == 20
 
 
-def test_a_quote_that_is_not_closed_loses_the_lines_it_takes_in_and_each_is_counted(tmp_path):
+def test_a_quote_that_is_not_closed_costs_its_own_line_alone(tmp_path):
     images = write_images(tmp_path / "images", 9)
     lines = ["image,caption", *(f"{i}.jpg," + '"' * (i == 5) + f"number {i}" for i in range(9))]
     (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
     folder(tmp_path / "t.csv", images, tmp_path / "out", workers=1, max_bad_share=0.9)
-    assert report(tmp_path / "out")["left_out"] == {"line malformed": 4}
-    assert len(by_file(tmp_path / "out")) == 5
+    assert report(tmp_path / "out")["left_out"] == {"line malformed": 1}
+    assert len(by_file(tmp_path / "out")) == 8
 
 
 def test_a_table_or_a_template_that_is_none_is_refused_by_name(tmp_path):

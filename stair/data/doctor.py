@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from stair.data.headers import Count, count, spread, write_indices
-from stair.data.inspection import Finding, Needs, Said, Sight, first_samples, judge, look
+from stair.data.inspection import Finding, Needs, Said, Severity, Sight, first_samples, judge, look
 from stair.data.remote import Remote, is_remote
 from stair.data.specs import Shards, mixture
 from stair.data.tars import expand
@@ -200,7 +200,8 @@ def _of_shards(counted: Count, stated: bool) -> Iterator[Said]:
     if counted.namesakes:
         what = f"{counted.namesakes} keys come in several shards, with other content"
         yield "notes", what, "nothing: a sample is told by its shard and key"
-    for severity, found in (("stops", counted.stale), ("warns", counted.doubtful)):
+    levels: list[tuple[Severity, dict[str, str]]] = [("stops", counted.stale), ("warns", counted.doubtful)]
+    for severity, found in levels:
         for shard, reason in list(found.items())[:1]:
             what = f"{len(found)} shards are not what their index says, the first is {shard}: {reason}"
             yield severity, what, "get them again; or --write_index, if they are as they should be"

@@ -27,6 +27,8 @@ class ImageFile:
 def image_files(folder: Path) -> Iterator[ImageFile | Skipped]:
     """The entries of a folder and of all folders below it, in a fixed order. Links are followed.
 
+    Hidden entries, whose names begin with a dot or `__MACOSX`, are no part of the folder.
+
     Yields:
         Images, known by the suffix of their names in any case; `Skipped` for everything else but folders.
     """
@@ -54,8 +56,8 @@ def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Itera
     for entry in entries:
         name = prefix + entry.name
         if entry.name.startswith(HIDDEN):
-            yield Skipped(printable(name), "hidden file: its name begins with a dot or __MACOSX")
-        elif entry.is_dir():
+            continue
+        if entry.is_dir():
             if _is_image(entry.name):
                 yield Skipped(printable(name), "not a file: it is a folder with the name of an image")
             yield from _walk(Path(entry.path), f"{name}/", above | {identity})

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -29,6 +30,9 @@ _CERTAIN = 200  # among fewer samples, a share of bad ones is too rough to stop 
 _SIDE = re.compile(r"\b(left|right)(?:most|hand)?\b", re.IGNORECASE)
 
 
+Severity = Literal["stops", "warns", "notes"]
+
+
 class Finding(NamedTuple):
     """Something about a source that a user should know.
 
@@ -39,7 +43,7 @@ class Finding(NamedTuple):
         mend: the setting or the step that changes it.
     """
 
-    severity: Literal["stops", "warns", "notes"]
+    severity: Severity
     source: str
     what: str
     mend: str
@@ -112,7 +116,8 @@ class Sight:
 def first_samples(shard: str, count: int, remote: Remote) -> tuple[list[dict[str, Any]], str]:
     """The first samples of a shard, with the names of all members, and what broke it before there were so many."""
     errors: list[Exception] = []
-    with closing(stream(shard, errors.append, select=None, remote=remote)) as samples:
+    reader: Any = stream(shard, errors.append, select=None, remote=remote)
+    with closing(reader) as samples:
         lines = caption_lines(shard)
         found = [{**sample, "__url__": shard, "__lines__": lines} for sample in itertools.islice(samples, count)]
     return found, str(errors[0]) if errors else ""
@@ -128,7 +133,7 @@ def look(samples: Iterable[dict[str, Any]], needs: Needs) -> Sight:
         if len(sight.members) < 10:
             sight.members += [f"{sample['__key__']}.{kind}" for kind in types_of(sample)]
         _tried(sight, sample, _well_named)
-        texts = _tried(sight, sample, lambda sample: captions(sample, sample["__lines__"]))
+        texts = _tried(sight, sample, _texts)
         data = _tried(sight, sample, image_bytes)
         sight.no_caption += texts is None
         sight.no_image += data is None
@@ -137,13 +142,17 @@ def look(samples: Iterable[dict[str, Any]], needs: Needs) -> Sight:
             sight.texts.append([text for text in texts if text])
             sight.blank += not all(texts)
         if data is not None:
-            decoded = _tried(sight, sample, lambda sample, data=data: _measure(sight, sample, data, needs))
+            decoded = _tried(sight, sample, partial(_measure, sight, data=data, needs=needs))
             images[hashlib.sha256(data).digest()] += decoded is not None
         sight.left_out += sight.bad.total() > before
     sight.twins = sum(count for count in images.values() if count > 1)
     if needs.vocabulary:
         _count_tokens(sight, needs.vocabulary)
     return sight
+
+
+def _texts(sample: dict[str, Any]) -> list[str]:
+    return captions(sample, sample["__lines__"])
 
 
 def _well_named(sample: dict[str, Any]) -> None:
@@ -228,7 +237,7 @@ def judge(name: str, sight: Sight, needs: Needs) -> list[Finding]:
 
 
 # severity, what, mend
-Said = tuple[Literal["stops", "warns", "notes"], str, str]
+Said = tuple[Severity, str, str]
 
 
 def _members(sight: Sight) -> Iterator[Said]:

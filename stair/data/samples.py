@@ -51,6 +51,10 @@ class Skipped(NamedTuple):
         """What it is counted under."""
         return self.reason.partition(":")[0]
 
+    def facts(self) -> dict[str, str]:
+        """For reports in JSON."""
+        return {"cause": self.cause, "place": self.place, "reason": self.reason}
+
 
 def count_causes(skipped: Iterable[Skipped]) -> dict[str, int]:
     """How many were skipped for each cause, the most frequent first."""
@@ -166,7 +170,9 @@ def group(
 
 
 def other_members(names: Iterable[str], keys: Iterable[str]) -> Iterator[Skipped]:
-    """The members of an archive that belong to none of its samples, one for each key. WebDataset's own are left out.
+    """The members of an archive that belong to none of its samples, one for each key.
+
+    WebDataset's own members and hidden ones, whose names begin with a dot, are left out.
 
     Args:
         names: of all members.
@@ -175,11 +181,7 @@ def other_members(names: Iterable[str], keys: Iterable[str]) -> Iterator[Skipped
     known = set(keys)
     for name in map(printable, names):
         key, kind = key_and_type(name)
-        if _META.match(name) or key in known:
-            continue
-        if not key or key.endswith("/"):
-            yield Skipped(name, "hidden file: its name begins with a dot")
-        elif not _is_dotted(key, kind):
+        if key and not key.endswith("/") and key not in known and not _is_dotted(key, kind):
             known.add(key)
             yield Skipped(key, f"no image or caption: its first member has type {kind!r}, wanted {sorted(_WANTED)}")
 

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from stair.data.prepare.shard import Refused
+from stair.data.folders import HIDDEN, ImageFile, image_files
 from stair.data.prepare.shards import Source
 from stair.data.prepare.tables import ImageFiles
+from stair.data.samples import Skipped
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _NUMBER = re.compile(r"^\d+[._-]\s*")  # 001.Black_footed_Albatross
 
 
@@ -28,22 +28,22 @@ def class_source(images: Path, split: str, names: Path | None, template: str) ->
         ) from error
     if not images.is_dir():
         raise ValueError(f"no folder {images}; wanted the one with a folder for each class")
-    folders = sorted(path.name for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = sorted(path.name for path in images.iterdir() if path.is_dir() and not path.name.startswith(HIDDEN))
     if not folders:
         raise ValueError(f"{images} holds no folder; wanted one for each class, with its images")
     spoken = class_names(folders, names)
     references: list[Any] = []
-    refused: list[Refused] = []
+    refused: list[Skipped] = []
     for label, (folder, name) in enumerate(zip(folders, spoken, strict=True)):
-        files = sorted(path for path in (images / folder).rglob("*") if path.is_file() and path.name[0] != ".")
-        if not files:
-            refused.append(Refused("class without images", folder, f"nothing in {images / folder}"))
-        for path in files:
-            place = str(path.relative_to(images))
-            if path.suffix.lower() in _SUFFIXES:
+        found = list(image_files(images / folder))
+        if not found:
+            refused.append(Skipped(folder, f"class without images: nothing in {images / folder}"))
+        for one in found:
+            if isinstance(one, ImageFile):
+                place = f"{folder}/{one.name}"
                 references.append(((place,), (template.format(name),), (("class", name), ("label", label))))
             else:
-                refused.append(Refused("not an image by its name", place, f"wanted {', '.join(_SUFFIXES)}"))
+                refused.append(Skipped(f"{folder}/{one.place}", one.reason))
     return Source(
         str(images), {split: references}, ImageFiles(images.resolve(), images), {split: refused}, classnames=spoken
     )

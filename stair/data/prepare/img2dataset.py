@@ -13,9 +13,9 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from stair.data.prepare.jobs import STATE, Job, alone_in, cores, read_json, run, tell_done
-from stair.data.prepare.shard import Hashed, Refused, add_member
+from stair.data.prepare.shard import Hashed, add_member
 from stair.data.prepare.shards import REPORT, Tally, listed, refuse_foreign_index, write_index
-from stair.data.samples import captions, image_bytes, types_of
+from stair.data.samples import Skipped, caption_lines, captions, image_bytes, skipped_lines, types_of
 from stair.data.tars import stream
 from stair.files import removed_on_failure, sha256, write_json
 
@@ -53,7 +53,7 @@ def index_folder(folder: Path, mend: bool, max_bad_share: float, workers: int) -
             "samples": sum(record["samples"] for record in kept.values()),
             "mended": [name for name, record in records.items() if record["mended"]],
             "left_out" if mend else "bad": dict(tally.causes),
-            "left_out_inputs" if mend else "bad_inputs": [bad._asdict() for bad in tally.left_out],
+            "left_out_inputs" if mend else "bad_inputs": [bad.facts() for bad in tally.left_out],
         }
         write_json(folder / REPORT, {"format": 1, "splits": {"all": report}})
         for name in (*(f"{name}.json" for name in records), "left_out.json"):
@@ -63,6 +63,7 @@ def index_folder(folder: Path, mend: bool, max_bad_share: float, workers: int) -
     )
     if tally.causes:
         todo = "" if mend else "; training skips them, `--mend` rewrites their shards without them"
+        print(*skipped_lines(tally.left_out), sep="\n")
         print(f"  bad: {listed(tally.causes)}{todo}; which ones: {REPORT}")
 
 
@@ -101,27 +102,26 @@ def check_shard(shard: Path, mend: bool) -> dict[str, Any]:
         `inputs`, `samples`, `bytes`, `sha256`, `mtime`, `mended`, `left_out`.
     """
     errors: list[Exception] = []
-    bad: dict[str, Refused] = {}
+    lines = caption_lines(str(shard))
+    bad: dict[str, Skipped] = {}
     keys: list[str] = []
-    for sample in stream(str(shard), lambda error: errors.append(error) or True):
+    for sample in stream(str(shard), errors.append):
         key = str(sample["__key__"])
         keys.append(key)
         try:
             if sample["__wrong__"]:
                 raise ValueError(sample["__wrong__"])
-            captions(sample)
+            captions(sample, lines)
             _check_header(image_bytes(sample))
         except ValueError as error:
-            bad[key] = Refused(str(error).partition(":")[0], f"{shard.name}:{key}", str(error)[:300])
+            bad[key] = Skipped(f"{shard.name}:{key}", str(error)[:300])
         tell_done()
     left_out = [*bad.values()]
-    left_out += [Refused("shard cut short", shard.name, str(error)[:300]) for error in errors]
+    left_out += [Skipped(shard.name, f"shard cut short: {error}"[:300]) for error in errors]
     if not _stats_of(shard).is_file():
-        left_out.append(
-            Refused("shard unfinished", shard.name, f"no {_stats_of(shard).name}: img2dataset stopped in it")
-        )
+        left_out.append(Skipped(shard.name, f"shard unfinished: no {_stats_of(shard).name}, img2dataset stopped in it"))
     elif errors or len(keys) != _stated(shard):
-        left_out += [Refused("sample missing", f"{shard.name}:{key}", why) for key, why in _missing(shard, keys)]
+        left_out += [Skipped(f"{shard.name}:{key}", f"sample missing: {why}") for key, why in _missing(shard, keys)]
     mended = mend and bool(bad or errors) and len(bad) < len(keys)
     if mended:
         _rewrite(shard, set(bad))
@@ -168,7 +168,8 @@ def _rewrite(shard: Path, bad: set[str]) -> None:
     temporary = shard.parent / STATE / f"{shard.name}.{os.getpid()}.part"
     samples = 0
     with removed_on_failure(shard, temporary), open(temporary, "wb") as file:
-        with tarfile.open(fileobj=Hashed(file), mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+        hashed: Any = Hashed(file)
+        with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
             for sample in stream(str(shard), lambda error: True):
                 if sample["__key__"] not in bad:
                     samples += 1

@@ -50,12 +50,17 @@ def tell_done(inputs: int = 1) -> None:
             _done.value += inputs
 
 
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
 def _start(done: "Synchronized[int]") -> None:
     global _done
     _done = done
     if parent := multiprocessing.parent_process():
         # a worker whose parent is killed would wait for ever, and hold the lock
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def cores() -> int:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from stair.data.prepare.jobs import STATE, tell_done
-from stair.data.samples import captions
+from stair.data.samples import Skipped, check_caption, printable
 from stair.files import removed_on_failure
 from stair.images import decode_image, image_format
 
@@ -29,14 +29,6 @@ class Raw(NamedTuple):
     image: bytes
     captions: list[str]
     fields: dict[str, Any]
-
-
-class Refused(NamedTuple):
-    """An input that is left out: why, in a word or two; where; and in detail."""
-
-    cause: str
-    where: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -61,19 +53,18 @@ def make_shard(path: Path, keyed: list[tuple[str, Any]], read: Callable[[Any], R
         is no tar.
     """
     temporary = path.parent / STATE / f"{path.name}.{os.getpid()}.part"
-    left_out: list[Refused] = []
+    left_out: list[Skipped] = []
     anew: Counter[str] = Counter()
     samples = captions = 0
     try:
         with removed_on_failure(path, temporary), open(temporary, "wb") as file:
-            hashed = Hashed(file)
+            hashed: Any = Hashed(file)
             with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
                 for key, reference in keyed:
                     try:
                         raw, kind, image, why = _made(read, reference, limits)
                     except ValueError as error:
-                        reason = printable(str(error))[:300]
-                        left_out.append(Refused(reason.partition(":")[0], _place(reference), reason))
+                        left_out.append(Skipped(_place(reference), printable(str(error))[:300]))
                     else:
                         _add(tar, key, raw, kind, image)
                         samples, captions, anew[why] = samples + 1, captions + len(raw.captions), anew[why] + 1
@@ -108,19 +99,11 @@ class Hashed:
         return int(self.file.write(data))
 
 
-def printable(text: str) -> str:
-    """Text that can be written as UTF-8: bytes of a name or a table that are not become question marks."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def _made(read: Callable[[Any], Raw], reference: Any, limits: Limits) -> tuple[Raw, str, bytes, str]:
     raw = read(reference)
-    texts = [text.strip() for text in raw.captions]
-    if not texts or not all(texts):
-        raise ValueError("caption empty: the input has no caption, or one of white space alone")
-    if wrong := next((text for text in texts if printable(text) != text), ""):
-        raise ValueError(f"caption not UTF-8: {printable(wrong)[:80]!r}")
-    captions({"json": json.dumps({"captions": texts}).encode()})  # what training refuses is refused here
+    if not raw.captions:
+        raise ValueError("caption empty: the input has no caption")
+    texts = [check_caption(text) for text in raw.captions]
     return (raw._replace(captions=texts), *stored(raw.image, limits))
 
 

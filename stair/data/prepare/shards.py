@@ -18,8 +18,9 @@ from typing import Any
 
 from stair.data.counts import FORMAT, INDEX, read_index
 from stair.data.prepare.jobs import Job, alone_in, cores, read_json, run
-from stair.data.prepare.shard import Limits, Raw, Refused, make_shard
+from stair.data.prepare.shard import Limits, Raw, make_shard
 from stair.data.remote import Remote
+from stair.data.samples import Skipped, skipped_lines
 from stair.files import write_json
 from stair.images import MAX_PIXELS
 
@@ -45,7 +46,7 @@ class Source:
     name: str
     splits: dict[str, list[Any]]
     read: Callable[[Any], Raw]
-    refused: dict[str, list[Refused]] = field(default_factory=dict)
+    refused: dict[str, list[Skipped]] = field(default_factory=dict)
     mixed: bool = True
     classnames: list[str] | None = None
 
@@ -155,13 +156,13 @@ def _write_split(
         "captions": sum(record["captions"] for record in made),
         "written_anew": dict(sum((Counter(record["written_anew"]) for record in made), Counter())),
         "left_out": dict(tally.causes),
-        "left_out_inputs": [bad._asdict() for bad in tally.left_out],
+        "left_out_inputs": [bad.facts() for bad in tally.left_out],
     }
     whole = read_json(plan.out / REPORT)
     write_json(plan.out / REPORT, {"format": 1, "splits": {**whole.get("splits", {}), plan.split: report}})
     for name in (*(f"{name}.json" for name in records), f"{plan.split}.left_out.json", f"{plan.split}.plan"):
         (state / name).unlink(missing_ok=True)
-    print(_said(plan, report))
+    print("\n".join([*skipped_lines(tally.left_out), _said(plan, report)]))
 
 
 def _said(plan: Plan, report: dict[str, Any]) -> str:
@@ -185,19 +186,19 @@ class Tally:
 
     def __init__(self, limit: float, inputs: int, listing: Path) -> None:
         self.limit, self.inputs, self.listing = limit, inputs, listing
-        self.seen, self.left_out, self.causes = 0, list[Refused](), Counter[str]()
+        self.seen, self.left_out, self.causes = 0, list[Skipped](), Counter[str]()
 
     def add(self, record: dict[str, Any]) -> None:
         """Takes in what a job left out."""
         self.seen += record["inputs"]
-        self.left_out += [Refused(*bad) for bad in record["left_out"]]
-        self.causes.update(bad[0] for bad in record["left_out"])
+        self.left_out += [Skipped(*bad) for bad in record["left_out"]]
+        self.causes.update(Skipped(*bad).cause for bad in record["left_out"])
         self.judge(min(_JUDGED, self.inputs))
 
     def judge(self, enough: int) -> None:
         """Stops the run if too much of at least `enough` inputs was left out."""
         if self.seen >= enough and len(self.left_out) > self.limit * self.seen:
-            write_json(self.listing, [bad._asdict() for bad in self.left_out])
+            write_json(self.listing, [bad.facts() for bad in self.left_out])
             raise ValueError(
                 f"{len(self.left_out)} of {self.seen} inputs cannot be used, more than max_bad_share={self.limit}: "
                 f"{self.text()}. All of them: {self.listing}. Mend the source, or run again with a higher --max_bad_share: "
@@ -206,7 +207,7 @@ class Tally:
 
     def text(self) -> str:
         """What was left out, in a few words."""
-        first = "; ".join(f"{bad.where}: {bad.reason}" for bad in self.left_out[:3])
+        first = "; ".join(f"{bad.place}: {bad.reason}" for bad in self.left_out[:3])
         return f"{listed(self.causes)}. The first: {first}"
 
 

@@ -3,25 +3,20 @@
 Whatever is wrong with one line is that line's fault alone: it is refused with its place, the others are read.
 """
 
-import csv
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-from pyarrow import parquet
-
-from stair.data.prepare.shard import Raw, Refused, printable
+from stair.data.prepare.shard import Raw
 from stair.data.prepare.shards import Source
+from stair.data.samples import Skipped, check_caption, printable
+from stair.data.tables import Table, open_table
+from stair.errors import SettingError
 
 IMAGE_COLUMNS = "image image_path filepath file_path file_name filename path file image_name".split()
 CAPTION_COLUMNS = "captions caption text title sentences sentence comment".split()
-
-# a line of a table: its place, and its cells by column, or what is wrong with it
-Line = tuple[str, dict[str, Any] | str]
 
 
 @dataclass(frozen=True)
@@ -73,37 +68,43 @@ def table_source(
     Raises:
         ValueError: if it is no table of a known kind, or the columns cannot be told.
     """
+    found = open_table(table, delimiter)
+    image = _column(found, IMAGE_COLUMNS, image_column, "image")
+    caption = _column(found, CAPTION_COLUMNS, caption_column, "caption")
     captions: dict[str, list[str]] = {}
-    refused: list[Refused] = []
-    columns: tuple[str, str] | None = None
-    for place, cells in _lines(table, delimiter):
-        if isinstance(cells, str):
-            refused.append(Refused("line malformed", place, cells))
-            continue
-        if columns is None:
-            image = _column(cells, IMAGE_COLUMNS, image_column, "image")
-            columns = image, _column(cells, CAPTION_COLUMNS, caption_column, "caption")
-        name, texts = cells.get(columns[0]), texts_of(cells.get(columns[1]))
-        if not isinstance(name, str) or not name.strip():
-            refused.append(Refused("image unnamed", place, f"no path in column {columns[0]!r}"))
-        elif not texts or not all(text.strip() for text in texts):
-            refused.append(Refused("caption empty", place, f"nothing in column {columns[1]!r}"))
-        elif any(printable(text) != text for text in texts):
-            refused.append(Refused("caption not UTF-8", place, printable(" ".join(texts))[:80]))
+    skipped: list[Skipped] = []
+    for row in found.rows():
+        name, texts = row.cells.get(image), texts_of(row.cells.get(caption))
+        if problem := row.problem or _problem(name, texts, image, caption):
+            skipped.append(Skipped(row.place, problem))
         else:
-            captions.setdefault(name.strip(), []).extend(texts)
+            captions.setdefault(str(name).strip(), []).extend(texts)
     references = [((name,), tuple(texts), ()) for name, texts in captions.items()]
-    return Source(str(table), {split: references}, ImageFiles(images.resolve(), images), {split: refused})
+    return Source(str(table), {split: references}, ImageFiles(images.resolve(), images), {split: skipped})
 
 
-def _column(cells: dict[str, Any], usual: list[str], given: str | None, what: str) -> str:
-    found = [name for name in ([given] if given else usual) if name in cells]
-    if not found:
-        raise ValueError(
-            f"the {what} column cannot be told: the table has {[printable(name) for name in list(cells)[:20]]}, looked for "
-            f"{given or usual}; give --{what}_column, or a first line with the columns' names"
+def _problem(name: Any, texts: list[str], image: str, caption: str) -> str:
+    if not isinstance(name, str) or not name.strip():
+        return f"image unnamed: no path in column {image!r}"
+    if not texts:
+        return f"caption empty: nothing in column {caption!r}"
+    try:
+        for text in texts:
+            check_caption(text)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _column(table: Table, usual: list[str], given: str | None, what: str) -> str:
+    names = [name for name in ([given] if given else usual) if name in table.columns]
+    if not names:
+        raise SettingError(
+            f"the {what} column cannot be told: the table has {list(table.columns)[:20]}, looked for {given or usual}; "
+            f"give --{what}_column, or a first line with the columns' names",
+            f"{what}_column",
         )
-    return found[0]
+    return names[0]
 
 
 def texts_of(cell: Any) -> list[str]:
@@ -113,66 +114,6 @@ def texts_of(cell: Any) -> list[str]:
     if isinstance(cell, list):
         return [text for part in cell for text in texts_of(part)]
     return [cell] if isinstance(cell, str) else []
-
-
-def _lines(table: Path, delimiter: str | None) -> Iterator[Line]:
-    kind = table.suffix.lower()
-    if kind == ".parquet":
-        return _parquet(table)
-    if kind in (".jsonl", ".ndjson"):
-        return _jsonl(table)
-    if kind in (".csv", ".tsv", ".txt"):
-        return _csv(table, delimiter or ("\t" if kind == ".tsv" else ","))
-    raise ValueError(f"{table} is no table of a known kind; wanted .csv, .tsv, .txt, .jsonl or .parquet")
-
-
-def _csv(table: Path, delimiter: str) -> Iterator[Line]:
-    csv.field_size_limit(10_000_000)  # of the process, so not where this file is imported
-    # tab-separated files know no quotes: one that begins a caption would swallow the lines after it
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, quoting=quoting, skipinitialspace=True, strict=True)
-        header = [name.strip() for name in next(reader, [])]
-        while True:
-            before = reader.line_num
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:  # a quote that is not closed takes in the lines after it: all of them are lost
-                yield from ((f"{table.name}:{line + 1}", str(error)) for line in range(before, reader.line_num))
-                continue
-            if len(row) == len(header):
-                yield f"{table.name}:{reader.line_num}", dict(zip(header, row, strict=True))
-            elif row:
-                wrong = (
-                    f"{len(row)} cells, the first line has {len(header)}: is a caption with {delimiter!r} not quoted?"
-                )
-                yield f"{table.name}:{reader.line_num}", wrong
-
-
-def _jsonl(table: Path) -> Iterator[Line]:
-    with open(table, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                cells = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError) as error:
-                yield f"{table.name}:{number}", str(error)
-                continue
-            if cells is not None:
-                yield f"{table.name}:{number}", cells if isinstance(cells, dict) else "no JSON object"
-
-
-def _parquet(table: Path) -> Iterator[Line]:
-    try:
-        rows = parquet.ParquetFile(table).iter_batches()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{table} cannot be read: {error}") from error
-    number = 0
-    for batch in rows:
-        for cells in batch.to_pylist():
-            number += 1
-            yield f"{table.name}:{number}", cells
 
 
 def karpathy_source(captions: Path, images: Path) -> Source:
