@@ -96,9 +96,9 @@ STOPS = {
         r"no sample could be read .* -> .*--data.train",
     ),
     "other names": (
-        lambda p: write_tar(p / "a.tar", [(f"{n}.{kind}", b"x") for n in range(20) for kind in ("gif", "txt")]),
+        lambda p: write_tar(p / "a.tar", [(f"{n}.{kind}", b"x") for n in range(20) for kind in ("avif", "txt")]),
         {},
-        r"none of the first 20 samples has a usable member of \['jpg'.*'0.gif', '0.txt'.* -> .*KEY.jpg",
+        r"none of the first 20 samples has a usable member of \['jpg'.*'0.avif', '0.txt'.* -> .*KEY.jpg",
     ),
     "torn apart": (
         lambda p: write_tar(p / "a.tar", sorted(members(range(20)), key=lambda member: member[0][-3:])),

@@ -241,6 +241,7 @@ def _report(counted: Count, sight: Sight, settings: dict[str, Any], stated: int 
         "samples_are": "stated" if stated else known,
         "bytes": sum(counted.sizes.values()),
         "looked_at": sight.samples,
+        "taken": sight.samples - sight.left_out,
         "bad": dict(sight.bad),
         "formats": dict(sight.formats),
     }
@@ -286,7 +287,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     yield (
         f"{report['shards']} shards, {report['samples']} samples ({report['samples_are']}), "
         f"{report['bytes'] / 2**20:.1f} MiB; "
-        f"looked at {report['looked_at']} samples"
+        f"looked at {report['looked_at']} samples: {report['taken']} taken, {sum(report['bad'].values())} skipped"
     )
     if "short_side" in report:
         formats = ", ".join(f"{count} {kind}" for kind, count in report["formats"].items())

@@ -77,7 +77,7 @@ class Sight:
     Attributes:
         samples: looked at.
         left_out: of these, samples that training leaves out.
-        bad: causes, of which a sample may have several.
+        bad: samples that training leaves out, by the cause that it states: the first, if there are several.
         first: of each cause, where and in detail.
         members: names seen, of the first samples.
         no_image: samples without an image member.
@@ -129,12 +129,12 @@ def look(samples: Iterable[dict[str, Any]], needs: Needs) -> Sight:
     images: Counter[bytes] = Counter()
     for sample in samples:
         sight.samples += 1
-        before = sight.bad.total()
+        reasons: list[str] = []
         if len(sight.members) < 10:
             sight.members += [f"{sample['__key__']}.{kind}" for kind in types_of(sample)]
-        _tried(sight, sample, _well_named)
-        texts = _tried(sight, sample, _texts)
-        data = _tried(sight, sample, image_bytes)
+        _tried(sight, sample, reasons, _well_named)
+        texts = _tried(sight, sample, reasons, _texts)
+        data = _tried(sight, sample, reasons, image_bytes)
         sight.no_caption += texts is None
         sight.no_image += data is None
         if texts is not None:
@@ -142,9 +142,10 @@ def look(samples: Iterable[dict[str, Any]], needs: Needs) -> Sight:
             sight.texts.append([text for text in texts if text])
             sight.blank += not all(texts)
         if data is not None:
-            decoded = _tried(sight, sample, partial(_measure, sight, data=data, needs=needs))
+            decoded = _tried(sight, sample, reasons, partial(_measure, sight, data=data, needs=needs))
             images[hashlib.sha256(data).digest()] += decoded is not None
-        sight.left_out += sight.bad.total() > before
+        sight.left_out += bool(reasons)
+        sight.bad.update(reasons[:1])
     sight.twins = sum(count for count in images.values() if count > 1)
     if needs.vocabulary:
         _count_tokens(sight, needs.vocabulary)
@@ -160,12 +161,12 @@ def _well_named(sample: dict[str, Any]) -> None:
         raise ValueError(sample["__wrong__"])
 
 
-def _tried(sight: Sight, sample: dict[str, Any], read: Callable[[dict[str, Any]], Any]) -> Any:
+def _tried(sight: Sight, sample: dict[str, Any], reasons: list[str], read: Callable[[dict[str, Any]], Any]) -> Any:
     try:
         return read(sample)
     except ValueError as error:
         cause = str(error).partition(":")[0]
-        sight.bad[cause] += 1
+        reasons.append(cause)
         sight.first.setdefault(cause, f"{sample['__key__']!r} in {sample['__url__']}: {str(error)[:200]}")
         return None
 
