@@ -3,9 +3,7 @@
 Words and sentences come from data, so all of them are escaped; the page has no script and a policy that forbids requests.
 """
 
-import base64
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,8 @@ from stair.explain import Explanation, PictureReading, Reading, SentenceReading,
 from stair.files import atomic_write
 from stair.images import decode_image
 from stair.model import Stair
-from stair.plain import escape, one_line
+from stair.pages import document, render
+from stair.plain import one_line
 
 _TILE, _MARGIN, _LINE = 192, 12, 22
 _HEAT, _INK, _SOFT = (214, 64, 20), (29, 33, 38), (93, 101, 110)
@@ -157,91 +156,37 @@ def _lines(subject: Explanation | Reading, words: int) -> list[str]:
 
 def page(subject: Explanation | Reading, words: int = 12) -> str:
     """A page of HTML, all in one file."""
+    match = isinstance(subject, Explanation)
     sides = (subject.query, subject.document) if isinstance(subject, Explanation) else (subject,)
-    title = "Why these match" if isinstance(subject, Explanation) else "What this says"
-    parts = [_shared_table(subject, words)] if isinstance(subject, Explanation) else []
-    if tiles := _tiles(subject, words):
-        figures = "".join(
-            f"<figure>{_png(tile, name)}<figcaption>{escape(name)}</figcaption></figure>" for name, tile in tiles
-        )
-        parts.append(
-            "<h2>Where in the picture</h2><p>Colour is what each patch gives the word; the outlined patch won it, and its "
-            f"value is the word's weight.</p><div class=tiles>{figures}</div>"
-        )
-    parts += [_sentence(side, words) for side in sides if isinstance(side, SentenceReading)]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{_STYLE}</style>
-</head>
-<body><main><h1>{title}</h1>{"".join(parts)}</main></body>
-</html>
-"""
+    content = render(
+        "explanation.html",
+        score=subject.score if isinstance(subject, Explanation) else None,
+        rows=_rows(subject, words) if isinstance(subject, Explanation) else [],
+        tiles=[(name, _png(tile)) for name, tile in _tiles(subject, words)],
+        sentences=[_raised(side, words) for side in sides if isinstance(side, SentenceReading)],
+    )
+    return document("Why these match" if match else "What this says", [], [content])
 
 
-def _png(image: Image.Image, text: str) -> str:
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return buffer.getvalue()
 
 
-def _row(cells: Sequence[str], share: float) -> str:
-    bar = f'<td class=bar><i style="width:{100 * max(0.0, min(1.0, share)):.1f}%"></i></td>'
-    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}{bar}</tr>"
-
-
-def _shared_table(subject: Explanation, words: int) -> str:
+def _rows(subject: Explanation, words: int) -> list[tuple[str, str, str, str, float]]:
+    """Shared words with both weights, their product, and the length of its bar; the lighter ones in one row."""
     most = max((word.contribution for word in subject.shared), default=1.0)
-    rows = [
-        _row([escape(w.word), f"{w.query:.4f}", f"{w.document:.4f}", f"{w.contribution:.4f}"], w.contribution / most)
-        for w in subject.shared[:words]
-    ]
-    rest = subject.shared[words:]
+    shown, rest = subject.shared[:words], subject.shared[words:]
+    rows = [(w.word, f"{w.query:.4f}", f"{w.document:.4f}", w.contribution) for w in shown]
     if rest:
-        value = sum(word.contribution for word in rest)
-        rows.append(_row([f"{len(rest)} more", "", "", f"{value:.4f}"], value / most))
-    rows.append(_row(["<b>score</b>", "", "", f"<b>{subject.score:.4f}</b>"], 0))
-    head = "<tr><th>word<th>in the one<th>in the other<th>product<th></tr>"
-    return f"<p>The score is the sum of the products.</p><table>{head}{''.join(rows)}</table>"
+        rows.append((f"{len(rest)} more", "", "", sum(word.contribution for word in rest)))
+    return [(w, q, d, f"{value:.4f}", max(0.0, min(1.0, value / most))) for w, q, d, value in rows]
 
 
-def _sentence(side: SentenceReading, words: int) -> str:
-    raised: dict[int, list[str]] = {}
+def _raised(side: SentenceReading, words: int) -> list[tuple[str, list[tuple[bool, str, float]]]]:
+    """Each token with the words it raised: whether they are expansions, the words, their weights."""
+    raised: dict[int, list[tuple[bool, str, float]]] = {}
     for n in range(min(words, len(side.words))):
-        kind = "added" if side.expands(n) else "own"
-        chip = f"<li class={kind}>{escape(side.words[n])} <small>{side.weights[n]:.3f}</small></li>"
-        raised.setdefault(int(side.winners[n]), []).append(chip)
-    tokens = "".join(
-        f"<div class=token><b>{escape(token)}</b><ul>{''.join(raised.get(t, []))}</ul></div>"
-        for t, token in enumerate(side.tokens)
-    )
-    return (
-        "<h2>Where in the sentence</h2><p>Under each token the words it raised: "
-        "<span class=own>in the sentence</span>, <span class=added>added by the model</span>.</p>"
-        f"<div class=sentence>{tokens}</div>"
-    )
-
-
-_STYLE = """
-:root { color-scheme: light dark; --page: #f6f6f3; --card: #fff; --ink: #1d2126; --soft: #5d656e; --own: #14594f;
-  --added: #8a5a00; --bar: #d64014; --track: #e6e6e1; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e8eaec; --soft: #9ba4ad;
-  --own: #7fd6c9; --added: #e0b060; --track: #2e343a; } }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere; }
-main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 60px; }
-h1 { font-size: 26px; } h2 { font-size: 20px; margin: 36px 0 4px; } p { color: var(--soft); margin: 0 0 12px; }
-table { border-collapse: collapse; background: var(--card); width: 100%; font-variant-numeric: tabular-nums; }
-td, th { padding: 6px 10px; text-align: right; } td:first-child, th:first-child { text-align: left; }
-.bar { width: 40%; } .bar i { display: block; height: 10px; background: var(--bar); border-radius: 3px; }
-.tiles { display: flex; flex-wrap: wrap; gap: 14px; } figure { margin: 0; width: 192px; }
-figure img { width: 100%; display: block; border-radius: 6px; } figcaption { font-size: 14px; padding-top: 4px; }
-.sentence { display: flex; flex-wrap: wrap; gap: 10px; }
-.token { background: var(--card); border-radius: 8px; padding: 8px 12px; }
-.token ul { list-style: none; margin: 4px 0 0; padding: 0; font-size: 14px; } small { color: var(--soft); }
-.own { color: var(--own); } .added { color: var(--added); font-style: italic; }
-"""
+        raised.setdefault(int(side.winners[n]), []).append((side.expands(n), side.words[n], float(side.weights[n])))
+    return [(token, raised.get(t, [])) for t, token in enumerate(side.tokens)]

@@ -41,7 +41,9 @@ def test_the_wheel_holds_the_package_and_nothing_else_of_the_checkout(wheel: Pat
         names = archive.namelist()
     packaged = {name for name in names if name.startswith("stair/")}
     assert packaged == {
-        str(path.relative_to(ROOT)) for path in (ROOT / "stair").rglob("*") if path.suffix in (".py", ".css")
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "stair").rglob("*")
+        if path.suffix in (".py", ".css", ".html", ".js")
     }
     assert {name.split("/")[0] for name in set(names) - packaged} == {wheel.name.rsplit("-", 3)[0] + ".dist-info"}
 

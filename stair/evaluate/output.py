@@ -12,9 +12,10 @@ from stair.evaluate.embed import Embedded
 from stair.evaluate.scored import Scored
 from stair.evaluate.sets import EvaluationSet
 from stair.files import write_text
-from stair.plain import escape, one_line
-from stair.report import Picture, as_list, gallery, image_tag, table, top_words, write_html
-from stair.report.tables import Table, measured, protocol, tables
+from stair.pages import render
+from stair.plain import one_line
+from stair.report import Picture, top_words, write_html
+from stair.report.tables import measured, protocol, tables
 
 _EXAMPLES, _WORDS = 12, 10
 
@@ -47,12 +48,14 @@ def write(
     """Writes `evaluation.json`, `report.html` and `model_card.md` into a folder, each whole or not at all."""
     write_text(folder / "evaluation.json", json.dumps(_without_nan(result), indent=2, ensure_ascii=False) + "\n")
     write_text(folder / "model_card.md", model_card(result))
-    examples = [section for what in sets if (section := _examples(scored, what, embedded[what.name]))]
-    sections = [*map(_section, tables(result)), *_plots(result), *examples[:1]]
+    examples = [pictures for what in sets if (pictures := _examples(scored, what, embedded[what.name]))]
+    content = render(
+        "evaluation.html", tables=list(tables(result)), plots=_plots(result), pictures=(examples or [[]])[0]
+    )
     notes = [protocol(name, figures) for name, figures in result["sets"].items()]
     model = result["model"]
     head = f"{model['kind']} model, compared by {model['similarity']}, evaluated by stair {__version__}"
-    write_html(folder / "report.html", f"Evaluation of {scored.name}", [head, *notes], sections)
+    write_html(folder / "report.html", f"Evaluation of {scored.name}", [head, *notes], [content])
 
 
 def model_card(result: Mapping[str, Any]) -> str:
@@ -67,13 +70,7 @@ def model_card(result: Mapping[str, Any]) -> str:
     )
 
 
-def _section(found: Table) -> str:
-    cells = table([escape(head) for head in found.heads], ([escape(cell) for cell in line] for line in found.lines))
-    notes = "" if found.title == "Retrieval" else as_list("notes", map(escape, found.notes))
-    return f"<section><h2>{escape(found.title)}</h2>{cells}{notes}</section>"
-
-
-def _plots(result: Mapping[str, Any]) -> list[str]:
+def _plots(result: Mapping[str, Any]) -> list[tuple[str, bytes]]:
     """Recall against active words of each set that was pruned, and accuracy of each class."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -83,7 +80,7 @@ def _plots(result: Mapping[str, Any]) -> list[str]:
         FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
         return buffer.getvalue()
 
-    sections = []
+    plots = []
     for name, figures in result["sets"].items():
         if "pruned" in figures:
             figure = Figure(figsize=(7, 3.4), dpi=110, layout="constrained")
@@ -103,8 +100,7 @@ def _plots(result: Mapping[str, Any]) -> list[str]:
             axis.set(xlabel="active words an image", ylabel="R@1, %")
             axis.legend(fontsize=8)
             axis.grid(alpha=0.3)
-            title = f"Recall against active words: {name}"
-            sections.append(f"<section><h2>{escape(title)}</h2>{image_tag(png(figure), title)}</section>")
+            plots.append((f"Recall against active words: {name}", png(figure)))
         per_class = [found for found in figures.get("zero_shot", {}).get("per_class", []) if found["images"]]
         if 1 < len(per_class) <= 50:
             figure = Figure(figsize=(7, 0.6 + 0.22 * len(per_class)), dpi=110, layout="constrained")
@@ -113,16 +109,15 @@ def _plots(result: Mapping[str, Any]) -> list[str]:
             axis.barh(range(len(per_class)), [100 * found["top1"] for found in per_class])
             axis.set_yticks(range(len(per_class)), [found["name"] for found in per_class], fontsize=7, parse_math=False)
             axis.set_xlabel("zero-shot top-1, %")
-            title = f"Accuracy of each class: {name}"
-            sections.append(f"<section><h2>{escape(title)}</h2>{image_tag(png(figure), title)}</section>")
-    return sections
+            plots.append((f"Accuracy of each class: {name}", png(figure)))
+    return plots
 
 
-def _examples(scored: Scored, what: EvaluationSet, embedded: Embedded) -> str:
+def _examples(scored: Scored, what: EvaluationSet, embedded: Embedded) -> list[Picture]:
     """The first images of a set, not chosen, with their words; nothing for dense models."""
     vocabulary = scored.words
     if vocabulary is None:
-        return ""
+        return []
     pictures = []
     for place in range(min(_EXAMPLES, len(what.samples))):
         sample = what.samples[place]
@@ -134,7 +129,7 @@ def _examples(scored: Scored, what: EvaluationSet, embedded: Embedded) -> str:
         thumbnail.thumbnail((208, 208))
         thumbnail.save(buffer, "PNG")
         pictures.append(Picture(buffer.getvalue(), told, top_words(weight_V, vocabulary, _WORDS), own))
-    return gallery(pictures)
+    return pictures
 
 
 def _without_nan(value: Any) -> Any:

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stair.plain import escape
-from stair.report.page import as_list, image_tag, write_html
+from stair.pages import render, write_html
 from stair.report.words import Words
 
 
@@ -104,10 +103,24 @@ def write_page(
     Raises:
         ValueError: if an image is none of the formats a browser shows.
     """
-    write_html(path, title, notes, [_results(stages), gallery(pictures), _searches(searches)])
+    metrics = list(dict.fromkeys(metric for stage in stages for metric in stage.metrics))
+    content = render(
+        "report.html",
+        heads=[_head(metric) for metric in metrics],
+        lines=_lines(stages, metrics),
+        pictures=pictures,
+        # one measure for all hits of a query, so that their bars can be compared
+        searches=[(one, max((w for hit in one.hits for _, w in hit.shared), default=0.0)) for one in searches],
+    )
+    write_html(path, title, notes, [content])
 
 
 _DIRECTIONS = {"t2i": "text → image", "i2t": "image → text"}
+
+
+def _head(metric: str) -> tuple[str, str]:
+    group, _, name = metric.rpartition("/")
+    return _DIRECTIONS.get(group, group), name.replace("_", " ")
 
 
 def _in_percent(metric: str) -> bool:
@@ -122,110 +135,14 @@ def _figure(metric: str, value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
-def _cell(metric: str, value: float, best: float) -> str:
-    mark = ' class="best"' if value == best and _in_percent(metric) else ""
-    return f"<td{mark}>{_figure(metric, value)}</td>"
-
-
-def _results(stages: Sequence[StageRow]) -> str:
-    """One line a stage, one column a metric, the best recall and grounding of each column marked."""
-    if not stages:
-        return ""
-    metrics = list(dict.fromkeys(metric for stage in stages for metric in stage.metrics))
-    best = {
-        m: max((s.metrics[m] for s in stages if not math.isnan(s.metrics.get(m, math.nan))), default=0) for m in metrics
-    }
-    heads = []
-    for metric in metrics:
-        group, _, name = metric.rpartition("/")
-        heads.append(
-            f"<th scope=col><small>{escape(_DIRECTIONS.get(group, group))}</small>{escape(name.replace('_', ' '))}</th>"
+def _lines(stages: Sequence[StageRow], metrics: Sequence[str]) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """Of each stage its name and its figures, and whether a figure is the best recall or grounding of its column."""
+    values = [[stage.metrics.get(metric, math.nan) for metric in metrics] for stage in stages]
+    best = [max((v for v in column if not math.isnan(v)), default=0.0) for column in zip(*values, strict=True)]
+    return [
+        (
+            stage.name,
+            [(_figure(m, v), v == top and _in_percent(m)) for m, v, top in zip(metrics, row, best, strict=True)],
         )
-    lines = [
-        f"<tr><th scope=row>{escape(stage.name)}</th>"
-        + "".join(_cell(m, stage.metrics.get(m, math.nan), best[m]) for m in metrics)
-        + "</tr>"
-        for stage in stages
+        for stage, row in zip(stages, values, strict=True)
     ]
-    return (
-        '<section><h2>Results by stage</h2><div class="wide"><table>'
-        f"<thead><tr><th></th>{''.join(heads)}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></section>"
-    )
-
-
-def _bars(words: Words, own: frozenset[str], longest: float, remainder: float = 0.0) -> str:
-    """Words with bars as long as their weights; a bar over the full width stands for the weight `longest`."""
-    if not words:
-        return '<p class="none">no active words</p>'
-    digits = 2 if longest >= 1 else 3
-    rows = [
-        f'<li class="{"own" if word in own else "added"}"><span class="word">{escape(word)}</span>'
-        f'<span class="bar"><i style="width:{100 * weight / longest:.1f}%"></i></span>'
-        f'<span class="weight">{weight:.{digits}f}</span></li>'
-        for word, weight in words
-    ]
-    if remainder > 0.01 * longest:
-        rows.append(f'<li class="rest"><span>other words</span><span class="weight">{remainder:.{digits}f}</span></li>')
-    return f'<ol class="bars">{"".join(rows)}</ol>'
-
-
-def _largest(words: Words) -> float:
-    return max((weight for _, weight in words), default=0.0)
-
-
-def _legend(own: str, added: str) -> str:
-    keys = (("own", own), ("added", added))
-    spans = "".join(f'<span class="{kind}"><i></i>{escape(text)}</span>' for kind, text in keys)
-    return f'<p class="legend">{spans}</p>'
-
-
-def _card(picture: Picture) -> str:
-    image = image_tag(picture.image, next(iter(picture.captions), ""))
-    bars = _bars(picture.words, picture.own, _largest(picture.words))
-    captions = as_list("captions", map(escape, picture.captions))
-    return f'<article class="card"><div class="fired">{image}{bars}</div>{captions}</article>'
-
-
-def gallery(pictures: Sequence[Picture]) -> str:
-    """A section of images with their words; nothing for none."""
-    if not pictures:
-        return ""
-    return (
-        "<section><h2>What held-out images say</h2>"
-        "<p>The heaviest words of each image, read straight off its embedding, with their weights. The model is shown "
-        "the image alone; the captions stand below only to compare.</p>"
-        f"{_legend('in its own captions', 'not in its captions')}"
-        f'<div class="gallery">{"".join(map(_card, pictures))}</div></section>'
-    )
-
-
-def _hit(rank: int, hit: Hit, own: frozenset[str], longest: float) -> str:
-    wanted = '<span class="wanted">its own image</span>' if hit.wanted else ""
-    remainder = hit.score - sum(weight for _, weight in hit.shared)
-    caption = f'<p class="caption">{escape(hit.caption)}</p>' if hit.caption else ""
-    return (
-        f'<li class="hit{" is-wanted" if hit.wanted else ""}">{image_tag(hit.image, hit.caption)}'
-        f'<p class="score"><b>{rank}</b><span>score {hit.score:.2f}</span>{wanted}</p>'
-        f"{_bars(hit.shared, own, longest, remainder)}{caption}</li>"
-    )
-
-
-def _search(search: Search) -> str:
-    # one measure for all hits, so that their bars can be compared
-    longest = max((_largest(hit.shared) for hit in search.hits), default=0.0)
-    hits = "".join(_hit(rank, hit, search.own, longest) for rank, hit in enumerate(search.hits, 1))
-    return (
-        f'<article class="card search"><div class="query"><h3>{escape(search.query)}</h3>'
-        f'{_bars(search.words, search.own, _largest(search.words))}</div><ol class="hits">{hits}</ol></article>'
-    )
-
-
-def _searches(searches: Sequence[Search]) -> str:
-    if not searches:
-        return ""
-    return (
-        "<section><h2>What a search finds, and why</h2>"
-        "<p>Beside each query stand the words it searches with; under each image, what every shared word adds to its "
-        "score: weight in the query times weight in the image.</p>"
-        f"{_legend('in the query itself', 'added by the model')}{''.join(map(_search, searches))}</section>"
-    )

@@ -1,0 +1,152 @@
+'use strict';
+const $ = id => document.getElementById(id);
+let words = {}, hits = [], pictures = true, turn = 0;
+const UP = 1.5, STEP = 0.1, shown = 40;  // all words of a query count, the heaviest are shown
+
+// controls, and above all those of direction, spelled out; as stair/plain.py
+const plain = text => String(text).replace(
+  /[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g,
+  found => '\\u' + found.charCodeAt(0).toString(16).padStart(4, '0'));
+function make(tag, properties, ...children) {
+  const node = Object.assign(document.createElement(tag), properties);
+  if (properties.textContent) node.textContent = plain(properties.textContent);
+  node.append(...children.map(child => child instanceof Node ? child : plain(child)));
+  return node;
+}
+async function ask(path, options) {
+  const answer = await fetch(path, options);
+  const content = await answer.json();
+  if (!answer.ok) throw new Error(content.detail || answer.statusText);
+  return content;
+}
+const post = (path, body) => ask(path, {method: 'POST', body: JSON.stringify(body),
+  headers: {'Content-Type': 'application/json'}});
+function say(text, bad = false) { $('status').textContent = text; $('status').className = bad ? 'bad' : ''; }
+async function guarded(work) {
+  document.body.classList.add('busy');
+  try { await work(); } catch (error) { say(error.message, true); }
+  document.body.classList.remove('busy');
+}
+
+function steer(word, how) {
+  const now = words[word] || 0;
+  if (how === 'off') delete words[word];
+  else words[word] = how === 'up' ? (now > 0 ? now * UP : now + 0.5) : (now > STEP ? now / UP : now - 0.5);
+  search();
+}
+function chip(word, weight, most) {
+  const bar = make('i', {});
+  bar.style.width = Math.round(100 * Math.min(1, Math.abs(weight) / most)) + '%';
+  const button = (text, label, how) => {
+    const one = make('button', {type: 'button', textContent: text, title: label + ' ' + word});
+    one.setAttribute('aria-label', label + ' ' + word);
+    one.dataset.key = how + ' ' + word;
+    one.onclick = () => steer(word, how);
+    return one;
+  };
+  return make('li', {className: 'chip' + (weight < 0 ? ' against' : '')},
+    button('−', 'weigh less', 'down'),
+    make('span', {className: 'word'}, word, make('small', {textContent: ' ' + weight.toFixed(2)}), bar),
+    button('+', 'weigh more', 'up'), button('×', 'leave out', 'off'));
+}
+function lighter(count) {
+  return count > shown ? [make('li', {className: 'lighter', textContent: 'and ' + (count - shown) + ' lighter'})] : [];
+}
+function showQuery() {
+  const most = Math.max(0.01, ...Object.values(words).map(Math.abs));
+  const heavy = Object.entries(words).sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, shown);
+  $('query').replaceChildren(...heavy.sort((a, b) => b[1] - a[1]).map(([word, weight]) => chip(word, weight, most)),
+    ...lighter(Object.keys(words).length));
+}
+const address = (path, id, more = {}) => path + '?' + new URLSearchParams({id, ...more});
+function caption(hit) {
+  const known = hit.source;
+  return plain(known.text || (known.captions || [])[0] || hit.metadata.caption || hit.id);
+}
+function card(hit) {
+  const item = make('li', {className: 'hit'});
+  if (pictures && hit.source.file) {
+    const still = address('/picture', hit.id);
+    const shares = Object.fromEntries(hit.words.filter(pair => pair[1] > 0).slice(0, 24));
+    const image = make('img', {src: still, alt: caption(hit), loading: 'lazy'});
+    const open = make('button', {type: 'button', className: 'open', title: 'words of this picture'}, image);
+    const hot = () => { image.src = address('/heat', hit.id, {words: JSON.stringify(shares)}); };
+    const cold = () => { image.src = still; };
+    open.onmouseenter = open.onfocus = hot;
+    open.onmouseleave = open.onblur = cold;
+    open.onclick = () => showWords(hit);
+    item.append(open);
+  }
+  item.append(make('p', {className: 'caption', textContent: caption(hit)}),
+    make('p', {className: 'score', textContent: 'score ' + hit.score.toFixed(3)}));
+  const shared = hit.words.slice(0, 6).map(([word, share]) => {
+    const one = make('button', {type: 'button', textContent: word + ' ' + share.toFixed(2), title: 'more of ' + word});
+    one.onclick = event => steer(word, event.shiftKey ? 'off' : event.altKey ? 'down' : 'up');
+    return make('li', {}, one);
+  });
+  item.append(make('ul', {className: 'shared'}, ...shared));
+  return item;
+}
+async function search() {
+  const mine = ++turn, focused = document.activeElement && document.activeElement.dataset.key;
+  showQuery();
+  if (focused) document.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
+  await guarded(async () => {
+    const found = (await post('/api/search', {words, k: 24, where: $('where').value})).hits;
+    if (mine !== turn) return;
+    hits = found;
+    $('hits').replaceChildren(...hits.map(card));
+    say(hits.length ? hits.length + ' hits' : Object.keys(words).length ? 'nothing shares a word with this' : '');
+  });
+}
+async function showWords(hit) {
+  await guarded(async () => {
+    const found = (await ask(address('/api/words', hit.id))).words;
+    const most = Math.max(...Object.values(found));
+    $('of').textContent = caption(hit);
+    const all = Object.entries(found);
+    $('list').replaceChildren(...all.slice(0, shown).map(([word, weight]) => {
+      const bar = make('i', {});
+      bar.style.width = Math.round(100 * weight / most) + '%';
+      const number = make('small', {textContent: ' ' + weight.toFixed(3)});
+      return make('li', {}, make('span', {className: 'word'}, word, number, bar));
+    }), ...lighter(all.length));
+    $('like').onclick = () => { words = found; $('words').close(); search(); };
+    $('words').showModal();
+  });
+}
+function upload(file) {
+  if (!file) return;
+  guarded(async () => {
+    say('reading ' + file.name);
+    words = (await ask('/api/image', {method: 'POST', body: file})).words;
+    $('text').value = '';
+    await search();
+  });
+}
+$('form').onsubmit = event => {
+  event.preventDefault();
+  guarded(async () => {
+    words = (await post('/api/text', {text: $('text').value})).words;
+    await search();
+  });
+};
+$('file').onchange = event => { upload(event.target.files[0]); event.target.value = ''; };
+$('where').onchange = () => search();
+$('close').onclick = () => $('words').close();
+document.ondragover = event => { event.preventDefault(); document.body.classList.add('over'); };
+document.ondragleave = () => document.body.classList.remove('over');
+document.ondrop = event => {
+  event.preventDefault();
+  document.body.classList.remove('over');
+  upload(event.dataTransfer.files[0]);
+};
+document.onkeydown = event => {
+  const typing = /INPUT|TEXTAREA/.test(event.target.tagName);
+  if (event.key === '/' && !typing) { event.preventDefault(); $('text').select(); }
+};
+ask('/api/about').then(about => {
+  pictures = about.pictures;
+  say(about.documents + ' documents');
+  $('where').placeholder = about.keys.length ? 'filter, such as ' + about.keys[0] + '=…' : 'filter';
+}).catch(error => say(error.message, true));
