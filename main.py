@@ -5,20 +5,23 @@ Lightning's own command line: `--print_config`, `--help`, overlays by further `-
 """
 
 if __name__ == "__main__":  # before anything is imported that takes time
-    from stair.cli import hold_signals
+    import sys
 
-    hold_signals()
+    from stair.launch import prepare
+
+    prepare(sys.argv[1:])
 
 import importlib
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from callbacks.health import Health
@@ -44,6 +47,7 @@ from lightning_modules.run_folder import (
 )
 from lightning_modules.run_lock import training_lock
 from stair.errors import SettingError
+from stair.launch import fail, launched_processes, one_line_errors
 
 # said by the libraries to each other, once a run and rank; nothing a user could act on
 for notice in (
@@ -71,6 +75,14 @@ ALWAYS_ON = {
     "best": BestCheckpoint,
 }
 HOME = "runs/default"  # a stage's folder where neither --run nor trainer.default_root_dir is given
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser; an error is one line, without the 200 of its usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the process with status 2."""
+        fail(message, 2)
 
 
 class StairCLI(LightningCLI):
@@ -105,6 +117,7 @@ class StairCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Resolves paths and `--run`: the stage's folder, what it starts from, and the checkpoint to load."""
         config = self.config[self.subcommand]
+        _match_launcher(config.trainer)
         expand_paths(config)
         self._saved = config.clone()  # what follows from it may be otherwise where the folder has moved to
         family = _family_of(config.model.class_path)
@@ -173,6 +186,27 @@ def _home_of(config: Any, family: type[ContrastiveModule]) -> Path:
         raise SettingError(
             f"--run {config.run} and --trainer.default_root_dir {given} both name the folder: give one of them",
             "trainer.default_root_dir",
+def _match_launcher(trainer: Any) -> None:
+    """Gives the trainer the processes that srun or torchrun started: others would each train alone, or wait for ever.
+
+    Raises:
+        SettingError: if settings name another number of them.
+    """
+    if (launched := launched_processes()) is None:
+        return
+    launcher, nodes, processes = launched
+    for name, unset, count in (("devices", ("auto", -1, "-1"), processes), ("num_nodes", (1,), nodes)):
+        value = trainer[name]
+        if value in unset:
+            trainer[name] = count
+        elif str(value) != str(count) and not (isinstance(value, list) and len(value) == count):
+            raise SettingError(
+                f"trainer.{name} is {value}, but {launcher} started {processes} processes on each of {nodes} nodes: leave "
+                f"the setting out, or start {value} of them",
+                f"trainer.{name}",
+            )
+
+
         )
     return Path(config.run) / family.home()
 
@@ -237,6 +271,7 @@ def main(args: list[str] | None = None) -> StairCLI:
         auto_configure_optimizers=False,
         args=args,
         save_config_callback=None,  # see SaveSettings
+        parser_class=Parser,
         parser_kwargs={
             "parser_mode": "omegaconf+",
             "allow_abbrev": False,
@@ -245,5 +280,11 @@ def main(args: list[str] | None = None) -> StairCLI:
     )
 
 
+def run() -> None:
+    """The command line as a process of its own: a user's error is one line."""
+    with one_line_errors(MisconfigurationException):
+        main()
+
+
 if __name__ == "__main__":
-    main()
+    run()

@@ -4,6 +4,7 @@ Lightning's own requeueing saves inside the signal handler, with a barrier. A ra
 never gets there, and both wait until the time limit (upstream issue 21406). Here a handler only notes the signal.
 """
 
+import json
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 #: the greatest over all ranks counts: a job that is being ended is not queued again
 _ORDER = (signal.SIGUSR1, signal.SIGTERM)
+_IDLE_STARTS = 2  # in a row, after which a job is not requeued
 
 
 class Requeue(L.Callback):
@@ -38,8 +40,11 @@ class Requeue(L.Callback):
       limit: one that was cancelled stays so.
     - any other: the process ends with 128 + the signal's number, so that nothing takes the stage for finished.
 
-    Signals that came while Python started wait until here (`stair.cli.hold_signals`). SIGTERM then ends the run before
+    Signals that came while Python started wait until here (`stair.launch.prepare`). SIGTERM then ends the run before
     the first step, as nothing is new; after SIGUSR1 there is time for one, so that no start is for nothing.
+
+    A job is not requeued where two starts in a row made no progress: no step, or only the one after a SIGUSR1 that came
+    before the first, as where `--time` is not longer than the signal's lead. `requeue.json` in the stage's folder counts.
 
     A signal that comes where a validation is due, or during it, waits for its end: a checkpoint from just before would
     make the resumed run leave it out. So the lead of the signal must be longer than a validation. After the last planned
@@ -87,6 +92,7 @@ class Requeue(L.Callback):
             self._give_back(trainer)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _ORDER)
         self._agree(trainer)
+        self._began, self._early = trainer.global_step, self._agreed > 0
         if self._agreed == 1 + _ORDER.index(signal.SIGTERM):
             self._leave(trainer, f"step {trainer.global_step}, where it had started: nothing is new to save")
 
@@ -135,7 +141,10 @@ class Requeue(L.Callback):
     def _leave(self, trainer: L.Trainer, where: str) -> None:
         signum, refusal = _ORDER[self._agreed - 1], ""
         if SLURMEnvironment.detect():
-            refusal = trainer.strategy.broadcast(_requeue(signum) if trainer.is_global_zero else "")
+            if trainer.is_global_zero:
+                progress = trainer.global_step > self._began and not self._early
+                refusal = _requeue(signum, _count_idle(Path(trainer.default_root_dir) / "requeue.json", progress))
+            refusal = trainer.strategy.broadcast(refusal)
             if not refusal:
                 _say(trainer, logging.WARNING, f"{signum.name}: this SLURM job goes on later from {where}")
                 raise SystemExit(0)
@@ -161,23 +170,44 @@ class Requeue(L.Callback):
         self._noted = later
 
 
-def _requeue(signum: signal.Signals) -> str:
-    """Asks SLURM to run this job again. Returns a sentence why not, empty if it will."""
+def _count_idle(record: Path, progress: bool) -> int:
+    """How many starts of this job in a row made no progress, with this one. The record is of one job."""
     job = os.environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    if progress:
+        record.unlink(missing_ok=True)
+        return 0
+    last = json.loads(record.read_text()) if record.exists() else {}
+    idle = 1 + (last["idle_starts"] if last.get("job") == job else 0)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({"job": job, "idle_starts": idle}))
+    return idle
+
+
+def _job() -> str:
+    if "SLURM_ARRAY_JOB_ID" in os.environ:  # the id of one task is also that of the array
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
+def _requeue(signum: signal.Signals, idle: int = 0) -> str:
+    """Asks SLURM to run this job again, after `idle` starts without progress. Returns why not, empty if it will."""
     if signum == signal.SIGTERM:
-        state = _scontrol("show", "job", "-o", os.environ["SLURM_JOB_ID"]).stdout
+        state = _scontrol("show", "job", "-o", _job()).stdout
         # within the grace time of a preemption it still runs, and would be a failed job if it ended by itself. What is
         # ending for another reason was cancelled, or is being requeued already
         if "JobState=RUNNING" not in state and "Reason=TimeLimit" not in state:
             return "SLURM is ending this job. "
-    done = _scontrol("requeue", job)
+    if idle >= _IDLE_STARTS:
+        return (
+            f"{idle} starts in a row made no progress, so this job is not requeued. --time must be longer than the lead of "
+            "--signal and the start of the program together. "
+        )
+    done = _scontrol("requeue", _job())
     if done.returncode in (0, -signal.SIGTERM):  # requeueing ends the job's processes, scontrol among them
         return ""
     said = (done.stderr + done.stdout).strip()
     return (
-        f"SLURM does not requeue this job: `scontrol requeue {job}` ended with {done.returncode}"
+        f"SLURM does not requeue this job: `scontrol requeue {_job()}` ended with {done.returncode}"
         + (f", saying: {said}" if said else "")
         + ". "
     )

@@ -1,7 +1,7 @@
-"""A run that stands still ends, and says where: a collective that some rank never joins would wait for the job's end.
+"""A run that stands still ends, and prints where: a collective that some rank never joins would wait for the job's end.
 
-A thread of its own looks at the clock, since the main one may be inside a collective. (It needs Python's lock; collectives
-and reading release that while they wait.)
+A thread watches the clock, since the main one may be inside a collective, which releases Python's lock. It counts ticks:
+the timer of `faulthandler.dump_traceback_later` would end a run that SLURM suspended, and prints no rank.
 """
 
 import faulthandler
@@ -9,25 +9,41 @@ import os
 import socket
 import sys
 import threading
-import time
-from typing import Any
+from collections.abc import Callable
 
 import lightning as L
 
+from stair.errors import SettingError
+
 _EXIT = 70  # EX_SOFTWARE
 _READING_ON = 10  # times the limit that a resumed run has until its first step is done
+_TICKS = 10  # in a limit
+
+# what a process does after each hook; a figure is the trainer's step
+_PLACES = {
+    "setup": "getting ready",
+    "on_train_start": "waiting for the batch after step {}: input is starting",
+    "on_train_batch_start": "in the training step after step {}: computing, or waiting for other ranks",
+    "on_train_batch_end": "waiting for the batch after step {}: input, or what is logged",
+    "on_validation_start": "in an evaluation",
+    "on_validation_batch_end": "in an evaluation",
+    "on_validation_end": "after an evaluation",
+    "on_test_start": "in an evaluation",
+    "on_test_batch_end": "in an evaluation",
+    "on_predict_start": "in an evaluation",
+    "on_predict_batch_end": "in an evaluation",
+    "on_save_checkpoint": "writing a checkpoint",
+    "on_load_checkpoint": "reading on to the place of the checkpoint",
+    "on_train_end": "exporting the model",
+}
 
 
 class Watchdog(L.Callback):
-    """Ends the process with a message and the stacks of its threads when nothing has moved for a time.
+    """Ends the process with status 70, its rank and the stacks of its threads when no hook has run for a time.
 
-    What counts as movement: a training or evaluation batch that begins or ends, a validation or checkpoint that begins or
-    ends. Every rank watches itself, so the messages together say which rank waits for input and which for the others.
-    Time in which the process was suspended does not count.
-
-    A run that was resumed from a checkpoint has ten times as long until its first step is done: before its first batch it
-    reads all shards up to its place in the epoch, and nothing moves meanwhile. (The step's end, not the batch: a rank that
-    has read faster waits in it for the others.)
+    Every rank watches itself, so the messages together tell the ranks that wait for input from those that wait for others.
+    Time in which the process was suspended does not count. A resumed run has ten times as long until its first step is
+    done: it reads all shards up to its place in the epoch first, and a rank that has read faster waits for the others.
 
     Args:
         limit: seconds without movement, longer than the slowest start, checkpoint or final count of an evaluation, and
@@ -37,75 +53,56 @@ class Watchdog(L.Callback):
 
     def __init__(self, limit: float = 1200.0) -> None:
         if limit < 0:
-            raise ValueError(f"limit={limit}: wanted seconds, or 0 for no watchdog")
+            raise SettingError(f"limit={limit}: wanted seconds, or 0 for no watchdog", "watchdog.limit")
         self.limit = self._patience = limit
-        self._thread: threading.Thread | None = None
+        self._end: threading.Event | None = None
 
-    # ------------------------------------------------------------------ movement
-
-    def _move(self, what: str) -> None:
-        self._at = what, self._patience  # one new object: the thread sees both change at once
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Begins to watch."""
-        self._stop()
-        if self.limit == 0:
-            return
-        self._who = f"rank {trainer.global_rank} of {trainer.world_size} on {socket.gethostname()}"
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._patience = self.limit
-        self._move("getting ready")
-        self._thread.start()
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Gives a resumed training time to read up to its place."""
-        if trainer.training and self._thread is not None:
+    def _move(self, hook: str, trainer: L.Trainer) -> None:
+        if hook == "setup":
+            self._start(trainer)
+        elif hook == "on_load_checkpoint" and trainer.training:
             self._patience = _READING_ON * self.limit
-            self._move("getting ready to go on")
+        elif hook == "on_train_batch_end":
+            self._patience = self.limit
+        self._place, self._ticks = _PLACES[hook].format(trainer.global_step), 0
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Notes that a batch has come."""
-        self._move(f"in the training step after step {trainer.global_step}: computing, or waiting for other ranks")
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Notes that a step is done."""
+    def _start(self, trainer: L.Trainer) -> None:
+        self._stop()
         self._patience = self.limit
-        self._move(f"waiting for the batch after step {trainer.global_step}: input, or what is logged")
+        if self.limit:
+            self._rank = f"rank {trainer.global_rank} of {trainer.world_size} on {socket.gethostname()}"
+            self._end = threading.Event()
+            threading.Thread(target=self._watch, args=(self._end,), daemon=True).start()
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes that the first batch is next."""
-        self._move(f"waiting for the batch after step {trainer.global_step}: input is starting")
+    def _watch(self, end: threading.Event) -> None:
+        self._ticks = 0
+        while not end.wait(self.limit / _TICKS):
+            self._ticks += 1
+            if self._ticks * self.limit > self._patience * _TICKS:
+                self._abort()
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes that an evaluation begins."""
-        self._move("starting an evaluation")
+    def _abort(self) -> None:
+        advice = "The same command with --ckpt_path last goes on from the last checkpoint"
+        if self._patience > self.limit:
+            advice = (
+                f"A resumed run has {_READING_ON} times watchdog.limit ({self.limit:g} s) to read up to its place and do a "
+                "step. If it was reading still, the same command would end here again: raise --watchdog.limit"
+            )
+        print(
+            f"watchdog: {self._rank} has not moved for {self._patience:g} s. It is {self._place}. Compare with the "
+            "messages of other ranks: one that waits for input, or is missing, holds up the rest. Ending this process. "
+            f"{advice}. Stacks of all threads:",
+            file=sys.__stderr__,
+            flush=True,
+        )
+        assert sys.__stderr__ is not None
+        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        os._exit(_EXIT)
 
-    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Notes a batch of an evaluation."""
-        self._move(f"in an evaluation, after batch {args[2]}")
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes that an evaluation is done."""
-        self._move("after an evaluation")
-
-    on_test_start = on_predict_start = on_validation_start
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
-    on_test_end = on_predict_end = on_validation_end
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Notes that a checkpoint is being written."""
-        self._move("writing a checkpoint")
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes that training is done."""
-        self._move("handing over")
-
-    # ------------------------------------------------------------------ the end
+    def _stop(self) -> None:
+        if self._end is not None:
+            self._end.set()
+            self._end = None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Stops watching."""
@@ -115,40 +112,10 @@ class Watchdog(L.Callback):
         """Stops watching."""
         self._stop()
 
-    def _stop(self) -> None:
-        if self._thread is not None:
-            self._end.set()
-            self._thread.join()
-            self._thread = None
 
-    def _watch(self) -> None:
-        tick = min(self.limit / 10, 5.0)
-        last, seen, still = time.monotonic(), self._at, 0.0
-        while not self._end.wait(tick):
-            now = time.monotonic()
-            still += min(now - last, 2 * tick)  # a suspended process has not stood still
-            last, at = now, self._at
-            if at is not seen:
-                seen, still = at, 0.0
-            elif still > at[1]:
-                self._bark(still, *at)
+def _hook(name: str) -> Callable[..., None]:
+    return lambda self, trainer, *args, **kwargs: self._move(name, trainer)
 
-    def _bark(self, still: float, doing: str, patience: float) -> None:
-        if patience > self.limit:
-            advice = (
-                f"A resumed run first reads its shards up to its place, and has {_READING_ON} times watchdog.limit "
-                f"({self.limit:g} s) until its first step is done. If it was reading still, the same command would end "
-                "here again: raise --watchdog.limit"
-            )
-        else:
-            advice = "The same command with --ckpt_path last goes on from the last checkpoint"
-        print(
-            f"watchdog: {self._who} has not moved for {still:.0f} s. It is {doing}. Compare with the messages of other "
-            "ranks: one that waits for input, or is missing, holds up the rest. Ending this process. "
-            f"{advice}. Stacks of all threads:",
-            file=sys.__stderr__,
-            flush=True,
-        )
-        assert sys.__stderr__ is not None
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
-        os._exit(_EXIT)
+
+for _name in _PLACES:
+    setattr(Watchdog, _name, _hook(_name))

@@ -1,44 +1,41 @@
 #!/bin/bash
 # Queues the three stages, each to start when the one before has finished:
-#   RUN=runs/mine DATA_TRAIN='shards/{0000..0999}.tar' DATA_VAL='{coco: val/*.tar}' slurm/pipeline.sh [--from K] [words for the command]
-# SBATCH_OPTIONS holds options of sbatch for all three: SBATCH_OPTIONS='--nodes=16 --partition=gpu'
-# RECIPE=paper lays configs/paper/stageK.yaml over stage K; words after the script go to all three.
-set -eu
+#   RUN=runs/mine DATA_TRAIN='shards/{0000..0999}.tar' DATA_VAL='{coco: val/*.tar}' slurm/pipeline.sh [--from K] [--to K] [arguments]
+# The settings are those of this moment: files that change later do not change the jobs.
+# SBATCH_OPTIONS holds options of sbatch for all stages: SBATCH_OPTIONS='--nodes=16 --partition=gpu'
+# The variables and arguments are those of the stages' scripts, see run_stage.sh.
 STAIR_HOME="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-export STAIR_HOME
-set +eu # what a site loads may fail on a login node, or ask for variables that are not set
-source "$STAIR_HOME/slurm/site.sh"
-set -eu
+source "$STAIR_HOME/slurm/settings.sh"
 
-from=1
-if [ "${1:-}" = --from ]; then
-    from="${2:-}"
-    shift $(($# > 1 ? 2 : 1))
-fi
-case "$from" in
-    1 | 2 | 3) ;;
-    *) echo "pipeline: --from $from: wanted 1, 2 or 3" >&2 && exit 2 ;;
-esac
-for name in RUN DATA_TRAIN DATA_VAL; do
-    if [ -z "${!name:-}" ]; then
-        echo "pipeline: $name is not set; see the head of $0" >&2
-        exit 2
-    fi
+from=1 to=3
+while [[ "${1:-}" = --from || "${1:-}" = --to ]]; do
+    [[ "${2:-}" =~ ^[123]$ ]] || refuse "$1 ${2:-}: wanted 1, 2 or 3"
+    declare "${1#--}=$2"
+    shift 2
 done
-export RUN DATA_TRAIN DATA_VAL
-for word in "$@"; do
-    case "$word" in
-        *stage[123].yaml)
-            echo "pipeline: $word would go to all three stages. A folder of configs with a file for each: RECIPE=paper" >&2
-            exit 2 ;;
+for arg in "$@"; do
+    case "$arg" in
+        *stage[123].yaml) refuse "$arg would go to all stages. A folder of configs with a file for each: RECIPE=paper" ;;
     esac
 done
-read -ra options <<< "${SBATCH_OPTIONS:-}"
+options=()
+if [ -n "${SBATCH_OPTIONS:-}" ]; then
+    parts="$(xargs -n 1 printf '%s\n' <<< "$SBATCH_OPTIONS")" || refuse "SBATCH_OPTIONS=$SBATCH_OPTIONS: a quote is not closed"
+    mapfile -t options <<< "$parts"
+fi
+for option in "${options[@]}"; do
+    case "$option" in
+        --signal=*) export SBATCH_SIGNAL="${option#*=}" ;; # for the jobs, which compare its lead with their time
+    esac
+done
 
-for stage in $(seq "$from" 3); do
+export RUN RESTARTS STRATEGY
+for STAGE in $(seq "$from" "$to"); do
+    export STAIR_SETTINGS="$RUN/jobs/stage$STAGE-$(date +%Y%m%d-%H%M%S)-$$.yaml"
+    resolve "$STAIR_SETTINGS" "$@"
     # a stage whose predecessor failed is cancelled; SLURM would let it wait for ever
     job="$(sbatch --parsable --kill-on-invalid-dep=yes "${options[@]}" ${after:+"--dependency=afterok:$after"} \
-        "$STAIR_HOME/slurm/stage$stage.sh" "$@")"
+        "$STAIR_HOME/slurm/stage$STAGE.sh" "$@")" || exit
     after="${job%%;*}"
-    echo "stage $stage: job $after"
+    echo "stage $STAGE: job $after"
 done

@@ -1,55 +1,22 @@
-# The body of stage1.sh, stage2.sh and stage3.sh, which say only what they ask of SLURM and which STAGE they are.
+# The body of stage1.sh, stage2.sh and stage3.sh. These hold only their STAGE and their requests to SLURM.
 #
-# RUN         the run's folder; stage k works in RUN/stagek and starts from RUN/stage(k-1)/stair. Needed.
-# DATA_TRAIN  shard spec of the training data, or a mixture '{name: spec, ...}'. Needed (site.sh may set it).
-# DATA_VAL    '{name: spec, ...}', or one spec. Needed (site.sh may set it).
-# STRATEGY    ddp or fsdp2: an overlay in configs/hardware; ddp if not set.
-# RECIPE      a folder in configs with a file for each stage, laid over it: paper, small. None if not set.
-# Words after the script go to the command: sbatch slurm/stage2.sh --data.workers 12
-# In an array job (sbatch --array=0-4) the task's number is the seed, and RUN/seedN the run's folder.
+# RUN         folder of the run. Stage k works in RUN/stagek and starts from RUN/stage(k-1)/stair. Needed.
+# DATA_TRAIN  shard spec of the training data, or a mixture '{name: spec, ...}'. The same as --data.train.
+# DATA_VAL    '{name: spec, ...}', or one spec. The same as --data.val.
+# STRATEGY    ddp or fsdp2: an overlay in configs/hardware. Default: ddp.
+# RECIPE      a folder in configs with an overlay for each stage: paper, small. Default: none.
+# RESTARTS    how often the job may restart itself after a crash. Default: 0.
+# Relative paths start in the folder where sbatch was called. Arguments after the script go to the program and win over the
+# variables: sbatch slurm/stage2.sh --data.workers 12. In an array job (sbatch --array=0-4) the task's number is the seed,
+# and RUN/seedN the folder of the run.
 set -u
+source "$STAIR_HOME/slurm/settings.sh"
 
-refuse() {
-    echo "stair, stage $STAGE: $*" >&2
-    exit 2
-}
-
-# SLURM signals steps, but not every version only these; here there is nothing yet to save
+# SLURM signals the steps, some versions also this shell: it waits for its tasks
 trap '' USR1
-export STAIR_HOME
-cd "$STAIR_HOME" || refuse "no checkout at STAIR_HOME=$STAIR_HOME"
-set +u # what a site loads may ask for variables that are not set
-source slurm/site.sh
-set -u
+trap : TERM
 
-# ---- what was asked for
-
-[ -n "${RUN:-}" ] || refuse "RUN is not set: give the run's folder, RUN=runs/mine sbatch slurm/stage$STAGE.sh"
-[ -n "${DATA_TRAIN:-}" ] || refuse "DATA_TRAIN is not set: give a shard spec such as 'shards/{0000..0999}.tar', here or in slurm/site.sh"
-[ -n "${DATA_VAL:-}" ] || refuse "DATA_VAL is not set: give '{coco: val/*.tar}', here or in slurm/site.sh"
-case "$DATA_VAL" in
-    "{"*:*) ;;
-    *) DATA_VAL="{val: '$DATA_VAL'}" ;;
-esac
-STRATEGY="${STRATEGY:-ddp}"
-[ -f "configs/hardware/$STRATEGY.yaml" ] || refuse "STRATEGY=$STRATEGY: there is no configs/hardware/$STRATEGY.yaml; known are ddp and fsdp2"
-recipe=()
-if [ -n "${RECIPE:-}" ]; then
-    recipe=(--config "configs/$RECIPE/stage$STAGE.yaml")
-    [ -f "${recipe[1]}" ] || refuse "RECIPE=$RECIPE: there is no ${recipe[1]}"
-fi
-for word in "$@"; do
-    case "$word" in
-        --trainer.devices* | --trainer.num_nodes* | --trainer.strategy* | --run | --run=*)
-            refuse "$word: the job says that itself. Give --nodes and --ntasks-per-node to sbatch, RUN and STRATEGY in the environment" ;;
-    esac
-done
-if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-    RUN="$RUN/seed$SLURM_ARRAY_TASK_ID"
-    set -- --seed_everything "$SLURM_ARRAY_TASK_ID" --data.seed "$SLURM_ARRAY_TASK_ID" "$@"
-fi
-
-# ---- whether it can work; each of these would otherwise fail on every rank, or wait for ever
+# ---- the size of the job
 
 [ -n "${SLURM_JOB_ID:-}" ] || refuse "this is no SLURM job: sbatch slurm/stage$STAGE.sh. Without SLURM: lightning fit --config configs/stage$STAGE.yaml --run $RUN ..."
 [ -n "${SLURM_NTASKS_PER_NODE:-}" ] || refuse "no tasks per node given: sbatch --ntasks-per-node=N, one for each GPU of a node"
@@ -61,30 +28,83 @@ if [ -n "${SLURM_GPUS_ON_NODE:-}" ] && [ "$SLURM_GPUS_ON_NODE" -ne "$SLURM_NTASK
     echo "stair, stage $STAGE: only $SLURM_NTASKS_PER_NODE of the $SLURM_GPUS_ON_NODE GPUs of a node are used: give --ntasks-per-node and --gpus-per-node the same number" >&2
 fi
 case "${SLURM_JOB_NAME:-}" in
-    bash | interactive) refuse "a job named $SLURM_JOB_NAME is not taken for a SLURM job by Lightning: every task would train alone. Give another --job-name" ;;
+    bash | interactive) refuse "Lightning does not take a job named $SLURM_JOB_NAME for a SLURM job: every task would train alone. Give another --job-name" ;;
 esac
-command -v lightning > /dev/null || refuse "no command 'lightning': run \`make setup\` in the checkout, and let slurm/site.sh activate it"
-python slurm/preflight.py "$STAGE" "$RUN" "$DATA_TRAIN" "$DATA_VAL" \
-    --config "configs/stage$STAGE.yaml" "${recipe[@]}" --config "configs/hardware/$STRATEGY.yaml" "$@"
-case $? in
-    0) ;;
-    2) exit 2 ;; # it has said why
-    *) refuse "slurm/preflight.py could not check the job; does Python have what \`make setup\` installs? See above" ;;
+me="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}"
+me="${me:-$SLURM_JOB_ID}"
+
+job_field() { # NAME: of scontrol's description of this job
+    scontrol show job -o "$me" 2> /dev/null | sed -n "s/.* $1=\([^ ]*\).*/\1/p"
+}
+
+# SLURM tells no job the lead of its signal. sbatch takes SBATCH_SIGNAL before the line in the script
+lead="${SBATCH_SIGNAL:-$(sed -n 's/^#SBATCH --signal=//p' "$STAIR_HOME/slurm/stage$STAGE.sh")}"
+case "$lead" in
+    *@*) lead="${lead##*@}" ;;
+    *) lead=60 ;; # SLURM's default
 esac
+limit="$(job_field TimeLimit)"
+if [[ "$limit" =~ ^(([0-9]+)-)?([0-9]+):([0-9]+):([0-9]+)$ ]]; then
+    seconds=$(((10#0${BASH_REMATCH[2]} * 24 + 10#${BASH_REMATCH[3]}) * 3600 + 10#${BASH_REMATCH[4]} * 60 + 10#${BASH_REMATCH[5]}))
+    [ "$seconds" -gt "$lead" ] ||
+        refuse "--time=$limit ($seconds s) is not longer than the lead of --signal ($lead s): each start would end before it trains. Give a longer --time, or a shorter lead by SBATCH_SIGNAL=SIGUSR1@60 in the environment of sbatch"
+fi
+
+# ---- the settings: those of the first start, or of submission by pipeline.sh. A later start has the same
+
+seeds=()
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    for arg in "$@"; do
+        case "$arg" in
+            --seed_everything* | --data.seed*) refuse "$arg: in an array job the task's number is the seed. Leave it out, or submit without --array" ;;
+        esac
+    done
+    RUN="$RUN/seed$SLURM_ARRAY_TASK_ID"
+    seeds=(--seed_everything "$SLURM_ARRAY_TASK_ID" --data.seed "$SLURM_ARRAY_TASK_ID")
+fi
+export STAIR_JOB="$RUN/jobs/stage$STAGE-$SLURM_JOB_ID"
+mkdir -p "$RUN/jobs" && touch "$STAIR_JOB.start" || refuse "cannot write to $RUN: correct RUN, or its rights"
+settings="${STAIR_SETTINGS:-$STAIR_JOB.yaml}"
+[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || rm -f "$STAIR_JOB.restarts"
+if [ -z "${STAIR_SETTINGS:-}" ] && { [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || [ ! -f "$settings" ]; }; then
+    resolve "$settings" "$@"
+fi
+[ -f "$settings" ] || refuse "the settings of this job are gone: $settings. Submit it again"
 
 # ---- train
 
-command=(
-    lightning fit --config "configs/stage$STAGE.yaml" "${recipe[@]}" --config "configs/hardware/$STRATEGY.yaml"
-    --ckpt_path last "$@"
-    --run "$RUN" --data.train "$DATA_TRAIN" --data.val "$DATA_VAL"
-    --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"
-)
+restart() { # STATUS: queues the job again after a crash, if RESTARTS allows it
+    local used
+    used="$(cat "$STAIR_JOB.restarts" 2> /dev/null || echo 0)"
+    [ "${RESTARTS:-0}" -gt 0 ] && [ "$(job_field JobState)" = RUNNING ] || return
+    if [ -e "$STAIR_JOB.error" ]; then
+        no_restart "another start would end with the same error"
+    elif [ -z "$(find "$RUN/stage$STAGE" -name '*.ckpt' -newer "$STAIR_JOB.start" -print -quit 2> /dev/null)" ]; then
+        no_restart "this start has written no checkpoint"
+    elif [ "$used" -ge "$RESTARTS" ]; then
+        no_restart "RESTARTS=$RESTARTS are used"
+    else
+        echo $((used + 1)) > "$STAIR_JOB.restarts"
+        echo "stair, stage $STAGE: status $1 after a crash; restart $((used + 1)) of $RESTARTS" >&2
+        scontrol requeue "$me" && exit "$1"
+        no_restart "SLURM does not requeue this job"
+    fi
+}
+
+no_restart() { # REASON
+    echo "stair, stage $STAGE: no restart: $1" >&2
+}
+
+rm -f "$STAIR_JOB.error"
+command=(lightning fit --config "$settings" --run "$RUN" --ckpt_path last "${seeds[@]}")
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun has not inherited it since SLURM 22.05
 echo "stair, stage $STAGE: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), ${SLURM_JOB_NODELIST:-}:"
 echo "srun ${command[*]@Q}"
 # a signal that comes before Python listens waits, where `env` can say so (coreutils 8.31); else SIGUSR1 does no harm until
-# Python's first line (stair.cli.hold_signals)
+# Python's first line (stair/launch.py)
 hold=()
 env --block-signal=USR1 true 2> /dev/null && hold=(env --block-signal=USR1 --block-signal=TERM)
-exec srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$@"' stage "${hold[@]}" "${command[@]}"
+srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$@"' stage "${hold[@]}" "${command[@]}"
+status=$?
+[ "$status" -eq 0 ] || restart "$status"
+exit "$status"

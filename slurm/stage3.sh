@@ -1,6 +1,6 @@
 #!/bin/bash
-# Stage 3 as a SLURM job, from the checkout's root:
-#   RUN=runs/mine DATA_TRAIN='shards/{0000..0999}.tar' DATA_VAL='{coco: val/*.tar}' sbatch slurm/stage3.sh [words for the command]
+# Stage 3 as a SLURM job, from the checkout's root; run_stage.sh lists the variables:
+#   RUN=runs/mine DATA_TRAIN='shards/{0000..0999}.tar' DATA_VAL='{coco: val/*.tar}' sbatch slurm/stage3.sh [arguments]
 # Other sizes: sbatch --nodes=16 slurm/stage3.sh. A task drives a GPU: --ntasks-per-node and --gpus-per-node go together.
 #SBATCH --job-name=stair-stage3
 #SBATCH --nodes=1
@@ -15,6 +15,6 @@
 #SBATCH --output=%x-%j.out
 STAGE=3
 source "${STAIR_HOME:=${SLURM_SUBMIT_DIR:-.}}/slurm/run_stage.sh" || {
-    echo "stair, stage $STAGE: no slurm/run_stage.sh in $STAIR_HOME: give it from the checkout's root, or set STAIR_HOME to that" >&2
+    echo "stair, stage $STAGE: no slurm/run_stage.sh in $STAIR_HOME: submit from the checkout's root, or set STAIR_HOME to it" >&2
     exit 2
 }

@@ -6,12 +6,11 @@ not in the wheel, which is for using trained models.
 
 import importlib
 import importlib.util
-import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from stair.launch import prepare
 from stair.plain import plain
 
 _TRAINER_WORDS = {
@@ -144,15 +143,6 @@ def _spelled_out(function: Callable[..., Any] | dict[str, Callable[..., Any]], a
     return words
 
 
-def hold_signals() -> None:
-    """Makes the signals that end a SLURM job wait until `fit` listens (callbacks/requeue.py).
-
-    Imports take seconds. A task that died of a signal meanwhile would be a failed job, which SLURM does not start again.
-    """
-    if "SLURM_JOB_ID" in os.environ and sys.argv[1:2] == ["fit"]:
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
-
-
 def _train() -> None:
     if importlib.util.find_spec("main") is None or importlib.util.find_spec("lightning_modules") is None:
         sys.exit(
@@ -161,10 +151,10 @@ def _train() -> None:
         )
     if importlib.util.find_spec("lightning") is None:
         sys.exit("stair: lightning is not installed; run `pip install -e '.[train]'` in the checkout")
-    hold_signals()
-    from main import main as train
+    prepare(sys.argv[1:])
+    from main import run
 
-    train()
+    run()
 
 
 if __name__ == "__main__":

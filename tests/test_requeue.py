@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,10 +195,31 @@ class Early(Line):
 def test_sigterm_before_the_first_step_leaves_at_once_and_sigusr1_after_one(fit, scontrol, tmp_path):
     asked = scontrol(0)
     for signum, steps in ((signal.SIGTERM, 0), (signal.SIGUSR1, 1)):
+        (tmp_path / "requeue.json").unlink(missing_ok=True)
         status, trainer = fit(Early("before", signum))
         assert status == 0 and trainer.global_step == steps
         assert (tmp_path / "checkpoints" / "last.ckpt").exists() == (steps > 0)
     assert asked.read_text() == "requeue 17\n" * 2
+
+
+def test_a_job_is_not_requeued_after_two_starts_in_a_row_without_progress(fit, scontrol, caplog):
+    asked = scontrol(0)
+    requeued = []
+    # early signals leave a single step; a start in between that makes progress begins the count anew
+    for number, when in enumerate(("before", 3, "before", "before")):
+        module = Early(when, signal.SIGUSR1)
+        status, trainer = fit(module, steps=30)
+        requeued.append(status == 0)
+        assert asked.read_text().count("requeue 17") == sum(requeued), number
+    assert requeued == [True, True, True, False] and trainer.global_step == 30
+    assert "2 starts in a row made no progress" in caplog.text and "--time" in caplog.text and "--signal" in caplog.text
+
+
+def test_a_preempted_job_that_never_began_is_requeued_once_and_a_new_job_counts_anew(fit, scontrol, monkeypatch):
+    asked = scontrol(0)
+    assert [fit(Early("before"))[0] for _ in range(2)] == [0, 128 + signal.SIGTERM]
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    assert fit(Early("before"))[0] == 0 and asked.read_text() == "requeue 17\nrequeue 18\n"
 
 
 def test_a_checkpoint_of_lightnings_own_requeueing_is_not_resumed_from(tmp_path, monkeypatch):
@@ -275,62 +294,3 @@ def test_sigterm_saves_ends_with_its_status_and_resumes_to_the_same_weights(tmp_
     main(words(tmp_path, 1, whole, *more))
     for (name, a), b in zip(weights(told, 1).items(), weights(whole, 1).values(), strict=True):
         assert torch.equal(a, b), name
-
-
-# ------------------------------------------------------------------ the jobs' scripts, without SLURM
-
-
-@pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)
-def test_the_scripts_are_bash(script):
-    subprocess.run(["bash", "-n", script], check=True)
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_stages_jobs_differ_in_nothing_but_the_stage(stage):
-    one, this = ((ROOT / "slurm" / f"stage{k}.sh").read_text() for k in (1, stage))
-    assert this == one.replace("stage1", f"stage{stage}").replace("Stage 1", f"Stage {stage}").replace(
-        "STAGE=1", f"STAGE={stage}"
-    )
-    # to the steps and not to the batch shell (B:), which could not save; and the log of the first start is kept
-    for line in ("--signal=SIGUSR1@300", "--requeue", "--open-mode=append"):
-        assert f"#SBATCH {line}\n" in this
-
-
-@pytest.mark.parametrize(
-    ("change", "wanted"),
-    [
-        ({"RUN": ""}, "RUN is not set.*RUN=runs/mine"),
-        ({"DATA_TRAIN": ""}, "DATA_TRAIN is not set"),
-        ({"DATA_VAL": ""}, "DATA_VAL is not set"),
-        ({"STRATEGY": "magic"}, "STRATEGY=magic: there is no configs/hardware/magic.yaml; known are ddp and fsdp2"),
-        ({"RECIPE": "magic"}, "RECIPE=magic: there is no configs/magic/stage1.yaml"),
-        ({"words": "--trainer.devices 2"}, "--trainer.devices: the job says that itself"),
-        ({"SLURM_JOB_ID": ""}, "this is no SLURM job"),
-        ({"SLURM_NTASKS_PER_NODE": ""}, "no tasks per node"),
-        ({"SLURM_NTASKS": "3"}, "3 tasks on 2 nodes, wanted 2 on each"),
-        ({"SLURM_GPUS_ON_NODE": "1"}, "2 tasks but 1 GPUs on a node"),
-        ({"SLURM_JOB_NAME": "bash"}, "a job named bash"),
-        ({"STAGE": "2"}, "stage 2: no hand-over of stage 1 at .*/r/stage1/stair.*pipeline"),
-        ({"SLURM_ARRAY_TASK_ID": "4", "STAGE": "3"}, "at .*/r/seed4/stage2/stair"),
-        ({"RUN": "/proc/nowhere"}, "cannot write to /proc/nowhere/stage1"),
-        ({}, "no shard matches '/nowhere/a.tar'(?s:.*)DATA_TRAIN=/nowhere/a.tar"),
-    ],
-)
-def test_a_job_that_cannot_train_is_refused_with_a_reason(tmp_path, change, wanted):
-    job = {
-        "STAGE": "1",
-        "RUN": str(tmp_path / "r"),
-        "DATA_TRAIN": "/nowhere/a.tar",
-        "DATA_VAL": "/nowhere/b.tar",
-        "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_JOB_ID": "1",
-        "SLURM_NNODES": "2",
-        "SLURM_NTASKS": "4",
-        "SLURM_NTASKS_PER_NODE": "2",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        **change,
-    }
-    line = f'set -- {job.pop("words", "")}; source "${{STAIR_HOME:=$SLURM_SUBMIT_DIR}}/slurm/run_stage.sh"'
-    done = subprocess.run(["bash", "-c", line], env=job, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert re.search(wanted, done.stderr), done.stderr

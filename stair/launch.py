@@ -1,0 +1,112 @@
+"""The start of a training process, before torch is imported: held signals, named files, and errors in one line.
+
+A process is one of several: ranks that srun, torchrun or Lightning's own launcher started with the same command. Only
+the first of them prints what a user did wrong.
+"""
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from stair.errors import StairError
+from stair.plain import plain
+
+_PATIENCE = (
+    30.0  # seconds in which the first rank's end should end the others: imports are not equally quick on all nodes
+)
+
+
+def prepare(args: Sequence[str]) -> None:
+    """Holds signals and checks the named files. Called first, as the imports that follow take 15 s and more.
+
+    Args:
+        args: the subcommand and its options.
+    """
+    if "SLURM_JOB_ID" in os.environ and args[:1] == ["fit"]:
+        # a task that a signal ends meanwhile is a failed job to SLURM; callbacks/requeue.py releases them
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
+    for name in _config_files(args):
+        if (
+            not re.search(r"[{:\n]", name) and not Path(name).expanduser().is_file()
+        ):  # settings may stand there themselves
+            fail(f"--config {name}: no such file; the current folder is {Path.cwd()}")
+
+
+def _config_files(args: Sequence[str]) -> Iterator[str]:
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        name, equals, value = arg.partition("=")
+        if name in ("--config", "-c"):
+            yield value if equals else following
+        elif arg.startswith("-c"):
+            yield arg[2:].removeprefix("=")
+
+
+def launched_processes() -> tuple[str, int, int] | None:
+    """The launcher of this process, its number of nodes, and of processes a node; None for a process on its own."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        return "torchrun", int(env["GROUP_WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
+    # as Lightning: these names mean a shell in which a user types
+    by_srun = "SLURM_STEP_ID" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    if by_srun and "SLURM_NTASKS_PER_NODE" in env:
+        return "srun", int(env["SLURM_NNODES"]), int(env["SLURM_NTASKS_PER_NODE"])
+    return None
+
+
+@contextmanager
+def one_line_errors(*types: type[Exception]) -> Iterator[None]:
+    """Ends the process with one line instead of a traceback if an error is the user's.
+
+    That is a `StairError`, and what is raised before the first training step as a ValueError, an OSError or one of `types`.
+    """
+    try:
+        yield
+    except Exception as error:
+        before = isinstance(error, (ValueError, OSError, *types)) and not _in_training(error)
+        if not before and not isinstance(error, StairError):
+            raise
+        fail(str(error))
+
+
+def _in_training(error: Exception) -> bool:
+    trace = error.__traceback__
+    while trace is not None and not trace.tb_frame.f_code.co_filename.endswith("training_epoch_loop.py"):
+        trace = trace.tb_next
+    return trace is not None
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Prints one line and ends the process. Ranks with the error of the first one end without a line.
+
+    Args:
+        message: the error; its line ends become spaces.
+        status: exit status, 2 for an unknown or unreadable option.
+
+    Raises:
+        SystemExit: with the status.
+    """
+    if max(int(os.environ.get(name, 0)) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")) > 0:
+        _wait_for_first_rank()
+    if job := os.environ.get("STAIR_JOB"):  # slurm/run_stage.sh does not restart after it
+        Path(f"{job}.error").touch()
+    line = plain(" ".join(part.strip() for part in message.splitlines()))
+    print(f"{Path(sys.argv[0]).stem}: error: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+def _wait_for_first_rank() -> None:
+    """Leaves if the first rank ends meanwhile: its launcher then sends SIGTERM, or is that rank."""
+    parent = os.getppid()
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    end = time.monotonic() + _PATIENCE
+    while time.monotonic() < end:
+        if os.getppid() != parent:
+            os._exit(1)
+        time.sleep(0.5)
