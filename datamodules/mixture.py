@@ -13,6 +13,7 @@ from stair.data.counts import Size, sizes, spread, told
 from stair.data.remote import Remote, open_directly
 from stair.data.specs import Shards
 from stair.data.tars import expand
+from stair.errors import errors_name
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,9 @@ def _expanded(given: dict[str, Shards], ranks: int) -> dict[str, list[str]]:
     shards: dict[str, list[str]] = {}
     failed: Exception | None = None
     try:
-        shards = {name: expand(source.shards) for name, source in given.items()}
+        for name, source in given.items():
+            with errors_name(f"source {name!r} of data.train" if name else ""):
+                shards[name] = expand(source.shards)
     except (ValueError, OSError) as error:
         failed = error
     if _together(ranks):

@@ -26,6 +26,7 @@ from stair.data.pairs import EvaluationPairs
 from stair.data.remote import Remote
 from stair.data.shard_cache import check_folder
 from stair.data.specs import Shards, mixture, require
+from stair.errors import SettingError, errors_name
 from stair.images import MAX_PIXELS
 from stair.vocabulary import Vocabulary
 
@@ -176,13 +177,27 @@ class ImageTextShards(LightningDataModule):
             self._sets["test"] = self._evaluation(self.test)
 
     def _evaluation(self, specs: dict[str, str]) -> dict[str, EvaluationPairs]:
-        return {name: EvaluationPairs(spec, self.augment.size, self.max_pixels) for name, spec in specs.items()}
+        sets = {}
+        for name, spec in specs.items():
+            with errors_name(f"set {name!r}"):
+                sets[name] = EvaluationPairs(spec, self.augment.size, self.max_pixels)
+        return sets
 
     def _training(self) -> ShardLoader:
         rank, ranks = self._place()
-        if self.global_batch_size % ranks:
-            raise ValueError(
-                f"global_batch_size={self.global_batch_size} cannot be shared by {ranks} ranks; make it a multiple"
+        if (batch := self.global_batch_size) % ranks:
+            sizes = " or ".join(
+                str(size) for size in (batch - batch % ranks, batch - batch % ranks + ranks) if size > 1
+            )
+            counts = [count for count in range(1, batch + 1) if batch % count == 0]
+            near = [
+                *[count for count in counts if count < ranks][-1:],
+                *[count for count in counts if count > ranks][:1],
+            ]
+            raise SettingError(
+                f"data.global_batch_size={batch} cannot be shared by {ranks} ranks: wanted a multiple of {ranks}. Give "
+                f"--data.global_batch_size {sizes}, or start {' or '.join(map(str, near))} ranks",
+                "data.global_batch_size",
             )
         if self.remote.cache:
             check_folder(self.remote.cache)

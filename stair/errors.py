@@ -1,5 +1,7 @@
 """Exceptions of the project. Each names the setting or the file at fault, so that callers need not read the message."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -31,3 +33,14 @@ class FileError(StairError):
     def __init__(self, message: str, path: Path | str) -> None:
         super().__init__(message)
         self.path = Path(path)
+
+
+@contextmanager
+def errors_name(what: str) -> Iterator[None]:
+    """Begins the messages of errors inside it with `what`, such as "source 'coco'"; nothing if empty."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if what:
+            error.args = (f"{what}: {error}",)
+        raise

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,8 @@ from typing import NoReturn
 from stair.errors import StairError
 from stair.plain import plain
 
-_PATIENCE = (
-    30.0  # seconds in which the first rank's end should end the others: imports are not equally quick on all nodes
-)
+_LOOP = "training_epoch_loop.py"  # of Lightning: every training step is inside it
+_PATIENCE = 30.0  # seconds in which the end of the first rank should end the others; nodes import at different speeds
 
 
 def prepare(args: Sequence[str]) -> None:
@@ -67,18 +67,18 @@ def one_line_errors(*types: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
-        before = isinstance(error, (ValueError, OSError, *types)) and not _in_training(error)
-        if not before and not isinstance(error, StairError):
+    except Exception as raised:
+        error = raised
+        if "jsonargparse" in _files(raised)[-1] and isinstance(raised.__cause__, Exception):
+            error = raised.__cause__  # of a class that was built; the text around it lists all its settings
+        training = any(name.endswith(_LOOP) for name in _files(raised))
+        if not isinstance(error, StairError if training else (ValueError, OSError, *types)):
             raise
         fail(str(error))
 
 
-def _in_training(error: Exception) -> bool:
-    trace = error.__traceback__
-    while trace is not None and not trace.tb_frame.f_code.co_filename.endswith("training_epoch_loop.py"):
-        trace = trace.tb_next
-    return trace is not None
+def _files(error: Exception) -> list[str]:
+    return [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
 
 
 def fail(message: str, status: int = 1) -> NoReturn:

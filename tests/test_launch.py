@@ -1,0 +1,143 @@
+"""Starting the program: what a user did wrong is one line, once, and soon; torchrun starts its ranks."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stair import launch
+from stair.errors import SettingError
+from tests.conftest import write_small_scenes
+from tests.test_stages import SMALL, words
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+NAMES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_small_scenes(tmp_path_factory.mktemp("scenes"), SMALL)
+
+
+def start(*command, cwd=ROOT, **env):
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+COMMANDS = {
+    "lightning": [BIN / "lightning"],
+    "stair": [BIN / "stair"],
+    "main.py": [sys.executable, ROOT / "main.py"],
+    "-m main": [sys.executable, "-m", "main"],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "args"),
+    zip(COMMANDS, [("--config", "no.yaml"), ("--config=no.yaml",), ("-c", "no.yaml"), ("-cno.yaml",)], strict=True),
+)
+def test_a_config_file_that_does_not_exist_is_one_line_before_torch_is_imported(tmp_path, command, args):
+    process = start(*COMMANDS[command], "fit", "--config", ROOT / "configs/stage1.yaml", *args, cwd=tmp_path)
+    begin = time.perf_counter()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and len(err.splitlines()) == 1
+    assert "no.yaml" in err and str(tmp_path) in err
+    assert time.perf_counter() - begin < 5  # importing torch and lightning alone takes as long
+
+
+def test_settings_in_place_of_a_file_are_left_to_the_parser(tmp_path):
+    (tmp_path / "my.yaml").touch()
+    launch.prepare(
+        ["fit", "--config", "{data: {workers: 3}}", "-c", str(tmp_path / "my.yaml"), "--data.train", "no.yaml"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("args", "status", "wanted"),
+    [
+        (("--data.wrokers", "1"), 2, "wrokers"),
+        (("--data.workers", "many"), 2, "data.workers"),
+        (("--data.workers", "-1"), 1, "workers"),
+        (("--trainer.devices", "0"), 1, "devices"),
+        (("--data.train", "/nowhere/a.tar"), 1, "/nowhere/a.tar"),
+        (("--model.init_args.stair.vocabulary", "/nowhere/v.txt"), 1, "/nowhere/v.txt does not exist"),
+        (("--model.init_args.stair.image.name", "nonsense"), 1, "'nonsense'"),
+        (("--data.global_batch_size", "4096"), 1, "4096"),
+    ],
+)
+def test_an_error_of_the_user_is_one_line(scenes, tmp_path, args, status, wanted):
+    process = start(BIN / "lightning", *words(scenes, 1, tmp_path / "r", *args))
+    _, err = process.communicate(timeout=300)
+    lines = [line for line in err.splitlines() if "error: " in line]
+    assert process.returncode == status and "Traceback" not in err, err
+    assert len(lines) == 1 and wanted in lines[0] and len(lines[0]) < 700 and "usage" not in err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_the_first_rank_prints_an_error_that_all_have(tmp_path, name):
+    # a launcher ends the other ranks when the first has failed
+    other = start(BIN / "lightning", "fit", "--config", "no.yaml", **{name: "1"})
+    with pytest.raises(subprocess.TimeoutExpired):
+        other.wait(timeout=3)
+    other.terminate()
+    assert other.communicate(timeout=20) == ("", "") and other.returncode == 1
+
+
+def test_a_rank_prints_an_error_that_it_alone_has(monkeypatch, capsys):
+    monkeypatch.setattr(launch, "_PATIENCE", 0.0)
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(launch.signal, "pthread_sigmask", lambda *_: None)
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as end, launch.one_line_errors():
+        raise SettingError("a\nb is wrong", "b")
+    assert end.value.code == 1 and capsys.readouterr().err.endswith("error: a b is wrong\n")
+
+
+def test_an_error_of_the_program_keeps_its_traceback():
+    with pytest.raises(RuntimeError), launch.one_line_errors():
+        raise RuntimeError("broken")
+
+
+def test_a_job_is_not_restarted_after_a_users_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("STAIR_JOB", str(tmp_path / "job"))
+    with pytest.raises(SystemExit), launch.one_line_errors():
+        raise SettingError("wrong", "b")
+    assert (tmp_path / "job.error").exists()
+
+
+# ------------------------------------------------------------------ torchrun
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [[BIN / "lightning"], [ROOT / "main.py"], ["-m", "main"]], ids=str)
+def test_torchrun_starts_ranks_that_train_together(scenes, tmp_path, program):
+    # `--` before the program: the parser of torchrun would take --run for its own --run-path
+    options = ["-m", "--"] if program[0] == "-m" else ["--"]
+    run = ("--nproc-per-node", "2", "--master-port", "0", *options, program[-1], *words(scenes, 1, tmp_path / "r"))
+    process = start(BIN / "torchrun", *run)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and "MEMBER: 2/2" in out + err, err[-3000:]
+    assert (tmp_path / "r/stage1/stair/model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_ranks_that_the_settings_contradict_are_refused_once(scenes, tmp_path):
+    command = words(scenes, 1, tmp_path / "r", "--trainer.devices", "1")
+    process = start(BIN / "torchrun", "--nproc-per-node", "2", "--", ROOT / "main.py", *command)
+    _, err = process.communicate(timeout=300)
+    ours = [line for line in err.splitlines() if "error: " in line and "trainer.devices" in line]
+    assert process.returncode == 1 and len(ours) == 1, err
+    assert re.search(r"trainer\.devices is 1, but torchrun started 2 processes", ours[0])
+    assert not (tmp_path / "r").exists()
