@@ -178,14 +178,6 @@ class StairCLI(LightningCLI):
         """Takes no settings from a checkpoint: Lightning would let it name the class that is built."""
 
 
-def _home_of(config: Any, family: type[ContrastiveModule]) -> Path:
-    given = config.trainer.default_root_dir
-    if config.run is None:
-        return Path(given or HOME)
-    if given is not None:
-        raise SettingError(
-            f"--run {config.run} and --trainer.default_root_dir {given} both name the folder: give one of them",
-            "trainer.default_root_dir",
 def _match_launcher(trainer: Any) -> None:
     """Gives the trainer the processes that srun or torchrun started: others would each train alone, or wait for ever.
 
@@ -207,6 +199,14 @@ def _match_launcher(trainer: Any) -> None:
             )
 
 
+def _home_of(config: Any, family: type[ContrastiveModule]) -> Path:
+    given = config.trainer.default_root_dir
+    if config.run is None:
+        return Path(given or HOME)
+    if given is not None:
+        raise SettingError(
+            f"--run {config.run} and --trainer.default_root_dir {given} both name the folder: give one of them",
+            "trainer.default_root_dir",
         )
     return Path(config.run) / family.home()
 
@@ -230,9 +230,8 @@ def _place_loggers(trainer: Any, home: Path, subcommand: str) -> None:
         options = getattr(logger, "init_args", {})
         if options.get("save_dir", "") in (None, "."):
             options["save_dir"] = str(home)
-        if (
-            subcommand != "fit" and options.get("name") == "tensorboard"
-        ):  # that of base.yaml: its curves begin at step 0 too
+        # that of base.yaml: its curves begin at step 0 too
+        if subcommand != "fit" and options.get("name") == "tensorboard":
             options["name"] = subcommand
 
 

@@ -6,6 +6,7 @@ STAIR_SLURM_CLUSTER, or ../shared/tools/slurm-cluster.
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import yaml
 
 from main import main
 from stair import Stair
@@ -65,7 +67,7 @@ class Pace(L.Callback):
 
 
 def words(scenes, steps=60):
-    overlays = ("--config", "configs/model/tiny.yaml", "--config", str(scenes / "small.yaml"))
+    overlays = ("--config", str(ROOT / "configs/model/tiny.yaml"), "--config", str(scenes / "small.yaml"))
     long = ("--trainer.max_steps", str(steps), "--trainer.val_check_interval", "20", "--data.workers", "1")
     return [*overlays, *long, "--model.init_args.stair.vocabulary", str(scenes / "vocab.txt")]
 
@@ -198,13 +200,85 @@ def test_stage_2_alone_as_a_user_types_it_sharded_and_the_chain_from_there(submi
     assert Stair.from_pretrained(run / "stage3" / "stair").encode_text(["a red circle"]).isfinite().all()
 
 
-def test_the_tasks_of_an_array_are_seeds(submit, cluster, tmp_path):
+def settings_of(run):
+    (path,) = (run / "stage1").rglob("config.yaml")
+    return yaml.safe_load(path.read_text())
+
+
+def test_an_array_submitted_from_another_folder_trains_its_seeds_on_the_data_given_after_the_script(
+    submit, cluster, scenes, tmp_path
+):
+    overlay = "seed_everything: 7\ndata: {seed: 7}\nhealth: {patience: 77}\n"
+    (tmp_path / "my own.yaml").write_text(overlay)
+    train = f"{{a: '{scenes}/train-000{{0..1}}.tar', b: {scenes}/train-0003.tar}}"
+    more = ("--config", "my own.yaml", "--data.train", train)
     one = ("--nodes=1", *SHAPE[1:], "--array=0-1")
-    job = submit("sbatch", "--parsable", *one, ROOT / "slurm" / "stage1.sh", run=tmp_path / "r").strip()
-    for task in (f"{job}_0", f"{job}_1"):
-        assert wait(cluster, task) == "COMPLETED"
-    first, second = (weights(tmp_path / "r" / f"seed{seed}", 1) for seed in (0, 1))
+    script = ROOT / "slurm" / "stage1.sh"
+    job = submit("sbatch", "--parsable", *one, script, run="runs/r s", more=more, DATA_TRAIN="/nowhere/a.tar").strip()
+    assert [wait(cluster, f"{job}_{task}") for task in (0, 1)] == ["COMPLETED"] * 2, log_of(tmp_path, f"{job}*")[-3000:]
+    runs = [tmp_path / "runs" / "r s" / f"seed{seed}" for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        settings = settings_of(run)
+        assert settings["seed_everything"] == settings["data"]["seed"] == seed
+        assert settings["health"]["patience"] == 77 and list(settings["data"]["train"]) == ["a", "b"]
+    first, second = (weights(run, 1) for run in runs)
     assert not torch.equal(first["image_head.dense.weight"], second["image_head.dense.weight"])
+
+
+def tasks_of(job):
+    """The training processes of a job, by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            env = dict(part.split("=", 1) for part in (folder / "environ").read_text().split("\0") if "=" in part)
+            args = (folder / "cmdline").read_text().split("\0")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if (
+            env.get("SLURM_JOB_ID") == job
+            and "SLURM_STEP_ID" in env
+            and any(arg.endswith("/lightning") for arg in args)
+        ):
+            found.setdefault(int(env["SLURM_PROCID"]), int(folder.name))
+    return found
+
+
+def test_a_job_whose_rank_is_killed_restarts_with_the_settings_of_its_first_start(submit, cluster, tmp_path):
+    run = tmp_path / "r"
+    (tmp_path / "my.yaml").write_text("health: {patience: 77}\n")
+    more = ("--config", "my.yaml", *PACED)
+    script = ROOT / "slurm" / "stage1.sh"
+    job = submit("sbatch", "--parsable", *SHAPE, script, run="r", more=more, RESTARTS="1").strip()
+    until(cluster, job, saved(run))
+    (tmp_path / "my.yaml").write_text("health: {patience: 78}\n")
+    os.kill(tasks_of(job)[1], signal.SIGKILL)
+    assert wait(cluster, job) == "COMPLETED", log_of(tmp_path, job)[-3000:]
+    log = log_of(tmp_path, job)
+    assert "restart 1 of 1" in log and "start 2, node" in log and "Restored all states" in log
+    assert settings_of(run)["health"]["patience"] == 77 and weights(run, 1)
+
+
+def test_a_job_whose_rank_is_killed_without_restarts_is_a_failed_one(submit, cluster, tmp_path):
+    script = ROOT / "slurm" / "stage1.sh"
+    job = submit("sbatch", "--parsable", *SHAPE, script, run="r", more=PACED).strip()
+    until(cluster, job, saved(tmp_path / "r"))
+    os.kill(tasks_of(job)[1], signal.SIGKILL)
+    assert wait(cluster, job) == "FAILED" and "start 2" not in log_of(tmp_path, job)
+
+
+def test_a_job_whose_time_is_not_longer_than_the_lead_of_its_signal_is_refused(submit, cluster, tmp_path):
+    job = submit("sbatch", "--parsable", *SHAPE, "--time=5", ROOT / "slurm" / "stage1.sh", run="r").strip()
+    assert wait(cluster, job) == "FAILED"
+    log = log_of(tmp_path, job)
+    assert "--time=00:05:00" in log and "--signal" in log and "srun" not in log
+
+
+def test_a_setting_that_is_refused_is_one_line_and_starts_no_task(submit, cluster, tmp_path):
+    more = ("--data.wrokers", "3")
+    job = submit("sbatch", "--parsable", *SHAPE, ROOT / "slurm" / "stage1.sh", run="r", more=more, RESTARTS="3").strip()
+    assert wait(cluster, job) == "FAILED"
+    log = log_of(tmp_path, job)
+    assert log.count("wrokers") == 1 and "Traceback" not in log and "srun '" not in log
 
 
 def start_of_python(submit, cluster, folder, *options):
@@ -222,6 +296,17 @@ def test_a_signal_while_python_starts_requeues_the_job_after_a_step(submit, clus
     log = log_of(tmp_path, job)
     assert "SIGUSR1: this SLURM job goes on later from step 1," in log and "start 2, node" in log
     assert "Restored all states" in log and "Traceback" not in log and weights(tmp_path / "r", 1)
+
+
+def test_a_job_that_is_signalled_before_each_first_step_is_requeued_once(submit, cluster, tmp_path):
+    job = start_of_python(submit, cluster, tmp_path)
+    tell(cluster, "scancel", "--signal=USR1", job)
+    until(cluster, job, lambda: log_of(tmp_path, job).count("srun 'lightning'") == 2)
+    time.sleep(1)
+    tell(cluster, "scancel", "--signal=USR1", job)
+    assert wait(cluster, job) == "COMPLETED", log_of(tmp_path, job)[-3000:]
+    log = log_of(tmp_path, job)
+    assert "2 starts in a row made no progress" in log and "--time" in log and "start 3, node" not in log
 
 
 def test_a_job_that_is_preempted_while_python_starts_comes_back(submit, cluster, tmp_path):
