@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from stair.data.counts import INDEX, sizes
-from stair.data.prepare.jobs import Job, alone_in, cores, read_json, run, tell_done
+from stair.data.prepare.jobs import Job, alone_in, cores, read_json, run
 from stair.data.prepare.shards import index_entries, kept_entries, refuse_foreign_index, write_index
 from stair.data.remote import Remote, is_remote
 from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES
@@ -179,6 +179,5 @@ def index_entry(shard: Path) -> dict[str, Any]:
         ValueError: if it cannot be read to its end.
     """
     samples = sum(1 for _ in walk(shard, "r:*"))
-    tell_done()
     about = shard.stat()
     return {"samples": samples, "bytes": about.st_size, "sha256": sha256(shard), "mtime": about.st_mtime_ns}

@@ -3,7 +3,6 @@
 Nothing is rewritten but, where asked for, shards with samples that cannot be read.
 """
 
-import importlib.util
 import io
 import os
 import tarfile
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
+from pyarrow import parquet
 
-from stair.data.prepare.jobs import STATE, Job, alone_in, cores, read_json, run, tell_done
+from stair.data.prepare.jobs import STATE, Job, alone_in, cores, read_json, run
 from stair.data.prepare.shard import Hashed, add_member
 from stair.data.prepare.shards import REPORT, Tally, listed, refuse_foreign_index, write_index
 from stair.data.samples import Skipped, caption_lines, captions, image_bytes, skipped_lines, types_of
@@ -115,7 +115,6 @@ def check_shard(shard: Path, mend: bool) -> dict[str, Any]:
             _check_header(image_bytes(sample))
         except ValueError as error:
             bad[key] = Skipped(f"{shard.name}:{key}", str(error)[:300])
-        tell_done()
     left_out = [*bad.values()]
     left_out += [Skipped(shard.name, f"shard cut short: {error}"[:300]) for error in errors]
     if not _stats_of(shard).is_file():
@@ -152,9 +151,7 @@ def _check_header(data: bytes) -> None:
 def _missing(shard: Path, keys: list[str]) -> list[tuple[str, str]]:
     """Samples that were fetched, as the files beside a shard say, and are not in it."""
     table = shard.with_suffix(".parquet")
-    if table.is_file() and importlib.util.find_spec("pyarrow"):
-        from pyarrow import parquet
-
+    if table.is_file():
         rows = parquet.read_table(table, columns=["key", "status"]).to_pylist()
         wanted = [row["key"] for row in rows if row["status"] == "success"]
         return [(key, f"{table.name} lists it as fetched") for key in wanted if key not in set(keys)]

@@ -1,31 +1,26 @@
-"""Many independent jobs in parallel, each recorded when done: what is killed goes on, what is done is not done again.
+"""Many independent jobs in parallel, each recorded when done: what was killed resumes, what is done is not done again.
 
 A record is a small JSON file, written after the job's result lies in its place. Records, unfinished results and the lock
 lie in `.prepare` of the folder that is written.
 """
 
 import contextlib
-import itertools
 import json
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 
 from stair.files import lock, write_json
 
 STATE = ".prepare"
-
-_done: "Synchronized[int] | None" = None  # inputs finished by all processes, for the bar
 
 
 @dataclass(frozen=True)
@@ -41,26 +36,6 @@ class Job:
     name: str
     inputs: int
     arguments: tuple[Any, ...] = field(repr=False)
-
-
-def tell_done(inputs: int = 1) -> None:
-    """To be called in a job for each input that is finished."""
-    if _done is not None:
-        with _done.get_lock():
-            _done.value += inputs
-
-
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
-
-
-def _start(done: "Synchronized[int]") -> None:
-    global _done
-    _done = done
-    if parent := multiprocessing.parent_process():
-        # a worker whose parent is killed would wait for ever, and hold the lock
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def cores() -> int:
@@ -118,65 +93,46 @@ def run(
     Raises:
         ChildProcessError: if a process dies.
     """
-    found = {job.name: read_json(_record(records, job)) for job in jobs}
-    done = {name: record for name, record in found.items() if record}
-    todo = [job for job in jobs if job.name not in done]
+    known = {job.name: read_json(records / f"{job.name}.json") for job in jobs}
+    done = {name: record for name, record in known.items() if record}
     for record in done.values():
         judge(record)
-    finished = multiprocessing.Value("Q", sum(job.inputs for job in jobs if job.name in done))
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    # no thread that redraws: processes are forked beside it
-    with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(label, total=sum(job.inputs for job in jobs))
-
-        def tell() -> None:
-            progress.update(bar, completed=finished.value, refresh=True)
-
-        for job, record in _results(todo, work, workers, finished, tell):
-            write_json(_record(records, job), record)
+    with tqdm(total=sum(job.inputs for job in jobs), desc=label, disable=None) as bar:
+        bar.update(sum(job.inputs for job in jobs if job.name in done))
+        for job, record in _results([job for job in jobs if job.name not in done], work, workers):
+            write_json(records / f"{job.name}.json", record)
             done[job.name] = record
             judge(record)
-            tell()
+            bar.update(job.inputs)
     return {job.name: done[job.name] for job in jobs}
 
 
-def _record(records: Path, job: Job) -> Path:
-    return records / f"{job.name}.json"
-
-
 def _results(
-    jobs: list[Job],
-    work: Callable[..., dict[str, Any]],
-    workers: int,
-    finished: "Synchronized[int]",
-    tell: Callable[[], None],
+    jobs: list[Job], work: Callable[..., dict[str, Any]], workers: int
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
     if workers == 1 or not jobs:
-        _start(finished)
-        for job in jobs:
-            yield job, work(*job.arguments)
-            tell()
+        yield from ((job, work(*job.arguments)) for job in jobs)
         return
-    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=_start, initargs=(finished,)) as pool:
-        waiting = iter(jobs)
-        running: dict[Future[dict[str, Any]], Job] = {}
+    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=_end_with_parent) as pool:
         try:
-            while True:
-                # few at a time: the arguments of all of them together may be large
-                for job in itertools.islice(waiting, 2 * workers - len(running)):
-                    running[pool.submit(work, *job.arguments)] = job
-                if not running:
-                    return
-                ready, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-                tell()
-                for future in ready:
-                    yield running.pop(future), future.result()
+            # few at a time: the arguments of all of them together may be large
+            for start in range(0, len(jobs), 8 * workers):
+                some = jobs[start : start + 8 * workers]
+                yield from zip(some, pool.map(work, *zip(*(job.arguments for job in some), strict=True)), strict=True)
         except BrokenProcessPool as error:
             raise ChildProcessError(
-                "a process died, most likely killed for want of memory; run the same command again with fewer "
-                "--workers: what is finished is kept"
+                "a process died, most likely because the machine ran out of memory; run the same command again with "
+                "fewer --workers: what is finished is kept"
             ) from error
         finally:
-            for future in running:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is killed would wait for ever, and hold the lock."""
+    threading.Thread(target=_wait_for, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _wait_for(parent: Any) -> None:
+    parent.join()
+    os._exit(1)

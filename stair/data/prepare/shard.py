@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from stair.data.prepare.jobs import STATE, tell_done
+from stair.data.prepare.jobs import STATE
 from stair.data.samples import Skipped, check_caption, printable
 from stair.files import removed_on_failure
 from stair.images import decode_image, image_format
@@ -68,7 +68,6 @@ def make_shard(path: Path, keyed: list[tuple[str, Any]], read: Callable[[Any], R
                     else:
                         _add(tar, key, raw, kind, image)
                         samples, captions, anew[why] = samples + 1, captions + len(raw.captions), anew[why] + 1
-                    tell_done()
             file.flush()
             os.fsync(file.fileno())
         if samples:
