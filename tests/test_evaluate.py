@@ -502,3 +502,17 @@ def test_sentence_transformers_models_are_opened_as_what_they_are(monkeypatch, t
 def test_options_before_the_folders_are_refused_as_nobody_can_tell_whose_they_are(monkeypatch):
     with pytest.raises(SystemExit, match=r"--limit stands before MODEL DATA.*give MODEL DATA first"):
         command(monkeypatch, "--limit", "2", "m", "a.tar")
+
+
+def test_a_name_of_two_classes_is_refused_as_a_class_and_a_number_is_taken(models, monkeypatch, tmp_path):
+    (tmp_path / "birds").mkdir()
+    (tmp_path / "birds" / "classnames.txt").write_text("crane\ncrane\ndog\n")
+    given = [{"class": "crane", "label": 1}, {"label": 0}, {"class": "dog"}]
+    write_tar(tmp_path / "birds" / "0.tar", *({"json": json.dumps(one).encode()} for one in given))
+    command(monkeypatch, models / "stair", tmp_path / "birds", "--output", tmp_path / "out")
+    birds = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sets"]["birds"]
+    assert [one["images"] for one in birds["zero_shot"]["per_class"]] == [1, 1, 1]
+    assert birds["protocol"]["classes_sharing_a_name"] == 2
+    write_tar(tmp_path / "birds" / "0.tar", {"json": b'{"class": "crane"}'})
+    with pytest.raises(SystemExit, match="crane"):
+        command(monkeypatch, models / "stair", tmp_path / "birds", "--output", tmp_path / "out")

@@ -1,6 +1,7 @@
 """The command `stair evaluate`: opens shards and folders as evaluation sets, measures a model, writes what came out."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,12 +151,17 @@ class _Part:
 
 
 class _TarSamples:
-    """Samples of tars; a class is their `.cls`, their `label`, or the place of their `class` among the class names."""
+    """Samples of tars; a class is their `.cls`, their `label`, or the place of their `class` among the class names.
+
+    Raises:
+        ValueError: on reading a sample that states only a name which two classes share.
+    """
 
     def __init__(self, spec: str, classes: Sequence[str], most: int | None = None) -> None:
         self._entries = entries(spec, CAPTION_TYPES + CLASS_TYPES)
         self._names = list(classes)
         self._classes = {name: place for place, name in enumerate(classes)}
+        self._shared = {name for name, times in Counter(classes).items() if times > 1}
         self._most = most
 
     def __len__(self) -> int:
@@ -190,6 +196,10 @@ class _TarSamples:
         name, label = fields.get("class"), fields.get("label")
         if isinstance(label, int) and 0 <= label < len(self._names) and name in (None, self._names[label]):
             return label  # two classes can have one name
+        if isinstance(name, str) and name in self._shared:
+            raise ValueError(
+                f"its class is {name!r}, and two classes have that name; give its number as .cls or `label`"
+            )
         return self._classes.get(name) if isinstance(name, str) else None
 
     def has_classes(self) -> bool:
