@@ -29,7 +29,7 @@ from callbacks.progress import StepProgress
 from callbacks.requeue import Requeue
 from callbacks.retrieval_panels import RetrievalPanels
 from callbacks.run_monitor import RunMonitor
-from callbacks.settings import SaveSettings, expand_paths
+from callbacks.settings import SaveSettings, expand_paths, keep_names
 from callbacks.source_monitor import SourceMonitor
 from callbacks.sparsity_monitor import SparsityMonitor
 from callbacks.stage_transition import StageTransition, stage_before
@@ -46,7 +46,7 @@ from lightning_modules.run_folder import (
     resume_path,
 )
 from lightning_modules.run_lock import training_lock
-from stair.errors import SettingError
+from stair.errors import SettingError, StairError
 from stair.launch import fail, launched_processes, one_line_errors
 
 # said by the libraries to each other, once a run and rank; nothing a user could act on
@@ -101,7 +101,7 @@ class StairCLI(LightningCLI):
         """Adds the always-on callbacks under keys of their own, the run's name, and the links."""
         parser.add_argument(
             "--run",
-            type=str | None,
+            type=str,  # and not None, which `--run null` would be
             default=None,
             help="folder of a run. Stage k then works in RUN/stagek and starts from RUN/stage(k-1)/stair; "
             "validate, test and predict load RUN/stagek/stair and log in RUN/stagek/validate, .../test and .../predict. "
@@ -126,6 +126,7 @@ class StairCLI(LightningCLI):
             config.weights_only = True  # Lightning would unpickle, and so run, what comes over http
         _place_loggers(config.trainer, self._home, self.subcommand)
         export = Path(config.transition.hand_over or self._home / family.hand_over)
+        _check_data(self.subcommand, config)
         if self.subcommand == "fit":
             self._prepare_fit(config, family, export)
             return
@@ -164,6 +165,15 @@ class StairCLI(LightningCLI):
         if not self._complete:
             super()._run_subcommand(subcommand)
 
+    def after_fit(self) -> None:
+        """Fails if the planned steps were not done: a later stage would find nothing to start from.
+
+        Raises:
+            StairError: with the step and the reason.
+        """
+        if reason := self._get(self.config_init, "transition").unfinished:
+            raise StairError(reason)
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """The trainer, whose checkpoints are whole or absent."""
         transition = self._get(self.config_init, "transition")
@@ -199,10 +209,27 @@ def _match_launcher(trainer: Any) -> None:
             )
 
 
+def _check_data(subcommand: str, config: Any) -> None:
+    """Refuses a command that would end with nothing done.
+
+    Raises:
+        SettingError: naming the setting that is missing, or that leaves no batch.
+    """
+    kind = {"fit": "train", "validate": "val"}.get(subcommand, "test")
+    if not config.data[kind]:
+        spec = "SHARDS" if kind == "train" else "'{NAME: SHARDS}'"
+        raise SettingError(f"{subcommand} has no data: give --data.{kind} {spec}", f"data.{kind}")
+    limit = f"limit_{ {'fit': 'train', 'validate': 'val'}.get(subcommand, subcommand) }_batches"
+    if config.trainer[limit] == 0:
+        raise SettingError(f"trainer.{limit} is 0: {subcommand} would do nothing", f"trainer.{limit}")
+
+
 def _home_of(config: Any, family: type[ContrastiveModule]) -> Path:
     given = config.trainer.default_root_dir
     if config.run is None:
         return Path(given or HOME)
+    if not config.run.strip():
+        raise SettingError(f"--run is {config.run!r}: give a folder", "run")
     if given is not None:
         raise SettingError(
             f"--run {config.run} and --trainer.default_root_dir {given} both name the folder: give one of them",
@@ -263,6 +290,7 @@ def main(args: list[str] | None = None) -> StairCLI:
     Args:
         args: the words after the command; those of the process if None.
     """
+    keep_names()
     return StairCLI(
         ContrastiveModule,
         ImageTextShards,

@@ -24,12 +24,12 @@ from lightning_modules.run_folder import save_last
 log = logging.getLogger(__name__)
 
 #: the greatest over all ranks counts: a job that is being ended is not queued again
-_ORDER = (signal.SIGUSR1, signal.SIGTERM)
+_ORDER = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _IDLE_STARTS = 2  # in a row, after which a job is not requeued
 
 
 class Requeue(L.Callback):
-    """Saves and leaves on SIGUSR1 and SIGTERM.
+    """Saves and leaves on SIGUSR1, SIGTERM and SIGINT (Ctrl-C).
 
     All ranks agree between batches, save `last.ckpt` where the run keeps its checkpoints (so `--ckpt_path last` finds it),
     and leave before the next batch without validating or handing over. Then
@@ -38,10 +38,13 @@ class Requeue(L.Callback):
       goes on: the minutes left are not thrown away, and SIGTERM at the time limit saves again.
     - SIGTERM under SLURM: the job is requeued, unless SLURM is ending it for another reason than preemption or the time
       limit: one that was cancelled stays so.
-    - any other: the process ends with 128 + the signal's number, so that nothing takes the stage for finished.
+    - any other, and SIGINT anywhere: the process ends with 128 + the signal's number, so that nothing takes the stage for
+      finished.
 
     Signals that came while Python started wait until here (`stair.launch.prepare`). SIGTERM then ends the run before
     the first step, as nothing is new; after SIGUSR1 there is time for one, so that no start is for nothing.
+
+    A second SIGINT ends the process at once, without saving.
 
     A job is not requeued where two starts in a row made no progress: no step, or only the one after a SIGUSR1 that came
     before the first, as where `--time` is not longer than the signal's lead. `requeue.json` in the stage's folder counts.
@@ -93,7 +96,7 @@ class Requeue(L.Callback):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _ORDER)
         self._agree(trainer)
         self._began, self._early = trainer.global_step, self._agreed > 0
-        if self._agreed == 1 + _ORDER.index(signal.SIGTERM):
+        if self._agreed >= 1 + _ORDER.index(signal.SIGTERM):
             self._leave(trainer, f"step {trainer.global_step}, where it had started: nothing is new to save")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -106,6 +109,9 @@ class Requeue(L.Callback):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() == self._pid:  # forked workers have the handler too
+            if signum == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                _say_now("SIGINT: saving after this step. Once more ends the process at once, without saving")
             self._noted = max(self._noted, 1 + _ORDER.index(signal.Signals(signum)))
 
     def on_train_batch_end(
@@ -140,7 +146,7 @@ class Requeue(L.Callback):
 
     def _leave(self, trainer: L.Trainer, where: str) -> None:
         signum, refusal = _ORDER[self._agreed - 1], ""
-        if SLURMEnvironment.detect():
+        if SLURMEnvironment.detect() and signum != signal.SIGINT:
             if trainer.is_global_zero:
                 progress = trainer.global_step > self._began and not self._early
                 refusal = _requeue(signum, _count_idle(Path(trainer.default_root_dir) / "requeue.json", progress))
@@ -219,6 +225,10 @@ def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, 1, "", str(error))
+
+
+def _say_now(message: str) -> None:
+    os.write(2, f"{message}\n".encode())  # in a signal handler, where a buffered stream may be in use
 
 
 def _say(trainer: L.Trainer, level: int, message: str) -> None:

@@ -3,12 +3,16 @@
 Figures are those of all ranks: ranks move in lock step, so the slowest one is the pace of all.
 """
 
+import resource
 import time
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_modules.contrastive import planned_steps
 from stair.batch import Batch
 
 _COUNTED = ("skipped", "converted")  # of the data module, each a count by cause
@@ -30,6 +34,9 @@ class RunMonitor(L.Callback):
     - `run/skipped/<cause>`: samples left out since the start (`datamodule.skipped`), all ranks together.
     - `run/converted/<kind>`: images that were CMYK, of 16 bits, turned by EXIF, ... (`datamodule.converted`), likewise.
       Of a mixture, both also as `run/skipped/<source>/<cause>`.
+
+    Where no progress bar is shown, as in a log file, each time is also a line there: step, loss, recall of the last
+    validation, pace, greatest memory of the process (of the device, if it is CUDA), time left.
     """
 
     def __init__(self) -> None:
@@ -62,8 +69,11 @@ class RunMonitor(L.Callback):
         self._steps += 1
         self._pairs += len(batch["pixels"])
         if logs_now(trainer, batch_idx):
-            pl_module.log_dict(self._figures(trainer, pl_module.device), batch_size=1)
+            figures = self._figures(trainer, pl_module.device)
+            pl_module.log_dict(figures, batch_size=1)
             self._clear()
+            if not getattr(trainer.progress_bar_callback, "is_enabled", False):
+                rank_zero_info(_line(trainer, float(outputs["loss"]), figures))
 
     def _figures(self, trainer: L.Trainer, device: torch.device) -> dict[str, float]:
         mine = {
@@ -90,3 +100,16 @@ class RunMonitor(L.Callback):
             for cause in {cause for rank in ranks for cause in rank[what]}:
                 figures[f"run/{what}/{cause}"] = float(sum(rank[what].get(cause, 0) for rank in ranks))
         return figures
+
+
+def _line(trainer: L.Trainer, loss: float, figures: dict[str, float]) -> str:
+    step, planned = trainer.global_step, planned_steps(trainer)
+    left = timedelta(seconds=round((planned - step) * figures["run/seconds_per_step"]))
+    memory = figures.get("run/max_memory_gib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    recall = trainer.callback_metrics.get("val/recall")
+    return (
+        f"step {step}/{planned} · loss {loss:.4f}"
+        + (f" · val/recall {float(recall):.4f}" if recall is not None else "")
+        + f" · {figures['run/pairs_per_second']:.0f} pairs/s · waiting {figures['run/seconds_waiting']:.2f} of "
+        f"{figures['run/seconds_per_step']:.2f} s a step · {memory:.1f} GiB · {left} left"
+    )

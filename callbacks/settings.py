@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import Namespace
+import yaml
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from stair.errors import SettingError
@@ -48,6 +49,26 @@ class SaveSettings(L.Callback):
             path = Path(trainer.default_root_dir) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+
+
+def keep_names() -> None:
+    """Keeps names in YAML mappings as typed: those of `{on: SPEC, 2024: SPEC}` are `on` and `2024`, not True and 2024."""
+    default = get_loader("yaml")
+
+    def load(text: str) -> Any:
+        value = default(text)
+        return _typed_names(value, yaml.load(text, yaml.BaseLoader)) if isinstance(value, dict | list) else value
+
+    set_loader("omegaconf+", load, exceptions=(yaml.YAMLError,))
+
+
+def _typed_names(value: Any, typed: Any) -> Any:
+    if isinstance(value, dict) and isinstance(typed, dict) and len(value) == len(typed):
+        pairs = zip(value.items(), typed.items(), strict=True)
+        return {key if isinstance(key, str) else name: _typed_names(v, t) for (key, v), (name, t) in pairs}
+    if isinstance(value, list) and isinstance(typed, list) and len(value) == len(typed):
+        return [_typed_names(v, t) for v, t in zip(value, typed, strict=True)]
+    return value
 
 
 def expand_paths(config: Namespace) -> None:

@@ -8,9 +8,11 @@ weights, whatever was taken over first. The frozen set comes from the stage's cl
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_modules.contrastive import ContrastiveModule, planned_steps, refuse_other_model, sides
 from lightning_modules.parallel import gathered
@@ -30,9 +32,23 @@ class StageTransition(L.Callback):
             the dense baseline) in `default_root_dir`.
         after: which stage to start from instead of the one before, to measure what a stage is for: 1 lets stage 3
             follow stage 1, 0 lets any stage begin from nothing.
+        on_early_stop: what follows when a callback such as EarlyStopping ends the training before its planned steps:
+            `export` what was reached, or `fail`, so that the command ends with an error and no later stage starts.
+
+    Attributes:
+        unfinished: why the fit ended without an export, None if it did not.
     """
 
-    def __init__(self, start_from: str | None = None, hand_over: str | None = None, after: int | None = None) -> None:
+    unfinished: str | None = None
+
+    def __init__(
+        self,
+        start_from: str | None = None,
+        hand_over: str | None = None,
+        after: int | None = None,
+        on_early_stop: Literal["export", "fail"] = "export",
+    ) -> None:
+        self.on_early_stop = on_early_stop
         self.start_from = start_from
         self.hand_over = hand_over
         self.after = after
@@ -117,22 +133,40 @@ class StageTransition(L.Callback):
     def _hand_over(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not isinstance(pl_module, ContrastiveModule):
             return
-        planned = planned_steps(trainer)
-        if trainer.global_step < planned:
-            log.warning("no hand-over: %d of %d planned steps are done; resume the run", trainer.global_step, planned)
-            return
         if trainer.fast_dev_run:
             log.warning("a dry run (trainer.fast_dev_run) hands nothing over")
             return
+        facts = {"stage": pl_module.stage, "steps": trainer.global_step, "finished": True, "inputs": self.inputs}
+        planned = planned_steps(trainer)
+        if trainer.global_step < planned:
+            reason, deliberate = _stop_reason(trainer)
+            reached = f"step {trainer.global_step} of {planned}: {reason}"
+            if not deliberate or self.on_early_stop == "fail":
+                self.unfinished = f"the training ended at {reached}. Nothing is exported. To go on: --ckpt_path last"
+                return
+            rank_zero_info(f"the training ended at {reached}. What was reached is exported")
+            facts |= {"planned_steps": planned, "stopped_by": reason}
         target = Path(self.hand_over or Path(trainer.default_root_dir) / pl_module.hand_over)
         model = gathered(pl_module.towers)
         if trainer.is_global_zero and model is not None:
-            facts = {"stage": pl_module.stage, "steps": trainer.global_step, "finished": True, "inputs": self.inputs}
             if isinstance(pl_module, StairStage):
                 facts["compared"] = pl_module.compared
             model.save_pretrained(target, facts)
             log.info("%s hands over at %s", pl_module.home(), target)
         trainer.strategy.barrier("hand-over")
+
+
+def _stop_reason(trainer: L.Trainer) -> tuple[str, bool]:
+    """What ended a training before its planned steps, and whether that was a decision on the model's state."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
+            return "trainer.max_time is over", False
+    for callback in trainer.callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            return f"EarlyStopping ({callback.stopping_reason_message})", True
+    if trainer.should_stop:
+        return "a callback stopped it (trainer.should_stop)", True
+    return "no batch was left to train on (trainer.limit_train_batches?)", False
 
 
 def stage_before(module: ContrastiveModule | type[ContrastiveModule], after: int | None) -> int:

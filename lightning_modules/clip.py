@@ -7,7 +7,7 @@ from lightning_modules.optimizer import Optimizer
 from stair.batch import Batch
 from stair.clip import ClipConfig, DenseClip
 from stair.losses import info_nce
-from stair.model import StairConfig
+from stair.model import StairDesign
 
 
 class Clip(ContrastiveModule):
@@ -15,7 +15,7 @@ class Clip(ContrastiveModule):
 
     Args:
         stair: the towers and the vocabulary, read from the same files as those of the stages; what it says of words
-            (`similarity`, `text_words`, start of biases) does not concern a dense model.
+            (start of biases, `own_word_lead`) does not concern a dense model.
         optimizer: how parameters move.
         width: numbers in an embedding.
         pooling: `mean` of the positions, or the `class` token.
@@ -32,7 +32,7 @@ class Clip(ContrastiveModule):
 
     def __init__(
         self,
-        stair: StairConfig,
+        stair: StairDesign,
         optimizer: Optimizer,
         width: int = 512,
         pooling: Literal["mean", "class"] = "mean",

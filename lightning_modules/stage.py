@@ -18,7 +18,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.optimizer import Optimizer
 from stair.batch import Batch
 from stair.losses import info_nce, info_nces, ramp
-from stair.model import Stair, StairConfig
+from stair.model import Stair, StairConfig, StairDesign
 from stair.regularisers import regulariser
 
 
@@ -100,7 +100,7 @@ class StairStage(ContrastiveModule):
 
     def __init__(
         self,
-        stair: StairConfig,
+        stair: StairDesign,
         objective: Objective,
         optimizer: Optimizer,
         micro_batch_size: int | None = None,
@@ -110,8 +110,9 @@ class StairStage(ContrastiveModule):
         start = objective.scale_start
         start = None if isinstance(start, str) else start
         super().__init__(optimizer, start, micro_batch_size, recompute, compile)
-        stair.similarity, stair.text_words = objective.similarity, self.text_words
-        self.stair = Stair(stair)
+        # set by the stage, so the settings of `stair` do not have them
+        trained = {"similarity": objective.similarity, "text_words": self.text_words}
+        self.stair = Stair(StairConfig(**{**vars(stair), **trained}))
         self.objective = objective
         self._compared = self._forms(objective.own_words_share)
         words, kind = len(self.stair.vocabulary), objective.regulariser

@@ -9,6 +9,7 @@ import math
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -17,6 +18,9 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig
+
+from stair.errors import FileError
+from stair.files import folder_or_hub_name
 
 
 @dataclass
@@ -109,6 +113,9 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, tower: ImageTower) -> None:
         super().__init__()
+        folder = Path(tower.name.removeprefix("local-dir:"))
+        if str(folder) != tower.name and not folder.is_dir():
+            raise FileError(f"image tower {tower.name!r}: no such folder", folder)
         try:
             vit: Any = timm.create_model(
                 tower.name, pretrained=tower.pretrained, num_classes=0, img_size=tower.image_size, **tower.options
@@ -211,13 +218,14 @@ class TextEncoder(nn.Module):
         Raises:
             ValueError: if the vocabulary sizes differ, captions may be longer than the tower's positions, weights of the
                 encoder were not published, or it is of a family whose masked-LM head we do not know.
-            OSError: if the hub name can neither be found in the cache nor fetched.
+            FileError: if there is no such folder, and the hub gives no model of that name.
         """
         masked_lm = None
         if tower.pretrained:
-            whole, loading = AutoModelForMaskedLM.from_pretrained(
-                tower.name, trust_remote_code=False, output_loading_info=True, **tower.options
-            )
+            with folder_or_hub_name(tower.name):
+                whole, loading = AutoModelForMaskedLM.from_pretrained(
+                    tower.name, trust_remote_code=False, output_loading_info=True, **tower.options
+                )
             masked_lm = _masked_lm_head(whole, tower, set(loading["missing_keys"]))
             encoder = cls(whole.base_model)
         else:

@@ -279,3 +279,24 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FileError(f"{path} holds a {type(value).__name__}; it must hold one JSON object", path)
     return value
+
+
+@contextmanager
+def folder_or_hub_name(source: str | Path) -> Iterator[None]:
+    """Around a call that takes a folder or a name on the hub: a folder that does not exist is taken for a name.
+
+    Raises:
+        FileError: if the source is a path and there is nothing, or the hub gives nothing under that name.
+    """
+    text = str(source)
+    if not Path(text).exists() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
+        raise FileError(f"{source}: no such folder", source)
+    try:
+        yield
+    except OSError as error:
+        if Path(text).exists():
+            raise
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise FileError(
+            f"{source}: there is no such folder, and the hub gives no model of that name ({why})", source
+        ) from error

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class StairConfig(TowersConfig):
-    """What a STAIR model is made of.
+class StairDesign(TowersConfig):
+    """What a STAIR model is made of, the same in all stages.
 
     Args:
         vocabulary: a BERT `vocab.txt`, a folder with one, or a hub name; every word piece of it is a dimension.
@@ -49,8 +49,6 @@ class StairConfig(TowersConfig):
             side from scratch wants about 3: its other words have no gradient in stage 1, all of them would be active in
             stage 2, and what stage 1 learned would be lost. No published head was measured.
         shared_words: both heads read one word matrix. A stage that freezes the image side then freezes the words of both.
-        similarity: how images and texts are compared: `dot` of the weights, or `cosine`. A stage sets it.
-        text_words: which words a text may light up: its `own` (stage 1) or `all`. A stage sets it.
 
     Raises:
         ValueError: if `own_word_lead` is negative.
@@ -60,13 +58,25 @@ class StairConfig(TowersConfig):
     text_bias_start: float = 0.0
     own_word_lead: float = 0.0
     shared_words: bool = False
-    similarity: Literal["dot", "cosine"] = "dot"
-    text_words: Literal["own", "all"] = "all"
 
     def __post_init__(self) -> None:
         """Refuses what cannot be meant."""
         if self.own_word_lead < 0:
             raise ValueError(f"stair.own_word_lead is {self.own_word_lead}; it is 0 (none) or positive, in logits")
+
+
+@dataclass
+class StairConfig(StairDesign):
+    """A STAIR model: its design, and what the stage that trained it sets.
+
+    Args:
+        vocabulary, image, text, image_bias_start, text_bias_start, own_word_lead, shared_words: as in `StairDesign`.
+        similarity: how images and texts are compared: `dot` of the weights, or `cosine`.
+        text_words: which words a text may light up: its `own` (stage 1) or `all`.
+    """
+
+    similarity: Literal["dot", "cosine"] = "dot"
+    text_words: Literal["own", "all"] = "all"
 
 
 class Stair(TwoTowers):

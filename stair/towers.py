@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 from stair.encoders import ImageEncoder, ImageTower, TextEncoder, TextTower
 from stair.errors import FileError
-from stair.files import atomic_folder, read_json
+from stair.files import atomic_folder, folder_or_hub_name, read_json
 from stair.images import as_rgb, eval_pixels
 from stair.vocabulary import Vocabulary
 
@@ -211,7 +211,7 @@ class TwoTowers(nn.Module):
         Raises:
             FileNotFoundError: if the folder lacks a file.
             ValueError: if the files are not a model of this class in a format we know, or contradict each other.
-            OSError: if the hub name can neither be found in the cache nor fetched.
+            FileError: if there is no such folder, and the hub gives no model of that name.
         """
         folder = folder_of(source)
         content = read_description(folder)
@@ -284,15 +284,15 @@ def folder_of(source: str | Path) -> Path:
     """The folder of a saved model: the source itself, or what the hub has under that name.
 
     Raises:
-        FileNotFoundError: if the source looks like a path and there is no such folder.
-        ValueError: if the source is a file.
+        FileError: if the source is a file, or neither a folder nor the name of a model that can be had from the hub.
     """
     if Path(source).is_dir():
         return Path(source)
     if Path(source).is_file():
-        raise ValueError(f"{source} is a file; give a model's folder. `stair consolidate` makes one of a checkpoint")
-    if str(source).count("/") > 1 or str(source).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{source}: no such folder")
-    from huggingface_hub import snapshot_download
+        raise FileError(
+            f"{source} is a file; give a model's folder. `stair consolidate` makes one of a checkpoint", source
+        )
+    with folder_or_hub_name(source):
+        from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(source), allow_patterns=[_WEIGHTS, "*.json", "vocab.txt"]))
+        return Path(snapshot_download(str(source), allow_patterns=[_WEIGHTS, "*.json", "vocab.txt"]))

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import BertTokenizer
 
 from stair.errors import SettingError
-from stair.files import read_json
+from stair.files import folder_or_hub_name, read_json
 from stair.plain import one_line
 
 _UNUSED = re.compile(r"\[unused\d+\]")
@@ -80,7 +80,8 @@ class Vocabulary:
         elif not path.exists() and (path.is_absolute() or path.suffix == ".txt"):
             raise FileNotFoundError(f"{source} does not exist; give a BERT vocab.txt, a folder with one, or a hub name")
         else:
-            self._tokenizer = BertTokenizer.from_pretrained(str(source), trust_remote_code=False)
+            with folder_or_hub_name(source):
+                self._tokenizer = BertTokenizer.from_pretrained(str(source), trust_remote_code=False)
         # without added tokens: the tokeniser adds special ones that a file lacks
         by_token: dict[str, int] = self._tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
         self.tokens: list[str] = sorted(by_token, key=by_token.__getitem__)

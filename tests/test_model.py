@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 import timm
@@ -433,3 +434,14 @@ def test_own_words_lead_by_what_others_are_lowered(vocab_file, captions):
 def test_a_negative_lead_of_own_words_is_refused(vocab_file):
     with pytest.raises(ValueError, match="own_word_lead is -1"):
         tiny_config(vocab_file, own_word_lead=-1.0)
+
+
+@pytest.mark.parametrize("name", ["no/such", "./no/such", "/no/such/folder"])
+def test_a_folder_that_does_not_exist_is_said_to_be_none(name, vocab_file, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = tiny_config(vocab_file)
+    config.text.pretrained, config.text.name = True, name
+    for load in (lambda: Stair.from_pretrained(name), lambda: Stair(config)):
+        with pytest.raises(FileError, match="no such folder") as refused:
+            load()
+        assert refused.value.path == Path(name)

@@ -226,9 +226,7 @@ def test_a_checkpoint_of_lightnings_own_requeueing_is_not_resumed_from(tmp_path,
     (tmp_path / "small.yaml").write_text(SMALL)
     (tmp_path / "r" / "stage1").mkdir(parents=True)
     (tmp_path / "r" / "stage1" / "hpc_ckpt_1.ckpt").write_text("of another run")
-    monkeypatch.setattr(requeue, "SLURMEnvironment", SimpleNamespace(detect=lambda: True))
-    # as a job of one's own would start it; the project's own say --ckpt_path last
-    with pytest.raises(ValueError, match="hpc_ckpt_1.ckpt"):
+    with pytest.raises(ValueError, match=r"hpc_ckpt_1\.ckpt"):
         main(words(tmp_path, 1, tmp_path / "r"))
 
 

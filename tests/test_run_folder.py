@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_modules import run_lock
 from lightning_modules.run_folder import resume_path
-from main import main
+from main import StairCLI, main
 from stair.errors import FileError, SettingError
 from tests.conftest import write_small_scenes
 from tests.test_stages import SMALL, words
@@ -58,7 +58,7 @@ class OtherNameEachTime(CSVLogger):
 class Scores(L.Callback):
     """Logs the scores that a test wants at the validations."""
 
-    wanted: list[float] = []
+    wanted = ()
 
     def on_validation_epoch_end(self, trainer, pl_module):
         pl_module.log("score", self.wanted.pop(0))
@@ -230,7 +230,7 @@ def test_a_stage_whose_stage_before_was_trained_anew_is_refused(scenes, two_stag
     if not finished:
         shutil.rmtree(run / "stage2" / "stair")
     before = content(run)
-    with pytest.raises(FileError, match="transition.start_from") as refused:
+    with pytest.raises(FileError, match=r"transition\.start_from") as refused:
         main(words(scenes, 2, run, *TWO, *LAST))
     assert refused.value.path == run / "stage2" / ("stair" if finished else "checkpoints/last.ckpt")
     assert content(run) == before
@@ -323,3 +323,28 @@ def test_a_holder_shows_signs_of_life_and_other_ranks_take_no_lock(tmp_path, mon
         with run_lock.training_lock(tmp_path):
             pass
         assert (tmp_path / "lock").exists()
+
+
+# ------------------------------------------------------------------ names stay as typed
+
+
+@pytest.mark.parametrize("name", ["007", "1e3", "null", "no", "2024-01-01", "0x1F"])
+def test_names_that_yaml_reads_as_something_else_stay_as_typed(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(StairCLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.setattr(StairCLI, "instantiate_classes", lambda self: None)
+    monkeypatch.chdir(tmp_path)
+    line = words(
+        tmp_path, 1, name, "--data.train", f"{{{name}: a.tar}}", "--data.val", f"{{{name}: v.tar, other: w.tar}}"
+    )
+    (tmp_path / "small.yaml").write_text(SMALL)
+    config = main(line).config.fit
+    assert (
+        config.run == name and config.data.val == {name: "v.tar", "other": "w.tar"} and [*config.data.train] == [name]
+    )
+    (tmp_path / "small.yaml").write_text(f"{SMALL}\nrun: {name}\n")
+    at = line.index("--run")
+    if name == "2024-01-01" or name == "null":
+        assert main(line[:at] + line[at + 2 :]).config.fit.run == (None if name == "null" else name)
+        return
+    with pytest.raises(SystemExit):
+        main(line[:at] + line[at + 2 :])

@@ -23,7 +23,8 @@ from lightning_modules.optimizer import Optimizer
 from lightning_modules.stage import Objective
 from main import main
 from stair import Stair
-from stair.errors import FileError
+from stair.errors import FileError, SettingError, StairError
+from stair.towers import read_description
 from tests.conftest import tiny_config, write_small_scenes
 
 ROOT = Path(__file__).parents[1]
@@ -123,7 +124,7 @@ def test_validate_needs_no_training_data_as_the_readme_says(finished, scenes):
     line = words(scenes, 3, finished, subcommand="validate")
     place = line.index("--data.train")
     assert main(line[:place] + line[place + 2 :]).trainer.callback_metrics["val/recall"] >= 0
-    with pytest.raises(ValueError, match="nothing to train on: give shards"):
+    with pytest.raises(SettingError, match=r"data\.train"):
         main([word for word in words(scenes, 1, finished / "new") if word not in line[place : place + 2]])
 
 
@@ -277,8 +278,76 @@ def test_stage_2_without_a_stage_1_says_what_to_give(scenes, tmp_path):
 
 
 def test_a_stage_stopped_before_its_planned_end_hands_nothing_over(scenes, tmp_path):
-    main(words(scenes, 1, tmp_path / "r", "--trainer.max_steps", "5000", "--trainer.max_time", "00:00:00:02"))
+    with pytest.raises(StairError, match="max_time"):
+        main(words(scenes, 1, tmp_path / "r", "--trainer.max_steps", "5000", "--trainer.max_time", "00:00:00:02"))
     assert not (tmp_path / "r" / "stage1" / "stair").exists()
+    saved = torch.load(tmp_path / "r" / "stage1" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] > 0
+
+
+@pytest.mark.parametrize("then", ["export", "fail"])
+def test_an_early_stop_is_exported_or_fails(scenes, tmp_path, then):
+    early = "{class_path: EarlyStopping, init_args: {monitor: val/recall, mode: max, stopping_threshold: -1}}"
+    more = ("--trainer.callbacks", f"[{early}]", "--transition.on_early_stop", then, "--ckpt_path", "last")
+    export = tmp_path / "r" / "stage1" / "stair"
+    if then == "fail":
+        with pytest.raises(StairError, match="EarlyStopping"):
+            main(words(scenes, 1, tmp_path / "r", *more))
+        assert not export.exists()
+        return
+    main(words(scenes, 1, tmp_path / "r", *more))
+    facts = read_description(export)["training"]
+    assert (facts["steps"], facts["planned_steps"], facts["finished"]) == (2, 4, True)
+    assert "EarlyStopping" in facts["stopped_by"]
+    main(words(scenes, 2, tmp_path / "r", "--trainer.max_steps", "2"))
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "setting"),
+    [
+        ("test", (), "data.test"),
+        ("predict", (), "data.test"),
+        ("validate", ("--data.val", "null"), "data.val"),
+        ("validate", ("--trainer.limit_val_batches", "0"), "trainer.limit_val_batches"),
+        ("fit", ("--trainer.limit_train_batches", "0"), "trainer.limit_train_batches"),
+    ],
+)
+def test_a_command_that_would_do_nothing_is_refused(finished, scenes, tmp_path, command, more, setting):
+    run = tmp_path / "r" if command == "fit" else finished
+    with pytest.raises(SettingError) as refused:
+        main(words(scenes, 1, run, *more, subcommand=command))
+    assert refused.value.setting == setting
+
+
+@pytest.mark.parametrize("setting", ["similarity", "text_words"])
+def test_what_a_stage_sets_itself_is_no_setting_of_the_model(scenes, tmp_path, setting, capsys):
+    with pytest.raises(SystemExit):
+        main(words(scenes, 1, tmp_path / "r", f"--model.init_args.stair.{setting}", "dot"))
+    assert setting in capsys.readouterr().err
+
+
+def test_a_log_file_shows_the_progress_of_a_run(scenes, tmp_path):
+    more = ("--trainer.enable_progress_bar", "true", "--trainer.log_every_n_steps", "2")
+    process = start(words(scenes, 1, tmp_path / "r", *more))
+    output = process.communicate(timeout=280)[0]
+    assert process.returncode == 0, output[-2000:]
+    lines = [line for line in output.splitlines() if line.startswith("step ")]
+    assert [line.split(" · ")[0] for line in lines] == ["step 2/4", "step 4/4"] and "/-2" not in output
+    assert all(part in lines[1] for part in ("loss ", "val/recall ", " pairs/s", "waiting ", " GiB", " left"))
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(scenes, tmp_path):
+    more = ("--trainer.max_steps", "5000", "--trainer.val_check_interval", "5000", "--data.workers", "1")
+    process = start(words(scenes, 1, tmp_path / "r", *more), start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("step 1"):
+            break
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all processes
+    output = process.communicate(timeout=280)[0]
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in output, output[-3000:]
+    assert "--ckpt_path last" in output
+    saved = torch.load(tmp_path / "r" / "stage1" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] > 0
 
 
 # ------------------------------------------------------------------ alarms

@@ -34,8 +34,9 @@ def mixture(train: str | list[str] | dict[str, str | list[str] | Shards] | None)
     Raises:
         ValueError: if some have a weight and others none, or a mapping was not understood as one.
     """
-    for spec in [train] if isinstance(train, str) else train or ():
-        if spec.startswith("{") and ": " in spec:
+    given = list(train.values()) if isinstance(train, dict) else [train] if isinstance(train, str) else train or []
+    for spec in given:
+        if isinstance(spec, str) and spec.startswith("{") and ": " in spec:
             raise ValueError(
                 f"data.train={spec!r} looks like a mapping and cannot be read as one: wanted {{NAME: SPEC, ...}} or "
                 "{NAME: {shards: SPEC, weight: NUMBER, samples: NUMBER}, ...}; patterns with brackets or braces stand "
