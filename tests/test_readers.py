@@ -273,6 +273,7 @@ def served(index, model, pictures, name):
 
 # ---- tables
 
+TYPE = "cell of another type"
 TABLES = {
     # name: content, texts taken, causes of skipped rows by place
     "quotes.csv": (
@@ -299,6 +300,11 @@ TABLES = {
         '{"id": "5", "text": "x"}\n',
         "1 5",
         {2: "line malformed", 3: "line malformed", 4: "caption not UTF-8"},
+    ),
+    "types.jsonl": (
+        '{"id": "1", "text": "a"}\n{"id": "2"}\n{"id": "3", "text": 5}\n',
+        "1",
+        {2: "caption empty", 3: TYPE},
     ),
     "long.csv": ("id,text\n1,a dog\n2," + "a " * 9000 + "\n3,a cat\n", "1 3", {3: "caption too long"}),
 }

@@ -277,11 +277,13 @@ def _of_row(
     if value is None or (isinstance(value, str) and not value.strip()):
         cause = "caption empty" if side == "texts" else "image unnamed"
         return Skipped(row.place, f"{cause}: nothing in column {column!r}")
-    if isinstance(value, (list, dict)):
-        return Skipped(row.place, f"cell of another type: column {column!r} holds a {type(value).__name__}")
+    if not isinstance(value, str):
+        return Skipped(
+            row.place, f"cell of another type: column {column!r} holds a {type(value).__name__}, wanted a text"
+        )
     if side == "texts":
-        return _text(row.place, name, str(value), metadata)
-    return _image(row.place, name, table.path.parent / str(value).strip(), metadata, str(value).strip())
+        return _text(row.place, name, value, metadata)
+    return _image(row.place, name, table.path.parent / value.strip(), metadata, value.strip())
 
 
 def _plain(value: Any) -> Any:

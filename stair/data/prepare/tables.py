@@ -75,7 +75,7 @@ def table_source(
     skipped: list[Skipped] = []
     for row in found.rows():
         name, texts = row.cells.get(image), texts_of(row.cells.get(caption))
-        if problem := row.problem or _problem(name, texts, image, caption):
+        if problem := row.problem or _problem(name, texts, row.cells.get(caption), image, caption):
             skipped.append(Skipped(row.place, problem))
         else:
             captions.setdefault(str(name).strip(), []).extend(texts)
@@ -83,9 +83,11 @@ def table_source(
     return Source(str(table), {split: references}, ImageFiles(images.resolve(), images), {split: skipped})
 
 
-def _problem(name: Any, texts: list[str], image: str, caption: str) -> str:
+def _problem(name: Any, texts: list[str], cell: Any, image: str, caption: str) -> str:
     if not isinstance(name, str) or not name.strip():
         return f"image unnamed: no path in column {image!r}"
+    if isinstance(cell, (int, float)):
+        return f"cell of another type: column {caption!r} holds a {type(cell).__name__}, wanted a text"
     if not texts:
         return f"caption empty: nothing in column {caption!r}"
     try:
