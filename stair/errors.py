@@ -1,8 +1,10 @@
 """Exceptions of the project. Each names the setting or the file at fault, so that callers need not read the message."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class StairError(ValueError):
@@ -44,3 +46,41 @@ def errors_name(what: str) -> Iterator[None]:
         if what:
             error.args = (f"{what}: {error}",)
         raise
+
+
+class EngineError(StairError):
+    """An error of other software that a command calls.
+
+    Args:
+        engine: name of the software.
+        reason: what it reported.
+    """
+
+    def __init__(self, engine: str, reason: str) -> None:
+        super().__init__(f"{engine}: {reason}")
+        self.engine = engine
+
+
+class MissingPackageError(StairError):
+    """A package that only some commands need is not installed.
+
+    Args:
+        package: its name on the package index.
+        extra: the extra of this project that installs it.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"package {package} is missing; install it with: pip install 'stair-embeddings[{extra}]'")
+        self.package, self.extra = package, extra
+
+
+def import_extra(module: str, package: str, extra: str) -> Any:
+    """Imports a module of a package that is not always installed.
+
+    Raises:
+        MissingPackageError: if it cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackageError(package, extra) from error

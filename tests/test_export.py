@@ -1,5 +1,6 @@
 """Scores survive the way into other software: engines that install run, the arithmetic and limits of others are redone."""
 
+import importlib.util
 import json
 import math
 import sqlite3
@@ -11,10 +12,12 @@ import torch
 from PIL import Image
 from scipy import sparse
 
+from examples.search_engines import duckdb_search, milvus_search, qdrant_search, seismic_search, sqlite_search
 from stair.cli import main
 from stair.embeddings import Embeddings, Space
+from stair.errors import MissingPackageError, SettingError, StairError
+from stair.export import FORMATS, target
 from stair.export.lucene import elasticsearch_query, lucene_weights, opensearch_query, query_scale
-from stair.export.sql import duckdb_search, sqlite_search
 from stair.index import SparseIndex
 
 V = 250
@@ -81,6 +84,130 @@ def test_an_export_that_fails_leaves_nothing_in_its_place(index, export, tmp_pat
     assert [path.name for path in tmp_path.glob("*x.db*")] == ["x.db"]
 
 
+def small(folder, ids=("d0", "d1", "d2"), **extra):
+    """The folder of a new index."""
+    vectors = Embeddings(rows(len(ids), 2, 0.5), list(ids), Space("m" * 64, "dot", TOKENS), **extra)
+    return SparseIndex.build(folder, vectors).folder
+
+
+#: module, name of the target, most bytes of an id
+ENGINES = {
+    "sqlite": ("sqlite3", "x.db", None),
+    "duckdb": ("duckdb", "x.db", None),
+    "qdrant": ("qdrant_client", "x", None),
+    "milvus": ("milvus_lite", "x.db", 65_535),
+    "seismic": ("seismic", "x", None),
+    "elasticsearch": ("json", "x", 512),
+    "opensearch": ("json", "x", 512),
+    "anserini": ("json", "x", 32_766),
+}
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request, tmp_path):
+    """Name of an engine, and its export of an index to a fixed target."""
+    module, name, _ = ENGINES[request.param]
+    pytest.importorskip(module)
+    out = tmp_path / name
+    return request.param, lambda index: FORMATS[request.param](
+        index, str(out) if request.param in ("qdrant", "milvus") else out
+    )
+
+
+def test_what_an_engine_cannot_hold_is_refused_by_name_before_anything_is_written(engine, tmp_path):
+    name, export = engine
+    cases = {"no documents": SparseIndex.open(small(tmp_path / "empty")).delete(["d0", "d1", "d2"]).folder}
+    if longest := ENGINES[name][2]:
+        cases["id 'bbb"] = small(tmp_path / "long", ["a", "b" * (longest + 1)])
+        cases["id ''"] = small(tmp_path / "short", ["a", ""])
+    if name in ("qdrant", "milvus"):
+        cases["'d1'"] = small(tmp_path / "large", metadata=[{}, {"n": {"deep": [1 << 63]}}, {}])
+    before = sorted(tmp_path.rglob("*"))
+    for complaint, index in cases.items():
+        with pytest.raises(SettingError, match=complaint):
+            export(index)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_export_that_breaks_leaves_nothing_and_one_that_ends_is_not_overwritten(engine, tmp_path, monkeypatch):
+    name, export = engine
+    index = small(tmp_path / "i")
+    before = sorted(tmp_path.rglob("*"))
+
+    def breaking(opened):
+        yield next(target.rows(opened))
+        raise RuntimeError("the engine\n broke")
+
+    with monkeypatch.context() as patch, pytest.raises(Exception, match="broke"):
+        patch.setattr(f"{FORMATS[name].__module__}.rows", breaking)
+        export(index)
+    assert sorted(tmp_path.rglob("*")) == before
+    export(index)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(StairError):
+        export(index)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}.keys() == after.keys()
+
+
+def test_a_users_column_replaces_no_field_of_an_engine(engine, tmp_path):
+    name, export = engine
+    if name in ("seismic", "anserini"):
+        pytest.skip("takes no metadata")
+    taken = {
+        "id": "theirs",
+        "words": 1,
+        "document": 2,
+        "metadata": {"a": 3},
+        "source": [4],
+        "vector": None,
+        "n": (1 << 53) + 1,
+    }
+    export(small(tmp_path / "i", metadata=[taken] * 3, source=[{"file": "ours"}] * 3))
+    kept = {key: value for key, value in taken.items() if value is not None}
+    assert _stored(name, tmp_path / ENGINES[name][1]) == ("d0", kept, {"file": "ours"})
+
+
+def _stored(name, out):
+    """Id, metadata and source of the first document, as the engine returns them."""
+    if name in ("sqlite", "duckdb"):
+        database = sqlite3.connect(out) if name == "sqlite" else pytest.importorskip("duckdb").connect(str(out))
+        row = database.execute("SELECT id, metadata, source FROM documents ORDER BY document").fetchone()
+        return row[0], json.loads(row[1]), json.loads(row[2])
+    if name == "qdrant":
+        client = pytest.importorskip("qdrant_client").QdrantClient(path=str(out))
+        row = min((point.payload for point in client.scroll("stair")[0]), key=lambda payload: payload["id"])
+        client.close()
+    elif name == "milvus":
+        client = pytest.importorskip("pymilvus").MilvusClient(str(out))
+        client.load_collection("stair")
+        [row] = client.get("stair", ["d0"], output_fields=["id", "metadata", "source"])
+        client.close()
+    else:
+        lines = [json.loads(line) for line in (out / "bulk.ndjson").read_text().splitlines()]
+        row = {"id": lines[0]["index"]["_id"], **lines[1]}
+    return row["id"], row["metadata"], row["source"]
+
+
+def test_errors_of_an_engine_are_one_line(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("qdrant_client")
+    index = small(tmp_path / "i")
+    for name in ("qdrant", "milvus") if importlib.util.find_spec("pymilvus") else ("qdrant",):
+        monkeypatch.setattr(sys, "argv", ["stair", "export", name, str(index), "http://127.0.0.1:9"])
+        with pytest.raises(SystemExit) as error:
+            main()
+        assert str(error.value).count("\n") == 0 and not capfd.readouterr().err.strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("duckdb", "duckdb"), ("qdrant", "qdrant_client"), ("milvus", "pymilvus")]
+)
+def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingPackageError) as error:
+        FORMATS[name](small(tmp_path / "i"), tmp_path / "x" if name == "duckdb" else str(tmp_path / "x"))
+    assert error.value.extra == "export" and not list(tmp_path.glob("*x*"))
+
+
 def test_sqlite_scores_exactly(index, export, tmp_path):
     export("sqlite", index.folder, tmp_path / "x.db")
     database = sqlite3.connect(tmp_path / "x.db")
@@ -105,7 +232,6 @@ def test_duckdb_scores_exactly(index, export, tmp_path):
 
 def test_qdrant_scores_by_the_dot_product(index, export, tmp_path):
     client_of = pytest.importorskip("qdrant_client").QdrantClient
-    from stair.export.vectors import qdrant_search
 
     export("qdrant", index.folder, tmp_path / "q")
     client = client_of(path=str(tmp_path / "q"))
@@ -131,8 +257,6 @@ def test_milvus_scores_by_the_dot_product(index, export, tmp_path):
     pytest.importorskip("milvus_lite")
     from pymilvus import MilvusClient
 
-    from stair.export.vectors import milvus_search
-
     export("milvus", index.folder, tmp_path / "m.db")
     client = MilvusClient(str(tmp_path / "m.db"))
     agree(index, lambda query, k: milvus_search(client, query, k), rel=1e-5)
@@ -142,7 +266,6 @@ def test_milvus_scores_by_the_dot_product(index, export, tmp_path):
 @pytest.mark.slow
 def test_seismic_finds_the_same_within_its_half_precision(index, export, tmp_path):
     library = pytest.importorskip("seismic")
-    from stair.export.vectors import seismic_search
 
     export("seismic", index.folder, tmp_path / "s")
     loaded = library.SeismicIndex.load(str(next(tmp_path.glob("s*"))))

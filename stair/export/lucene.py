@@ -11,13 +11,13 @@ give a meaning, so that two of them could fall on one name.
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stair.export.target import new_target, opened, rows
 from stair.index import SparseIndex
 from stair.index.scoring import Query
 
@@ -35,11 +35,11 @@ def elasticsearch(index: Path, out: Path, name: str = "stair") -> None:
 
     Args:
         index: folder of the index.
-        out: folder for the three files.
+        out: a new folder for the files.
         name: of the engine's index.
     """
-    opened = SparseIndex.open(index)
-    _write(opened, out, name, "sparse_vector", {"query": elasticsearch_query(_example(opened))})
+    documents = opened(index, "Elasticsearch", longest_id=512)
+    _write(documents, out, name, "sparse_vector", {"query": elasticsearch_query(_example(documents))})
 
 
 def opensearch(index: Path, out: Path, name: str = "stair") -> None:
@@ -47,11 +47,11 @@ def opensearch(index: Path, out: Path, name: str = "stair") -> None:
 
     Args:
         index: folder of the index.
-        out: folder for the three files.
+        out: a new folder for the files.
         name: of the engine's index.
     """
-    opened = SparseIndex.open(index)
-    _write(opened, out, name, "rank_features", {"query": opensearch_query(_example(opened))})
+    documents = opened(index, "OpenSearch", longest_id=512)
+    _write(documents, out, name, "rank_features", {"query": opensearch_query(_example(documents))})
 
 
 def elasticsearch_query(query: Query) -> dict[str, Any]:
@@ -82,35 +82,25 @@ def _features(query: Query) -> dict[str, float]:
 
 
 def _example(index: SparseIndex) -> Query:
-    name = next(index.ids, None)
-    return index.query(like=name) if name is not None else Query(np.zeros(0, np.int64), np.zeros(0, np.float32), 0)
+    return index.query(like=next(index.ids))
 
 
 def _write(index: SparseIndex, out: Path, name: str, kind: str, query: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    fields = {"words": {"type": kind}, "metadata": {"type": "object", "enabled": False}}
+    stored = {"type": "object", "enabled": False}
+    fields = {"words": {"type": kind}, "metadata": stored, "source": stored}
     meta = {"model": index.space.model, "similarity": index.space.similarity}
     mapping = {"mappings": {"_meta": meta, "dynamic": False, "properties": fields}}
-    (out / "mapping.json").write_text(json.dumps(mapping, indent=2) + "\n")
-    (out / "query.json").write_text(json.dumps(query, indent=2) + "\n")
-    (out / "vocab.txt").write_text("\n".join(index.space.tokens) + "\n", encoding="utf-8")
-    with (out / "bulk.ndjson").open("w", encoding="utf-8") as file:
-        for identity, features, metadata in _documents(index):
-            file.write(json.dumps({"index": {"_index": name, "_id": identity}}) + "\n")
-            file.write(json.dumps({"words": features, "metadata": metadata}) + "\n")
-
-
-def _documents(index: SparseIndex) -> Iterator[tuple[str, dict[str, float], dict[str, Any]]]:
-    for part in index.content():
-        for n, name in enumerate(part.ids):
-            if not 0 < len(name.encode()) <= 512:
-                raise ValueError(f"id {name[:40]!r}... has {len(name.encode())} bytes; these engines take 1 to 512")
-            row = slice(part.vectors.indptr[n], part.vectors.indptr[n + 1])
-            weights = lucene_weights(part.vectors.data[row])
-            words = part.vectors.indices[row]
-            # a feature must be a normal, positive float
-            features = {str(w): float(x) for w, x in zip(words, weights, strict=True) if x >= _MIN_NORMAL}
-            yield name, features, part.metadata[n] if part.metadata else {}
+    with new_target(out, folder=True) as part:
+        (part / "mapping.json").write_text(json.dumps(mapping, indent=2) + "\n")
+        (part / "query.json").write_text(json.dumps(query, indent=2) + "\n")
+        (part / "vocab.txt").write_text("\n".join(index.space.tokens) + "\n", encoding="utf-8")
+        with (part / "bulk.ndjson").open("w", encoding="utf-8") as file:
+            for row in rows(index):
+                weights = lucene_weights(np.array(row.weights, np.float32)).tolist()
+                # a feature must be a normal, positive float
+                features = {str(w): x for w, x in zip(row.words, weights, strict=True) if x >= _MIN_NORMAL}
+                file.write(json.dumps({"index": {"_index": name, "_id": row.id}}) + "\n")
+                file.write(json.dumps({"words": features, **row.fields}) + "\n")
 
 
 def anserini(index: Path, out: Path, steps: int = 255) -> None:
@@ -118,22 +108,18 @@ def anserini(index: Path, out: Path, steps: int = 255) -> None:
 
     Args:
         index: folder of the index.
-        out: folder; documents.jsonl, whose features are ids of words, vocab.txt with the word of each id on its line,
+        out: a new folder; documents.jsonl, whose features are ids of words, vocab.txt with the word of each id on its line,
             and quantisation.json with the step and the largest error of a weight.
         steps: whole numbers that the heaviest weight of all is divided into.
     """
-    opened = SparseIndex.open(index)
-    out.mkdir(parents=True, exist_ok=True)
-    heaviest = max((float(part.vectors.data.max()) for part in opened.content() if part.vectors.nnz), default=1.0)
-    step = heaviest / steps
-    with (out / "documents.jsonl").open("w", encoding="utf-8") as file:
-        for part in opened.content():
-            whole = np.rint(part.vectors.data / step).astype(int)
-            for n, name in enumerate(part.ids):
-                row = slice(part.vectors.indptr[n], part.vectors.indptr[n + 1])
-                pairs = zip(part.vectors.indices[row].tolist(), whole[row].tolist(), strict=True)
-                vector = {str(word): weight for word, weight in pairs if weight > 0}
-                file.write(json.dumps({"id": name, "contents": "", "vector": vector}) + "\n")
-    (out / "vocab.txt").write_text("\n".join(opened.space.tokens) + "\n", encoding="utf-8")
-    facts = {"step": step, "largest_error_of_a_weight": step / 2, "steps": steps, "model": opened.space.model}
-    (out / "quantisation.json").write_text(json.dumps(facts, indent=2) + "\n")
+    documents = opened(index, "Anserini", longest_id=32_766)
+    step = max((max(row.weights) for row in rows(documents) if row.weights), default=1.0) / steps
+    with new_target(out, folder=True) as part:
+        with (part / "documents.jsonl").open("w", encoding="utf-8") as file:
+            for row in rows(documents):
+                whole = np.rint(np.array(row.weights) / step).astype(int).tolist()
+                vector = {str(word): weight for word, weight in zip(row.words, whole, strict=True) if weight > 0}
+                file.write(json.dumps({"id": row.id, "contents": "", "vector": vector}) + "\n")
+        (part / "vocab.txt").write_text("\n".join(documents.space.tokens) + "\n", encoding="utf-8")
+        facts = {"step": step, "largest_error_of_a_weight": step / 2, "steps": steps, "model": documents.space.model}
+        (part / "quantisation.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stair.errors import import_extra
+from stair.export.target import engine_errors, new_target
 from stair.head import VocabularyHead
 from stair.model import Stair
 
@@ -97,32 +99,30 @@ def onnx(model: str, out: Path) -> None:
 
     Args:
         model: folder of a saved model, or its name on the hub.
-        out: folder to write.
+        out: a new folder.
     """
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError("needs onnx and onnxscript: `pip install onnx onnxscript`") from error
-    stair = Stair.from_pretrained(model)
-    out.mkdir(parents=True, exist_ok=True)
-    size, longest = stair.config.image.image_size, min(8, stair.config.text.max_tokens)
-    batch, tokens = (
-        torch.export.Dim("batch", min=1),
-        torch.export.Dim("tokens", min=1, max=stair.config.text.max_tokens),
-    )
+    import_extra("onnxscript", "onnxscript", "export")
+    with engine_errors("ONNX"), new_target(out, folder=True) as part:
+        stair = Stair.from_pretrained(model)
+        _write_graphs(stair, part)
+        stair.vocabulary.save(part)
+        facts = {
+            "model": stair.fingerprint,
+            "similarity": stair.similarity,
+            "image_size": stair.config.image.image_size,
+            "max_tokens": stair.config.text.max_tokens,
+        }
+        (part / "stair.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _write_graphs(stair: Stair, out: Path) -> None:
+    size, tokens = stair.config.image.image_size, stair.config.text.max_tokens
+    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=1, max=tokens)
     pixels = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    ids, mask = torch.full((2, longest), 5), torch.ones(2, longest, dtype=torch.bool)
     _write(ImageGraph(stair), (pixels,), {"pixels": {0: batch}}, out / "image.onnx")
-    shapes = {"ids": {0: batch, 1: tokens}, "mask": {0: batch, 1: tokens}}
+    ids, mask = torch.full((2, min(8, tokens)), 5), torch.ones(2, min(8, tokens), dtype=torch.bool)
+    shapes = {"ids": {0: batch, 1: length}, "mask": {0: batch, 1: length}}
     _write(TextGraph(stair), (ids, mask), shapes, out / "text.onnx")
-    stair.vocabulary.save(out)
-    facts = {
-        "model": stair.fingerprint,
-        "similarity": stair.similarity,
-        "image_size": size,
-        "max_tokens": stair.config.text.max_tokens,
-    }
-    (out / "stair.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def _write(graph: nn.Module, inputs: tuple[Tensor, ...], shapes: dict[str, Any], path: Path) -> None:

@@ -6,6 +6,8 @@ module that is not its own, also where it is installed and nothing is fetched.
 
 from pathlib import Path
 
+from stair.errors import import_extra
+from stair.export.target import engine_errors, new_target
 from stair.model import Stair
 
 
@@ -14,14 +16,12 @@ def sentence_transformers(model: str, out: Path) -> None:
 
     Args:
         model: folder of a saved model, or its name on the hub.
-        out: folder to write.
+        out: a new folder.
     """
-    try:
-        from sentence_transformers import SparseEncoder
-    except ImportError as error:
-        raise ValueError("needs sentence-transformers: `pip install 'sentence-transformers>=6'`") from error
+    library = import_extra("sentence_transformers", "sentence-transformers", "export")
     from stair.export.st_module import StairModule
 
-    stair = Stair.from_pretrained(model)
-    encoder = SparseEncoder(modules=[StairModule(stair)], similarity_fn_name=stair.similarity)
-    encoder.save(str(out), create_model_card=False)
+    with engine_errors("sentence-transformers"), new_target(out, folder=True) as part:
+        stair = Stair.from_pretrained(model)
+        encoder = library.SparseEncoder(modules=[StairModule(stair)], similarity_fn_name=stair.similarity)
+        encoder.save(str(part), create_model_card=False)

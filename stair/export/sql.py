@@ -2,19 +2,19 @@
 
 import json
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from stair.files import atomic_write
+from stair.errors import import_extra
+from stair.export.target import engine_errors, new_target, opened, rows
 from stair.index import SparseIndex
-from stair.index.scoring import Query
 
 _TABLES = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE words (word INTEGER PRIMARY KEY, token TEXT NOT NULL);
-CREATE TABLE documents (document INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, metadata TEXT NOT NULL);
+CREATE TABLE documents (document INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, metadata TEXT, source TEXT);
 CREATE TABLE postings (word INTEGER, document INTEGER, weight {real} NOT NULL, PRIMARY KEY (word, document)){tail};
 """
 
@@ -41,11 +41,11 @@ def sqlite(index: Path, out: Path) -> None:
         index: folder of the index.
         out: file of the database; must not exist.
     """
-    opened = SparseIndex.open(index)
-    with _fresh(out) as unfinished, closing(sqlite3.connect(unfinished)) as database, database:
+    documents = opened(index, "SQLite")
+    with engine_errors("SQLite"), new_target(out) as part, closing(sqlite3.connect(part)) as database, database:
         # WITHOUT ROWID: postings lie sorted by word, as they are read
         database.executescript(_TABLES.format(real="REAL", tail=" WITHOUT ROWID"))
-        _fill(database, opened, SQLITE_SCORE)
+        _fill(database, documents, SQLITE_SCORE)
 
 
 def duckdb(index: Path, out: Path) -> None:
@@ -55,65 +55,27 @@ def duckdb(index: Path, out: Path) -> None:
         index: folder of the index.
         out: file of the database; must not exist.
     """
-    try:
-        import duckdb as engine
-    except ImportError as error:
-        raise ValueError("needs duckdb: `pip install duckdb`") from error
-    opened = SparseIndex.open(index)
-    with _fresh(out) as unfinished, closing(engine.connect(str(unfinished))) as database:
+    documents = opened(index, "DuckDB")
+    connect = import_extra("duckdb", "duckdb", "export").connect
+    with engine_errors("DuckDB"), new_target(out) as part, closing(connect(str(part))) as database:
         # no key on postings: DuckDB would check it row by row, and scans columns anyway
         database.execute(_TABLES.format(real="DOUBLE", tail="").replace(", PRIMARY KEY (word, document)", ""))
-        _fill(database, opened, DUCKDB_SCORE)
-
-
-@contextmanager
-def _fresh(out: Path) -> Iterator[Path]:
-    """Where to write a file that must not exist; it appears when it is whole."""
-    if out.exists():
-        raise FileExistsError(f"{out} exists; give a new file")
-    with atomic_write(out) as part:
-        yield part
+        _fill(database, documents, DUCKDB_SCORE)
 
 
 def _fill(database: Any, index: SparseIndex, statement: str) -> None:
     facts = {"model": index.space.model, "similarity": index.space.similarity, "score": statement}
     database.executemany("INSERT INTO facts VALUES (?, ?)", list(facts.items()))
     database.executemany("INSERT INTO words VALUES (?, ?)", list(enumerate(index.space.tokens)))
-    place = 0
-    for part in index.content():
-        rows = zip(range(place, place + len(part)), part.ids, part.metadata or [{}] * len(part), strict=True)
-        documents = [(n, name, json.dumps(row)) for n, name, row in rows]
-        database.executemany("INSERT INTO documents VALUES (?, ?, ?)", documents)
-        coordinates = part.vectors.tocoo()
-        postings = zip(
-            coordinates.col.tolist(), (coordinates.row + place).tolist(), coordinates.data.tolist(), strict=True
-        )
-        if type(database).__module__.startswith("sqlite3"):
-            database.executemany("INSERT INTO postings VALUES (?, ?, ?)", postings)
-        else:
-            _append(database, coordinates, place)
-        place += len(part)
-
-
-def _append(database: Any, coordinates: Any, place: int) -> None:
     # row by row takes DuckDB a millisecond each; a parameter that is a list is one row to it
-    columns = coordinates.col.tolist(), (coordinates.row + place).tolist(), coordinates.data.tolist()
-    for i in range(0, len(columns[0]), 1 << 20):
-        database.execute(
-            "INSERT INTO postings SELECT unnest(?::INTEGER[]), unnest(?::INTEGER[]), unnest(?::DOUBLE[])",
-            [column[i : i + (1 << 20)] for column in columns],
-        )
-
-
-def sqlite_search(database: sqlite3.Connection, query: Query, k: int) -> list[tuple[str, float]]:
-    """The k best ids and scores of an exported SQLite database."""
-    weights = {str(word): float(weight) for word, weight in zip(query.words, query.weights, strict=True)}
-    return database.execute(SQLITE_SCORE, (json.dumps(weights), k)).fetchall()
-
-
-def duckdb_search(database: Any, query: Query, k: int) -> list[tuple[str, float]]:
-    """The k best ids and scores of an exported DuckDB database."""
-    found: list[tuple[str, float]] = database.execute(
-        DUCKDB_SCORE, [query.words.tolist(), [float(weight) for weight in query.weights], k]
-    ).fetchall()
-    return found
+    lists = not isinstance(database, sqlite3.Connection)
+    numbered = enumerate(rows(index))
+    while batch := list(islice(numbered, 1 << 13)):
+        documents = [(n, row.id, *(json.dumps(fields) for fields in row.fields.values())) for n, row in batch]
+        database.executemany("INSERT INTO documents VALUES (?, ?, ?, ?)", documents)
+        postings = [(word, n, weight) for n, row in batch for word, weight in zip(row.words, row.weights, strict=True)]
+        if lists and postings:
+            unnested = "unnest(?::INTEGER[]), unnest(?::INTEGER[]), unnest(?::DOUBLE[])"
+            database.execute(f"INSERT INTO postings SELECT {unnested}", list(map(list, zip(*postings, strict=True))))
+        elif postings:
+            database.executemany("INSERT INTO postings VALUES (?, ?, ?)", postings)

@@ -1,0 +1,116 @@
+"""What every export does: checks before the first document is written, targets that appear complete or not at all."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stair.errors import EngineError, FileError, SettingError, StairError
+from stair.files import remove, removed_on_failure
+from stair.index import SparseIndex
+
+
+class Row(NamedTuple):
+    """A document as an engine takes it.
+
+    Attributes:
+        id: as in the index.
+        words: ids of the words, ascending.
+        weights: of the words.
+        fields: `metadata`, the user's values, and `source`, our own, apart from each other and from fields of the engine.
+            All values are JSON's: a date is ISO text.
+    """
+
+    id: str
+    words: list[int]
+    weights: list[float]
+    fields: dict[str, dict[str, Any]]
+
+
+def rows(index: SparseIndex) -> Iterator[Row]:
+    """All documents of an index."""
+    for part in index.content():
+        bounds = part.vectors.indptr.tolist()
+        for n, name in enumerate(part.ids):
+            row = slice(bounds[n], bounds[n + 1])
+            fields = {"metadata": _plain(part.metadata[n]), "source": _plain(part.source[n])}
+            yield Row(name, part.vectors.indices[row].tolist(), part.vectors.data[row].tolist(), fields)
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.isoformat() if isinstance(value, date) else value for key, value in fields.items()}
+
+
+def opened(folder: Path, engine: str, longest_id: int | None = None, int64: bool = False) -> SparseIndex:
+    """Opens an index and checks that an engine can hold all of it.
+
+    Args:
+        folder: of the index.
+        engine: its name, for messages.
+        longest_id: most UTF-8 bytes of an id; ids of no bytes are errors then too.
+        int64: whether integers beyond 64 bits would lose digits.
+
+    Raises:
+        SettingError: naming the document that does not fit, or if there are no documents.
+    """
+    index = SparseIndex.open(folder)
+    if not len(index):
+        raise SettingError(f"{folder} has no documents; add some before an export", "index")
+    if longest_id is not None:
+        for name in index.ids:
+            if not 0 < (size := len(name.encode())) <= longest_id:
+                raise SettingError(f"id {name[:40]!r}... has {size} bytes; {engine} takes 1 to {longest_id}", "index")
+    for row in rows(index) if int64 else ():
+        if (number := _beyond_int64(row.fields)) is not None:
+            raise SettingError(
+                f"metadata of {row.id!r}: {engine} would change the digits of {number}; make it text", "index"
+            )
+    return index
+
+
+def _beyond_int64(value: Any) -> int | None:
+    if isinstance(value, (dict, list)):
+        values = value.values() if isinstance(value, dict) else value
+        return next((found for part in values if (found := _beyond_int64(part)) is not None), None)
+    return value if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63 else None
+
+
+@contextmanager
+def new_target(out: Path, folder: bool = False) -> Iterator[Path]:
+    """Where to write a file or folder that appears as `out` when it is complete.
+
+    Args:
+        out: must not exist; a folder may be empty.
+        folder: whether it is a folder, which is made.
+
+    Raises:
+        FileError: before anything is written, if `out` exists.
+    """
+    if out.is_symlink() or (out.exists() and not (folder and out.is_dir() and not any(out.iterdir()))):
+        raise FileError(f"{out} exists; give a new name, or remove it", out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    name, dot, ending = out.name.partition(".")
+    part = out.with_name(f".{name}.part{dot}{ending}")
+    remove(part)  # of an export that was killed
+    with removed_on_failure(out, part):
+        if folder:
+            part.mkdir()
+        yield part
+        part.rename(out)
+
+
+@contextmanager
+def engine_errors(engine: str) -> Iterator[None]:
+    """Turns errors of an engine, panics of its Rust code too, into one line.
+
+    Raises:
+        EngineError: with the engine's reason.
+    """
+    try:
+        yield
+    except (StairError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(getattr(error, "message", None) or error).split())
+        raise EngineError(engine, reason or type(error).__name__) from error
