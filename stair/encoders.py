@@ -16,7 +16,6 @@ import timm
 import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig
 
 from stair.errors import FileError
@@ -72,24 +71,39 @@ def attention_on(device: torch.device) -> AbstractContextManager[None]:
 
 
 class _PlainAttention:
-    """torch has one switch for the whole process: the first thread that enters sets it, the last that leaves resets it."""
+    """torch has one switch for the whole process: the first thread that enters sets it, the last that leaves resets it.
+
+    `torch.nn.attention.sdpa_kernel` can only be left by the thread that entered it.
+    """
 
     def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-        self._switch: AbstractContextManager[Any] = nullcontext()
+        self._lock, self._inside, self._before = threading.Lock(), 0, (True, True, True, True)
 
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                self._switch = sdpa_kernel(SDPBackend.MATH)
-                self._switch.__enter__()
+                of = torch.backends.cuda
+                self._before = (
+                    of.flash_sdp_enabled(),
+                    of.mem_efficient_sdp_enabled(),
+                    of.cudnn_sdp_enabled(),
+                    of.math_sdp_enabled(),
+                )
+                _switch(False, False, False, True)
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                self._switch.__exit__(None, None, None)
+                _switch(*self._before)
+
+
+def _switch(flash: bool, memory_efficient: bool, cudnn: bool, math_: bool) -> None:
+    torch.backends.cuda.enable_flash_sdp(flash)
+    torch.backends.cuda.enable_mem_efficient_sdp(memory_efficient)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    torch.backends.cuda.enable_math_sdp(math_)
 
 
 _plain_attention = _PlainAttention()
