@@ -29,7 +29,16 @@ from callbacks.progress import StepProgress
 from callbacks.requeue import Requeue
 from callbacks.retrieval_panels import RetrievalPanels
 from callbacks.run_monitor import RunMonitor
-from callbacks.settings import SaveSettings, expand_paths, keep_names
+from callbacks.settings import (
+    SaveSettings,
+    check_data,
+    expand_paths,
+    keep_names,
+    listed,
+    match_launcher,
+    place_loggers,
+    stage_folder,
+)
 from callbacks.source_monitor import SourceMonitor
 from callbacks.sparsity_monitor import SparsityMonitor
 from callbacks.stage_transition import StageTransition, stage_before
@@ -37,17 +46,14 @@ from callbacks.watchdog import Watchdog
 from datamodules.shards import ImageTextShards
 from lightning_modules.checkpoints import keep_whole
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.inputs import check_resumes, is_complete, training_inputs
+from lightning_modules.inputs import checkpoint_to_resume, is_complete, training_inputs
 from lightning_modules.run_folder import (
     check_leftover,
-    check_untouched,
     existing_checkpoint,
-    read_checkpoint,
-    resume_path,
 )
 from lightning_modules.run_lock import training_lock
 from stair.errors import SettingError, StairError
-from stair.launch import fail, launched_processes, one_line_errors
+from stair.launch import fail, one_line_errors
 
 # said by the libraries to each other, once a run and rank; nothing a user could act on
 for notice in (
@@ -74,7 +80,6 @@ ALWAYS_ON = {
     "last": LastCheckpoint,
     "best": BestCheckpoint,
 }
-HOME = "runs/default"  # a stage's folder where neither --run nor trainer.default_root_dir is given
 
 
 class Parser(LightningArgumentParser):
@@ -117,16 +122,16 @@ class StairCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Resolves paths and `--run`: the stage's folder, what it starts from, and the checkpoint to load."""
         config = self.config[self.subcommand]
-        _match_launcher(config.trainer)
+        match_launcher(config.trainer)
         expand_paths(config)
         self._saved = config.clone()  # what follows from it may be otherwise where the folder has moved to
         family = _family_of(config.model.class_path)
-        self._home = _home_of(config, family)
+        self._home = stage_folder(config, family.home())
         if config.weights_only is None:
             config.weights_only = True  # Lightning would unpickle, and so run, what comes over http
-        _place_loggers(config.trainer, self._home, self.subcommand)
+        place_loggers(config.trainer, self._home, self.subcommand)
         export = Path(config.transition.hand_over or self._home / family.hand_over)
-        _check_data(self.subcommand, config)
+        check_data(self.subcommand, config)
         if self.subcommand == "fit":
             self._prepare_fit(config, family, export)
             return
@@ -154,7 +159,7 @@ class StairCLI(LightningCLI):
             self._complete = True
             return
         self._held.enter_context(training_lock(self._home))
-        config.ckpt_path = _resume_path(config.ckpt_path, self._home, export, self._inputs)
+        config.ckpt_path = checkpoint_to_resume(config.ckpt_path, self._home, export, self._inputs)
 
     def instantiate_classes(self) -> None:
         """Builds what the command needs, which is nothing for a stage that is complete."""
@@ -188,80 +193,6 @@ class StairCLI(LightningCLI):
         """Takes no settings from a checkpoint: Lightning would let it name the class that is built."""
 
 
-def _match_launcher(trainer: Any) -> None:
-    """Gives the trainer the processes that srun or torchrun started: others would each train alone, or wait for ever.
-
-    Raises:
-        SettingError: if settings name another number of them.
-    """
-    if (launched := launched_processes()) is None:
-        return
-    launcher, nodes, processes = launched
-    for name, unset, count in (("devices", ("auto", -1, "-1"), processes), ("num_nodes", (1,), nodes)):
-        value = trainer[name]
-        if value in unset:
-            trainer[name] = count
-        elif str(value) != str(count) and not (isinstance(value, list) and len(value) == count):
-            raise SettingError(
-                f"trainer.{name} is {value}, but {launcher} started {processes} processes on each of {nodes} nodes: leave "
-                f"the setting out, or start {value} of them",
-                f"trainer.{name}",
-            )
-
-
-def _check_data(subcommand: str, config: Any) -> None:
-    """Refuses a command that would end with nothing done.
-
-    Raises:
-        SettingError: naming the setting that is missing, or that leaves no batch.
-    """
-    kind = {"fit": "train", "validate": "val"}.get(subcommand, "test")
-    if not config.data[kind]:
-        spec = "SHARDS" if kind == "train" else "'{NAME: SHARDS}'"
-        raise SettingError(f"{subcommand} has no data: give --data.{kind} {spec}", f"data.{kind}")
-    limit = f"limit_{ {'fit': 'train', 'validate': 'val'}.get(subcommand, subcommand) }_batches"
-    if config.trainer[limit] == 0:
-        raise SettingError(f"trainer.{limit} is 0: {subcommand} would do nothing", f"trainer.{limit}")
-
-
-def _home_of(config: Any, family: type[ContrastiveModule]) -> Path:
-    given = config.trainer.default_root_dir
-    if config.run is None:
-        return Path(given or HOME)
-    if not config.run.strip():
-        raise SettingError(f"--run is {config.run!r}: give a folder", "run")
-    if given is not None:
-        raise SettingError(
-            f"--run {config.run} and --trainer.default_root_dir {given} both name the folder: give one of them",
-            "trainer.default_root_dir",
-        )
-    return Path(config.run) / family.home()
-
-
-def _resume_path(given: str | None, home: Path, export: Path, inputs: dict[str, Any]) -> str | None:
-    """The checkpoint that `fit` resumes from; None begins anew."""
-    if given is None:
-        check_untouched(home, export)
-    if given not in ("last", "best"):
-        return given
-    path = resume_path(home, export) if given == "last" else existing_checkpoint(home, given)
-    if path is None:
-        return None
-    check_resumes(path, read_checkpoint(path)["callbacks"].get("StageTransition", {}).get("inputs", {}), inputs)
-    return str(path)
-
-
-def _place_loggers(trainer: Any, home: Path, subcommand: str) -> None:
-    """Has loggers write into the stage's folder, unless theirs is given; those of validate, test and predict apart."""
-    for logger in _listed(trainer.logger):
-        options = getattr(logger, "init_args", {})
-        if options.get("save_dir", "") in (None, "."):
-            options["save_dir"] = str(home)
-        # that of base.yaml: its curves begin at step 0 too
-        if subcommand != "fit" and options.get("name") == "tensorboard":
-            options["name"] = subcommand
-
-
 def _applies(callback: Callback, trainer: dict[str, Any]) -> bool:
     """Whether an always-on callback goes with the trainer's settings, which the user may have switched something off by."""
     if isinstance(callback, LearningRateMonitor):
@@ -269,13 +200,9 @@ def _applies(callback: Callback, trainer: dict[str, Any]) -> bool:
     if isinstance(callback, ModelCheckpoint):
         return trainer["enable_checkpointing"] is not False
     if isinstance(callback, ProgressBar):
-        theirs = any(isinstance(each, ProgressBar) for each in _listed(trainer["callbacks"]))
+        theirs = any(isinstance(each, ProgressBar) for each in listed(trainer["callbacks"]))
         return trainer["enable_progress_bar"] is not False and not theirs
     return not (isinstance(callback, SaveSettings) and trainer["fast_dev_run"])
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _family_of(class_path: str) -> type[ContrastiveModule]:

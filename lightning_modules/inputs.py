@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from lightning_modules.run_folder import check_untouched, existing_checkpoint, read_checkpoint, resume_path
 from stair.data.remote import is_remote
 from stair.data.specs import Shards, mixture
 from stair.data.tars import expand
@@ -128,7 +129,30 @@ def is_complete(export: Path, inputs: dict[str, Any]) -> bool:
     raise _other_inputs(export, recorded, inputs, sorted(changed))
 
 
-def check_resumes(path: Path, recorded: dict[str, Any], inputs: dict[str, Any]) -> None:
+def checkpoint_to_resume(given: str | None, home: Path, export: Path, inputs: dict[str, Any]) -> str | None:
+    """The checkpoint that `fit` resumes from; None begins anew.
+
+    Args:
+        given: `ckpt_path`.
+        home: the stage's folder.
+        export: the stage's exported model.
+        inputs: of the training.
+
+    Raises:
+        FileError: if the folder holds a training that cannot be resumed so.
+    """
+    if given is None:
+        check_untouched(home, export)
+    if given not in ("last", "best"):
+        return given
+    path = resume_path(home, export) if given == "last" else existing_checkpoint(home, given)
+    if path is None:
+        return None
+    _check_resumes(path, read_checkpoint(path)["callbacks"].get("StageTransition", {}).get("inputs", {}), inputs)
+    return str(path)
+
+
+def _check_resumes(path: Path, recorded: dict[str, Any], inputs: dict[str, Any]) -> None:
     """Refuses a checkpoint that started from another model, or was trained on other data. Settings may change.
 
     Raises:
