@@ -131,8 +131,8 @@ class StairCLI(LightningCLI):
             config.weights_only = True  # Lightning would unpickle, and so run, what comes over http
         place_loggers(config.trainer, self._home, self.subcommand)
         export = Path(config.transition.hand_over or self._home / family.hand_over)
-        check_data(self.subcommand, config)
         if self.subcommand == "fit":
+            check_data(self.subcommand, config)
             self._prepare_fit(config, family, export)
             return
         if config.ckpt_path in ("last", "best"):
@@ -146,6 +146,7 @@ class StairCLI(LightningCLI):
                 "--transition.start_from RUN/stage3/stair or --ckpt_path FILE",
                 "run",
             )
+        check_data(self.subcommand, config)
 
     def _prepare_fit(self, config: Any, family: type[ContrastiveModule], export: Path) -> None:
         """What the stage starts from, and what it does in a folder where a training has been."""

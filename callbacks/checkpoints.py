@@ -4,6 +4,7 @@ Their place follows from the stage's folder alone (`lightning_modules/run_folder
 spelling of the path have no influence.
 """
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +27,21 @@ class _InPlace(ModelCheckpoint):
         return type(self).__qualname__
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Takes the place from the trainer."""
+        """Takes the place from the trainer.
+
+        Raises:
+            SettingError: if a callback of `trainer.callbacks` would write the same file.
+        """
         self.dirpath = str(checkpoints(trainer.default_root_dir))
+        for other in trainer.callbacks:
+            if type(other) is ModelCheckpoint and other.filename == self.filename and not other._enable_version_counter:
+                folder = other.dirpath or ("" if trainer.loggers else self.dirpath)
+                if os.path.realpath(folder) == os.path.realpath(self.dirpath):
+                    raise SettingError(
+                        f"a ModelCheckpoint of trainer.callbacks writes {self.filename}.ckpt into {folder}, where there is "
+                        "one already: leave it out, or give it another dirpath or filename",
+                        "trainer.callbacks",
+                    )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores nothing: a path in a checkpoint may be another spelling of this one, or of another folder."""

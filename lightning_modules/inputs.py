@@ -158,7 +158,7 @@ def _check_resumes(path: Path, recorded: dict[str, Any], inputs: dict[str, Any])
     Raises:
         FileError: naming what differs.
     """
-    if changed := sorted(_changed(recorded, inputs) & _FIXED.keys()):
+    if changed := sorted(key for key in _FIXED.keys() & recorded.keys() if recorded[key] != inputs[key]):
         raise _other_inputs(path, recorded, inputs, changed)
 
 

@@ -137,7 +137,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def save(trainer: L.Trainer, target: Path) -> None:
     """Saves a checkpoint, on all ranks together: beside its place, then renamed. A kill leaves the old or the new one."""
     fresh = target.with_name(f"{target.stem}.ckpt.new")
-    trainer.save_checkpoint(fresh)
+    trainer.save_checkpoint(fresh, weights_only=False)
     if trainer.is_global_zero:
         put(fresh, target)
     trainer.strategy.barrier("checkpoint")

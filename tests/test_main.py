@@ -89,6 +89,7 @@ def test_a_checkpoint_that_is_not_there_is_not_measured_as_fresh_weights(scenes,
 )
 def test_a_logger_that_the_user_named_keeps_its_name(scenes, monkeypatch, more, wanted):
     monkeypatch.setattr(main.StairCLI, "_run_subcommand", lambda self, subcommand: None)
+    more = (*more, "--data.test", "{t: t.tar}")
     cli = main.main(words(scenes, 1, Path("runs/x"), *more, subcommand="predict"))
     assert Path(cli.trainer.log_dir) == Path("runs/x", wanted)
 

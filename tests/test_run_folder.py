@@ -131,6 +131,13 @@ def test_best_ckpt_is_never_replaced_by_a_worse_one(scenes, tmp_path, monkeypatc
     assert refused.value.setting == "best.monitor"
 
 
+def test_a_callback_that_would_write_the_same_checkpoint_is_refused(scenes, tmp_path):
+    own = "[{class_path: ModelCheckpoint, init_args: {filename: last, enable_version_counter: false}}]"
+    with pytest.raises(SettingError) as refused:
+        main(words(scenes, 1, tmp_path / "r", "--trainer.logger", "false", "--trainer.callbacks", own))
+    assert refused.value.setting == "trainer.callbacks"
+
+
 TRACES = {
     "curves": "tensorboard/events.out.tfevents.1",
     "curves as csv": "csv/version_0/metrics.csv",
