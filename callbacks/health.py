@@ -23,6 +23,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.run_folder import save_last
 from lightning_modules.stage import StairStage
 from stair.batch import Batch
+from stair.errors import TrainingError
 from stair.plain import one_line
 
 _NEAR_CHANCE = 0.01
@@ -160,7 +161,7 @@ class Health(L.Callback):
         """Notes the step, and reads what was noted where it is time to.
 
         Raises:
-            RuntimeError: if too many steps on end were not finite, or the run is dead.
+            TrainingError: if too many steps on end were not finite, or the run is dead.
         """
         loss_finite = outputs["loss"].detach().isfinite()
         finite = loss_finite & (not (isinstance(pl_module, ContrastiveModule) and pl_module.left_out))
@@ -195,10 +196,10 @@ class Health(L.Callback):
         """Sees that no checkpoint of broken weights takes the place of a sound one.
 
         Raises:
-            RuntimeError: if a weight is not finite.
+            TrainingError: if a weight is not finite.
         """
         if not _sound(trainer):
-            raise RuntimeError(
+            raise TrainingError(
                 f"weights are not finite at step {trainer.global_step}, so no checkpoint is written, the last one stays: "
                 "start from it (--ckpt_path last) with a lower optimizer.lr, or a lower trainer.gradient_clip_val"
             )
@@ -212,7 +213,7 @@ class Health(L.Callback):
             self._most_broken = torch.zeros_like(self._most_broken)
             self._judge_broken(trainer, round(broken_steps))
         if -dead_steps >= self.patience:
-            raise RuntimeError(
+            raise TrainingError(
                 "the run is dead: every embedding is empty on at least one side and the loss has been log N for "
                 f"{-dead_steps:.0f} steps, up to step {trainer.global_step}. It does not come back by itself: start "
                 "again with a lower objective.flops_image and objective.flops_text, or a longer "
@@ -243,7 +244,7 @@ class Health(L.Callback):
         saved = "the weights are not finite either: go on from the last checkpoint"
         if _sound(trainer):
             saved = f"the state without these steps is saved in {save_last(trainer)}"
-        raise RuntimeError(
+        raise TrainingError(
             f"{what}, and {steps} steps on end were so; {saved}. Look at these samples, lower optimizer.lr, or set "
             "trainer.precision to bf16-mixed if it is 16-mixed; then give the same command with --ckpt_path last"
         )

@@ -37,6 +37,10 @@ class FileError(StairError):
         self.path = Path(path)
 
 
+class TrainingError(StairError, RuntimeError):
+    """A training that cannot go on, whatever is restarted: weights or losses are not finite, or embeddings are empty."""
+
+
 @contextmanager
 def errors_name(what: str) -> Iterator[None]:
     """Begins the messages of errors inside it with `what`, such as "source 'coco'"; nothing if empty."""

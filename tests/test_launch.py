@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stair import launch
-from stair.errors import SettingError
+from stair.errors import SettingError, TrainingError
 from tests.conftest import write_small_scenes
 from tests.test_stages import SMALL, words
 
@@ -110,10 +110,11 @@ def test_an_error_of_the_program_keeps_its_traceback():
         raise RuntimeError("broken")
 
 
-def test_a_job_is_not_restarted_after_a_users_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [SettingError("wrong", "b"), TrainingError("the run is dead")])
+def test_a_job_is_not_restarted_after_an_error_that_comes_back(tmp_path, monkeypatch, error):
     monkeypatch.setenv("STAIR_JOB", str(tmp_path / "job"))
     with pytest.raises(SystemExit), launch.one_line_errors():
-        raise SettingError("wrong", "b")
+        raise error
     assert (tmp_path / "job.error").exists()
 
 
