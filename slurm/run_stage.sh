@@ -38,10 +38,11 @@ job_field() { # NAME: of scontrol's description of this job
 }
 
 # SLURM tells no job the lead of its signal. sbatch takes SBATCH_SIGNAL before the line in the script
-lead="${SBATCH_SIGNAL:-$(sed -n 's/^#SBATCH --signal=//p' "$STAIR_HOME/slurm/stage$STAGE.sh")}"
+lead="${SBATCH_SIGNAL:-$(sed -n 's/^#SBATCH --signal=//p' "$0" 2> /dev/null)}"
 case "$lead" in
     *@*) lead="${lead##*@}" ;;
-    *) lead=60 ;; # SLURM's default
+    ?*) lead=60 ;; # SLURM's default
+    *) lead=0 ;; # no signal
 esac
 limit="$(job_field TimeLimit)"
 if [[ "$limit" =~ ^(([0-9]+)-)?([0-9]+):([0-9]+):([0-9]+)$ ]]; then

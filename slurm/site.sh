@@ -6,7 +6,7 @@ if [ -f "${STAIR_VENV:=$STAIR_HOME/.venv}/bin/activate" ]; then
 fi
 # module load cuda
 
-# Data: shard specs, relative to the checkout or absolute.
+# Data: shard specs, absolute or relative to the folder where sbatch is called.
 : "${DATA_TRAIN:=}" # '/data/cc12m/{00000..01242}.tar'
 : "${DATA_VAL:=}"   # '{coco: /data/coco/val-*.tar}', or one spec
 

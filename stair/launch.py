@@ -39,7 +39,7 @@ def prepare(args: Sequence[str]) -> None:
 
 
 def _config_files(args: Sequence[str]) -> Iterator[str]:
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
+    for arg, following in zip(args, [*args[1:], ""], strict=False):
         name, equals, value = arg.partition("=")
         if name in ("--config", "-c"):
             yield value if equals else following
@@ -51,7 +51,8 @@ def launched_processes() -> tuple[str, int, int] | None:
     """The launcher of this process, its number of nodes, and of processes a node; None for a process on its own."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
-        return "torchrun", int(env["GROUP_WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
+        processes = int(env["LOCAL_WORLD_SIZE"])
+        return "torchrun", int(env["WORLD_SIZE"]) // processes, processes
     # as Lightning: these names mean a shell in which a user types
     by_srun = "SLURM_STEP_ID" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
     if by_srun and "SLURM_NTASKS_PER_NODE" in env:
@@ -91,7 +92,7 @@ def fail(message: str, status: int = 1) -> NoReturn:
     Raises:
         SystemExit: with the status.
     """
-    if max(int(os.environ.get(name, 0)) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")) > 0:
+    if max(int(os.environ.get(name) or 0) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")) > 0:
         _wait_for_first_rank()
     if job := os.environ.get("STAIR_JOB"):  # slurm/run_stage.sh does not restart after it
         Path(f"{job}.error").touch()

@@ -45,7 +45,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize(
     ("command", "args"),
-    zip(COMMANDS, [("--config", "no.yaml"), ("--config=no.yaml",), ("-c", "no.yaml"), ("-cno.yaml",)], strict=True),
+    [*zip(COMMANDS, [("--config", "no.yaml"), ("--config=no.yaml",), ("-c", "no.yaml"), ("-cno.yaml",)], strict=True)],
 )
 def test_a_config_file_that_does_not_exist_is_one_line_before_torch_is_imported(tmp_path, command, args):
     process = start(*COMMANDS[command], "fit", "--config", ROOT / "configs/stage1.yaml", *args, cwd=tmp_path)
@@ -126,7 +126,7 @@ def test_a_job_is_not_restarted_after_an_error_that_comes_back(tmp_path, monkeyp
 def test_torchrun_starts_ranks_that_train_together(scenes, tmp_path, program):
     # `--` before the program: the parser of torchrun would take --run for its own --run-path
     options = ["-m", "--"] if program[0] == "-m" else ["--"]
-    run = ("--nproc-per-node", "2", "--master-port", "0", *options, program[-1], *words(scenes, 1, tmp_path / "r"))
+    run = ("--standalone", "--nproc-per-node", "2", *options, program[-1], *words(scenes, 1, tmp_path / "r"))
     process = start(BIN / "torchrun", *run)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "MEMBER: 2/2" in out + err, err[-3000:]
@@ -136,7 +136,7 @@ def test_torchrun_starts_ranks_that_train_together(scenes, tmp_path, program):
 @pytest.mark.slow
 def test_ranks_that_the_settings_contradict_are_refused_once(scenes, tmp_path):
     command = words(scenes, 1, tmp_path / "r", "--trainer.devices", "1")
-    process = start(BIN / "torchrun", "--nproc-per-node", "2", "--", ROOT / "main.py", *command)
+    process = start(BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "--", ROOT / "main.py", *command)
     _, err = process.communicate(timeout=300)
     ours = [line for line in err.splitlines() if "error: " in line and "trainer.devices" in line]
     assert process.returncode == 1 and len(ours) == 1, err
