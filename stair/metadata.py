@@ -257,7 +257,7 @@ class Documents:
         column.validate(full=True)  # offsets of a damaged file would be read as addresses
         return column
 
-    @property
+    @cached_property
     def ids(self) -> pa.Array:
         """N strings."""
         return self._column(ID)
