@@ -415,11 +415,13 @@ def test_tables_and_standard_input_are_sources(stair, model, folder, tmp_path, t
 
 def test_sources_that_are_none_are_refused(folder, shard, tmp_path):
     (tmp_path / "cut.tar").write_bytes(shard.read_bytes()[:700])
+    (tmp_path / "notes.json").write_text("[]")
     (tmp_path / "twice.csv").write_text("id,text\na,x\na,y\n")
     for source, side, complaint in [
         (tmp_path / "nothing", "images", "no shard matches|no such"),
         (folder, "texts", "it gives images"),
-        (folder / "notes.txt", "texts", "no folder, tar, csv"),
+        (folder / "notes.txt", "texts", "no column 'text'"),
+        (tmp_path / "notes.json", "texts", "no folder, tar or table"),
         (tmp_path / "cut.tar", "images", "cut short"),
         (tmp_path / "twice.csv", "texts", "'a' occurs twice"),
         (tmp_path / "twice.csv", "images", "no column 'image'"),

@@ -301,6 +301,9 @@ TABLES = {
         "1 5",
         {2: "line malformed", 3: "line malformed", 4: "caption not UTF-8"},
     ),
+    "blank.csv": ("\n\nid,text\n\n1,a dog\n\n2,a cat\n", "1 2", {}),
+    "mark.txt": ("\ufeffid,text\r\n1,a dog\r\n2,a cat\r\n", "1 2", {}),
+    "late.jsonl": ('{"text": "a dog"}\n{"id": "2", "text": "a cat"}\n', "2", {1: "id empty"}),
     "types.jsonl": (
         '{"id": "1", "text": "a"}\n{"id": "2"}\n{"id": "3", "text": 5}\n',
         "1",
@@ -327,7 +330,11 @@ def test_every_row_of_a_table_is_taken_or_named_by_its_line_in_every_command(sta
     stair("prepare", "folder", table, tmp_path / "images", tmp_path / "p", *options)
     report = json.loads((tmp_path / "p" / "prepare.json").read_text())["splits"]["train"]
     assert report["captions"] == len(ids.split())
-    assert {one["place"]: one["cause"] for one in report["left_out_inputs"]} == facts(tmp_path / "t")[2]
+    assert {
+        # an id that is missing is a path that is missing here
+        one["place"]: one["cause"].replace("image unnamed", "id empty")
+        for one in report["left_out_inputs"]
+    } == facts(tmp_path / "t")[2]
 
 
 def test_a_quoted_cell_of_several_lines_is_one_text_and_is_noted(stair, model, tmp_path):
@@ -378,6 +385,66 @@ def test_images_in_cells_of_parquet_are_shown_by_the_search_page(stair, model, t
     stair("embed", model, tmp_path / "t.parquet", tmp_path / "e")
     stair("index", tmp_path / "i", tmp_path / "e")
     assert served(tmp_path / "i", tiny_stair, tmp_path, "b")[2] > 200
+
+
+def test_keys_and_ids_that_python_spells_otherwise_stay_as_given(stair, model, tmp_path):
+    table = tmp_path / "t.jsonl"
+    table.write_text('{"id": true, "text": "x"}\n{"id": "007", "text": "x"}\n')
+    stair("embed", model, table, tmp_path / "e", "--side", "texts")
+    assert Embeddings.load(tmp_path / "e").ids == ["true", "007"]
+    table.write_text('{"id": "a", "text": "x"}\n{"id": "b", "text": "x", "m\\ud800": 1}\n')
+    with pytest.raises(SystemExit, match="name of column"):
+        stair("embed", model, table, tmp_path / "f", "--side", "texts")
+    assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("column, ids", [("ts", ["a"]), ("id", [b"a"])])
+def test_a_column_that_cannot_be_kept_is_named(stair, model, tmp_path, column, ids):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from stair.data.items import list_items
+    from stair.errors import FileError, SettingError
+
+    moments = pa.array([1_600_000_000_123_456_789], pa.timestamp("ns"))
+    parquet.write_table(pa.table({"id": ids, "text": ["x"], "ts": moments}), tmp_path / "t.parquet")
+    with pytest.raises((FileError, SettingError), match=f"'{column}'"):
+        list_items(str(tmp_path / "t.parquet"), "texts")
+
+
+def test_captions_mean_the_same_with_byte_order_marks_and_values_that_are_false(tmp_path):
+    from stair.data.samples import captions
+
+    mark = b"\xef\xbb\xbf"
+    assert captions({"txt": mark + b"a dog"}) == captions({"json": mark + b'{"caption": "a dog"}'}) == ["a dog"]
+    assert captions({"json": b'{"captions": [], "caption": null}', "txt": b"a dog"}) == ["a dog"]
+    for wrong in (b'{"caption": 0}', b'{"caption": false}', b'{"captions": {}}', b'["a"]', b'{"captions": [1]}'):
+        with pytest.raises(ValueError, match="caption unreadable") as caught:
+            captions({"json": wrong, "txt": b"a dog"})
+        assert "Error" not in str(caught.value)
+
+
+def test_images_outside_of_class_folders_and_behind_links_to_the_root_belong_to_no_class(stair, model, tmp_path):
+    home = tmp_path / "c"
+    for name, colour in (("cat/a", "red"), ("dog/b", "blue")):
+        (home / name).parent.mkdir(parents=True)
+        (home / f"{name}.jpg").write_bytes(image(colour))
+    (home / "loose.jpg").write_bytes(image())
+    os.makedirs(os.fsencode(home) + b"/d\xe9")
+    (home / "cat" / "root").symlink_to("..")
+    (home / "cat" / "self.jpg").symlink_to("self.jpg")
+    stair("prepare", "classes", home, tmp_path / "p", "--max_bad_share", "0.9", "--workers", "1")
+    report = json.loads((tmp_path / "p" / "prepare.json").read_text())["splits"]["test"]
+    places = {one["place"]: one["cause"] for one in report["left_out_inputs"]}
+    links = {"cat/root/": "link to a folder above it", "cat/self.jpg": "link broken"}
+    assert report["samples"] == 2
+    assert places == links | {"loose.jpg": "no class", "d\\xe9": "class without images"}
+    stair("embed", model, home, tmp_path / "i")
+    assert facts(tmp_path / "i")[0] == 3 and facts(tmp_path / "i")[2] == links
+    for name in ("root", "self.jpg"):
+        (home / "cat" / name).unlink()
+    printed = stair("evaluate", model, home, "--output", tmp_path / "e")
+    assert "skipped loose.jpg: no class" in printed and "2 images taken, 1 skipped" in printed
 
 
 # ---- before the first item is encoded

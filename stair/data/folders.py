@@ -35,6 +35,25 @@ def image_files(folder: Path) -> Iterator[ImageFile | Skipped]:
     yield from _walk(folder, "", frozenset())
 
 
+def class_files(folder: Path) -> tuple[list[str], list[tuple[ImageFile, int]], list[Skipped]]:
+    """Images in a folder for each class, at any depth below it.
+
+    Returns:
+        The sorted names of the folders; images with the place of their class among these; entries that are not used.
+    """
+    places = os.scandir(folder) if folder.is_dir() else ()
+    names = sorted(place.name for place in places if not place.name.startswith(HIDDEN) and os.path.isdir(place.path))
+    labels, files, skipped = {name: label for label, name in enumerate(names)}, list[tuple[ImageFile, int]](), []
+    for found in image_files(folder):
+        if isinstance(found, Skipped):
+            skipped.append(found)
+        elif (label := labels.get(found.name.partition("/")[0])) is None:
+            skipped.append(Skipped(printable(found.name), "no class: it lies in no folder of a class"))
+        else:
+            files.append((found, label))
+    return names, files, skipped
+
+
 def find_file(folder: Path, name: str) -> Path:
     """The file of a name that `printable` has made, if there is one. It may lie outside of the folder."""
     path = folder / name
@@ -57,7 +76,8 @@ def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Itera
         name = prefix + entry.name
         if entry.name.startswith(HIDDEN):
             continue
-        if entry.is_dir():
+        # a link may lead to itself: `entry.is_dir` raises then
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
             if _is_image(entry.name):
                 yield Skipped(printable(name), "not a file: it is a folder with the name of an image")
             yield from _walk(Path(entry.path), f"{name}/", above | {identity})

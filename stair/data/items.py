@@ -4,6 +4,7 @@ A source is listed before anything is encoded: what is used, what is skipped and
 into parts, shared and resumed, and every mistake that can be known is known at once.
 """
 
+import json
 import math
 import os
 import re
@@ -30,7 +31,7 @@ from stair.data.samples import (
     other_members,
     printable,
 )
-from stair.data.tables import SUFFIXES, Row, Table, open_table
+from stair.data.tables import SUFFIXES, Row, Table, cell_problem, open_table
 from stair.data.tar_members import BrokenTarError, Tar
 from stair.data.tars import expand
 from stair.errors import FileError, SettingError
@@ -39,6 +40,8 @@ Side = Literal["images", "texts"]
 COLUMNS: dict[Side, str] = {"images": "image", "texts": "text"}  # of a table, where none is given
 LONGEST_ID = 512  # bytes; Elasticsearch and OpenSearch take no longer ones
 _INT64 = range(-(1 << 63), 1 << 63)
+
+_TAR = re.compile(r"\.(tar(\.\w+)?|t[gbx]z2?)$", re.IGNORECASE)  # compressed ones are refused by their content
 
 # columns of a parquet file that hold images, as Arrow spells their types
 _IMAGES = re.compile(r"(large_)?binary(_view)?|struct<.*\bbytes: (large_)?binary.*>")
@@ -127,7 +130,7 @@ def list_items(source: str, side: Side, column: str | None = None, id_column: st
 
     Args:
         source: a folder of images; tars (`a.tar`, or a pattern such as `shards/*.tar`) of KEY.jpg beside KEY.json or
-            KEY.txt; a table (.csv, .tsv, .jsonl, .parquet); `-` for lines of standard input (paths, or texts).
+            KEY.txt; a table (.csv, .tsv, .txt, .jsonl, .parquet); `-` for lines of standard input (paths, or texts).
         side: whether its images or its texts are wanted. Texts of tars are the captions.
         column: of a table: paths of images (relative to the table), in parquet also their bytes or Hugging Face's
             `{bytes, path}`; or texts. `image` or `text` where left out.
@@ -154,12 +157,13 @@ def _check_ids(source: str, listing: Listing) -> None:
     first: dict[str, Item] = {}
     for item in listing.items:
         if (other := first.setdefault(item.id, item)) is not item:
-            where = f" ({other.place} and {item.place})" if item.place else ""
-            raise FileError(
-                f"{source!r}: id {item.id!r} occurs twice{where}. Tars of one name in several folders give the same ids: "
-                "embed each folder by itself. Of a table choose ids with --id_column",
-                source,
+            where, remedy = (
+                f"{other.path} and {item.path}",
+                "Rename one; embed tars of one name in several folders apart",
             )
+            if item.place:
+                where, remedy = f"{other.place} and {item.place}", "Choose another column with --id_column"
+            raise FileError(f"{source!r}: id {item.id!r} occurs twice ({where}). {remedy}", source)
         if len(item.id.encode()) > LONGEST_ID:
             reason = f"long id: {len(item.id.encode())} bytes; Elasticsearch and OpenSearch take {LONGEST_ID}"
             listing.notes.append(Skipped(item.place or f"{item.id[:40]}...", reason))
@@ -179,11 +183,11 @@ def _entries(
         raise FileError(f"{source!r} is not local: items are read by position. Copy it to a local path", source)
     files = [path] if path.is_file() else [Path(name) for name in expand(source)]
     kinds = {file.suffix.lower() for file in files}
-    if kinds == {".tar"}:
+    if all(_TAR.search(file.name) for file in files):
         return (found for file in files for found in _tar(file, side, notes))
-    if len(files) == 1 and kinds <= set(SUFFIXES) - {".txt"}:
+    if len(files) == 1 and kinds <= set(SUFFIXES):
         return _table(open_table(files[0]), side, column or COLUMNS[side], id_column, notes)
-    raise FileError(f"{source!r} is no folder, tar, csv, tsv, jsonl or parquet file, nor `-` for standard input", path)
+    raise FileError(f"{source!r} is no folder, tar or table ({', '.join(SUFFIXES)}), nor `-` for standard input", path)
 
 
 def _lines(data: bytes, side: Side) -> Iterator[Item | Skipped]:
@@ -232,6 +236,11 @@ def _table(
     if unread := [name for name in table.bytes_columns if name != column]:
         notes.append(Skipped(table.path.name, f"columns of bytes: {unread} are no metadata"))
     id_column = id_column or ("id" if "id" in table.columns else None)
+    if id_column in table.bytes_columns:
+        kind = table.columns[id_column]
+        raise SettingError(
+            f"{table.path}: ids in column {id_column!r} are {kind}; wanted texts or numbers", "id_column"
+        )
     for number, row in enumerate(table.rows()):
         if row.problem:
             yield Skipped(row.place, row.problem)
@@ -247,10 +256,12 @@ def _table(
 
 def _id(row: Row, column: str | None, number: int) -> str | Skipped:
     value = number if column is None else row.cells.get(column)
-    if value is None or value == "":
+    if value is None or value == "" or value != value:  # NaN stands for nothing
         return Skipped(row.place, f"id empty: nothing in column {column!r}")
     if isinstance(value, (list, dict, tuple)):
         return Skipped(row.place, f"id of a type that is none: column {column!r} holds a {type(value).__name__}")
+    if isinstance(value, bool):
+        return json.dumps(value)
     return printable(value.isoformat() if isinstance(value, (date, time)) else str(value))
 
 
@@ -273,17 +284,12 @@ def _of_row(
     if inside:
         source = {"file": table.path.name, "row_group": row.group, "row": row.row, "column": column}
         return Item(name, table.path, metadata=metadata, source=source, place=row.place)
-    value = row.cells.get(column)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        cause = "caption empty" if side == "texts" else "image unnamed"
-        return Skipped(row.place, f"{cause}: nothing in column {column!r}")
-    if not isinstance(value, str):
-        return Skipped(
-            row.place, f"cell of another type: column {column!r} holds a {type(value).__name__}, wanted a text"
-        )
+    text: Any = row.cells.get(column)
+    if problem := cell_problem(text, column, "caption empty" if side == "texts" else "image unnamed"):
+        return Skipped(row.place, problem)
     if side == "texts":
-        return _text(row.place, name, value, metadata)
-    return _image(row.place, name, table.path.parent / value.strip(), metadata, value.strip())
+        return _text(row.place, name, text, metadata)
+    return _image(row.place, name, table.path.parent / text.strip(), metadata, text.strip())
 
 
 def _plain(value: Any) -> Any:

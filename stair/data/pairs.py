@@ -3,16 +3,25 @@
 Metrics compare models, so nothing may go missing in silence: tars are indexed up front, and a bad sample stops the run.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from stair.data.remote import is_remote
-from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES, caption_lines, captions, image_bytes
+from stair.data.samples import (
+    CAPTION_TYPES,
+    IMAGE_TYPES,
+    caption_lines,
+    captions,
+    image_bytes,
+    image_type,
+    printable,
+    types_of,
+)
 from stair.data.tars import expand, index
 from stair.images import decode_image, eval_pixels
 
@@ -79,8 +88,9 @@ class EvaluationPairs(Dataset[Pair]):
         with opened(entry) as sample:
             texts = whole_captions(sample, entry.lines)
             pixels = eval_pixels(decode_image(image_bytes(sample), self.max_pixels), self.image_size)
-        source = os.path.basename(entry.path).removesuffix(".tar")
-        return Pair(pixels, texts, index if index < len(self) else -1, f"{source}/{entry.key}")
+        return Pair(
+            pixels, texts, index if index < len(self) else -1, f"{printable(Path(entry.path).stem)}/{entry.key}"
+        )
 
 
 @contextmanager
@@ -130,11 +140,14 @@ def _index(shard: str, beside: Sequence[str]) -> Iterator[Entry]:
         raise ValueError(f"evaluation reads by position, which {shard!r} does not allow: copy it to a local path")
     lines = caption_lines(shard)
     for key, members, wrong in list(index(shard)):  # a tar that is cut short is named as such, not by its last sample
-        if wrong:
-            raise ValueError(f"evaluation sample {key!r} of {shard}: {wrong}")
-        for types in (IMAGE_TYPES, tuple(beside)):
-            if not members.keys() & set(types):
-                raise ValueError(f"evaluation sample {key!r} of {shard} has members {list(members)}, wanted {types}")
+        try:
+            if wrong:
+                raise ValueError(wrong)
+            image_type(members)
+            if not members.keys() & set(beside):
+                raise ValueError(f"no caption: members are {types_of(members)}, wanted one of {list(beside)}")
+        except ValueError as error:
+            raise ValueError(f"evaluation sample {key!r} of {shard}: {error}") from error
         yield Entry(shard, key, members, lines)
 
 

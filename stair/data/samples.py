@@ -232,15 +232,17 @@ def captions(sample: Mapping[str, bytes], lines: bool = False) -> list[str]:
         ValueError: `caption unreadable: ...` or `caption too long: ...`.
     """
     try:
-        texts = _in_json(sample["json"].decode()) if "json" in sample else []
+        texts = _in_json(sample)[1]
         if not texts and "txt" in sample:
-            text = sample["txt"].decode()
+            text = sample["txt"].decode("utf-8-sig")
             texts = [line for line in text.split("\n") if line.strip()] if lines else [text]
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise TypeError(f"a caption is {wrong[0]!r:.40}, wanted a string")
         texts = [text.strip() for text in texts]
         for text in texts:
             text.encode()  # JSON can spell half a surrogate pair, which the tokenizer rejects
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"caption unreadable: {type(error).__name__}: {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"caption unreadable: {error}") from error
     if not any(texts):
         raise NoCaptionError(
             f"no caption: members are {types_of(sample)}, wanted KEY.txt, or KEY.json with "
@@ -294,18 +296,24 @@ def _says_retrieval(file: Path) -> bool:
     return file.is_file() and file.read_bytes().strip() == b"retrieval"
 
 
-def _in_json(text: str) -> list[str]:
-    fields = json.loads(text)
-    several, single = fields.get("captions"), fields.get("caption")
-    if several and not isinstance(several, list):
-        raise TypeError(f"captions is a {type(several).__name__}, wanted a list of strings")
-    return list(several or ([single] if single else []))
+def _in_json(sample: Mapping[str, bytes]) -> tuple[str, list[str]]:
+    """The field of a sample's JSON with its captions, and these; both empty if null, "" or [] is all there is."""
+    fields = json.loads(sample["json"].decode("utf-8-sig")) if "json" in sample else {}
+    if not isinstance(fields, dict):
+        raise TypeError(f"the JSON is a {type(fields).__name__}, wanted an object")
+    for name in ("captions", "caption"):
+        value = fields.get(name)
+        if value is not None and value != "" and value != []:
+            if name == "captions" and not isinstance(value, list):
+                raise TypeError(f"captions is a {type(value).__name__}, wanted a list of strings")
+            return name, value if name == "captions" else [value]
+    return "", []
 
 
 def caption_field(sample: Mapping[str, bytes]) -> str:
     """Where `captions` finds those of a sample that has some: `json: captions`, `json: caption` or `txt`."""
-    fields = json.loads(sample.get("json", b"{}"))
-    return next((f"json: {name}" for name in ("captions", "caption") if fields.get(name)), "txt")
+    name, _ = _in_json(sample)
+    return f"json: {name}" if name else "txt"
 
 
 def class_number(sample: Mapping[str, bytes]) -> int | None:

@@ -17,6 +17,7 @@ from stair.data.samples import printable
 from stair.errors import FileError
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".parquet")
+_OTHER_TYPE = "cell of another type: column {!r} holds a {}, wanted a text"
 _BYTES = re.compile(r"binary(?!:)")  # in the name of an Arrow type; with a colon it is the name of a field
 
 
@@ -45,7 +46,7 @@ class Table:
 
     Attributes:
         path: the file.
-        columns: the Arrow type of each column by name, empty outside of .parquet. Of .jsonl, the keys of the first object.
+        columns: the Arrow type of each column by name, empty outside of .parquet. Of .jsonl, the keys of all objects.
         rows: reads the rows.
     """
 
@@ -73,20 +74,34 @@ def open_table(path: Path, delimiter: str | None = None) -> Table:
     if kind == ".parquet":
         table = _parquet_table(path)
     elif kind in (".jsonl", ".ndjson"):
-        first = next((row.cells for row in _jsonl_rows(path) if not row.problem), {})
-        table = Table(path, dict.fromkeys(first, ""), lambda: _jsonl_rows(path))
+        names = dict.fromkeys((name for row in _jsonl_rows(path) for name in row.cells), "")
+        table = Table(path, names, lambda: _jsonl_rows(path))
     elif kind in SUFFIXES:
         sign = delimiter or ("\t" if kind == ".tsv" else ",")
         table = Table(path, dict.fromkeys(_header(path, sign), ""), lambda: _csv_rows(path, sign))
     else:
         raise FileError(f"{path} is no table of a known kind; wanted {', '.join(SUFFIXES)}", path)
     if not table.columns:
-        raise FileError(f"{path} is empty; wanted a table whose first line names its columns", path)
+        problem = next((f"{row.place}: {row.problem}" for row in table.rows() if row.problem), f"{path} is empty")
+        raise FileError(f"{problem}; wanted a table whose first line names its columns, or a JSON object a line", path)
     if wrong := [name for name in table.columns if printable(name) != name]:
         raise FileError(
             f"{path}: the name of column {printable(wrong[0])!r} is no UTF-8; save the table as UTF-8", path
         )
     return table
+
+
+def cell_problem(value: Any, column: str, empty: str) -> str:
+    """Why a cell is no text that can be used; empty if it is one.
+
+    Args:
+        value: of the cell.
+        column: its name.
+        empty: the cause if nothing is in it.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return f"{empty}: nothing in column {column!r}"
+    return "" if isinstance(value, str) else _OTHER_TYPE.format(column, type(value).__name__)
 
 
 def _reader(lines: Iterator[str], delimiter: str) -> Any:
@@ -107,7 +122,7 @@ def _text(path: Path) -> Any:
 def _header(path: Path, delimiter: str) -> list[str]:
     with _text(path) as file:
         try:
-            first: list[str] = next(_reader(file, delimiter), [])
+            first: list[str] = next(filter(None, _reader(file, delimiter)), [])
         except csv.Error as error:
             raise FileError(f"{path}:1: {error}; wanted the names of the columns", path) from error
     names = [name.strip() or f"column {number}" for number, name in enumerate(first, 1)]
@@ -149,7 +164,7 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
     names = _header(path, delimiter)
     with _text(path) as file:
         lines = _Lines(file)
-        next(reader := _reader(lines, delimiter))
+        next(filter(None, reader := _reader(lines, delimiter)), None)
         lines.accept(len(lines.taken))
         while True:
             try:
@@ -207,8 +222,18 @@ def _parquet_rows(path: Path, names: list[str]) -> Iterator[Row]:
     for group in range(file.num_row_groups):
         # a table of bytes alone has rows too, which its batches do not say
         count = file.metadata.row_group(group).num_rows
-        batches = file.iter_batches(row_groups=[group], columns=names) if names else ()
-        rows = (cells for batch in batches for cells in batch.to_pylist()) if names else ({} for _ in range(count))
-        for row, cells in enumerate(rows):
+        for row, cells in enumerate(_cells(file, group, names, path) if names else ({} for _ in range(count))):
             total += 1
             yield Row(f"{path.name}:{total}", cells, group=group, row=row)
+
+
+def _cells(file: parquet.ParquetFile, group: int, names: list[str], path: Path) -> Iterator[dict[str, Any]]:
+    name = names[0]
+    try:
+        for batch in file.iter_batches(row_groups=[group], columns=names):
+            columns = []
+            for name in names:
+                columns.append(batch.column(name).to_pylist())
+            yield from (dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True))
+    except (ArrowException, OSError, ValueError) as error:  # damaged, or values that Python has no type for
+        raise FileError(f"{path}: column {name!r} cannot be read: {error}", path) from error

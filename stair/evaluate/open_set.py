@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stair.data.folders import HIDDEN, ImageFile, image_files
+from stair.data.folders import class_files
 from stair.data.pairs import Entry, entries, opened, whole_captions
 from stair.data.prepare.classes import class_names
 from stair.data.samples import (
@@ -17,6 +17,7 @@ from stair.data.samples import (
     Skipped,
     class_number,
     image_bytes,
+    printable,
     skipped_lines,
 )
 from stair.data.tars import expand
@@ -282,20 +283,19 @@ def _parsed(path: Path) -> Any:
 class _FolderSamples:
     """Images in a folder for each class."""
 
-    def __init__(self, folder: Path, classes: Sequence[str]) -> None:
-        self._files: list[tuple[Path, int]] = []
-        skipped: list[Skipped] = []
-        for label, name in enumerate(classes):
-            for found in image_files(folder / name):
-                if isinstance(found, ImageFile):
-                    self._files.append((found.path, label))
-                else:
-                    skipped.append(Skipped(f"{name}/{found.place}", found.reason))
+    def __init__(self, folder: Path, classes: Sequence[str] | None = None) -> None:
+        names, files, skipped = class_files(folder)
+        self.classes = names if classes is None else classes
+        known = {name: label for label, name in enumerate(self.classes)}
+        skipped += [
+            Skipped(printable(f.name), "no class: not one that is measured") for f, n in files if names[n] not in known
+        ]
+        self._files = [(file.path, known[names[n]]) for file, n in files if names[n] in known]
         self._report(folder, skipped)
 
     def _report(self, folder: Path, skipped: list[Skipped]) -> None:
         """Prints what of a folder is not measured. Images that cannot be read stop the evaluation."""
-        if lost := [one for one in skipped if one.cause != "not an image by its name"]:
+        if lost := [one for one in skipped if one.cause not in ("not an image by its name", "no class")]:
             raise FileError(f"{folder / lost[0].place}: {lost[0].reason}", folder / lost[0].place)
         for line in skipped_lines(skipped):
             print(line)
@@ -315,9 +315,8 @@ class _FolderSamples:
 def _class_folders(folder: Path, split: str | None, classnames: str | None) -> EvaluationSet:
     part = split or next((s for s in SPLITS if (folder / s).is_dir()), None)
     home = folder / part if part else folder
-    folders = [path.name for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
-    classes = sorted(name for name in folders if not name.startswith(HIDDEN))
-    samples = _FolderSamples(home, classes)
+    samples = _FolderSamples(home)
+    classes = list(samples.classes)
     if not len(samples):
         raise ValueError(
             f"{home} holds neither tars nor class folders with images; give tars, a folder of them, or a folder with a "

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from stair.data.folders import HIDDEN, ImageFile, image_files
+from stair.data.folders import class_files
 from stair.data.prepare.shards import Source
 from stair.data.prepare.tables import ImageFiles
-from stair.data.samples import Skipped
+from stair.data.samples import Skipped, printable
 
 _NUMBER = re.compile(r"^\d+[._-]\s*")  # 001.Black_footed_Albatross
 
@@ -28,24 +28,18 @@ def class_source(images: Path, split: str, names: Path | None, template: str) ->
         ) from error
     if not images.is_dir():
         raise ValueError(f"no folder {images}; wanted the one with a folder for each class")
-    folders = sorted(path.name for path in images.iterdir() if path.is_dir() and not path.name.startswith(HIDDEN))
+    folders, files, skipped = class_files(images)
     if not folders:
         raise ValueError(f"{images} holds no folder; wanted one for each class, with its images")
     spoken = class_names(folders, names)
-    references: list[Any] = []
-    refused: list[Skipped] = []
-    for label, (folder, name) in enumerate(zip(folders, spoken, strict=True)):
-        found = list(image_files(images / folder))
-        if not found:
-            refused.append(Skipped(folder, f"class without images: nothing in {images / folder}"))
-        for one in found:
-            if isinstance(one, ImageFile):
-                place = f"{folder}/{one.name}"
-                references.append(((place,), (template.format(name),), (("class", name), ("label", label))))
-            else:
-                refused.append(Skipped(f"{folder}/{one.place}", one.reason))
+    empty = set(range(len(folders))) - {label for _, label in files}
+    skipped += [Skipped(printable(folders[n]), "class without images: nothing in its folder") for n in sorted(empty)]
+    captions = [template.format(name) for name in spoken]
+    references: list[Any] = [
+        ((file.name,), (captions[label],), (("class", spoken[label]), ("label", label))) for file, label in files
+    ]
     return Source(
-        str(images), {split: references}, ImageFiles(images.resolve(), images), {split: refused}, classnames=spoken
+        str(images), {split: references}, ImageFiles(images.resolve(), images), {split: skipped}, classnames=spoken
     )
 
 
@@ -61,7 +55,7 @@ def class_names(folders: list[str], names: Path | None) -> list[str]:
         ValueError: if it does not name each folder.
     """
     if names is None:
-        return [_NUMBER.sub("", name).replace("_", " ").strip() for name in folders]
+        return [printable(_NUMBER.sub("", name).replace("_", " ").strip()) for name in folders]
     text = names.read_text(encoding="utf-8")
     try:
         found: Any = json.loads(text) if names.suffix == ".json" else list(filter(str.strip, text.splitlines()))

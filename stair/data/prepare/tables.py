@@ -12,7 +12,7 @@ from typing import Any
 from stair.data.prepare.shard import Raw
 from stair.data.prepare.shards import Source
 from stair.data.samples import Skipped, check_caption, printable
-from stair.data.tables import Table, open_table
+from stair.data.tables import Table, cell_problem, open_table
 from stair.errors import SettingError
 
 IMAGE_COLUMNS = "image image_path filepath file_path file_name filename path file image_name".split()
@@ -84,12 +84,11 @@ def table_source(
 
 
 def _problem(name: Any, texts: list[str], cell: Any, image: str, caption: str) -> str:
-    if not isinstance(name, str) or not name.strip():
-        return f"image unnamed: no path in column {image!r}"
-    if isinstance(cell, (int, float)):
-        return f"cell of another type: column {caption!r} holds a {type(cell).__name__}, wanted a text"
-    if not texts:
-        return f"caption empty: nothing in column {caption!r}"
+    wrong = cell_problem(name, image, "image unnamed") or (
+        "" if texts else cell_problem(cell, caption, "caption empty")
+    )
+    if wrong or not texts:
+        return wrong or f"caption empty: nothing in column {caption!r}"
     try:
         for text in texts:
             check_caption(text)
