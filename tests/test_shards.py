@@ -729,7 +729,7 @@ def test_an_evaluation_tar_that_cannot_be_indexed_in_full_is_refused(tmp_path):
     with pytest.raises(ValueError, match="copy it to a local path"):
         EvaluationPairs("https://example.org/a.tar", 8, 10_000)
     path = write_tar(tmp_path / "a.tar", good(1) | {"00002.png": picture(2)})
-    with pytest.raises(ValueError, match=r"'00002' of .*a.tar has members \['png'\]"):
+    with pytest.raises(ValueError, match=r"'00002' of .*a.tar: no caption: members are \['png'\]"):
         EvaluationPairs(str(path), 8, 10_000)
     whole = write_tar(tmp_path / "b.tar", good(1) | good(2)).read_bytes()
     for length in (len(whole) // 10, 4_096, 3_000):
