@@ -47,10 +47,7 @@ from datamodules.shards import ImageTextShards
 from lightning_modules.checkpoints import keep_whole
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.inputs import checkpoint_to_resume, is_complete, training_inputs
-from lightning_modules.run_folder import (
-    check_leftover,
-    existing_checkpoint,
-)
+from lightning_modules.run_folder import check_leftover, existing_checkpoint
 from lightning_modules.run_lock import training_lock
 from stair.errors import SettingError, StairError
 from stair.launch import fail, one_line_errors
@@ -83,11 +80,20 @@ ALWAYS_ON = {
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser; an error is one line, without the 200 of its usage."""
+    """Lightning's parser; an error is one line that names the file, without the 200 of its usage."""
+
+    _reading = ""
+
+    def parse_path(self, path: Any, *args: Any, **options: Any) -> Any:
+        """Reads a file of settings."""
+        self._reading = f"{path}: "
+        config = super().parse_path(path, *args, **options)
+        self._reading = ""
+        return config
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the process with status 2."""
-        fail(message, 2)
+        fail(self._reading + message, 2)
 
 
 class StairCLI(LightningCLI):

@@ -9,6 +9,7 @@ import lightning as L
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_warn
 
 from stair.errors import SettingError
 from stair.launch import launched_processes
@@ -135,6 +136,11 @@ def check_data(subcommand: str, config: Any) -> None:
     limit = f"limit_{ {'fit': 'train', 'validate': 'val'}.get(subcommand, subcommand) }_batches"
     if config.trainer[limit] == 0:
         raise SettingError(f"trainer.{limit} is 0: {subcommand} would do nothing", f"trainer.{limit}")
+    if subcommand == "predict" and not config.trainer.callbacks:
+        rank_zero_warn(
+            "predict writes no embeddings: trainer.callbacks has no callback that does. Give "
+            "--trainer.callbacks+=callbacks.embedding_writer.EmbeddingWriter --trainer.callbacks.folder FOLDER"
+        )
 
 
 def stage_folder(config: Any, name: str) -> Path:

@@ -59,6 +59,12 @@ class StageTransition(L.Callback):
         """Records the inputs in checkpoints."""
         return {"inputs": self.inputs}
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps the patience of EarlyStopping that the settings give: Lightning would restore the checkpoint's."""
+        for callback in trainer.callbacks:
+            if isinstance(callback, EarlyStopping) and (state := checkpoint["callbacks"].get(callback.state_key)):
+                state["patience"] = callback.patience
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Takes over and freezes.
 

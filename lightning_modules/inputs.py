@@ -5,12 +5,14 @@ A checkpoint and an exported model record it, so that a later command can tell w
 
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
-from lightning_modules.run_folder import check_untouched, existing_checkpoint, read_checkpoint, resume_path
+from lightning_modules.run_folder import read_checkpoint, resume_path
 from stair.data.remote import is_remote
 from stair.data.specs import Shards, mixture
 from stair.data.tars import expand
@@ -19,7 +21,10 @@ from stair.files import read_json, sha256
 
 #: settings that change how fast, where or how often, not what is trained
 _FREE = ("micro_batch_size", "recompute", "compile")
-_FREE_DATA = ("train", "val", "test", "vocabulary", "image_size", "max_tokens", "eval_batch_size", "workers", "remote")
+_FREE_DATA = (
+    *("train", "val", "test", "vocabulary", "image_size", "max_tokens"),
+    *("eval_batch_size", "workers", "max_bad_share", "remote"),
+)
 _TRAINER = (
     "max_steps",
     "max_epochs",
@@ -28,9 +33,11 @@ _TRAINER = (
     "gradient_clip_algorithm",
     "limit_train_batches",
 )
+_STOPS = "trainer.callbacks"  # of it, EarlyStopping
 _LENGTH = ("trainer.max_steps", "trainer.max_epochs")
 #: what no resumed run can change: name in the record, and the setting it follows from
 _FIXED = {"init_from": "transition.start_from", "data": "data.train"}
+_HEAD = 2**16  # bytes
 _FILES = ("vocabulary", "name", "checkpoint_path")  # settings of a model that may be paths
 
 
@@ -42,13 +49,14 @@ def training_inputs(config: Namespace, init_from: str | None) -> dict[str, Any]:
         init_from: folder of the exported model that the stage starts from.
 
     Returns:
-        `init_from`: checksum of that model's weights; `data`: checksum of names and sizes of the shards; settings.
+        `init_from`: checksum of that model's weights; `data`: checksum of names, sizes and first bytes of the shards;
+        settings.
     """
     weights = Path(init_from or "") / "model.safetensors"
     trainer, data, model = config.trainer, config.data, config.model
     settings = {
         "seed_everything": config.seed_everything,
-        "trainer": {key: trainer[key] for key in _TRAINER},
+        "trainer": {key: trainer[key] for key in _TRAINER} | {"callbacks": _early_stopping(trainer.callbacks)},
         "data": {key: value for key, value in vars(data).items() if key not in _FREE_DATA},
         "model": {
             "class_path": model.class_path,
@@ -60,6 +68,11 @@ def training_inputs(config: Namespace, init_from: str | None) -> dict[str, Any]:
         "data": _data(data.train),
         **_flat(json.loads(json.dumps(settings, default=_plain))),
     }
+
+
+def _early_stopping(callbacks: Any) -> list[Any]:
+    listed = callbacks if isinstance(callbacks, list) else [callbacks]
+    return [each for each in listed if getattr(each, "class_path", "").endswith(".EarlyStopping")]
 
 
 def _plain(value: Any) -> Any:
@@ -83,7 +96,7 @@ def _content(path: Path) -> str | None:
     if path.is_file():
         return sha256(path)
     files = sorted(file for file in path.glob("*") if file.is_file()) if path.is_dir() else []
-    return _digest([(file.name, file.stat().st_size) for file in files]) if files else None
+    return _digest([(file.name, sha256(file)) for file in files]) if files else None
 
 
 def _data(train: Any) -> str | None:
@@ -91,18 +104,24 @@ def _data(train: Any) -> str | None:
     if isinstance(train, dict):
         train = {name: Shards(**vars(spec)) if isinstance(spec, Namespace) else spec for name, spec in train.items()}
     try:
-        return _digest(
-            [
-                (name, source.weight, source.samples, [_shard(shard) for shard in expand(source.shards)])
-                for name, source in mixture(train).items()
-            ]
-        )
+        with ThreadPoolExecutor(16) as readers:
+            return _digest(
+                [
+                    (name, source.weight, source.samples, list(readers.map(_shard, expand(source.shards))))
+                    for name, source in mixture(train).items()
+                ]
+            )
     except (OSError, ValueError):
         return None
 
 
-def _shard(shard: str) -> tuple[str, int]:
-    return (shard, 0) if is_remote(shard) else (Path(shard).name, Path(shard).stat().st_size)
+def _shard(shard: str) -> tuple[str, int, str]:
+    """Name, size, and a checksum of the first bytes: tars that were written anew often have the same size."""
+    if is_remote(shard):
+        return shard, 0, ""
+    with open(shard, "rb") as file:
+        head = hashlib.sha256(file.read(_HEAD)).hexdigest()
+        return Path(shard).name, os.fstat(file.fileno()).st_size, head
 
 
 def _digest(value: Any) -> str:
@@ -113,17 +132,19 @@ def is_complete(export: Path, inputs: dict[str, Any]) -> bool:
     """Whether a finished export is what these inputs would train.
 
     Returns:
-        False also where there is no export, or where the training is to be longer than the export's.
+        False also where there is no export, or where the training is to be longer than the export's: of more steps, or
+        with another EarlyStopping than that which ended it.
 
     Raises:
         FileError: if the export came from other inputs; names them.
     """
     if not (export / "config.json").is_file():
         return False
-    recorded = read_json(export / "config.json").get("training", {}).get("inputs", {})
+    training = read_json(export / "config.json").get("training", {})
+    recorded = training.get("inputs", {})
     changed = _changed(recorded, inputs)
-    if not changed:
-        return True
+    if changed <= {_STOPS}:
+        return not changed or "stopped_by" not in training
     if not changed & _FIXED.keys() and any(_longer(recorded.get(key), inputs[key]) for key in _LENGTH):
         return False
     raise _other_inputs(export, recorded, inputs, sorted(changed))
@@ -139,27 +160,21 @@ def checkpoint_to_resume(given: str | None, home: Path, export: Path, inputs: di
         inputs: of the training.
 
     Raises:
-        FileError: if the folder holds a training that cannot be resumed so.
+        FileError: if the folder holds a training that cannot be resumed so; names the inputs that differ.
     """
-    if given is None:
-        check_untouched(home, export)
-    if given not in ("last", "best"):
-        return given
-    path = resume_path(home, export) if given == "last" else existing_checkpoint(home, given)
+    remote = given is not None and is_remote(given)
+    path = resume_path(None if remote else given, home, export)
     if path is None:
-        return None
-    _check_resumes(path, read_checkpoint(path)["callbacks"].get("StageTransition", {}).get("inputs", {}), inputs)
-    return str(path)
-
-
-def _check_resumes(path: Path, recorded: dict[str, Any], inputs: dict[str, Any]) -> None:
-    """Refuses a checkpoint that started from another model, or was trained on other data. Settings may change.
-
-    Raises:
-        FileError: naming what differs.
-    """
-    if changed := sorted(key for key in _FIXED.keys() & recorded.keys() if recorded[key] != inputs[key]):
+        return given if remote else None
+    state = read_checkpoint(path)
+    recorded = state.get("callbacks", {}).get("StageTransition", {}).get("inputs", {})
+    # without a step left nothing is trained with settings that are new. Else only _FIXED cannot change
+    done = 0 < (inputs["trainer.max_steps"] or 0) <= state.get("global_step", 0)
+    if changed := sorted(
+        key for key in recorded if recorded[key] != inputs.get(key) and ((done and key != _STOPS) or key in _FIXED)
+    ):
         raise _other_inputs(path, recorded, inputs, changed)
+    return str(path)
 
 
 def _changed(recorded: dict[str, Any], inputs: dict[str, Any]) -> set[str]:

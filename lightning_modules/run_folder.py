@@ -60,38 +60,32 @@ def traces(home: str | Path, export: str | Path) -> list[Path]:
     return [*([export] if export.exists() else []), *left]
 
 
-def resume_path(home: Path, export: Path) -> Path | None:
-    """The checkpoint that `fit --ckpt_path last` resumes from. None in a folder where nothing has trained.
+def resume_path(given: str | None, home: Path, export: Path) -> Path | None:
+    """The checkpoint that `fit` resumes from. None begins anew, which only a folder without a training allows.
+
+    Args:
+        given: `ckpt_path`.
+        home: the stage's folder.
+        export: the stage's exported model.
 
     Raises:
-        FileError: if the folder holds a training without `last.ckpt`, or `last.ckpt` is damaged.
+        FileError: if the checkpoint is missing or damaged, or the training would replace another one.
     """
-    last = checkpoint(home, "last")
-    if last.exists():
-        return last
-    if left := traces(home, export):
+    if given is None:
+        check_leftover(home)
+    path = checkpoint(home, given) if given in ("last", "best") else Path(given) if given else None
+    present = path is not None and path.exists()
+    if path is not None and not present and given != "last":
+        raise FileError(f"--ckpt_path {given}: there is no {path}", path)
+    inside = path is not None and present and home.resolve() in path.resolve().parents
+    if not inside and (left := traces(home, export)):
+        missing = f", and there is no {path}" if path is not None and not present else ""
         raise FileError(
-            f"--ckpt_path last: there is no {last}, but {left[0]} shows that a training has been here, and a new one would "
-            f"replace it. Give --ckpt_path FILE to resume from another checkpoint. To train anew: another --run, or "
-            f"remove {home}",
+            f"{left[0]} is of an earlier training, which this one would replace{missing}. To resume that: --ckpt_path last "
+            f"or --ckpt_path FILE with another checkpoint of it. To train anew: another --run, or remove {home}",
             left[0],
         )
-    return None
-
-
-def check_untouched(home: Path, export: Path) -> None:
-    """Refuses to begin a training where one has been.
-
-    Raises:
-        FileError: naming what it would replace.
-    """
-    check_leftover(home)
-    if left := traces(home, export):
-        raise FileError(
-            f"{left[0]} is of an earlier training, which this one would replace. To resume that: --ckpt_path last. To "
-            f"train anew: another --run, or remove {home}",
-            left[0],
-        )
+    return path if present else None
 
 
 def check_leftover(home: Path) -> None:

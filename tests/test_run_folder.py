@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_modules import run_lock
+from lightning_modules.inputs import _flat
 from lightning_modules.run_folder import resume_path
 from main import StairCLI, main
 from stair.errors import FileError, SettingError
@@ -170,7 +171,7 @@ def test_what_is_of_no_training_does_not_keep_one_from_beginning(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(bytes(1000 if name.startswith("validate") else 88))
-    assert resume_path(tmp_path, tmp_path / "stair") is None
+    assert resume_path("last", tmp_path, tmp_path / "stair") is None
 
 
 @pytest.mark.parametrize("size", [0, 5000])
@@ -260,6 +261,64 @@ def test_a_finished_stage_is_not_complete_for_other_inputs(scenes, trained, chan
     with pytest.raises(FileError, match=name) as refused:
         main(words(scenes, 1, trained, *TWO, *LAST, f"--{name}", value.format(scenes=scenes)))
     assert refused.value.path == trained / "stage1" / "stair" and content(trained) == before
+
+
+def test_a_finished_stage_is_not_complete_for_data_of_the_same_names_and_sizes(scenes, trained, tmp_path):
+    other = Path(shutil.copytree(scenes, tmp_path / "other"))
+    for tar in other.glob("train-*.tar"):
+        with tar.open("r+b") as file:
+            file.seek(600)  # in the first picture
+            file.write(b"other")
+    with pytest.raises(FileError, match=r"data\.train"):
+        main(words(other, 1, trained, *TWO, *LAST))
+
+
+@pytest.mark.parametrize("name", ["vocabulary.txt", "tower"])
+def test_a_moved_file_of_the_model_is_the_same_input_and_a_changed_one_is_not(tmp_path, name):
+    digests = []
+    for folder, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        path = tmp_path / folder / name
+        path.parent.mkdir()
+        if name == "tower":
+            path.mkdir()
+        (path / "model.safetensors" if name == "tower" else path).write_bytes(content)
+        digests.append(_flat({"text": {"name": str(path)}}, "model.init_args.stair"))
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("changed", [("model.init_args.optimizer.lr", "0.1"), ("trainer.max_steps", "1")])
+def test_a_last_checkpoint_without_a_step_left_is_exported_with_its_own_settings_only(scenes, copy, changed):
+    shutil.rmtree(copy / "stage1" / "stair")
+    before, (name, value) = content(copy), changed
+    with pytest.raises(FileError, match=name) as refused:
+        main(words(scenes, 1, copy, *TWO, *LAST, f"--{name}", value))
+    assert refused.value.path == copy / "stage1" / "checkpoints" / "last.ckpt" and content(copy) == before
+    main(words(scenes, 1, copy, *TWO, *LAST))
+    assert (copy / "stage1" / "stair" / "config.json").exists()
+
+
+def test_a_checkpoint_of_another_folder_does_not_train_over_this_one(scenes, trained, copy):
+    theirs, before = trained / "stage1" / "checkpoints" / "last.ckpt", content(copy)
+    with pytest.raises(FileError) as refused:
+        main(words(scenes, 1, copy, "--ckpt_path", str(theirs)))
+    assert refused.value.path.is_relative_to(copy) and content(copy) == before
+    with pytest.raises(FileError) as refused:  # stage 2 starts from an exported model
+        main(words(scenes, 2, copy, "--ckpt_path", str(theirs)))
+    assert refused.value.path == theirs and content(copy) == before
+    own = copy / "stage1" / "checkpoints" / "best.ckpt"
+    assert main(words(scenes, 1, copy, "--ckpt_path", str(own))).trainer.global_step == 4
+
+
+def test_a_stage_that_earlystopping_ended_goes_on_with_another_patience_or_without_it(scenes, tmp_path):
+    stop = "[{{class_path: EarlyStopping, init_args: {{monitor: val/recall, mode: max, patience: {}, min_delta: 2}}}}]"
+    run, steps = tmp_path / "r", ("--trainer.max_steps", "8", *LAST)
+    main(words(scenes, 1, run, *steps, "--trainer.callbacks", stop.format(1)))
+    before = content(run)
+    main(words(scenes, 1, run, *steps, "--trainer.callbacks", stop.format(1)))
+    assert content(run) == before
+    longer = main(words(scenes, 1, run, *steps, "--trainer.callbacks", stop.format(2)))
+    assert longer.trainer.global_step == 6
+    assert main(words(scenes, 1, run, *steps)).trainer.global_step == 8
 
 
 def test_config_yaml_states_the_settings_that_trained_what_is_there(scenes, copy):
