@@ -79,10 +79,10 @@ def resume_path(given: str | None, home: Path, export: Path) -> Path | None:
         raise FileError(f"--ckpt_path {given}: there is no {path}", path)
     inside = path is not None and present and home.resolve() in path.resolve().parents
     if not inside and (left := traces(home, export)):
-        missing = f", and there is no {path}" if path is not None and not present else ""
+        missing, how = ("", "last") if path is None or present else (f", and there is no {path}", "FILE")
         raise FileError(
-            f"{left[0]} is of an earlier training, which this one would replace{missing}. To resume that: --ckpt_path last "
-            f"or --ckpt_path FILE with another checkpoint of it. To train anew: another --run, or remove {home}",
+            f"{left[0]} is of an earlier training, which this one would replace{missing}. To resume that: --ckpt_path "
+            f"{how} (a checkpoint of that folder). To train anew: another --run, or remove {home}",
             left[0],
         )
     return path if present else None

@@ -108,8 +108,10 @@ def _call(word: _Word, name: str, arguments: list[str]) -> None:
     """Runs a function with the arguments that its signature describes; what a user did wrong is one line, no trace."""
     if importlib.util.find_spec(word.module.partition(".")[0]) is None:
         sys.exit(f"stair: `{name}` needs the project's checkout. Clone the repository and run `make setup` there")
-    from jsonargparse import auto_cli
+    from jsonargparse import auto_cli, get_loader, set_loader
+    from yaml import YAMLError
 
+    set_loader("yaml", _as_typed(get_loader("yaml")), exceptions=(YAMLError,))
     function = getattr(importlib.import_module(word.module), word.function)
     description = word.does if isinstance(function, dict) else None  # a function's docstring describes it
     words = _spelled_out(function, arguments)
@@ -117,6 +119,11 @@ def _call(word: _Word, name: str, arguments: list[str]) -> None:
         auto_cli(function, args=words, prog=f"stair {name}", as_positional=True, description=description)
     except (ValueError, OSError) as error:
         sys.exit(f"stair {name}: {plain(str(error))}")
+
+
+def _as_typed(load: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The loader, except that `#sunset` and `~` stay as typed: YAML reads them as no value."""
+    return lambda text: text if (value := load(text)) is None else value
 
 
 def _spelled_out(function: Callable[..., Any] | dict[str, Callable[..., Any]], arguments: list[str]) -> list[str]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from stair import launch
+from main import main
+from stair import cli, launch
 from stair.errors import SettingError, TrainingError
 from tests.conftest import write_small_scenes
 from tests.test_stages import SMALL, words
@@ -142,3 +143,23 @@ def test_ranks_that_the_settings_contradict_are_refused_once(scenes, tmp_path):
     assert process.returncode == 1 and len(ours) == 1, err
     assert re.search(r"trainer\.devices is 1, but torchrun started 2 processes", ours[0])
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("value", ["#sunset", "~", "007", "no", "2024-01-01"])
+def test_a_text_that_yaml_reads_as_something_else_stays_as_typed(value, monkeypatch):
+    given = []
+
+    def command(index: str, text: str | None = None, names: str = ""):
+        given.extend([index, text, names])
+
+    monkeypatch.setattr(cli, "typed_command", command, raising=False)
+    cli._call(cli._Word("", "stair.cli", "typed_command"), "x", [value, "--text", value, "--names", value])
+    assert given == [value] * 3
+
+
+@pytest.mark.parametrize("text", ["trainer: [", "", "data: {workrs: 1}", "trainer: {max_stepz: 3}"])
+def test_an_error_in_a_file_of_settings_names_the_file(tmp_path, text, capsys):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(ROOT / "configs/stage1.yaml"), "--config", str(tmp_path / "mine.yaml")])
+    assert str(tmp_path / "mine.yaml") in capsys.readouterr().err
