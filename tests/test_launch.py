@@ -157,8 +157,8 @@ def test_a_text_that_yaml_reads_as_something_else_stays_as_typed(value, monkeypa
     assert given == [value] * 3
 
 
-@pytest.mark.parametrize("text", ["trainer: [", "", "data: {workrs: 1}", "trainer: {max_stepz: 3}"])
-def test_an_error_in_a_file_of_settings_names_the_file(tmp_path, text, capsys):
+@pytest.mark.parametrize("text", ["trainer: [", ""])
+def test_a_file_of_settings_that_cannot_be_read_is_named(tmp_path, text, capsys):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(ROOT / "configs/stage1.yaml"), "--config", str(tmp_path / "mine.yaml")])
