@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -25,15 +26,30 @@ def scenes(tmp_path_factory):
     return write_small_scenes(tmp_path_factory.mktemp("scenes"), SMALL)
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_behind():
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def start(*command, cwd=ROOT, **env):
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [str(part) for part in command],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
+    STARTED.append(process)
+    return process
 
 
 COMMANDS = {
