@@ -24,7 +24,7 @@ Door = Callable[[bytes], None]
 def _tar(folder: Path) -> tuple[Door, list[bytes]]:
     """A shard: members, samples, captions."""
     from stair.data.samples import captions
-    from stair.data.tars import index, stream
+    from stair.data.tars import stream, walk
     from tests.test_fuzz_shards import WHOLE
 
     path = folder / "a.tar"
@@ -36,7 +36,7 @@ def _tar(folder: Path) -> tuple[Door, list[bytes]]:
             with suppress(ValueError):
                 captions(sample)
         with suppress(ValueError):
-            list(index(path, "r:*"))
+            list(walk(str(path), compressed=True))
 
     return door, [WHOLE[:4096], WHOLE[:1600]]
 

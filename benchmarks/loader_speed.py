@@ -4,7 +4,7 @@
 
 In one process and by turns, the processor time an image costs (comparable on a busy machine):
 
-- tar bytes: reading the files. tar members: finding the samples in them too.
+- tar bytes: reading the files. tar members: reading all samples from front to end.
 - decode + resize: what most loaders do, Pillow's decoder in full and its bicubic resize of the whole image to the square.
   No crop, no flip, no caption, no batch.
 - decode + crop, ours: the decoder, random crop, scaling and tensor of our pipeline, alone in a loop.
@@ -160,8 +160,8 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     shards = expand(args.shards)
     make = partial(
-        ImageTextShards, args.shards, None, None, args.vocabulary, args.image_size, 77, args.batch_size,
-        shuffle=args.shuffle,
+        ImageTextShards, args.shards, None, None, vocabulary=args.vocabulary, image_size=args.image_size, max_tokens=77,
+        global_batch_size=args.batch_size, shuffle=args.shuffle,
     )  # fmt: skip
     alone = make(workers=0)
     alone.setup("fit")

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms.v2 import functional as colours
 
 from stair.images import decode_image, eval_pixels, reduction
 
@@ -75,7 +74,10 @@ class Augment:
         return self._coloured(pixels, rng)
 
     def _coloured(self, pixels: Tensor, rng: random.Random) -> Tensor:
-        # what is off draws nothing: crops are those of a run without it
+        if not (self.color_jitter or self.grayscale):  # what is off draws nothing: crops are those of a run without it
+            return pixels
+        from torchvision.transforms.v2 import functional as colours  # seconds, which most runs need not wait
+
         if self.color_jitter > 0:
             for adjust in (colours.adjust_brightness, colours.adjust_contrast, colours.adjust_saturation):
                 pixels = adjust(pixels, rng.uniform(1 - self.color_jitter, 1 + self.color_jitter))

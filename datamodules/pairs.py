@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DistributedSampler
 
-from datamodules.workers import LivelyLoader
+from datamodules.workers import ReadingLoader
 from stair.batch import Batch
 from stair.data.pairs import EvaluationPairs, Pair
 from stair.vocabulary import Vocabulary
@@ -55,7 +55,7 @@ class CollatePairs:
 
 def evaluation_loader(
     pairs: EvaluationPairs, collate: CollatePairs, batch_size: int, workers: int, rank: int, ranks: int
-) -> LivelyLoader:
+) -> ReadingLoader:
     """A loader of this rank's share of a set: the same number of batches, of the same sizes, on every rank.
 
     Args:
@@ -66,12 +66,10 @@ def evaluation_loader(
         rank: this process, from 0.
         ranks: processes in all.
     """
-    return LivelyLoader(
+    return ReadingLoader(
         pairs,
         batch_size=batch_size,
         sampler=RankShare(pairs, ranks, rank, shuffle=False),
-        num_workers=workers,
+        workers=workers,
         collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # the default one would draw from the global state
     )

@@ -1,30 +1,33 @@
-"""Image-text pairs for the trainer: WebDataset shards streamed for training, evaluation sets read exactly.
+"""Image-text pairs for the trainer: WebDataset shards for training, evaluation sets read exactly.
 
-What is checked is checked in `setup`, before the first step: a run fails with a reason rather than waiting for samples
-that never come. `mixture.py` finds what there is, `plan.py` and `stream.py` say who sees what when, `pairs.py` how
-evaluation stays exact.
+All checks are made in `setup`, before the first step: a run fails with a reason rather than waiting for samples that never
+come. `sources.py` finds the shards, `order.py` says which sample is seen when, `dataset.py` reads it, `reading.py` hands
+out batches and resumes, `pairs.py` keeps evaluation exact.
 """
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import repeat
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from datamodules.augment import Augment
-from datamodules.loader import ShardLoader
-from datamodules.mixture import find
+from datamodules.dataset import PairMaker, PairsByDraw, PairsByPlace, Source
+from datamodules.order import Order
 from datamodules.pairs import CollatePairs, evaluation_loader
-from datamodules.plan import Plan, Source
-from datamodules.stream import ShardStream
-from datamodules.tally import CAUSE, SOURCE, Tally
+from datamodules.reading import TrainingLoader
+from datamodules.skipped import CAUSE, SOURCE, SkipCounter
+from datamodules.sources import file_name, find
+from datamodules.workers import start_server
 from stair.data.inspection import Needs, probe
 from stair.data.pairs import EvaluationPairs
-from stair.data.remote import Remote
-from stair.data.shard_cache import check_folder
+from stair.data.remote import Remote, check_cache
 from stair.data.specs import Shards, mixture, require
 from stair.errors import SettingError, errors_name
 from stair.images import MAX_PIXELS
@@ -71,8 +74,10 @@ class ImageTextShards(LightningDataModule):
         max_bad_share: greatest share of bad samples that are skipped, in [0, 1); judged on each rank, from 200 samples on
             or from an epoch on where that is smaller.
         seed: of shard order, shuffling, caption draws and crops; stages after the first draw otherwise from the same seed.
-        train_samples: pairs in all training shards together, taken to be spread evenly. Needed where shards that are not
-            local have no index (`stair prepare` writes one) or statistics; otherwise it replaces counting them.
+        train_samples: pairs of a resampled epoch; None: as many as the shards hold.
+        caption_fields: relative probability with which a field of the JSON (a string or a list of them), or `txt`, gives
+            the caption: `{caption: 0.7, alt: 0.3}`. A field that a sample lacks leaves its share to the others. None: the
+            usual captions.
         remote: time-out, retries and local copies of shards that are not local files.
 
     Attributes:
@@ -106,6 +111,7 @@ class ImageTextShards(LightningDataModule):
         max_bad_share: float = 0.1,
         seed: int = 0,
         train_samples: int | None = None,
+        caption_fields: dict[str, float] | None = None,
         remote: Remote = Remote(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
@@ -121,7 +127,9 @@ class ImageTextShards(LightningDataModule):
         require(max_pixels >= 1, "max_pixels", max_pixels, "at least 1")
         require(0 <= max_bad_share < 1, "max_bad_share", max_bad_share, "0 or more and less than 1")
         require(train_samples is None or train_samples >= 1, "train_samples", train_samples, "at least 1, or none")
-        self.train = mixture(train)
+        for name, share in (caption_fields or {}).items():
+            require(0 < share < float("inf"), f"caption_fields[{name!r}]", share, "more than 0")
+        self.train, self.caption_fields = mixture(train), dict(caption_fields or {})
         self.val, self.test = val or {}, test or {}
         self.val_names, self.test_names = list(self.val), list(self.test)
         self.source_names = [name for name in self.train if name]
@@ -130,34 +138,36 @@ class ImageTextShards(LightningDataModule):
         self.resample, self.train_samples, self.remote = resample, train_samples, remote
         self.augment = Augment(image_size, (crop_scale[0], crop_scale[1]), flip, max_pixels, color_jitter, grayscale)
         self.collate = CollatePairs(Vocabulary(vocabulary), max_tokens)
-        self._loader: ShardLoader | None = None
+        self._loader: TrainingLoader | None = None
+        if workers:  # it imports while this process builds the model and looks at the shards
+            start_server(*["torchvision.transforms.v2"] * bool(color_jitter or grayscale))
         self._sets: dict[str, dict[str, EvaluationPairs]] = {}
 
     @property
     def skipped(self) -> dict[str, int]:
         """Bad training samples this rank has met so far, by cause and, in a mixture, by `source/cause` too."""
-        return self._counted(Tally.by_cause)
+        return self._counted(SkipCounter.by_cause)
 
     @property
     def skipped_by_source(self) -> dict[str, int]:
         """Bad training samples this rank has met so far, by source of the mixture."""
-        return dict(self._loader.tally.by_source()) if self._loader else {}
+        return dict(self._loader.counter.by_source()) if self._loader else {}
 
     @property
     def converted(self) -> dict[str, int]:
         """Training images this rank has met so far that were not plain 8-bit grayscale or RGB, by kind, as `skipped`."""
-        return self._counted(Tally.conversions)
+        return self._counted(SkipCounter.conversions)
 
     @property
     def converted_by_source(self) -> dict[str, int]:
         """The same by source of the mixture."""
-        return dict(self._loader.tally.conversions(SOURCE)) if self._loader else {}
+        return dict(self._loader.counter.conversions(SOURCE)) if self._loader else {}
 
     def _counted(self, count: Callable[..., Counter[str]]) -> dict[str, int]:
         if self._loader is None:
             return {}
-        apart = count(self._loader.tally, SOURCE, CAUSE) if self.source_names else {}
-        return {**count(self._loader.tally, CAUSE), **apart}
+        by_source = count(self._loader.counter, SOURCE, CAUSE) if self.source_names else {}
+        return {**count(self._loader.counter, CAUSE), **by_source}
 
     def setup(self, stage: str) -> None:
         """Finds, counts and checks everything that the stage reads.
@@ -177,13 +187,13 @@ class ImageTextShards(LightningDataModule):
             self._sets["test"] = self._evaluation(self.test)
 
     def _evaluation(self, specs: dict[str, str]) -> dict[str, EvaluationPairs]:
-        sets = {}
+        sets, options = {}, (self.augment.size, self.max_pixels, self.remote)
         for name, spec in specs.items():
             with errors_name(f"set {name!r}"):
-                sets[name] = EvaluationPairs(spec, self.augment.size, self.max_pixels)
+                sets[name] = EvaluationPairs(spec, *options)
         return sets
 
-    def _training(self) -> ShardLoader:
+    def _training(self) -> TrainingLoader:
         rank, ranks = self._place()
         if (batch := self.global_batch_size) % ranks:
             sizes = " or ".join(
@@ -199,28 +209,76 @@ class ImageTextShards(LightningDataModule):
                 f"--data.global_batch_size {sizes}, or start {' or '.join(map(str, near))} ranks",
                 "data.global_batch_size",
             )
-        if self.remote.cache:
-            check_folder(self.remote.cache)
-        sources, broken = find(self.train, self.train_samples, self.resample, self.remote.at_first(), rank, ranks)
-        shards, counted = sum(len(s.shards) for s in sources), sum(sum(s.counts) for s in sources)
-        samples = self.train_samples or counted
-        if samples < self.global_batch_size:
-            raise ValueError(
-                f"{shards} shards hold {samples} pairs, fewer than global_batch_size="
-                f"{self.global_batch_size}: an epoch would have no step. Lower it or give more shards"
-            )
+        if self.train_samples and not self.resample:
+            raise SettingError(
+                f"train_samples={self.train_samples} is the length of a resampled epoch: set data.resample: true, or leave "
+                "it out, as shards are counted", "data.train_samples",
+            )  # fmt: skip
+        check_cache(self.remote)
+        sources, broken = find(self.train, self.resample, self.remote.at_first(), rank, ranks)
         for source in sources:
             self._check(source, rank)
-        workers, batch_size = max(self.workers, 1), self.global_batch_size // ranks
-        plan = Plan(tuple(sources), self._stage_seed(), ranks, workers, batch_size, samples, self.resample)
-        if shards < ranks * workers:
-            logger.info("%d shards for %d readers: some read parts of one", shards, ranks * workers)
-        shard_stream = ShardStream(
-            plan, rank, ranks, workers, self.augment, self.collate, self.shuffle, self.max_bad_share, self.remote
+        samples = self._epoch(sources)
+        weighted = sources[0].weight is not None
+        groups = [[source] for source in sources] if weighted else [sources]
+        streams = [
+            [
+                (s.name, shard, count)
+                for s in group
+                for shard, count in zip(s.shards, s.counts or repeat(0), strict=False)
+            ]
+            for group in groups
+        ]
+        counts = [np.array([max(count, 0) for _, _, count in stream]) for stream in streams]
+        names, weights = (
+            [group[0].name for group in groups],
+            [float(s.weight or 1) for s in sources] if weighted else None,
         )
-        loader = ShardLoader(shard_stream, self.workers, self._epoch_batches(plan.steps))
-        loader.tally.add((0, broken if rank == 0 else []))  # nobody reads these again, and all ranks know of them
+        seed, shuffle = self._stage_seed(), self.shuffle
+        order = Order(counts, names, weights, seed, self.global_batch_size, samples, shuffle, self.resample)
+        make = PairMaker(self.augment, self.collate, self.caption_fields)
+        forwards = not sources[0].counts
+        dataset: PairsByPlace | PairsByDraw
+        if forwards:
+            if rank == 0:
+                logger.warning(
+                    "some shards can only be read from front to end: samples are drawn by each reading process, and a "
+                    "resumed run goes on with new draws"
+                )
+            dataset = PairsByDraw(streams, order.shares, make, seed, rank, ranks, shuffle, self.remote)
+        else:
+            dataset = PairsByPlace(streams, make, seed, self.remote)
+        shards = repr([(s.name, [file_name(shard) for shard in s.shards]) for s in sources]).encode(errors="replace")
+        fingerprint = {
+            **order.fingerprint(),
+            "shuffle": shuffle,
+            "resample": self.resample,
+            "shards": f"{sum(map(len, streams))} shards, {hashlib.sha256(shards).hexdigest()[:12]}",
+            "caption_fields": self.caption_fields,
+        }
+        batches = self._epoch_batches(order.steps)
+        loader = TrainingLoader(dataset, order, rank, ranks, self.workers, batches, self.max_bad_share, fingerprint)
+        loader.counter.add(0, broken if rank == 0 else [])  # nobody reads these again, and all ranks know of them
         return loader
+
+    def _epoch(self, sources: list[Source]) -> int:
+        """Pairs in an epoch."""
+        counted = sum(sum(source.counts) for source in sources)
+        if not counted and not (self.resample and self.train_samples):
+            raise SettingError(
+                f"some of {sources[0].shards[:3]} and others can only be read from front to end (commands, compressed "
+                "tars, remote shards without an index): their samples are drawn with replacement. Set data.resample: true "
+                "and data.train_samples to the pairs of an epoch; or give uncompressed tars that can be indexed",
+                "data.resample",
+            )  # fmt: skip
+        samples = self.train_samples or counted
+        if samples < self.global_batch_size:
+            raise SettingError(
+                f"{sum(len(s.shards) for s in sources)} shards hold {samples} pairs, fewer than global_batch_size="
+                f"{self.global_batch_size}: an epoch would have no step. Lower it or give more shards",
+                "data.global_batch_size",
+            )
+        return samples
 
     def _stage_seed(self) -> int | str:
         # else each stage would show the first stage's beginning again: its samples, captions and crops
@@ -249,7 +307,7 @@ class ImageTextShards(LightningDataModule):
         limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
         return min(steps, limit) if isinstance(limit, int) else int(steps * limit)
 
-    def train_dataloader(self) -> ShardLoader:
+    def train_dataloader(self) -> TrainingLoader:
         """The resumable loader; the same object each time, so that a reload goes on with the next epoch.
 
         Raises:

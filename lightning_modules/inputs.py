@@ -107,7 +107,7 @@ def _data(train: Any) -> str | None:
         with ThreadPoolExecutor(16) as readers:
             return _digest(
                 [
-                    (name, source.weight, source.samples, list(readers.map(_shard, expand(source.shards))))
+                    (name, source.weight, list(readers.map(_shard, expand(source.shards))))
                     for name, source in mixture(train).items()
                 ]
             )

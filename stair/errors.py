@@ -23,6 +23,9 @@ class SettingError(StairError):
         super().__init__(message)
         self.setting = setting
 
+    def __reduce__(self) -> Any:
+        return type(self), (str(self), self.setting)
+
 
 class FileError(StairError):
     """A file or folder that is missing, damaged, or of another format.
@@ -35,6 +38,9 @@ class FileError(StairError):
     def __init__(self, message: str, path: Path | str) -> None:
         super().__init__(message)
         self.path = Path(path)
+
+    def __reduce__(self) -> Any:
+        return type(self), (str(self), self.path)
 
 
 class TrainingError(StairError, RuntimeError):

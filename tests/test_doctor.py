@@ -236,8 +236,8 @@ def test_files_of_a_shells_glob_are_one_source_and_a_mapping_is_several(tmp_path
         write_tar(tmp_path / f"{name}.tar", members(range(20)))
     report, _ = told(capsys, str(tmp_path / "a-0.tar"), str(tmp_path / "a-1.tar"))
     assert [source["shards"] for source in report["sources"].values()] == [2]
-    report, _ = told(capsys, f"{{one: {tmp_path}/a-*.tar, two: {{shards: {tmp_path}/b-0.tar, samples: 100}}}}")
-    assert {name: source["samples"] for name, source in report["sources"].items()} == {"one": 40, "two": 100}
+    report, _ = told(capsys, f"{{one: {tmp_path}/a-*.tar, two: {{shards: {tmp_path}/b-0.tar}}}}")
+    assert {name: source["samples"] for name, source in report["sources"].items()} == {"one": 40, "two": 20}
     with pytest.raises(ValueError, match="is no mapping of sources"):
         doctor(["{one: {shardz: x}}"])
 
@@ -254,9 +254,7 @@ def test_shards_on_a_server_are_counted_by_their_index_and_asked_for_without_one
         Thread(target=server.serve_forever, daemon=True).start()
         spec = f"http://127.0.0.1:{server.server_port}/a-{{0..1}}.tar"
         report, status = told(capsys, spec)
-        assert status == 1 and "only reading them all would count them -> --data.train_samples" in mends(
-            report, "stops"
-        )
+        assert status == 1 and "only reading them all would count them" in mends(report, "stops")
         assert report["sources"][spec]["looked_at"] == 50
         report, status = told(capsys, spec, train_samples=50)
         assert status == 0
@@ -396,7 +394,7 @@ class Zeros(io.RawIOBase):
 
 
 def test_a_member_that_training_passes_over_stops_no_fit_however_large_it_is(tmp_path, vocab, monkeypatch):
-    monkeypatch.setattr("stair.data.tar_members.LARGEST", 1 << 20)
+    monkeypatch.setattr("stair.data.members.LARGEST", 1 << 20)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, content in members(range(8)):
             info = tarfile.TarInfo(name)

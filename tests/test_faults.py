@@ -19,7 +19,7 @@ from scipy import sparse
 from torch.utils.data import IterableDataset
 
 import lightning_modules.checkpoints as checkpoints
-from datamodules.workers import LivelyLoader
+from datamodules.workers import ReadingLoader
 from lightning_modules.checkpoints import WholeFiles, keep_whole
 from main import main
 from stair import Embeddings, SparseIndex, Stair
@@ -223,21 +223,24 @@ def test_a_file_that_vanishes_from_an_index_is_named(tmp_path):
 class Dying(IterableDataset):
     """Its third sample kills the process that reads it, as the system does when memory runs out."""
 
+    def __init__(self, wait):
+        super().__init__()
+        self.wait = wait
+
     def __iter__(self):
         for n in range(100):
             if n == 3:
+                time.sleep(self.wait)
                 os.kill(os.getpid(), signal.SIGKILL)
             yield torch.zeros(1)
 
 
 @pytest.mark.parametrize("wait", [0.0, 0.3])
-def test_a_reader_killed_for_memory_ends_the_run_with_a_reason(trainer, wait, monkeypatch):
+def test_a_reader_killed_for_memory_ends_the_run_with_a_reason(trainer, wait):
     # at once, before what it gave has arrived, and after; a hang would meet the limit that every test has
-    kill = os.kill
-    monkeypatch.setattr(os, "kill", lambda *killed: (time.sleep(wait), kill(*killed)))
     # torch's handler of SIGCHLD has the word if it comes first
     with pytest.raises(RuntimeError, match=r"were killed: {\d+: 'Killed'}.*data\.workers|killed by signal: Kill"):
-        trainer.fit(Line(), LivelyLoader(Dying(), num_workers=1))
+        trainer.fit(Line(), ReadingLoader(Dying(wait), workers=1))
 
 
 class Broken(IterableDataset):
@@ -248,7 +251,7 @@ class Broken(IterableDataset):
 
 def test_an_error_of_a_reader_that_lives_is_what_it_was():
     with pytest.raises(EOFError, match="the shard ends early"):
-        list(LivelyLoader(Broken(), num_workers=1))
+        list(ReadingLoader(Broken(), workers=1))
 
 
 def test_nothing_is_decided_by_the_time_of_day():

@@ -22,16 +22,16 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from datamodules.augment import Augment, scaled, upright_jpeg
-from datamodules.loader import ShardLoader
-from datamodules.mixture import find
 from datamodules.pairs import CollatePairs, evaluation_loader
+from datamodules.reading import TrainingLoader
 from datamodules.shards import ImageTextShards
-from stair.data.counts import count_samples
+from datamodules.sources import find
 from stair.data.pairs import EvaluationPairs
-from stair.data.remote import Remote
-from stair.data.shard_cache import open_shard
+from stair.data.remote import Remote, open_shard
+from stair.data.shard_index import build
 from stair.data.specs import Shards, mixture
 from stair.data.tars import expand, stream, walk
+from stair.errors import FileError, SettingError
 from stair.images import box_pixels, decode_image, eval_pixels
 from stair.vocabulary import Vocabulary
 
@@ -89,7 +89,7 @@ def shards(train, vocab: str, **options) -> ImageTextShards:
     return ImageTextShards(train=train, vocabulary=vocab, **{**given, "shuffle": 8, **options})
 
 
-def loader(train, vocab: str, rank: int = 0, ranks: int = 1, **options) -> ShardLoader:
+def loader(train, vocab: str, rank: int = 0, ranks: int = 1, **options) -> TrainingLoader:
     data = shards(train, vocab, **options)
     data._place = lambda: (rank, ranks)
     data.setup("fit")
@@ -332,20 +332,16 @@ def test_img2dataset_members_are_read(tmp_path, vocab):
 # ---- who sees what
 
 
-@pytest.mark.parametrize("sizes", [[40], [30, 10], [7, 1, 12, 5, 15]], ids=str)
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (2, 2), (1, 3), (4, 1)])
-def test_no_sample_comes_twice_in_an_epoch_and_all_ranks_step_alike(tmp_path, vocab, sizes, ranks, workers):
+@pytest.mark.parametrize("sizes", [[40], [30, 10], [7, 1, 12, 0, 5, 15]], ids=str)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_no_sample_comes_twice_in_an_epoch_and_all_ranks_step_alike(tmp_path, vocab, sizes, ranks):
     spec = write_shards(tmp_path, sizes)
     seen = []
     for rank in range(ranks):
-        train = loader(spec, vocab, rank, ranks, workers=workers)
-        plan = train.stream.plan
-        assert len(train) == 10
-        for worker in range(workers):
-            part = plan.pieces(0, rank, worker, line=0)
-            seen += [(p.shard, i) for p in part for i in range(p.start, p.start + p.length)]
-            assert sum(p.length for p in part) >= len(plan.turns(worker)) * 4 // ranks
-    assert len(seen) == len(set(seen)) == 40
+        found = keys(loader(spec, vocab, rank, ranks))
+        assert len(found) == 40 // ranks
+        seen += found
+    assert len(set(seen)) == 40
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -380,14 +376,14 @@ def test_readers_live_on_from_epoch_to_epoch_also_after_one_that_was_left_early(
         pids |= {process.pid for process in here._iterator._workers}
     assert len(pids) == 2
     for epoch, digests in enumerate(seen):
-        fresh = loader(train, vocab, workers=2)
+        fresh = loader(train, vocab)
         fresh.set_epoch(epoch)
         assert digests == [digest(batch) for batch in fresh][: len(digests)]
     assert len(seen[3]) == len(here) > len(seen[1]) == 2
 
 
 def test_readers_that_were_shut_down_between_epochs_are_replaced(tmp_path, vocab):
-    here, fresh = (loader(write_shards(tmp_path, [7, 9, 8]), vocab, workers=2) for _ in range(2))
+    here, fresh = (loader(write_shards(tmp_path, [7, 9, 8]), vocab, workers=workers) for workers in (2, 0))
     list(here)
     here._iterator._shutdown_workers()  # as Lightning does at the end of a fit
     here._iterator = None
@@ -395,63 +391,45 @@ def test_readers_that_were_shut_down_between_epochs_are_replaced(tmp_path, vocab
     assert [digest(batch) for batch in here] == [digest(batch) for batch in fresh]
 
 
-def test_img2dataset_counts_are_used_and_a_shard_that_holds_less_counts_as_broken(tmp_path, vocab):
-    spec = write_shards(tmp_path, [8])
-    (tmp_path / "train-0000_stats.json").write_text(json.dumps({"successes": 12}))
-    data = shards(spec, vocab, max_bad_share=0.5)
-    data.setup("fit")
-    assert len(keys(data.train_dataloader())) == 12  # the worker goes round again, and no rank waits
-    assert data.skipped == {"shard broken": 4}
-
-
-def test_a_pipe_is_streamed_and_its_length_must_be_given(tmp_path, vocab):
+def test_a_pipe_is_drawn_from_and_wants_resampling_and_a_length(tmp_path, vocab, caplog):
     write_shards(tmp_path, [6, 6])
     spec = f"pipe:cat {tmp_path}/train-{{0000..0001}}.tar"
-    with pytest.raises(ValueError, match="train_samples"):
-        loader(spec, vocab)
-    assert len(set(keys(loader(spec, vocab, train_samples=12)))) == 12
+    for options in ({}, {"resample": True}):
+        with pytest.raises(SettingError) as refused:
+            loader(spec, vocab, **options)
+        assert refused.value.setting == "data.resample"
+    for workers in (0, 2):
+        data = loader(spec, vocab, resample=True, train_samples=48, workers=workers)
+        assert len(data) == 12 and len(set(keys(data))) == 12 and "resumed run goes on with new draws" in caplog.text
 
 
-def test_a_stated_number_that_files_beside_the_shards_contradict_is_doubted_aloud(tmp_path, vocab, caplog):
-    spec = write_shards(tmp_path, [40, 60])
+def test_the_length_of_an_epoch_is_a_setting_of_resampled_ones_only(tmp_path, vocab):
+    with pytest.raises(SettingError) as refused:
+        loader(write_shards(tmp_path, [12]), vocab, train_samples=8)
+    assert refused.value.setting == "data.train_samples"
 
-    def warned(given=spec, rank=0, **options):
-        caplog.clear()
-        loader(given, vocab, rank, 2, **options)
-        return [record.getMessage() for record in caplog.records if "but index.json or" in record.getMessage()]
 
-    assert not warned(train_samples=50)  # nobody says otherwise
-    for i, size in enumerate((40, 60)):
-        (tmp_path / f"train-{i:04d}_stats.json").write_text(json.dumps({"successes": size}))
-        if i == 0:
-            (message,) = warned(train_samples=20)
-            assert "say at least 40" in message
-            assert not warned(train_samples=50)
-    for number, doubted in ((50, True), (96, True), (98, False), (100, False), (102, False), (104, True)):
-        messages = warned(train_samples=number)
-        assert len(messages) == doubted
-        for message in messages:
-            assert message.startswith(f"train_samples={number}, but") and "say 100" in message
-            assert "data.resample: true" in message
-        assert len(warned({"a": Shards(spec, samples=number)})) == doubted
-    assert not warned(train_samples=50, rank=1)  # one rank says it for all
-    assert not warned(train_samples=50, resample=True)
-    sizes = {path.name: {"samples": 70, "bytes": path.stat().st_size} for path in tmp_path.glob("*.tar")}
-    (tmp_path / "index.json").write_text(json.dumps({"format": 1, "shards": sizes}))
-    (message,) = warned(train_samples=100)
-    assert "say 140" in message
-    (tmp_path / "index.json").write_text(json.dumps({"format": 1}))
-    assert not warned(train_samples=100)  # an index that is none stops only who needs it
+def test_a_mixture_of_pipes_has_its_shares_in_every_batch_on_every_rank(tmp_path, vocab):
+    write_shards(tmp_path, [6, 6])
+    mixed = {
+        name: Shards(f"pipe:cat {tmp_path}/train-000{i}.tar", weight)
+        for i, (name, weight) in enumerate((("a", 3), ("b", 1)))
+    }
+    options = {"resample": True, "train_samples": 40, "global_batch_size": 8}
+    found = [list(loader(mixed, vocab, rank, 2, **options)) for rank in range(2)]
+    for batches in zip(*found, strict=True):
+        assert [len(batch["key"]) for batch in batches] == [4, 4]
+        assert sum(batch["source"].count("a") for batch in batches) == 6
 
 
 # ---- ranks whose machines hold their own copies
 
 
-def find_on_a_machine(rank: int, folder: str, samples: int | None) -> None:
+def find_on_a_machine(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     try:
-        sources, _ = find(mixture(f"{folder}/{rank}/*.tar"), samples, False, Remote(), rank, 2)
+        sources, _ = find(mixture(f"{folder}/{rank}/*.tar"), False, Remote(), rank, 2)
         told = f"{sources[0].counts}"
     except (ValueError, OSError) as error:
         told = f"{type(error).__name__}: {error}"
@@ -459,7 +437,6 @@ def find_on_a_machine(rank: int, folder: str, samples: int | None) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("samples", [None, 12])
 @pytest.mark.parametrize(
     ("sizes", "wanted"),
     [
@@ -470,17 +447,17 @@ def find_on_a_machine(rank: int, folder: str, samples: int | None) -> None:
     ],
     ids=str,
 )
-def test_ranks_that_find_other_shards_all_stop_and_say_who_found_what(tmp_path, samples, sizes, wanted):
+def test_ranks_that_find_other_shards_all_stop_and_say_who_found_what(tmp_path, sizes, wanted):
     for rank, held in enumerate(sizes):  # folders of other names, as two machines may have
         (tmp_path / str(rank)).mkdir()
         write_shards(tmp_path / str(rank), held)
-    mp.start_processes(find_on_a_machine, (str(tmp_path), samples), nprocs=2, start_method="fork")
+    mp.start_processes(find_on_a_machine, (str(tmp_path),), nprocs=2, start_method="fork")
     for rank in range(2):
         told = (tmp_path / f"{rank}.txt").read_text()
         if wanted is None:
-            assert told == ("(4, 4, 4)" if samples else "(4, 5, 3)")
+            assert told == "(4, 5, 3)"
         else:
-            assert told.startswith("FileNotFoundError" if sizes == ([], []) else "ValueError")
+            assert told.startswith("FileNotFoundError" if sizes == ([], []) else "SettingError")
             assert all(part in told for part in wanted), told
 
 
@@ -551,7 +528,7 @@ AFTER_VALIDATION = {"every_n_epochs": 1, "save_on_train_epoch_end": False}
 def test_a_resumed_run_sees_what_the_uninterrupted_run_sees(tmp_path, vocab, saved_at, checkpoint, trainer, workers):
     spec = write_shards(tmp_path, [9, 12], bad={"00005.png": b"no picture"})
     val = {"val": str(tmp_path / "train-0001.tar")} if checkpoint == AFTER_VALIDATION else None
-    common = {"workers": workers, "checkpoint": checkpoint, "trainer": trainer, "val": val}
+    common = {"workers": workers, "checkpoint": checkpoint, "trainer": trainer, "val": val, "max_bad_share": 0.5}
     whole = fit(tmp_path / "a", spec, vocab, **common)
     fit(tmp_path / "b", spec, vocab, stop_at=saved_at + 1, **common)
     again = fit(tmp_path / "b2", spec, vocab, ckpt=str(tmp_path / "b" / f"step={saved_at}.ckpt"), **common)
@@ -592,9 +569,7 @@ def test_bad_samples_are_left_out_and_counted_by_cause_across_processes(tmp_path
     batches = list(train)
     assert len(batches) == len(train) == 10 and all(len(b["key"]) == 4 for b in batches)
     assert not {f"train-0000/0000{i}" for i in range(1, 9)} & set(keys(batches))
-    # what comes again because bad ones left too few is counted again
-    assert all(CAUSES[cause] <= count <= 2 * CAUSES[cause] for cause, count in data.skipped.items())
-    assert set(data.skipped) == set(CAUSES)
+    assert data.skipped == CAUSES  # one that is tried in the place of another bad one is not counted there
     assert (
         "'00001' in" in caplog.text and f"skipped {sum(data.skipped.values())} samples: {data.skipped}" in caplog.text
     )
@@ -609,11 +584,20 @@ def test_too_many_bad_samples_stop_the_run_and_name_the_worst_shard(tmp_path, vo
 @pytest.mark.parametrize("workers", [0, 1])
 def test_shards_without_one_usable_sample_stop_the_run(tmp_path, vocab, workers):
     good = loader(write_shards(tmp_path, [8, 20]), vocab, workers=workers, max_bad_share=0.99)
-    spec = write_shards(tmp_path, [8, 20], {f"{n:05d}.png": b"x" for n in range(28)})
+    spec = write_shards(tmp_path, [8, 20], {f"{n:05d}.png": b"x" * len(picture(n)) for n in range(28)})
     with pytest.raises(ValueError, match=r"28 of 28 samples are bad: 28 image undecodable"):
         loader(spec, vocab, workers=workers, max_bad_share=0.99)
-    with pytest.raises((RuntimeError, ValueError), match="image undecodable"):  # they went bad after the first look
+    with pytest.raises(FileError, match="image undecodable"):  # they went bad after the first look
         list(good)
+
+
+def test_a_bad_sample_is_replaced_by_the_next_good_one_of_its_shard(tmp_path, vocab):
+    spec = write_shards(tmp_path, [6, 6], {"00002.png": b"x", "00003.png": b"x", "00011.png": b"x"})
+    found = keys(loader(spec, vocab, max_bad_share=0.5, shuffle=0))
+    assert len(found) == 12 and sorted(set(found)) == sorted(
+        {f"train-000{n // 6}/{n:05d}" for n in range(12) if n not in (2, 3, 11)}
+    )
+    assert found.count("train-0000/00004") == 3 and found.count("train-0001/00006") == 2
 
 
 def test_a_shard_that_is_cut_short_is_counted_and_the_rest_of_the_epoch_still_comes(tmp_path, vocab, caplog):
@@ -726,8 +710,8 @@ def test_a_bad_evaluation_sample_stops_the_run_by_file_and_key(tmp_path, vocab, 
 
 
 def test_an_evaluation_tar_that_cannot_be_indexed_in_full_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="copy it to a local path"):
-        EvaluationPairs("https://example.org/a.tar", 8, 10_000)
+    with pytest.raises(FileError, match="is a command"):
+        EvaluationPairs("pipe:cat a.tar", 8, 10_000)
     path = write_tar(tmp_path / "a.tar", good(1) | {"00002.png": picture(2)})
     with pytest.raises(ValueError, match=r"'00002' of .*a.tar: no caption: members are \['png'\]"):
         EvaluationPairs(str(path), 8, 10_000)
@@ -779,11 +763,11 @@ def test_keys_with_dots_are_left_out_and_counted_in_training_and_refused_in_eval
             members |= dotted(i) if i % 3 == 0 else good(i)
         write_tar(tmp_path / f"{name}.tar", members)
     spec = str(tmp_path / "?.tar")
-    assert count_samples(str(tmp_path / "a.tar")) == (30, "")
+    assert len(build(tmp_path / "a.tar")) == 30
     data = shards(spec, vocab, global_batch_size=10, max_bad_share=0.5)
     data.setup("fit")
     assert {key[-5:] for key in keys(data.train_dataloader())} <= {f"{i:05d}" for i in range(60) if i % 3}
-    assert set(data.skipped) == {"dotted key"} and data.skipped["dotted key"] >= 10
+    assert set(data.skipped) == {"dotted key"} and data.skipped["dotted key"] == 20
     wanted = r"'00000_v1.5.png' belongs to key '00000_v1' as type '5.png'; rename"
     with pytest.raises(ValueError, match=f"evaluation sample '00000_v1.5' of .*a.tar: dotted key: {wanted}"):
         EvaluationPairs(spec, 8, 10_000)
@@ -793,7 +777,7 @@ def test_keys_with_dots_are_left_out_and_counted_in_training_and_refused_in_eval
     # each is one, though to WebDataset all are one key
     write_tar(tmp_path / "d.tar", {f"2024.01.0{i}.{kind}": b"x" for i in range(4) for kind in ("png", "txt")})
     streamed = [sample["__key__"] for sample in stream(str(tmp_path / "d.tar"), pytest.fail)]
-    assert streamed == [key for key, _ in walk(tmp_path / "d.tar")] == [f"2024.01.0{i}" for i in range(4)]
+    assert streamed == [sample.key for sample in walk(str(tmp_path / "d.tar"))] == [f"2024.01.0{i}" for i in range(4)]
 
 
 def test_further_members_with_dots_beside_an_image_are_no_samples_and_move_none(tmp_path):

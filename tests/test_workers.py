@@ -4,15 +4,14 @@ import multiprocessing as mp
 import os
 import signal
 import subprocess
-import threading
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from datamodules import workers
-from datamodules.workers import LivelyLoader, begin
+from datamodules.workers import ReadingLoader, begin
 
 fork = mp.get_context("fork")
 
@@ -35,6 +34,13 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def ended(pid, seconds=30):
+    end = time.monotonic() + seconds
+    while alive(pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not alive(pid)
 
 
 def test_a_reader_leaves_signals_of_others_to_the_training_process():
@@ -60,93 +66,50 @@ def test_a_reader_ends_when_the_training_process_is_killed():
     pid = here.recv()
     os.kill(trainer.pid, signal.SIGKILL)
     trainer.join()
-    end = time.monotonic() + 30
-    while alive(pid) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not alive(pid)
+    assert ended(pid)
 
 
-def iterate(pipe, stuck, interrupted):
-    """Reads ten numbers with two processes; the first `stuck` ones wait for a lock from their fork on."""
-    workers._PATIENCE = 2
-    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # how long torch waits for one that should end
-    signal.signal(signal.SIGTERM, lambda *args: None)  # as a trainer has: a stuck process then heeds SIGKILL only
-    left = mp.Value("i", stuck)
-    lock = threading.Lock()
-    lock.acquire()
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 12
 
-    def wait():
-        with left.get_lock():
-            left.value -= 1
-            waits = left.value >= 0
-        if waits:
-            lock.acquire()
-
-    os.register_at_fork(after_in_child=wait)
-    told: list[str] = []
-    workers.logger.warning = lambda text, *values: told.append(text % values)
-    if interrupted:
-        signal.signal(signal.SIGALRM, signal.default_int_handler)
-        signal.alarm(1)
-    try:
-        got = list(LivelyLoader(range(10), batch_size=None, num_workers=2))
-    except (RuntimeError, KeyboardInterrupt) as error:
-        got = repr(error)
-    pipe.send((got, told, [child.pid for child in mp.active_children()]))
+    def __getitem__(self, index):
+        return os.getpid(), os.getppid(), index
 
 
-@pytest.fixture
-def outcome():
-    """Runs `iterate` in a process of its own, which must end by itself."""
-    started = []
-
-    def run(stuck, interrupted=False):
-        here, there = fork.Pipe()
-        reader = fork.Process(target=iterate, args=(there, stuck, interrupted))
-        reader.start()
-        started.append(reader)
-        there.close()
-        assert here.poll(100)
-        result = here.recv()
-        reader.join(20)
-        assert reader.exitcode == 0
-        return result
-
-    yield run
-    for reader in started:
-        reader.kill()
+def test_readers_and_their_server_outlive_a_signal_to_all_processes_of_a_job():
+    loader = ReadingLoader(Numbers(), batch_size=None, workers=2, lasting=True)
+    batches = iter(loader)
+    pid, server, first = next(batches)
+    for process in (pid, server):
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(process, number) if process == server else subprocess.run(
+                ["kill", f"-{int(number)}", str(pid)], check=True
+            )
+    assert [first, *(index for _, _, index in batches)] == list(range(12))
+    assert {pid for pid, _, _ in loader} == {process.pid for process in loader._iterator._workers}
 
 
-@pytest.mark.parametrize("stuck", [0, 1])
-def test_readers_that_are_stuck_in_their_fork_are_started_again(outcome, stuck):
-    got, told, left = outcome(stuck)
-    assert got == list(range(10)) and left == []
-    assert [line[:40] for line in told] == ["1 of 2 reading processes did not start w"] * stuck
+UNGUARDED = """
+import sys, time
+sys.path.insert(0, {root!r})
+print("imported", flush=True)
+from tests.test_workers import Numbers
+from datamodules.workers import ReadingLoader
+loader = ReadingLoader(Numbers(), batch_size=None, workers=2, lasting=True)
+seen = list(loader)
+print(len(seen), *{{number for pid, server, _ in seen for number in (pid, server)}}, flush=True)
+time.sleep(600)
+"""
 
 
 @pytest.mark.slow
-def test_readers_that_are_stuck_each_time_end_in_a_message(outcome):
-    got, told, left = outcome(100)
-    assert "2 of 2 reading processes did not start, 3 times over" in got and len(told) == 3 and left == []
-
-
-def test_who_gives_up_waiting_for_stuck_readers_is_not_held_up_by_them(outcome):
-    got, told, left = outcome(2, interrupted=True)
-    assert got == "KeyboardInterrupt()" and told == [] and left == []
-
-
-class Four(torch.utils.data.Dataset):
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        return index
-
-
-def test_a_reader_that_dies_before_its_first_word_is_told_of_at_once(monkeypatch):
-    def dies(*args):
-        raise RuntimeError("no signals here")
-
-    monkeypatch.setattr(workers.signal, "pthread_sigmask", dies)
-    with pytest.raises(RuntimeError, match="no signals here"):
-        list(LivelyLoader(Four(), num_workers=2))
+def test_a_killed_script_leaves_no_process_behind_and_readers_did_not_run_it_again(tmp_path):
+    (tmp_path / "script.py").write_text(UNGUARDED.format(root=str(Path(__file__).parents[1])))
+    trainer = subprocess.Popen([sys.executable, tmp_path / "script.py"], stdout=subprocess.PIPE, text=True)
+    assert [trainer.stdout.readline()] == ["imported\n"]
+    count, *pids = map(int, trainer.stdout.readline().split())
+    trainer.kill()
+    trainer.wait()
+    assert count == 12 and len(pids) == 3
+    assert all(ended(pid) for pid in pids)

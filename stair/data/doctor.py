@@ -133,7 +133,7 @@ def _named(word: str) -> dict[str, Shards]:
         named = yaml.safe_load(word)
         return mixture({str(n): Shards(**spec) if isinstance(spec, dict) else spec for n, spec in named.items()})
     except (TypeError, yaml.YAMLError) as error:
-        wanted = "'{name: spec, ...}' or '{name: {shards: spec, weight: 1.0, samples: 1000}, ...}'"
+        wanted = "'{name: spec, ...}' or '{name: {shards: spec, weight: 1.0}, ...}'"
         raise ValueError(f"{word!r} is no mapping of sources ({error}); wanted {wanted}") from error
 
 
@@ -150,8 +150,7 @@ def _examine(
     seen = [first_samples(shard, -(-samples // len(chosen)), remote) for shard in chosen]
     sight = look((sample for found, _ in seen for sample in found), needs)
     findings = [
-        Finding(level, name, what, mend)
-        for level, what, mend in _of_shards(counted, bool(given.samples or settings["train_samples"]))
+        Finding(level, name, what, mend) for level, what, mend in _of_shards(counted, bool(settings["train_samples"]))
     ]
     if sight.samples:
         findings += judge(name, sight, needs)
@@ -161,7 +160,7 @@ def _examine(
         findings.append(Finding("stops", name, what, "check --data.train; `stair prepare` makes shards"))
     if not needs.vocabulary:
         findings.append(Finding("notes", name, "captions were not measured in tokens", "--vocabulary or --configs"))
-    return _report(counted, sight, settings, given.samples), findings
+    return _report(counted, sight, settings, settings["train_samples"]), findings
 
 
 def _of_shards(counted: Count, stated: bool) -> Iterator[Said]:
@@ -169,7 +168,11 @@ def _of_shards(counted: Count, stated: bool) -> Iterator[Said]:
     unknown = [shard for shard in shards if is_remote(shard) and shard not in counted.samples]
     if unknown and not stated:
         what = f"{len(unknown)} shards are not local, with no index.json: only reading them all would count them"
-        yield "stops", what, "--data.train_samples, or --write_index where they are local and copy that"
+        yield (
+            "stops",
+            what,
+            "--write_index where they are local, and copy *.idx too; or data.resample, data.train_samples",
+        )
     if counted.broken:
         shard, reason = next(iter(counted.broken.items()))
         what = f"{len(counted.broken)} of {len(counted.walked)} shards that were walked are broken, the first: {reason}"

@@ -5,18 +5,20 @@ No member is read. Indices are made here too: `index.json` beside the shards, wh
 
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stair.data.counts import INDEX, sizes
 from stair.data.prepare.jobs import Job, alone_in, cores, read_json, run
 from stair.data.prepare.shards import index_entries, kept_entries, refuse_foreign_index, write_index
-from stair.data.remote import Remote, is_remote
+from stair.data.remote import LastingError, Remote, is_remote
 from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES
+from stair.data.shard_index import MANIFEST, index_shard, sizes
 from stair.data.tars import walk
+from stair.errors import FileError
 from stair.files import sha256
 
 _HASHED_SHARDS, _HASHED_BYTES = 8, 1 << 29  # whose checksums are compared
@@ -78,9 +80,8 @@ def count(shards: list[str], seconds: float, remote: Remote) -> Count:
     """
     found = Count(shards)
     far = [shard for shard in shards if is_remote(shard)]
-    for shard, size in zip(far, sizes(far, remote), strict=True):
-        if size.samples is not None:
-            found.samples[shard] = size.samples
+    with suppress(FileError, LastingError):  # no index: their number stays unknown
+        found.samples |= {shard: samples for shard, (samples, _) in sizes(far, remote, 1).items()}
     local = [shard for shard in shards if not is_remote(shard)]
     indices = {folder: index_entries(folder) for folder in {Path(shard).parent for shard in local}}
     entries = {shard: indices[Path(shard).parent].get(Path(shard).name) for shard in local}
@@ -105,7 +106,7 @@ def _read_stated(count: Count, shard: str, entry: dict[str, Any] | None) -> None
     if isinstance(stated, int):
         count.samples[shard] = stated
     if entry and entry["bytes"] != count.sizes[shard]:
-        count.stale[shard] = f"{entry['bytes']} bytes in {INDEX}, {count.sizes[shard]} on disk"
+        count.stale[shard] = f"{entry['bytes']} bytes in {MANIFEST}, {count.sizes[shard]} on disk"
 
 
 def _compare_checksums(count: Count, entries: dict[str, dict[str, Any] | None]) -> None:
@@ -114,7 +115,7 @@ def _compare_checksums(count: Count, entries: dict[str, dict[str, Any] | None]) 
         entry = entries[shard] or {}
         left -= count.sizes[shard]
         if left > 0 and shard not in count.stale and entry.get("sha256") not in (None, sha256(Path(shard))):
-            count.doubtful[shard] = f"other content than {INDEX} says (sha256)"
+            count.doubtful[shard] = f"other content than {MANIFEST} says (sha256)"
 
 
 def _walk(count: Count, shard: str) -> None:
@@ -123,7 +124,8 @@ def _walk(count: Count, shard: str) -> None:
     samples = 0
     count.walked.append(shard)
     try:
-        for key, members in walk(shard, "r:*"):
+        for sample in walk(shard, compressed=True):
+            key, members = sample.key, sample.members
             samples += 1
             count.repeated[shard] += hash(key) in keys
             keys.add(hash(key))
@@ -173,11 +175,11 @@ def write_indices(shards: list[str]) -> None:
 
 
 def index_entry(shard: Path) -> dict[str, Any]:
-    """A shard's `samples`, `bytes`, `sha256` and `mtime`.
+    """Writes the index of a shard, and returns its `samples`, `bytes`, `sha256` and `mtime`.
 
     Raises:
         ValueError: if it cannot be read to its end.
     """
-    samples = sum(1 for _ in walk(shard, "r:*"))
+    samples = index_shard(shard)
     about = shard.stat()
     return {"samples": samples, "bytes": about.st_size, "sha256": sha256(shard), "mtime": about.st_mtime_ns}

@@ -19,6 +19,8 @@ from typing import Any, Literal
 from pyarrow import parquet
 
 from stair.data.folders import image_files
+from stair.data.members import BrokenTarError
+from stair.data.members import members as members_of
 from stair.data.remote import is_remote
 from stair.data.samples import (
     CAPTION_TYPES,
@@ -32,7 +34,6 @@ from stair.data.samples import (
     printable,
 )
 from stair.data.tables import SUFFIXES, Row, Table, cell_problem, open_table
-from stair.data.tar_members import BrokenTarError, Tar
 from stair.data.tars import expand
 from stair.errors import FileError, SettingError
 
@@ -326,7 +327,7 @@ def _tar(path: Path, side: Side, notes: list[Skipped]) -> Iterator[Item | Skippe
     stem, lines = printable(path.stem), caption_lines(str(path))
     try:
         with open(path, "rb") as file:
-            members = list(Tar(file, compressed=False))
+            members = list(members_of(file))
             samples = list(group(members, lambda member: (member.offset, member.size)))
             for sample in samples:
                 name = f"{stem}/{sample.key}"

@@ -4,14 +4,14 @@ Metrics compare models, so nothing may go missing in silence: tars are indexed u
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stair.data.remote import is_remote
+from stair.data.remote import LOCAL, LastingError, Remote, is_remote, read_ranges
 from stair.data.samples import (
     CAPTION_TYPES,
     IMAGE_TYPES,
@@ -22,7 +22,9 @@ from stair.data.samples import (
     printable,
     types_of,
 )
-from stair.data.tars import expand, index
+from stair.data.shard_index import open_index
+from stair.data.tars import expand, walk
+from stair.errors import FileError
 from stair.images import decode_image, eval_pixels
 
 
@@ -62,18 +64,25 @@ class EvaluationPairs(Dataset[Pair]):
     """A set of N images by index; indices from N on repeat images as padding.
 
     Args:
-        spec: path, glob, brace pattern, or list of these; local, uncompressed tars.
+        spec: path, glob, brace pattern, URL, or list of these; uncompressed tars.
         image_size: side S of the square images, in pixels.
         max_pixels: largest width × height that is decoded.
+        remote: how to read what is not local.
 
     Raises:
         FileNotFoundError: if the spec matches nothing.
-        ValueError: if it names a URL, a broken tar, a set without samples, or a sample without image or caption.
+        ValueError: if it names a command, a broken tar, a set without samples, or a sample without image or caption.
     """
 
-    def __init__(self, spec: str | list[str], image_size: int, max_pixels: int) -> None:
-        self.image_size, self.max_pixels = image_size, max_pixels
-        self.entries = entries(spec, CAPTION_TYPES)
+    def __init__(
+        self,
+        spec: str | list[str],
+        image_size: int,
+        max_pixels: int,
+        remote: Remote = LOCAL,
+    ) -> None:
+        self.image_size, self.max_pixels, self.remote = image_size, max_pixels, remote
+        self.entries = entries(spec, CAPTION_TYPES, remote)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -85,7 +94,7 @@ class EvaluationPairs(Dataset[Pair]):
             ValueError: naming file, key and cause if it is bad.
         """
         entry = self.entries[index % len(self)]
-        with opened(entry) as sample:
+        with opened(entry, self.remote) as sample:
             texts = whole_captions(sample, entry.lines)
             pixels = eval_pixels(decode_image(image_bytes(sample), self.max_pixels), self.image_size)
         return Pair(
@@ -94,14 +103,14 @@ class EvaluationPairs(Dataset[Pair]):
 
 
 @contextmanager
-def opened(entry: Entry) -> Iterator[dict[str, bytes]]:
+def opened(entry: Entry, remote: Remote = LOCAL) -> Iterator[dict[str, bytes]]:
     """The members of a sample, while it is read.
 
     Raises:
         ValueError: of whatever is found wrong with it meanwhile; names file, key and cause.
     """
     try:
-        yield read_entry(entry)
+        yield read_entry(entry, remote)
     except ValueError as error:
         raise ValueError(f"evaluation sample {entry.key!r} of {entry.path}: {error}") from error
 
@@ -118,31 +127,37 @@ def whole_captions(sample: Mapping[str, bytes], lines: bool = False) -> list[str
     return texts
 
 
-def entries(spec: str | list[str], beside: Sequence[str]) -> list[Entry]:
+def entries(
+    spec: str | list[str],
+    beside: Sequence[str],
+    remote: Remote = LOCAL,
+) -> list[Entry]:
     """Where the samples of a set lie.
 
     Args:
-        spec: path, glob, brace pattern, or list of these; local, uncompressed tars.
+        spec: path, glob, brace pattern, URL, or list of these; uncompressed tars.
         beside: types of members, one of which must stand beside the image.
+        remote: how to read what is not local.
 
     Raises:
         FileNotFoundError: if the spec matches nothing.
-        ValueError: if it names a URL, a broken tar, a set without samples, or one without image or what must be beside.
+        ValueError: if it names a command, a broken tar, a set without samples, or one without image or what must be beside.
     """
-    found = [entry for shard in expand(spec) for entry in _index(shard, beside)]
+    found = [entry for shard in expand(spec) for entry in _index(shard, beside, remote)]
     if not found:
         raise ValueError(f"evaluation set {spec!r} holds no sample: wanted {IMAGE_TYPES} beside {tuple(beside)}")
     return found
 
 
-def _index(shard: str, beside: Sequence[str]) -> Iterator[Entry]:
-    if is_remote(shard):
-        raise ValueError(f"evaluation reads by position, which {shard!r} does not allow: copy it to a local path")
+def _index(shard: str, beside: Sequence[str], remote: Remote) -> Iterator[Entry]:
+    if shard.startswith("pipe:"):
+        raise FileError(f"evaluation reads by position, and {shard!r} is a command: write its output to a file", shard)
     lines = caption_lines(shard)
-    for key, members, wrong in list(index(shard)):  # a tar that is cut short is named as such, not by its last sample
+    # all at once: a tar that is cut short is reported as such, not by its last sample
+    for key, members, problem in list(_samples(shard, remote)):
         try:
-            if wrong:
-                raise ValueError(wrong)
+            if problem:
+                raise ValueError(problem)
             image_type(members)
             if not members.keys() & set(beside):
                 raise ValueError(f"no caption: members are {types_of(members)}, wanted one of {list(beside)}")
@@ -151,11 +166,24 @@ def _index(shard: str, beside: Sequence[str]) -> Iterator[Entry]:
         yield Entry(shard, key, members, lines)
 
 
-def read_entry(entry: Entry) -> dict[str, bytes]:
-    """The members of a sample by type."""
-    with open(entry.path, "rb") as tar:
-        sample = {}
-        for kind, (offset, length) in entry.members.items():
-            tar.seek(offset)
-            sample[kind] = tar.read(length)
-        return sample
+def _samples(shard: str, remote: Remote) -> Iterator[tuple[str, dict[str, tuple[int, int]], str]]:
+    if is_remote(shard):
+        with suppress(LastingError):  # without an index beside it, its headers are read
+            index = open_index(shard, remote)
+            yield from ((index[row].key, index[row].members, index[row].problem) for row in range(len(index)))
+            return
+    for sample in walk(shard, remote):
+        yield sample.key, sample.members, "".join(sample.problems[:1])
+
+
+def read_entry(entry: Entry, remote: Remote = LOCAL) -> dict[str, bytes]:
+    """The members of a sample by type.
+
+    Raises:
+        OSError: if they cannot be read.
+    """
+    parts = read_ranges([(entry.path, start, start + length) for start, length in entry.members.values()], remote)
+    for part in parts:
+        if isinstance(part, OSError):
+            raise part
+    return dict(zip(entry.members, parts, strict=True))  # type: ignore[arg-type]

@@ -1,40 +1,41 @@
-"""Where the bytes of a shard come from: a file, a command, the web, or a bucket.
+"""Where the bytes of a shard come from: a file, a server or bucket that `fsspec` reads, or a command.
 
-Whoever reads a shard sees one unbroken run of bytes. A connection that is slow, refused, dropped or cut short is made
-again, and reading goes on at the byte where it stopped; so a sample is neither lost nor repeated by it. When that does
-not help, the shard is broken, with the cause, and nothing waits for ever.
+Samples are read by position: `read_ranges` fetches many ranges at once. A failure is tried again, after pauses that double.
+The last failure, or one that another try would repeat, is an `OSError` with its cause.
 """
 
-import base64
+import hashlib
 import io
 import ipaddress
 import logging
-import netrc
 import os
 import select
 import signal
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from http.client import HTTPException
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
+
+from stair.errors import SettingError
+from stair.files import lock
 
 logger = logging.getLogger(__name__)
 
 BUFFER = 1 << 20  # bytes
+_BLOCK, _SMALL_BLOCK = 1 << 23, 1 << 18  # bytes of a request where a shard is read from front to end
 _SMALL = 1 << 28  # bytes of an index: a million shards have a tenth of it
-_PAUSE = 0.5  # seconds before the first new try; doubled each time
+_AT_ONCE = 32  # requests of a process under way
+_PAUSE = 0.5  # seconds before the second try; doubled each time
 _LONGEST_PAUSE = 30.0
+_FIRST_TIMEOUT, _FIRST_RETRIES = 10.0, 3  # before a run has begun, a user waits for the answer
+_LASTING = (400, 401, 403, 404, 405, 410, 416)  # statuses for which another try would get the same answer
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_FIRST_TIMEOUT, _FIRST_RETRIES = 10.0, 3  # before a run has begun: who waits there wants to know soon
-_LASTING = (400, 401, 403, 404, 405, 410, 416)  # another try would get the same answer
+
+Range = tuple[str, int, int]  # path or URL, first byte, and the byte behind the last
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,13 @@ class Remote:
 
     Args:
         timeout: seconds without a byte after which a connection counts as dead; more than 0.
-        retries: new tries, with pauses that double from half a second to half a minute, before a shard counts as broken;
-            any byte that arrives starts the count again. 0 or more.
-        cache: folder for local copies of remote shards, which may be shared by processes and machines. None: no copies.
-        cache_gib: size limit of that folder in GiB; what was used longest ago goes first. More than 0.
+        retries: new tries, after pauses that double from half a second to half a minute. 0 or more.
+        cache: folder for local copies of remote shards, which may be shared by processes. None: single samples are read
+            by `Range` requests.
+        cache_gib: size limit of that folder in GiB; copies that were used longest ago are deleted first. More than 0.
 
     Raises:
-        ValueError: if a value is out of range.
+        SettingError: if a value is out of range.
     """
 
     timeout: float = 60.0
@@ -58,17 +59,30 @@ class Remote:
     cache_gib: float = 100.0
 
     def __post_init__(self) -> None:
-        """Refuses what cannot work."""
-        if self.timeout <= 0 or self.retries < 0 or self.cache_gib <= 0:
-            raise ValueError(f"{self}: wanted timeout and cache_gib above 0 and retries of 0 or more")
+        """Checks the ranges."""
+        for name, wrong in (
+            ("timeout", self.timeout <= 0),
+            ("retries", self.retries < 0),
+            ("cache_gib", self.cache_gib <= 0),
+        ):
+            if wrong:
+                least = "0 or more" if name == "retries" else "more than 0"
+                raise SettingError(f"remote.{name}={getattr(self, name)}: wanted {least}", f"data.remote.{name}")
 
     def at_first(self) -> "Remote":
-        """For looking at shards before the first step: gives up within a minute."""
+        """For reading before the first step: gives up within a minute."""
         return replace(self, timeout=min(self.timeout, _FIRST_TIMEOUT), retries=min(self.retries, _FIRST_RETRIES))
 
 
+LOCAL = Remote()  # the default of functions that read local files too
+
+
 class LastingError(OSError):
-    """A failure that another try would not mend."""
+    """A failure that another try would not change."""
+
+
+class NoRangeError(LastingError):
+    """A server sends whole files only."""
 
 
 def is_remote(shard: str) -> bool:
@@ -76,245 +90,134 @@ def is_remote(shard: str) -> bool:
     return "://" in shard or shard.startswith("pipe:")
 
 
-def open_directly(shard: str, remote: Remote) -> BinaryIO:
-    """As `open_shard`, without local copies."""
-    return io.BufferedReader(Steady(shard, remote), BUFFER)
+def read_ranges(ranges: Sequence[Range], remote: Remote) -> list[bytes | OSError]:
+    """Reads parts of files, those that are not local at the same time.
+
+    Args:
+        ranges: path or URL, first byte, and the byte behind the last.
+        remote: time-out, retries and cache.
+
+    Returns:
+        The bytes of each, fewer where the file ends; or why they cannot be read.
+    """
+    results: list[bytes | OSError] = [b""] * len(ranges)
+    far = []
+    for i, (path, start, stop) in enumerate(ranges):
+        if is_remote(path) and not remote.cache:
+            far.append(i)
+            continue
+        try:
+            with local_copy(path, remote) if is_remote(path) else open(path, "rb", buffering=0) as file:
+                results[i] = os.pread(file.fileno(), stop - start, start)
+        except OSError as error:
+            results[i] = error
+    for attempt in range(remote.retries + 1):
+        for i, result in zip(far, _fetched([ranges[i] for i in far], remote), strict=True):
+            results[i] = result
+        far = [i for i in far if isinstance(results[i], OSError) and not isinstance(results[i], LastingError)]
+        if not far or attempt == remote.retries:
+            break
+        logger.info("%s, try %d: %s", ranges[far[0]][0], attempt + 1, results[far[0]])
+        _pause(attempt)
+    for i in far:
+        results[i] = _given_up(*ranges[i][:2], remote, results[i])
+    return results
 
 
-def read_small(url: str, remote: Remote) -> bytes | None:
-    """A small file beside remote shards; None if there is none.
+def _pause(attempt: int) -> None:
+    time.sleep(min(_PAUSE * 2**attempt, _LONGEST_PAUSE))
+
+
+def _given_up(url: str, start: int, remote: Remote, cause: object) -> OSError:
+    return OSError(f"{url} cannot be read at byte {start}, tried {remote.retries + 1} times: {cause}")
+
+
+def _fetched(ranges: list[Range], remote: Remote) -> Iterator[bytes | OSError]:
+    """One try of each."""
+    found: dict[int, Any] = {}
+    by_system: dict[int, tuple[Any, list[int]]] = {}
+    paths = [""] * len(ranges)
+    for i, (url, _, _) in enumerate(ranges):
+        try:
+            files, paths[i] = _system(url, remote)
+            by_system.setdefault(id(files), (files, []))[1].append(i)
+        except OSError as error:
+            found[i] = error
+    for files, which in by_system.values():
+        more = {"batch_size": _AT_ONCE} if files.async_impl else {}
+        spans = ([paths[i] for i in which], [ranges[i][1] for i in which], [ranges[i][2] for i in which])
+        found |= zip(which, files.cat_ranges(*spans, on_error="return", **more), strict=True)
+    for i, (url, _, _) in enumerate(ranges):
+        yield _as_os_error(url, found[i]) if isinstance(found[i], Exception) else found[i]
+
+
+def _system(url: str, remote: Remote) -> tuple[Any, str]:
+    """The file system of a URL and the path in it.
 
     Raises:
-        OSError: if it cannot be told whether there is one, or it cannot be read.
+        LastingError: if there is none, or its library is not installed.
     """
+    scheme = url.partition("://")[0]
+    options: dict[str, Any] = {}
+    if scheme in ("http", "https"):
+        options = {"client_kwargs": {"seconds": remote.timeout}, "get_client": _client}
+    elif scheme in ("s3", "s3a"):
+        options = {"config_kwargs": {"connect_timeout": remote.timeout, "read_timeout": remote.timeout}}
     try:
-        with open_directly(url, remote) as file:
-            content = file.read(_SMALL + 1)
-    except LastingError:
-        return None
-    if len(content) > _SMALL:
-        raise OSError(f"{url} has more than {_SMALL} bytes, which no such file has")
-    return content
+        import fsspec
+
+        files, path = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        raise LastingError(f"{url} cannot be opened: {error}; `pip install 'stair-embeddings[remote]'`") from error
+    except ValueError as error:
+        raise LastingError(f"{url} cannot be opened: {error}") from error
+    return files, path
 
 
-class Steady(io.RawIOBase):
-    """A remote file as one unbroken run of bytes.
-
-    Args:
-        shard: `pipe:` command or URL.
-        remote: time-out and number of retries.
-    """
-
-    def __init__(self, shard: str, remote: Remote) -> None:
-        self._shard, self._remote = shard, remote
-        self._connect = _connection(shard)
-        self._stream: Connection | None = None
-        self._tag: str | None = None
-        self._at = 0
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Reads what has arrived, after as many new connections as it takes.
-
-        Raises:
-            OSError: when it is given up, with the last cause.
-        """
-        for attempt in range(self._remote.retries + 1):
-            try:
-                if self._stream is None:
-                    self._stream = self._connect(self._at, self._remote.timeout)
-                    self._same_file(self._stream.tag)
-                count = self._stream.readinto(buffer)
-                if not count:
-                    self._stream.check_end(self._at)
-                self._at += count
-                return count
-            except LastingError:
-                raise
-            except (OSError, HTTPException, EOFError) as error:
-                self._drop()
-                cause = f"{type(error).__name__}: {error}"
-                logger.info("%s, byte %d, try %d: %s", self._shard, self._at, attempt + 1, cause)
-                if attempt < self._remote.retries:
-                    time.sleep(min(_PAUSE * 2**attempt, _LONGEST_PAUSE))
-        raise OSError(
-            f"{self._shard} cannot be read beyond byte {self._at}, tried {self._remote.retries + 1} times: {cause}"
-        )
-
-    def _same_file(self, tag: str | None) -> None:
-        if self._at and tag != self._tag:
-            raise LastingError(f"{self._shard} was changed while it was read: its tag was {self._tag}, now it is {tag}")
-        self._tag = tag
-
-    def _drop(self) -> None:
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            with suppress(OSError, HTTPException):
-                stream.close()
-
-    def close(self) -> None:
-        """Ends the connection or the command."""
-        self._drop()
-        super().close()
-
-
-class Connection:
-    """A running transfer from some byte of a shard on.
-
-    Args:
-        stream: gives the bytes.
-        length: bytes of the whole shard, None if nobody said.
-        tag: what changes when the shard is replaced by another of the same name, None if nobody said.
-    """
-
-    def __init__(self, stream: Any, length: int | None, tag: str | None = None) -> None:
-        self._stream, self._length, self.tag = stream, length, tag
-
-    def readinto(self, buffer: Any) -> int:
-        """Bytes read into the buffer, 0 at the end."""
-        return self._stream.readinto(buffer) or 0
-
-    def check_end(self, at: int) -> None:
-        """Tells an end from a break.
-
-        Raises:
-            EOFError: if the shard is longer than what has come.
-        """
-        if self._length is not None and at < self._length:
-            raise EOFError(f"the transfer ended after {at} of {self._length} bytes")
-
-    def close(self) -> None:
-        """Ends the transfer."""
-        self._stream.close()
-
-
-def _connection(shard: str) -> Callable[[int, float], Connection]:
-    if shard.startswith("pipe:"):
-        return lambda at, timeout: _Command(shard.removeprefix("pipe:"), at, timeout)
-    if urlsplit(shard).scheme in ("http", "https"):
-        return lambda at, timeout: _over_http(shard, at, timeout)
-    return lambda at, timeout: _Bucket(shard, at, timeout)
-
-
-def _skip(stream: Any, size: int) -> None:
-    while size > 0:
-        read = len(stream.read(min(size, BUFFER)))
-        if not read:
-            raise EOFError("the transfer ended before the byte where reading had stopped")
-        size -= read
-
-
-class _Command(Connection):
-    """A shell command's output. It is run again from its beginning where it failed or said nothing for `timeout` seconds.
-
-    It has a process group of its own, so that what it started ends with it: a shell that is ended leaves its pipeline.
-    """
-
-    def __init__(self, command: str, at: int, timeout: float) -> None:
-        self._command, self._timeout = command, timeout
-        # not buffered: what lies in a buffer is not seen by who waits at the pipe
-        self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
-        super().__init__(self._process.stdout, None)
-        self._output = select.poll()  # select takes no descriptor above 1023
-        self._output.register(self._stream, select.POLLIN)
-        try:
-            _skip(self, at)
-        except BaseException:
-            self.close()
-            raise
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._output.poll(1000 * self._timeout):
-            raise TimeoutError(f"`{self._command}` gave no byte for {self._timeout:g} s")
-        return super().readinto(buffer)
-
-    def read(self, size: int) -> bytes:
-        """At most so many bytes, none at the end."""
-        buffer = bytearray(min(size, 1 << 16))  # a pipe holds no more
-        return bytes(buffer[: self.readinto(buffer)])
-
-    def check_end(self, at: int) -> None:
-        try:
-            status = self._process.wait(self._timeout)
-        except subprocess.TimeoutExpired:
-            raise TimeoutError(f"`{self._command}` closed its output and did not end for {self._timeout:g} s") from None
-        if status:
-            raise EOFError(f"`{self._command}` ended with {status} after {at} bytes")
-
-    def close(self) -> None:
-        self._stream.close()
-        if self._process.returncode is not None:  # its number may be another's by now
-            return
-        self._signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
-        self._signal(signal.SIGKILL)
-        self._process.wait()
-
-    def _signal(self, number: int) -> None:
-        with suppress(OSError):  # all of them have ended
-            os.killpg(self._process.pid, number)
+def _as_os_error(url: str, error: Exception) -> OSError:
+    """An error of a library of fsspec, lasting or not."""
+    if isinstance(error, LastingError):
+        return error
+    status = getattr(error, "status", None)
+    lasting = isinstance(error, FileNotFoundError | PermissionError) or status in _LASTING
+    if lasting or "Credential" in type(error).__name__:  # as botocore's NoCredentialsError
+        return LastingError(f"{url}: {type(error).__name__}: {error}")
+    return OSError(f"{type(error).__name__}: {error}")
 
 
 # ------------------------------------------------------------------ http
 
 
-def _over_http(url: str, at: int, timeout: float) -> Connection:
-    request = urllib.request.Request(url, headers={"Accept-Encoding": "identity", "User-Agent": "stair"})
-    if at:
-        request.add_header("Range", f"bytes={at}-")
-    if authorization := _authorization(urlsplit(url).hostname or ""):
-        request.add_unredirected_header("Authorization", authorization)
-    opener = urllib.request.build_opener(_GuardedRedirects(urlsplit(url).netloc))
-    try:
-        answer = opener.open(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code in _LASTING or 300 <= error.code < 400:
-            raise LastingError(f"{url}: the server says {error.code} {error.reason}") from error
-        raise
-    declared = answer.headers.get("Content-Length")
-    resumed = answer.status == 206
-    if resumed and not answer.headers.get("Content-Range", "").startswith(f"bytes {at}-"):
-        answer.close()
-        raise LastingError(f"{url}: asked for bytes from {at} on, got {answer.headers.get('Content-Range')!r}")
-    if at and not resumed:  # a server that always begins at the beginning
-        _skip(answer, at)
-    length = int(declared) + at * resumed if declared and declared.isdigit() else None
-    return Connection(answer, length, answer.headers.get("ETag"))
+async def _client(seconds: float, loop: Any = None) -> Any:
+    """A session that gives up after so many silent seconds, reads passwords in ~/.netrc, and checks answers."""
+    import aiohttp
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(_check_redirect)
+    trace.on_request_end.append(_check_range)
+    limits = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+    return aiohttp.ClientSession(loop=loop, timeout=limits, trace_configs=[trace], trust_env=True)
 
 
-def _authorization(host: str) -> str | None:
-    """What `~/.netrc` has for a host: a password in a URL would stand in logs and checkpoints."""
-    try:
-        entry = netrc.netrc().hosts.get(host)
-    except FileNotFoundError:
-        return None
-    except (OSError, netrc.NetrcParseError) as error:  # what is public needs none of it
-        warnings.warn(f"~/.netrc cannot be read, so no password is sent: {error}", stacklevel=2)
-        return None
-    return "Basic " + base64.b64encode(f"{entry[0]}:{entry[2]}".encode()).decode() if entry else None
+async def _check_range(session: Any, context: Any, answer: Any) -> None:
+    """Else a server without `Range` would send the whole shard for each sample."""
+    if answer.response.status == 200 and answer.method == "GET" and "Range" in answer.headers:
+        raise NoRangeError(
+            f"{answer.url}: the server sends whole files only (no Range): set data.remote.cache to a folder for copies"
+        )
 
 
-class _GuardedRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but not from the web into this machine or its network, where a server has no business."""
-
-    def __init__(self, given: str) -> None:
-        self._given = given
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        there = urlsplit(newurl)
-        if there.scheme not in ("http", "https"):
-            raise LastingError(f"{req.full_url} sends on to {newurl!r}: only http and https are followed")
-        if there.netloc != self._given and (local := _local_address(there.hostname or "")):
-            raise LastingError(
-                f"{req.full_url} sends on to {newurl!r}, which is the local address {local}: refused. "
-                "Give that URL itself if it is meant"
-            )
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+async def _check_redirect(session: Any, context: Any, answer: Any) -> None:
+    """Redirects are followed, but not from the web into this machine or its network."""
+    place = answer.response.headers.get("Location", "")
+    there = answer.url.join(type(answer.url)(place))
+    if there.scheme not in ("http", "https"):
+        raise LastingError(f"{answer.url} redirects to {place!r}: only http and https are followed")
+    if there.authority != answer.url.authority and (local := _local_address(there.host or "")):
+        raise LastingError(
+            f"{answer.url} redirects to {place!r}, which is the local address {local}: not followed. "
+            "Give that URL itself if it is meant"
+        )
 
 
 def _local_address(host: str) -> str | None:
@@ -328,61 +231,217 @@ def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
         inner = address.ipv4_mapped or address.sixtofour
         if address in _NAT64:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if inner is not None:  # a router would hand it on to that one
+        if inner is not None:  # a router would send it on to that one
             return _is_public(inner)
     return address.is_global and not address.is_multicast
 
 
-# ------------------------------------------------------------------ buckets and hubs
+# ------------------------------------------------------------------ from front to end
 
 
-class _Bucket(Connection):
-    """A file that fsspec opens. Its libraries' failures are of many kinds; here they are `OSError`, to be tried again."""
+def open_shard(shard: str, remote: Remote) -> BinaryIO:
+    """Opens a shard for reading from front to end.
 
-    def __init__(self, url: str, at: int, timeout: float) -> None:
-        with _as_os_error():
-            try:
-                import fsspec
+    Args:
+        shard: a path, `pipe:COMMAND`, `http(s)://…`, or a URL that fsspec knows (`s3://`, `gs://`, `hf://`, …).
+        remote: time-out, retries and cache.
 
-                files, path = fsspec.core.url_to_fs(url, **_time_out(url, timeout))
-            except ImportError as error:
-                raise LastingError(
-                    f"{url} cannot be opened: {error}; `pip install 'stair-embeddings[remote]'`"
-                ) from error
-            except ValueError as error:
-                raise LastingError(f"{url} cannot be opened: {error}") from error
-            try:
-                stream = files.open(path, "rb", block_size=8 << 20, cache_type="readahead")
-            except (FileNotFoundError, PermissionError) as error:
-                raise LastingError(f"{url}: {type(error).__name__}: {error}") from error
-            except Exception as error:
-                if "Credential" in type(error).__name__:  # botocore's NoCredentialsError and its like
-                    raise LastingError(f"{url}: {type(error).__name__}: {error}") from error
-                raise
-            stream.seek(at)
-        super().__init__(stream, getattr(stream, "size", None))
+    Raises:
+        OSError: if it cannot be opened, or on reading if it cannot be read to its end.
+    """
+    if shard.startswith("pipe:"):
+        return io.BufferedReader(Command(shard.removeprefix("pipe:"), remote.timeout), BUFFER)
+    if not is_remote(shard):
+        return open(shard, "rb", buffering=BUFFER)
+    if remote.cache:
+        return local_copy(shard, remote)
+    try:
+        return io.BufferedReader(_Blocks(shard, remote), BUFFER)
+    except NoRangeError:
+        files, path = _system(shard, remote)
+        stream: BinaryIO = files.open(path, "rb", block_size=0)
+        return stream
+
+
+def read_small(url: str, remote: Remote) -> bytes | None:
+    """A small file beside remote shards; None if there is none.
+
+    Raises:
+        OSError: if it is not known whether there is one, or it cannot be read.
+    """
+    try:
+        with open_shard(url, replace(remote, cache=None)) as file:
+            content = file.read(_SMALL + 1)
+    except LastingError:
+        return None
+    if len(content) > _SMALL:
+        raise OSError(f"{url} has more than {_SMALL} bytes, which no such file has")
+    return content
+
+
+class _Blocks(io.RawIOBase):
+    """A remote file, read a block at a time."""
+
+    def __init__(self, url: str, remote: Remote) -> None:
+        self._url, self._remote = url, remote
+        self._at = self._start = 0
+        self._block = self._read(0)
+
+    def _read(self, start: int) -> bytes:
+        (data,) = read_ranges([(self._url, start, start + _BLOCK)], replace(self._remote, retries=0))
+        if isinstance(data, OSError) and not isinstance(data, LastingError):
+            # over a connection that breaks off often, small parts arrive
+            few = range(start, start + _BLOCK, _SMALL_BLOCK)
+            parts = read_ranges([(self._url, at, at + _SMALL_BLOCK) for at in few], self._remote)
+            failed = next((i for i, part in enumerate(parts) if isinstance(part, OSError)), len(parts))
+            ended = 0 < failed < len(parts) and isinstance(parts[failed], LastingError)  # 416: behind the end
+            data = b"".join(parts[:failed]) if failed == len(parts) or ended else parts[failed]  # type: ignore[arg-type]
+        if isinstance(data, OSError):
+            raise data
+        return data
+
+    def readable(self) -> bool:
+        return True
 
     def readinto(self, buffer: Any) -> int:
-        with _as_os_error():
-            return super().readinto(buffer)
+        if self._at == self._start + _BLOCK:  # a shorter block is the last one
+            self._start = self._at
+            try:
+                self._block = self._read(self._at)
+            except LastingError:  # 416: the file ended with the block before
+                self._block = b""
+        data = self._block[self._at - self._start :][: len(buffer)]
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+class Command(io.RawIOBase):
+    """The output of a shell command.
+
+    The command has a process group of its own, so that what it started ends with it.
+
+    Args:
+        command: for the shell.
+        timeout: seconds of silence after which it is given up.
+    """
+
+    def __init__(self, command: str, timeout: float) -> None:
+        self._command, self._timeout = command, timeout
+        # not buffered: poll does not see what lies in a buffer
+        self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
+        self._output = select.poll()  # select takes no descriptor above 1023
+        self._output.register(self._process.stdout, select.POLLIN)  # type: ignore[arg-type]
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Reads what has arrived.
+
+        Raises:
+            OSError: if nothing arrives in time, or the command fails.
+        """
+        if not self._output.poll(1000 * self._timeout):
+            raise TimeoutError(f"`{self._command}` gave no byte for {self._timeout:g} s")
+        count = self._process.stdout.readinto(buffer)  # type: ignore[union-attr]
+        if not count:
+            try:
+                status = self._process.wait(self._timeout)
+            except subprocess.TimeoutExpired:
+                raise TimeoutError(
+                    f"`{self._command}` closed its output and did not end for {self._timeout:g} s"
+                ) from None
+            if status:
+                raise OSError(f"`{self._command}` ended with {status}")
+        return count or 0
 
     def close(self) -> None:
-        with _as_os_error():
-            super().close()
+        """Ends the command and what it started."""
+        if not self.closed:
+            self._process.stdout.close()  # type: ignore[union-attr]
+            if self._process.returncode is None:  # else its number may be another's by now
+                for number in (signal.SIGTERM, signal.SIGKILL):
+                    with suppress(OSError):  # all of them have ended
+                        os.killpg(self._process.pid, number)
+                    with suppress(subprocess.TimeoutExpired):
+                        self._process.wait(5)
+        super().close()
 
 
-def _time_out(url: str, timeout: float) -> dict[str, Any]:
-    """What makes a library give up a transfer that stands still; only that of s3 is known to take it."""
-    if urlsplit(url).scheme not in ("s3", "s3a"):
-        return {}
-    return {"config_kwargs": {"connect_timeout": timeout, "read_timeout": timeout}}
+# ------------------------------------------------------------------ local copies
 
 
-@contextmanager
-def _as_os_error() -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+def check_cache(remote: Remote) -> None:
+    """Makes the folder of copies.
+
+    Raises:
+        SettingError: if nothing can be written there.
+    """
+    if remote.cache:
+        try:
+            os.makedirs(remote.cache, exist_ok=True)
+            with lock(Path(remote.cache) / "room.lock", wait=True):
+                pass
+        except OSError as error:
+            raise SettingError(
+                f"remote.cache={remote.cache!r} cannot hold copies ({error}): give a folder that can be written to and has "
+                "file locks, or null for no copies", "data.remote.cache",
+            ) from error  # fmt: skip
+
+
+def local_copy(url: str, remote: Remote) -> BinaryIO:
+    """Opens the local copy of a remote file, fetched whole if need be, once for all processes.
+
+    Raises:
+        OSError: if it cannot be fetched, or there is no room for it.
+    """
+    assert remote.cache
+    folder, mark = Path(remote.cache), hashlib.sha256(url.encode()).hexdigest()[:24]
+    copy = folder / f"{mark}-{PurePosixPath(url.partition('?')[0]).name[-80:]}.copy"
+    with lock(folder / f"{mark}.lock", wait=True):
+        if not copy.exists():
+            fresh = folder / f"{mark}.part"  # of a process that was killed, too: nobody else fetches this now
+            try:
+                _fetch(url, fresh, remote)
+                _make_room(folder, int(remote.cache_gib * 2**30), fresh)
+                fresh.replace(copy)
+            finally:
+                fresh.unlink(missing_ok=True)
+        file = open(copy, "rb")  # noqa: SIM115 - the caller's, who keeps it when the copy is deleted
+        os.utime(file.fileno())
+        return file
+
+
+def _fetch(url: str, target: Path, remote: Remote) -> None:
+    with open_shard(url, replace(remote, cache=None)) as source, open(target, "wb") as file:
+        while True:
+            try:
+                block = source.read(_BLOCK)
+            except OSError:
+                raise
+            except Exception as error:
+                raise _as_os_error(url, error) from error
+            if not block:
+                return
+            try:
+                file.write(block)
+            except OSError as error:
+                raise OSError(f"data.remote.cache={remote.cache!r} cannot hold a copy of {url}: {error}") from error
+
+
+def _make_room(folder: Path, limit: int, fresh: Path) -> None:
+    with lock(folder / "room.lock", wait=True):
+        total, found = fresh.stat().st_size, []
+        if total > limit:
+            raise OSError(f"a shard of {total} bytes is larger than data.remote.cache_gib ({limit} bytes): raise it")
+        for copy in folder.glob("*.copy"):
+            with suppress(FileNotFoundError):
+                state = copy.stat()
+                found.append((state.st_mtime_ns, state.st_size, copy))
+                total += state.st_size
+        for _, size, copy in sorted(found):
+            if total > limit:
+                copy.unlink(missing_ok=True)
+                total -= size

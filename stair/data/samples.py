@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -296,11 +297,49 @@ def _says_retrieval(file: Path) -> bool:
     return file.is_file() and file.read_bytes().strip() == b"retrieval"
 
 
+def caption_choices(
+    sample: Mapping[str, bytes], shares: Mapping[str, float], lines: bool = False
+) -> list[tuple[float, list[str]]]:
+    """The captions that training draws from.
+
+    Args:
+        sample: bytes of its members by type.
+        shares: relative probability of fields of the JSON, each a string or a list of strings, or of `txt`. Empty: the
+            captions that `captions` returns.
+        lines: as for `captions`.
+
+    Returns:
+        Share and captions, none of them blank, of each field that the sample has.
+
+    Raises:
+        NoCaptionError: `no caption: ...`.
+        ValueError: as `captions`.
+    """
+    if not shares:
+        return [(1.0, [text for text in captions(sample, lines) if text])]
+    try:
+        fields = _json_object(sample)
+        values = {name: fields[name] for name in shares if fields.get(name)}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"caption unreadable: {type(error).__name__}: {error}") from error
+    parts = {
+        name: {"json": json.dumps({"captions": v if isinstance(v, list) else [v]}).encode()}
+        for name, v in values.items()
+    }
+    if "txt" in shares and "txt" in sample:
+        parts["txt"] = {"txt": sample["txt"]}
+    choices = []
+    for name, part in parts.items():
+        with suppress(NoCaptionError):
+            choices.append((shares[name], [text for text in captions(part, lines) if text]))
+    if not choices:
+        raise NoCaptionError(f"no caption: none of the fields {list(shares)} is there; members are {types_of(sample)}")
+    return choices
+
+
 def _in_json(sample: Mapping[str, bytes]) -> tuple[str, list[str]]:
     """The field of a sample's JSON with its captions, and these; both empty if null, "" or [] is all there is."""
-    fields = json.loads(sample["json"].decode("utf-8-sig")) if "json" in sample else {}
-    if not isinstance(fields, dict):
-        raise TypeError(f"the JSON is a {type(fields).__name__}, wanted an object")
+    fields = _json_object(sample)
     for name in ("captions", "caption"):
         value = fields.get(name)
         if value is not None and value != "" and value != []:
@@ -308,6 +347,13 @@ def _in_json(sample: Mapping[str, bytes]) -> tuple[str, list[str]]:
                 raise TypeError(f"captions is a {type(value).__name__}, wanted a list of strings")
             return name, value if name == "captions" else [value]
     return "", []
+
+
+def _json_object(sample: Mapping[str, bytes]) -> dict[str, Any]:
+    fields = json.loads(sample["json"].decode("utf-8-sig")) if "json" in sample else {}
+    if not isinstance(fields, dict):
+        raise TypeError(f"the JSON is a {type(fields).__name__}, wanted an object")
+    return fields
 
 
 def caption_field(sample: Mapping[str, bytes]) -> str:

@@ -20,12 +20,10 @@ class Shards:
     Args:
         shards: shard spec, or a list of them.
         weight: share of the pairs, relative to the other sources' weights; more than 0.
-        samples: pairs in these shards together, where they cannot be counted; at least 1.
     """
 
     shards: str | list[str]
     weight: float | None = None
-    samples: int | None = None
 
 
 def mixture(train: str | list[str] | dict[str, str | list[str] | Shards] | None) -> dict[str, Shards]:
@@ -39,7 +37,7 @@ def mixture(train: str | list[str] | dict[str, str | list[str] | Shards] | None)
         if isinstance(spec, str) and spec.startswith("{") and ": " in spec:
             raise ValueError(
                 f"data.train={spec!r} looks like a mapping and cannot be read as one: wanted {{NAME: SPEC, ...}} or "
-                "{NAME: {shards: SPEC, weight: NUMBER, samples: NUMBER}, ...}; patterns with brackets or braces stand "
+                "{NAME: {shards: SPEC, weight: NUMBER}, ...}; patterns with brackets or braces stand "
                 "between quotes, as in {name: 'data/{00..09}.tar'}"
             )
     if not isinstance(train, dict):
@@ -51,9 +49,8 @@ def mixture(train: str | list[str] | dict[str, str | list[str] | Shards] | None)
     if "" in mixed:
         raise ValueError("a source of the mixture has an empty name")
     for name, source in mixed.items():
-        weight, samples = source.weight, source.samples
+        weight = source.weight
         require(
             weight is None or 0 < weight < float("inf"), f"weight of source {name!r}", weight, "more than 0, or none"
         )
-        require(samples is None or samples >= 1, f"samples of source {name!r}", samples, "at least 1, or none")
     return mixed

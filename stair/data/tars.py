@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 
 import braceexpand
 
-from stair.data.remote import Remote, is_remote
-from stair.data.samples import group, is_wanted
-from stair.data.shard_cache import open_shard
-from stair.data.tar_members import BrokenTarError, Member, Tar
+from stair.data.members import BrokenTarError, Member, members
+from stair.data.remote import LOCAL, Remote, is_remote, open_shard
+from stair.data.samples import Grouped, group, is_wanted
+from stair.errors import FileError
 
 _OTHER_BACKSLASH = re.compile(r"\\(?![{},])")  # a command's own: only a brace's or comma's is for the pattern
 
@@ -66,60 +66,57 @@ def _matches(pattern: str, spec: str) -> list[str]:
     return found
 
 
-def index(path: Path | str, mode: str = "r:") -> Iterator[tuple[str, dict[str, tuple[int, int]], str]]:
-    """As `walk`, and with each sample what is wrong with its names, empty if nothing is."""
-    try:
-        with open(path, "rb") as file:
-            for sample in group(Tar(file, mode != "r:"), lambda member: (member.offset, member.size)):
-                yield sample.key, sample.members, "; ".join(sample.problems[:1])
-    except (BrokenTarError, OSError) as error:
-        raise ValueError(f"{path} is cut short or no {'uncompressed ' * (mode == 'r:')}tar ({error})") from error
-
-
-def walk(path: Path | str, mode: str = "r:") -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Walks the headers of a local tar, one sample at a time, without reading what the members hold.
+def walk(
+    shard: str,
+    remote: Remote = LOCAL,
+    compressed: bool = False,
+) -> Iterator[Grouped[tuple[int, int]]]:
+    """Walks the headers of a tar, one sample at a time, without reading what the members hold where the file can seek.
 
     Args:
-        path: the tar.
-        mode: `r:` refuses compressed tars, in which offsets mean nothing, `r:*` takes them.
+        shard: path or URL.
+        remote: how to read what is not local.
+        compressed: whether compressed tars are accepted, in which offsets mean nothing.
 
     Yields:
-        A sample's key and, by type (`jpg`, `json`, ...), offset and length of its members in bytes.
+        Samples; the values of their members are offset and length in bytes.
 
     Raises:
-        ValueError: where the file stops being a tar; every whole sample before has been yielded by then.
+        FileError: where the file stops being a tar, with the byte; every complete sample before has been yielded by then.
     """
-    for key, places, _ in index(path, mode):
-        yield key, places
+    try:
+        with open_shard(shard, remote) as file:
+            mode = "r:" if file.seekable() and not compressed else "r|*" if compressed else "r|"
+            yield from group(members(file, mode), lambda member: (member.offset, member.size))
+    except (BrokenTarError, OSError) as error:
+        raise FileError(f"{shard} {error}", shard) from error
 
 
 def stream(
     shard: str,
     on_error: Callable[[Exception], Any],
     select: Callable[[str], bool] | None = is_wanted,
-    remote: Remote | None = None,
+    remote: Remote = LOCAL,
 ) -> Iterator[dict[str, Any]]:
     """Reads the samples of one shard from front to end.
 
     Args:
         shard: path, URL or `pipe:` command.
-        on_error: told of what breaks the shard, after which nothing more comes.
-        select: which members are handed out, by name; None for all, those that belong to no sample as b"".
+        on_error: called with what breaks the shard, after which nothing more comes.
+        select: which members are read, by name; None for all, those that belong to no sample as b"".
         remote: how shards that are not local files are read.
 
     Yields:
-        `__key__`, `__wrong__` (a reason to leave the sample out, else empty), `__odd__` (a list of what is no such reason)
-        and, by type in lower case, the bytes of each member.
+        `__key__`, `__wrong__` (a reason to skip the sample, else empty), `__odd__` (a list of notes that are no
+        such reason) and, by type in lower case, the bytes of each member.
     """
+
+    def read(member: Member) -> bytes:
+        return member.read() if select is not None or is_wanted(member.name) else b""
+
     try:
-        with open_shard(shard, remote or Remote()) as file:
-            tar = Tar(file)
-
-            def read(member: Member) -> bytes:
-                # the others are passed over at any size, as in training
-                return tar.read(member.size) if select is not None or is_wanted(member.name) else b""
-
-            for sample in group(tar, read, select):
+        with open_shard(shard, remote) as file:
+            for sample in group(members(file, "r|*"), read, select):
                 wrong = sample.problems[0] if sample.problems else ""
                 yield {"__key__": sample.key, "__wrong__": wrong, "__odd__": sample.warnings, **sample.members}
     except (BrokenTarError, OSError) as error:

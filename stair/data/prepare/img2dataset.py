@@ -6,6 +6,7 @@ Nothing is rewritten but, where asked for, shards with samples that cannot be re
 import io
 import os
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from stair.data.prepare.jobs import STATE, Job, alone_in, cores, read_json, run
 from stair.data.prepare.shard import Hashed, add_member
 from stair.data.prepare.shards import REPORT, Tally, listed, refuse_foreign_index, write_index
 from stair.data.samples import Skipped, caption_lines, captions, image_bytes, skipped_lines, types_of
+from stair.data.shard_index import BrokenShardError, index_shard
 from stair.data.tars import stream
 from stair.files import removed_on_failure, sha256, write_json
 
@@ -124,6 +126,8 @@ def check_shard(shard: Path, mend: bool) -> dict[str, Any]:
     mended = mend and bool(bad or errors) and len(bad) < len(keys)
     if mended:
         _rewrite(shard, set(bad))
+    with suppress(BrokenShardError):  # training indexes what there is of it
+        index_shard(shard)
     digest = sha256(shard)
     there = shard.stat()
     return {

@@ -19,6 +19,7 @@ from PIL import Image
 
 from stair.data.prepare.jobs import STATE
 from stair.data.samples import Skipped, check_caption, printable
+from stair.data.shard_index import index_shard
 from stair.files import removed_on_failure
 from stair.images import decode_image, image_format
 
@@ -72,6 +73,7 @@ def make_shard(path: Path, keyed: list[tuple[str, Any]], read: Callable[[Any], R
             os.fsync(file.fileno())
         if samples:
             temporary.replace(path)
+            index_shard(path)
     finally:
         temporary.unlink(missing_ok=True)
     del anew[""]

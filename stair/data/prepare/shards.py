@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stair.data.counts import FORMAT, INDEX, read_index
 from stair.data.prepare.jobs import Job, alone_in, cores, read_json, run
 from stair.data.prepare.shard import Limits, Raw, make_shard
 from stair.data.remote import Remote
 from stair.data.samples import Skipped, skipped_lines
+from stair.data.shard_index import MANIFEST, MANIFEST_FORMAT, read_manifest
 from stair.files import write_json
 from stair.images import MAX_PIXELS
 
@@ -266,7 +266,7 @@ def write_index(folder: Path, shards: dict[str, dict[str, Any]]) -> None:
         ValueError: if another tool's file lies there.
     """
     refuse_foreign_index(folder)
-    write_json(folder / INDEX, {"format": FORMAT, "shards": shards})
+    write_json(folder / MANIFEST, {"format": MANIFEST_FORMAT, "shards": shards})
 
 
 def index_entries(folder: Path) -> dict[str, dict[str, Any]]:
@@ -275,8 +275,8 @@ def index_entries(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: if it is damaged, or of another format.
     """
-    known = read_index(str(folder), Remote())
-    said = read_json(folder / INDEX).get("shards", {}) if known else {}
+    known = read_manifest(str(folder), Remote())
+    said = read_json(folder / MANIFEST).get("shards", {}) if known else {}
     return {name: {**said[name], "samples": samples, "bytes": size} for name, (samples, size) in known.items()}
 
 
@@ -295,13 +295,13 @@ def refuse_foreign_index(folder: Path) -> None:
         ValueError: if an index of another tool lies there.
     """
     try:
-        said = json.loads((folder / INDEX).read_bytes())
+        said = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
         return
     if not isinstance(said, dict) or "format" not in said:
         raise ValueError(
-            f"{folder / INDEX} is another tool's (it names no `format`), and ours would take its place: move it away, or "
-            "the tars to a folder of their own"
+            f"{folder / MANIFEST} is another tool's (it names no `format`), and ours would take its place: move it away, "
+            "or the tars to a folder of their own"
         )
 
 

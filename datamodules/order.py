@@ -1,0 +1,203 @@
+"""Which sample is seen when: a function of (seed, epoch, step) alone, whatever the number of ranks and workers.
+
+A *stream* is the endless run of samples of one source, or of all sources where none has a weight. A lap of it holds each
+sample once: its N places are the samples of the permuted shards, one shard after the other. The places are cut into L lanes
+of equal length; position p of a lap is number p // L of lane p mod L, so that a global batch holds as many samples of each
+lane, and a machine, which takes some lanes of every batch, reads these lanes' shards only. Samples are permuted within
+windows of W neighbours in a lane. A resampled stream draws, for each window of a lane, a shard in proportion to its size.
+
+G pairs a global batch, S steps an epoch, K streams.
+"""
+
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+_MOST_LANES = 64
+_ROWS_A_LANE = 8  # of a global batch: with fewer, neighbours in a lane would hardly ever meet in a batch
+_CYCLE, _SPREAD = (
+    1024,
+    633,
+)  # steps after which shares repeat; the second one's multiples are spread evenly over the first
+
+
+def seeded(*parts: object) -> random.Random:
+    """A generator that depends on these values alone."""
+    return random.Random(_number(*parts))
+
+
+def _number(*parts: object) -> int:
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+class Place(NamedTuple):
+    """A sample that is due: number of its stream, shard of the stream, row of the shard, and position in the stream.
+
+    The position occurs once in a run: captions and crops are drawn by it.
+    """
+
+    stream: int
+    shard: int
+    row: int
+    position: int
+
+
+class Stream:
+    """The samples of a source in their order.
+
+    Args:
+        counts: samples in each shard.
+        seed: what all draws depend on.
+        global_batch: pairs G in a global batch.
+        shuffle: window W within which samples are permuted; 0 keeps their order.
+        resample: whether shards are drawn with replacement.
+    """
+
+    def __init__(self, counts: Ints, seed: str, global_batch: int, shuffle: int, resample: bool) -> None:
+        self.counts, self.seed, self.resample = counts, seed, resample
+        self.size = int(counts.sum())
+        mean = max(self.size // max(int((counts > 0).sum()), 1), 1)
+        self.window = max(min(shuffle, mean) if resample else shuffle, 1)
+        most = min(_MOST_LANES, global_batch // _ROWS_A_LANE, self.size // self.window)
+        self.lanes = max((2**n for n in range(7) if 2**n <= most and global_batch % 2**n == 0), default=1)
+        self._lap = lru_cache(2)(self._shuffled_shards)
+        self._windows = lru_cache(4 * self.lanes)(self._drawn if resample else self._permuted)
+
+    def places(self, positions: Ints) -> tuple[Ints, Ints, NDArray[np.float64]]:
+        """Shard, row, and lane (as a number from 0 up to 1) of each position."""
+        shards, rows = np.empty_like(positions), np.empty_like(positions)
+        laps, within = np.divmod(positions, positions.max(initial=0) + 1 if self.resample else self.size)
+        numbers, lanes = np.divmod(within, self.lanes)
+        windows, offsets = np.divmod(numbers, self.window)
+        keys = np.stack([laps, lanes, windows], 1)
+        order = np.lexsort(keys.T)
+        for part in np.split(order, np.flatnonzero((np.diff(keys[order], axis=0) != 0).any(1)) + 1):
+            if len(part):
+                shards[part], rows[part] = (each[offsets[part]] for each in self._windows(*keys[part[0]].tolist()))
+        return shards, rows, lanes / self.lanes
+
+    def _permuted(self, lap: int, lane: int, window: int) -> tuple[Ints, Ints]:
+        """Shard and row of each place of a window."""
+        share, rest = divmod(self.size, self.lanes)
+        start, length = lane * share + min(lane, rest), share + (lane < rest)
+        first = window * self.window
+        places = start + first + np.arange(min(self.window, length - first))
+        if self.window > 1:
+            places = np.random.default_rng(_number(self.seed, lap, lane, window)).permutation(places)
+        order, ends = self._lap(lap)
+        at = np.searchsorted(ends, places, side="right")
+        shards = order[at]
+        return shards, places - ends[at] + self.counts[shards]
+
+    def _shuffled_shards(self, lap: int) -> tuple[Ints, Ints]:
+        order = np.random.default_rng(_number(self.seed, lap, "shards")).permutation(len(self.counts))
+        return order, np.cumsum(self.counts[order])
+
+    def _drawn(self, lap: int, lane: int, window: int) -> tuple[Ints, Ints]:
+        rng = np.random.default_rng(_number(self.seed, "draw", lane, window))
+        shard = int(np.searchsorted(self._ends, rng.integers(self.size), side="right"))
+        rows = np.resize(rng.permutation(self.counts[shard]), self.window)
+        return np.full(self.window, shard), rows
+
+    @cached_property
+    def _ends(self) -> Ints:
+        return np.cumsum(self.counts)
+
+
+class Shares:
+    """How many pairs of a global batch each stream gives: its share, to one pair.
+
+    Args:
+        weights: of the streams, relative to each other.
+        global_batch: pairs G in a global batch.
+    """
+
+    def __init__(self, weights: Sequence[float], global_batch: int) -> None:
+        self.of_all = [weight / math.fsum(weights) for weight in weights]
+        bounds = np.cumsum([0.0, *self.of_all])
+        bounds[-1] = 1.0
+        # pair i of a batch lies at (i + offset) / G on a line of length 1 that is cut by the shares
+        offsets = (np.arange(_CYCLE) * _SPREAD % _CYCLE + 0.5) / _CYCLE
+        quotas = np.diff(np.ceil(global_batch * bounds - offsets[:, None]).astype(np.int64), axis=1)
+        self._starts = np.concatenate([np.zeros((1, len(weights)), np.int64), np.cumsum(quotas, 0)])
+
+    def spans(self, step: int) -> list[tuple[int, int]]:
+        """First position and number of pairs of each stream in a step, counted from the start of the run."""
+        cycle, at = divmod(step, _CYCLE)
+        firsts = cycle * self._starts[-1] + self._starts[at]
+        return list(zip(firsts.tolist(), (self._starts[at + 1] - self._starts[at]).tolist(), strict=True))
+
+
+class Order:
+    """The global batches of a run.
+
+    Args:
+        counts: samples in each shard, stream by stream.
+        names: of the streams.
+        weights: shares of the pairs, relative to each other; None for an only stream.
+        seed: what all draws depend on.
+        global_batch: pairs G in a global batch.
+        samples: pairs in an epoch, rounded down to whole batches.
+        shuffle: samples that are permuted among each other, 0 for none.
+        resample: whether shards are drawn with replacement.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[Ints],
+        names: Sequence[str],
+        weights: Sequence[float] | None,
+        seed: int | str,
+        global_batch: int,
+        samples: int,
+        shuffle: int,
+        resample: bool = False,
+    ) -> None:
+        self.seed, self.global_batch, self.steps = seed, global_batch, samples // global_batch
+        self.streams = [
+            Stream(np.asarray(part, np.int64), f"{seed}/{name}", global_batch, shuffle, resample)
+            for part, name in zip(counts, names, strict=True)
+        ]
+        self.shares = Shares(weights or [1.0], global_batch)
+
+    def spans(self, epoch: int, step: int) -> list[tuple[int, int]]:
+        """First position and number of pairs of each stream in a global batch."""
+        if len(self.streams) == 1:
+            stream = self.streams[0]
+            lap = self.steps * self.global_batch if stream.resample else stream.size
+            return [(epoch * lap + step * self.global_batch, self.global_batch)]
+        return self.shares.spans(epoch * self.steps + step)
+
+    def batch(self, epoch: int, step: int, rank: int = 0, ranks: int = 1) -> list[Place]:
+        """A rank's rows of a global batch; all ranks' rows, one after the other, are the same for any number of ranks."""
+        parts, lanes = [], []
+        for number, (first, count) in enumerate(self.spans(epoch, step)):
+            positions = np.arange(first, first + count)
+            shards, rows, lane = self.streams[number].places(positions)
+            parts.append(np.stack([np.full(count, number), shards, rows, positions], 1))
+            lanes.append(lane)
+        mixed = np.random.default_rng(_number(self.seed, epoch, step)).random(self.global_batch)
+        order = np.lexsort((mixed, np.concatenate(lanes)))
+        size = self.global_batch // ranks
+        return [Place(*row) for row in np.concatenate(parts)[order][rank * size : (rank + 1) * size].tolist()]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a place in the data means something under, besides the shards' names."""
+        sizes = hashlib.sha256(b"".join(stream.counts.tobytes() for stream in self.streams)).hexdigest()[:12]
+        samples = sum(stream.size for stream in self.streams)
+        return {
+            "seed": self.seed,
+            "global_batch_size": self.global_batch,
+            "steps": self.steps,
+            "weights": [round(share, 12) for share in self.shares.of_all],
+            "sizes": f"{samples} samples, {sizes}",
+        }
