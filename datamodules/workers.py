@@ -82,13 +82,14 @@ class _Reading(_MultiProcessingDataLoaderIter):
 
 
 def begin(worker: int) -> None:
-    """For `worker_init_fn`: SIGTERM counts from the training process only, SIGUSR1 not at all; one thread.
+    """For `worker_init_fn`: SIGTERM counts from the training process only, SIGINT and SIGUSR1 not at all; one thread.
 
     Under SLURM a signal to the job reaches every process. A reader that ended at once would take away the batches that the
     training process needs to reach the point where it saves.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):  # Ctrl-C reaches every process of a terminal
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -82,7 +82,7 @@ def test_readers_and_their_server_outlive_a_signal_to_all_processes_of_a_job():
     batches = iter(loader)
     pid, server, first = next(batches)
     for process in (pid, server):
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(process, number) if process == server else subprocess.run(
                 ["kill", f"-{int(number)}", str(pid)], check=True
             )
