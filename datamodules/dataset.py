@@ -6,6 +6,7 @@ names. `PairsByDraw` reads shards that can only be read forwards, by webdataset'
 
 import functools
 import itertools
+import os
 import random
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
 import webdataset
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -54,6 +56,27 @@ class Source:
     weight: float | None = None
 
 
+class ShardTable:
+    """The shards of a stream, in arrays: a hundred thousand of them reach a reading process in milliseconds.
+
+    Args:
+        sources: whose shards the stream holds, one source after the other.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._names = [source.name for source in sources]
+        self._source = np.repeat(np.arange(len(sources)), [len(source.shards) for source in sources])
+        self._paths = np.array([os.fsencode(shard) for source in sources for shard in source.shards])
+        self.counts = np.array([count for source in sources for count in source.counts] or [0] * len(self._paths))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, number: int) -> tuple[str, str, int]:
+        """Name of the source, path or URL, and number of samples."""
+        return self._names[self._source[number]], os.fsdecode(self._paths[number]), int(self.counts[number])
+
+
 @dataclass(frozen=True)
 class PairMaker:
     """Makes training pairs and batches.
@@ -92,15 +115,13 @@ class PairsByPlace(Dataset[Made | StairError]):
     """Training batches by the places of their rows.
 
     Args:
-        streams: the shards of each stream: name of the source and path or URL, with the number of samples.
+        streams: the shards of each stream.
         make: makes pairs.
         seed: of crops, flips and captions.
         remote: how shards that are not local files are read.
     """
 
-    def __init__(
-        self, streams: Sequence[Sequence[tuple[str, str, int]]], make: PairMaker, seed: int | str, remote: Remote
-    ) -> None:
+    def __init__(self, streams: Sequence[ShardTable], make: PairMaker, seed: int | str, remote: Remote) -> None:
         self.streams, self.make, self.seed, self.remote = streams, make, seed, remote
         self._indexes: OrderedDict[str, ShardIndex | OSError] = OrderedDict()
         self._failed: set[str] = set()
@@ -302,7 +323,7 @@ class PairsByDraw(IterableDataset[Made]):
     Each process draws for itself, by seed and `start`: a resumed run makes new draws.
 
     Args:
-        streams: the shards of each stream, as for `PairsByPlace`; the numbers are not used.
+        streams: the shards of each stream.
         shares: how many pairs of each stream a batch holds.
         make: makes pairs.
         seed: of everything random.
@@ -316,7 +337,7 @@ class PairsByDraw(IterableDataset[Made]):
     """
 
     def __init__(
-        self, streams: Sequence[Sequence[tuple[str, str, int]]], shares: Shares, make: PairMaker, seed: int | str,
+        self, streams: Sequence[ShardTable], shares: Shares, make: PairMaker, seed: int | str,
         rank: int, ranks: int, shuffle: int, remote: Remote,
     ) -> None:  # fmt: skip
         self.streams, self.shares, self.make, self.seed, self.rank, self.ranks = (
@@ -346,7 +367,8 @@ class PairsByDraw(IterableDataset[Made]):
             seen[0], skips[:] = 0, []
 
     def _pairs(self, stream: int, number: int, seen: list[int], skips: list[Skip]) -> Iterator[Pair]:
-        names = {shard: name for name, shard, _ in self.streams[stream]}
+        table = self.streams[stream]
+        names = {shard: name for name, shard, _ in (table[i] for i in range(len(table)))}
         seed = f"{self.seed}/{self.start}/{self.rank}/{number}/{stream}"
         rng = seeded(seed)
         drawn = webdataset.ResampledShards(

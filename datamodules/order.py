@@ -143,7 +143,7 @@ class Order:
     Args:
         counts: samples in each shard, stream by stream.
         names: of the streams.
-        weights: shares of the pairs, relative to each other; None for an only stream.
+        weights: shares of the pairs, relative to each other.
         seed: what all draws depend on.
         global_batch: pairs G in a global batch.
         samples: pairs in an epoch, rounded down to whole batches.
@@ -155,7 +155,7 @@ class Order:
         self,
         counts: Sequence[Ints],
         names: Sequence[str],
-        weights: Sequence[float] | None,
+        weights: Sequence[float],
         seed: int | str,
         global_batch: int,
         samples: int,
@@ -167,7 +167,7 @@ class Order:
             Stream(np.asarray(part, np.int64), f"{seed}/{name}", global_batch, shuffle, resample)
             for part, name in zip(counts, names, strict=True)
         ]
-        self.shares = Shares(weights or [1.0], global_batch)
+        self.shares = Shares(weights, global_batch)
 
     def spans(self, epoch: int, step: int) -> list[tuple[int, int]]:
         """First position and number of pairs of each stream in a global batch."""

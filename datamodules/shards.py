@@ -9,16 +9,14 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
-from itertools import repeat
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from datamodules.augment import Augment
-from datamodules.dataset import PairMaker, PairsByDraw, PairsByPlace, Source
+from datamodules.dataset import PairMaker, PairsByDraw, PairsByPlace, ShardTable, Source
 from datamodules.order import Order
 from datamodules.pairs import CollatePairs, evaluation_loader
 from datamodules.reading import TrainingLoader
@@ -195,6 +193,45 @@ class ImageTextShards(LightningDataModule):
 
     def _training(self) -> TrainingLoader:
         rank, ranks = self._place()
+        self._check_settings(ranks)
+        check_cache(self.remote)
+        sources, broken = find(self.train, self.resample, self.remote.at_first(), rank, ranks)
+        for source in sources:
+            self._check(source, rank)
+        groups = [sources] if sources[0].weight is None else [[source] for source in sources]
+        tables = [ShardTable(group) for group in groups]
+        seed, shuffle = self._stage_seed(), self.shuffle
+        order = Order(
+            [table.counts for table in tables], [group[0].name for group in groups],
+            [float(group[0].weight or 1) for group in groups], seed, self.global_batch_size, self._epoch(sources), shuffle,
+            self.resample,
+        )  # fmt: skip
+        make = PairMaker(self.augment, self.collate, self.caption_fields)
+        dataset: PairsByPlace | PairsByDraw = PairsByPlace(tables, make, seed, self.remote)
+        if not sources[0].counts:
+            if rank == 0:
+                logger.warning(
+                    "some shards can only be read from front to end: samples are drawn by each reading process, and a "
+                    "resumed run goes on with new draws"
+                )
+            dataset = PairsByDraw(tables, order.shares, make, seed, rank, ranks, shuffle, self.remote)
+        fingerprint = {**order.fingerprint(), **self._fingerprint(sources)}
+        batches = self._epoch_batches(order.steps)
+        loader = TrainingLoader(dataset, order, rank, ranks, self.workers, batches, self.max_bad_share, fingerprint)
+        loader.counter.add(0, broken if rank == 0 else [])  # nobody reads these again, and all ranks know of them
+        return loader
+
+    def _fingerprint(self, sources: list[Source]) -> dict[str, Any]:
+        names = [(source.name, [file_name(shard) for shard in source.shards]) for source in sources]
+        digest = hashlib.sha256(repr(names).encode(errors="replace")).hexdigest()[:12]
+        return {
+            "shuffle": self.shuffle,
+            "resample": self.resample,
+            "shards": f"{sum(len(source.shards) for source in sources)} shards, {digest}",
+            "caption_fields": self.caption_fields,
+        }
+
+    def _check_settings(self, ranks: int) -> None:
         if (batch := self.global_batch_size) % ranks:
             sizes = " or ".join(
                 str(size) for size in (batch - batch % ranks, batch - batch % ranks + ranks) if size > 1
@@ -214,52 +251,6 @@ class ImageTextShards(LightningDataModule):
                 f"train_samples={self.train_samples} is the length of a resampled epoch: set data.resample: true, or leave "
                 "it out, as shards are counted", "data.train_samples",
             )  # fmt: skip
-        check_cache(self.remote)
-        sources, broken = find(self.train, self.resample, self.remote.at_first(), rank, ranks)
-        for source in sources:
-            self._check(source, rank)
-        samples = self._epoch(sources)
-        weighted = sources[0].weight is not None
-        groups = [[source] for source in sources] if weighted else [sources]
-        streams = [
-            [
-                (s.name, shard, count)
-                for s in group
-                for shard, count in zip(s.shards, s.counts or repeat(0), strict=False)
-            ]
-            for group in groups
-        ]
-        counts = [np.array([max(count, 0) for _, _, count in stream]) for stream in streams]
-        names, weights = (
-            [group[0].name for group in groups],
-            [float(s.weight or 1) for s in sources] if weighted else None,
-        )
-        seed, shuffle = self._stage_seed(), self.shuffle
-        order = Order(counts, names, weights, seed, self.global_batch_size, samples, shuffle, self.resample)
-        make = PairMaker(self.augment, self.collate, self.caption_fields)
-        forwards = not sources[0].counts
-        dataset: PairsByPlace | PairsByDraw
-        if forwards:
-            if rank == 0:
-                logger.warning(
-                    "some shards can only be read from front to end: samples are drawn by each reading process, and a "
-                    "resumed run goes on with new draws"
-                )
-            dataset = PairsByDraw(streams, order.shares, make, seed, rank, ranks, shuffle, self.remote)
-        else:
-            dataset = PairsByPlace(streams, make, seed, self.remote)
-        shards = repr([(s.name, [file_name(shard) for shard in s.shards]) for s in sources]).encode(errors="replace")
-        fingerprint = {
-            **order.fingerprint(),
-            "shuffle": shuffle,
-            "resample": self.resample,
-            "shards": f"{sum(map(len, streams))} shards, {hashlib.sha256(shards).hexdigest()[:12]}",
-            "caption_fields": self.caption_fields,
-        }
-        batches = self._epoch_batches(order.steps)
-        loader = TrainingLoader(dataset, order, rank, ranks, self.workers, batches, self.max_bad_share, fingerprint)
-        loader.counter.add(0, broken if rank == 0 else [])  # nobody reads these again, and all ranks know of them
-        return loader
 
     def _epoch(self, sources: list[Source]) -> int:
         """Pairs in an epoch."""
