@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, default_collate
 
 from datamodules.workers import ReadingLoader
 from stair.batch import Batch
@@ -42,7 +42,7 @@ class CollatePairs:
         encoded = self.vocabulary.encode([text for pair in pairs for text in pair.captions])
         ids_CT, mask_CT = self.vocabulary.pad(encoded, self.max_tokens)
         return Batch(
-            pixels=torch.stack([pair.pixels for pair in pairs]),
+            pixels=default_collate([pair.pixels for pair in pairs]),  # in a reading process, into shared memory
             ids=ids_CT,
             mask=mask_CT,
             cut=torch.tensor([len(ids) > self.max_tokens for ids in encoded], dtype=torch.bool),
