@@ -46,7 +46,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     _remove_stale(path.parent.glob(f"{glob.escape(prefix)}*.part"))
     part = path.with_name(f"{prefix}{os.getpid()}.{secrets.token_hex(4)}.part")
     with removed_on_failure(path, part):
-        mode = _new_file_mode(part)
+        mode = new_file_mode(part)
         yield part
         part.chmod(mode)  # some writers make files that their owner alone can read
         sync(part)
@@ -97,7 +97,7 @@ def atomic_folder(folder: Path, last: str, names: Collection[str], is_ours: Call
         remove(stage)
         stage.mkdir()
         with removed_on_failure(folder, stage):
-            mode = _new_file_mode(stage / ".mode")
+            mode = new_file_mode(stage / ".mode")
             yield stage
             for path in stage.rglob("*"):
                 if path.is_file():
@@ -183,7 +183,7 @@ def _free_bytes(path: Path) -> int:
     return shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
 
 
-def _new_file_mode(path: Path) -> int:
+def new_file_mode(path: Path) -> int:
     """The mode of a new file there: of the umask, or of the folder's access list. The umask cannot be read in a thread."""
     path.open("xb").close()
     mode = path.stat().st_mode & 0o777

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stair.errors import EngineError, FileError, SettingError, StairError
-from stair.files import remove, removed_on_failure
+from stair.files import new_file_mode, remove, removed_on_failure
 from stair.index import SparseIndex
 
 
@@ -97,6 +97,10 @@ def new_target(out: Path, folder: bool = False) -> Iterator[Path]:
         if folder:
             part.mkdir()
         yield part
+        mode = new_file_mode(part.with_name(f"{part.name}.mode"))  # SQLite makes files that a group cannot write
+        for path in [part, *part.rglob("*")]:
+            if path.is_file():
+                path.chmod(mode)
         part.rename(out)
 
 
