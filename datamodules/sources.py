@@ -31,7 +31,7 @@ def reads_forwards_only(shard: str) -> bool:
         return True
     if is_remote(shard):
         return shard.partition("?")[0].endswith((".gz", ".bz2", ".xz", ".tgz"))
-    if os.path.exists(shard + SUFFIX):  # 100,000 files are not opened for nothing
+    if os.path.exists(shard + SUFFIX):  # a stat is cheaper than opening 100,000 absent files
         return False
     with open(shard, "rb") as file:
         return file.read(6).startswith(COMPRESSED)

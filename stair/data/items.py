@@ -257,7 +257,7 @@ def _table(
 
 def _id(row: Row, column: str | None, number: int) -> str | Skipped:
     value = number if column is None else row.cells.get(column)
-    if value is None or value == "" or value != value:  # NaN stands for nothing
+    if value is None or value == "" or value != value:  # NaN means that there is no value
         return Skipped(row.place, f"id empty: nothing in column {column!r}")
     if isinstance(value, (list, dict, tuple)):
         return Skipped(row.place, f"id of a type that is none: column {column!r} holds a {type(value).__name__}")
