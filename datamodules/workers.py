@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from typing import Any
 
@@ -23,8 +25,29 @@ def start_server(*modules: str) -> None:
         modules: to import besides what every reader needs.
     """
     multiprocessing.set_forkserver_preload(["datamodules.preload", *modules])
-    with without_main():
+    with without_main(), _sigterm_held():
         forkserver.ensure_running()
+
+
+# a forked process, as of the strategy ddp_fork, has no server of its own yet
+os.register_at_fork(after_in_child=forkserver._forkserver.__init__)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _sigterm_held() -> Iterator[None]:
+    """Keeps a blocked SIGTERM blocked: where Python (3.11) starts its resource tracker it unblocks it."""
+    if signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        yield
+        return
+    received: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda signum, _: received.append(signum))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.signal(signal.SIGTERM, previous)
+        if received:
+            os.kill(os.getpid(), signal.SIGTERM)  # pending again
 
 
 class ReadingLoader(DataLoader[Any]):
