@@ -9,6 +9,7 @@ is written; or from outside, at any time. Runs are forked from one process that 
 
 import argparse
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -317,15 +318,17 @@ def campaign(folder: Path, count: int, seed: int, each: int = 4, minutes: float 
     write_scenes(data, train=64, val=12, image_size=32)
     (data / "small.yaml").write_text(SMALL)
     usual, kills, wrong = {}, [], list[str]()
-    while len(kills) < count and time.monotonic() - start < 60 * minutes:
-        ranks = 1 + (len(kills) // each) % 2
+    for turn in itertools.count():
+        if len(kills) >= count or time.monotonic() - start >= 60 * minutes:
+            break
+        ranks = 1 + turn % 2
         whole = folder / f"whole{ranks}"
         if ranks not in usual:
             whole.mkdir()
             begun = time.monotonic()
             wrong += train_through(data, whole, ranks, [], 0)
             usual[ranks] = (time.monotonic() - begun) / 3
-        run = folder / f"run{len(kills)}"
+        run = folder / f"run{turn}"
         run.mkdir()
         now = [chosen(rng, ranks) for _ in range(min(each, count - len(kills)))]
         found = train_through(data, run, ranks, now, usual[ranks])

@@ -81,12 +81,12 @@ def test_a_run_in_fp16_finds_the_scale_of_its_gradients_without_an_alarm(scenes,
 def test_embeddings_that_overflow_fp16_stop_the_run_and_hand_nothing_over(scenes, tmp_path, monkeypatch):
     embed = StairStage.embed
     monkeypatch.setattr(StairStage, "embed", lambda *them: {k: 1e6 * v for k, v in embed(*them).items()})
-    run = words(scenes, 1, tmp_path / "r", *LONGER, *FP16)
+    first, second = (words(scenes, 1, tmp_path / run, *LONGER, *FP16) for run in "rs")
     with pytest.raises(RuntimeError, match=r"first batch's logits are not finite, so .*scale_start cannot be measured"):
-        main([*run, *MEASURE])
+        main([*first, *MEASURE])
     with pytest.raises(RuntimeError, match=r"the loss is not finite at step .* without these steps is saved.* bf16"):
-        main(run)
-    assert not (tmp_path / "r" / "stage1" / "stair").exists()
+        main(second)
+    assert not list(tmp_path.glob("?/stage1/stair"))
 
 
 @pytest.mark.slow
@@ -103,7 +103,8 @@ def test_gradients_that_overflow_fp16_at_any_scale_stop_the_run(scenes, tmp_path
 @pytest.mark.slow
 def test_captions_that_are_all_the_same_raise_the_alarm(scenes, tmp_path):
     for path in scenes.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+        if path.suffix != ".idx":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "index.json").unlink(missing_ok=True)
     for path in tmp_path.glob("train-*.tar"):
         with tarfile.open(scenes / path.name) as old, tarfile.open(path, "w") as new:
