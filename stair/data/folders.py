@@ -1,13 +1,17 @@
 """The reader of folders of images: every entry is an image, or is named with the reason why it is not."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stair.data.samples import IMAGE_TYPES, Skipped, printable
+from stair.errors import FileError
 
+_NUMBER = re.compile(r"^\d+[._-]\s*")  # 001.Black_footed_Albatross
 HIDDEN = (".", "__MACOSX")  # how names begin of what systems and tools keep beside the images
 
 
@@ -52,6 +56,61 @@ def class_files(folder: Path) -> tuple[list[str], list[tuple[ImageFile, int]], l
         else:
             files.append((found, label))
     return names, files, skipped
+
+
+def class_names(folders: list[str], names: Path | None) -> list[str]:
+    """What the classes of folders are called.
+
+    Args:
+        folders: sorted.
+        names: a file as `read_names` takes it; None takes the folders' names, without numbers before them and underscores.
+
+    Raises:
+        FileError: if it does not name each folder.
+    """
+    if names is None:
+        return [printable(_NUMBER.sub("", name).replace("_", " ").strip()) for name in folders]
+    found = read_names(names)
+    if isinstance(found, list) and all(str(line).split(maxsplit=1)[0] in folders for line in found):
+        # ImageNet's LOC_synset_mapping.txt gives synonyms, the first one is the usual name
+        pairs = [line.split(maxsplit=1) for line in found]
+        found = {folder: "".join(name).partition(",")[0].strip() or folder for folder, *name in pairs}
+    if isinstance(found, list) and len(found) == len(folders):
+        found = dict(zip(folders, found, strict=True))
+    missing = [folder for folder in folders if not isinstance(found, dict) or not found.get(folder)]
+    if not isinstance(found, dict) or missing:
+        what = (
+            f"no name for {missing[:5]}"
+            if isinstance(found, dict)
+            else f"{len(found)} names for {len(folders)} folders"
+        )
+        raise FileError(f"{names}: {what}; give a name for each folder, as {{folder: name}} or in sorted order", names)
+    return [str(found[folder]) for folder in folders]
+
+
+def read_names(path: Path, key: str = "classes") -> Any:
+    """Names of classes.
+
+    Args:
+        path: a `.json` file of a list, an object with a list under `key`, or {folder: name}; or a text file with a name, or
+            `folder name`, on every line.
+        key: of the list.
+
+    Raises:
+        FileError: if it is no JSON, or a line is blank.
+    """
+    if path.suffix != ".json":
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
+        if not all(lines):
+            raise FileError(
+                f"{path}: line {lines.index('') + 1} is blank; give the name of a class on every line", path
+            )
+        return lines
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path} is not JSON: {error}", path) from error
+    return found[key] if isinstance(found, dict) and isinstance(found.get(key), list) else found
 
 
 def find_file(folder: Path, name: str) -> Path:

@@ -7,13 +7,13 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stair.data.prepare.jobs import Job, alone_in, cores, read_json, run
-from stair.data.prepare.shards import index_entries, kept_entries, refuse_foreign_index, write_index
+from stair.data.prepare.jobs import Job, check_index, index_entries, known_json, preparing, run, write_index
 from stair.data.remote import LastingError, Remote, is_remote
 from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES
 from stair.data.shard_index import MANIFEST, index_shard, sizes
@@ -101,7 +101,7 @@ def _read_stated(count: Count, shard: str, entry: dict[str, Any] | None) -> None
     path = Path(shard)
     count.sizes[shard] = path.stat().st_size
     stated = (
-        read_json(path.with_name(f"{path.stem}_stats.json")).get("successes") if entry is None else entry["samples"]
+        known_json(path.with_name(f"{path.stem}_stats.json")).get("successes") if entry is None else entry["samples"]
     )
     if isinstance(stated, int):
         count.samples[shard] = stated
@@ -155,23 +155,25 @@ def write_indices(shards: list[str]) -> None:
     for shard in dict.fromkeys(shards):
         folders.setdefault(Path(shard).parent, []).append(Path(shard))
     for folder in folders:
-        refuse_foreign_index(folder)
+        check_index(folder)
     for folder, paths in folders.items():
-        with alone_in(folder) as state:
+        with preparing(folder) as state:
             if plans := sorted(state.glob("*.plan")):
-                raise ValueError(
-                    f"{folder} is being prepared ({plans[0].relative_to(folder)}): finish `stair prepare` first, with its "
-                    "command of before; it writes the index itself"
+                raise FileError(
+                    f"{folder} is being prepared ({plans[0].relative_to(folder)}): finish `stair prepare` first, with the "
+                    "same command; it writes the index itself",
+                    folder,
                 )
+            is_current = partial(_is_current, folder)
             jobs = [Job(path.name, 1, (path,)) for path in paths]
-            for job, path in zip(jobs, paths, strict=True):
-                if read_json(state / f"{job.name}.json").get("mtime") != path.stat().st_mtime_ns:
-                    (state / f"{job.name}.json").unlink(missing_ok=True)
-            found = run(jobs, index_entry, state, cores(), folder.name, lambda entry: None)
-            entries = {n: {key: e[key] for key in ("samples", "bytes", "sha256")} for n, e in found.items()}
-            write_index(folder, {**kept_entries(folder), **entries})
+            found, _ = run(jobs, index_entry, state, is_current, 0)
+            write_index(folder, found)
             for job in jobs:
                 (state / f"{job.name}.json").unlink()
+
+
+def _is_current(folder: Path, name: str, record: dict[str, Any]) -> bool:
+    return record.get("mtime") == (folder / name).stat().st_mtime_ns
 
 
 def index_entry(shard: Path) -> dict[str, Any]:
@@ -182,4 +184,5 @@ def index_entry(shard: Path) -> dict[str, Any]:
     """
     samples = index_shard(shard)
     about = shard.stat()
-    return {"samples": samples, "bytes": about.st_size, "sha256": sha256(shard), "mtime": about.st_mtime_ns}
+    counts = {"inputs": 1, "samples": samples, "left_out": []}
+    return {**counts, "bytes": about.st_size, "sha256": sha256(shard), "mtime": about.st_mtime_ns}

@@ -12,11 +12,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import date, time
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
-
-from pyarrow import parquet
 
 from stair.data.folders import image_files
 from stair.data.members import BrokenTarError
@@ -33,7 +30,7 @@ from stair.data.samples import (
     other_members,
     printable,
 )
-from stair.data.tables import SUFFIXES, Row, Table, cell_problem, open_table
+from stair.data.tables import SUFFIXES, Row, Table, cell_text, open_table, read_group
 from stair.data.tars import expand
 from stair.errors import FileError, SettingError
 
@@ -113,17 +110,11 @@ def read_cell(path: Path, row_group: int, row: int, column: str) -> bytes:
     Raises:
         ValueError: `image missing: ...` if the cell has none.
     """
-    cell = _cells(path, path.stat().st_mtime_ns, row_group, column)[row].as_py()
+    cell = read_group(path, row_group, (column,))[column][row].as_py()
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     if data is None:
         raise ValueError("image missing: the cell holds no bytes; a path alone is not followed")
     return bytes(data)
-
-
-@lru_cache(maxsize=1)  # parquet is read by row groups, and images one after another
-def _cells(path: Path, changed: int, row_group: int, column: str) -> Any:
-    """A column of a row group; `changed` tells a file from another one that takes its place."""
-    return parquet.ParquetFile(path).read_row_group(row_group, columns=[column])[column]
 
 
 def list_items(source: str, side: Side, column: str | None = None, id_column: str | None = None) -> Listing:
@@ -285,9 +276,10 @@ def _of_row(
     if inside:
         source = {"file": table.path.name, "row_group": row.group, "row": row.row, "column": column}
         return Item(name, table.path, metadata=metadata, source=source, place=row.place)
-    text: Any = row.cells.get(column)
-    if problem := cell_problem(text, column, "caption empty" if side == "texts" else "image unnamed"):
-        return Skipped(row.place, problem)
+    try:
+        text = cell_text(row, column, "caption empty" if side == "texts" else "image unnamed")
+    except ValueError as error:
+        return Skipped(row.place, str(error))
     if side == "texts":
         return _text(row.place, name, text, metadata)
     return _image(row.place, name, table.path.parent / text.strip(), metadata, text.strip())

@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 
+from stair.errors import SettingError
+
 
 def require(holds: bool, name: str, value: object, wanted: str) -> None:
-    """Refuses a setting.
+    """Checks a setting.
 
     Raises:
-        ValueError: unless it holds.
+        SettingError: unless it holds.
     """
     if not holds:
-        raise ValueError(f"{name}={value!r}: wanted {wanted}")
+        raise SettingError(f"{name}={value!r}: wanted {wanted}", name)
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,16 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pyarrow import ArrowException, parquet
+from pyarrow import ArrowException, ipc, memory_map, parquet
 
 from stair.data.samples import printable
 from stair.errors import FileError
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".parquet")
-_OTHER_TYPE = "cell of another type: column {!r} holds a {}, wanted a text"
 _BYTES = re.compile(r"binary(?!:)")  # in the name of an Arrow type; with a colon it is the name of a field
 
 
@@ -91,17 +91,23 @@ def open_table(path: Path, delimiter: str | None = None) -> Table:
     return table
 
 
-def cell_problem(value: Any, column: str, empty: str) -> str:
-    """Why a cell is no text that can be used; empty if it is one.
+def cell_text(row: Row, column: str, empty: str) -> str:
+    """The text in a cell.
 
     Args:
-        value: of the cell.
+        row: that has it.
         column: its name.
         empty: the cause if nothing is in it.
+
+    Raises:
+        ValueError: `cell of another type: ...`, or with the cause `empty`.
     """
+    value = row.cells.get(column)
     if value is None or (isinstance(value, str) and not value.strip()):
-        return f"{empty}: nothing in column {column!r}"
-    return "" if isinstance(value, str) else _OTHER_TYPE.format(column, type(value).__name__)
+        raise ValueError(f"{empty}: nothing in column {column!r}")
+    if not isinstance(value, str):
+        raise ValueError(f"cell of another type: column {column!r} holds a {type(value).__name__}, wanted a text")
+    return value
 
 
 def _reader(lines: Iterator[str], delimiter: str) -> Any:
@@ -206,11 +212,48 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _parquet_table(path: Path) -> Table:
+def arrow_schema(path: Path) -> Any:
+    """The columns of a file in Arrow's stream format or in parquet.
+
+    Raises:
+        FileError: if it is none.
+    """
     try:
-        schema = parquet.read_schema(path)
+        return _arrow_stream(path).schema if path.suffix == ".arrow" else parquet.read_schema(path)
     except ArrowException as error:
         raise FileError(f"{path} cannot be read: {error}", path) from error
+
+
+@lru_cache(maxsize=2)
+def _arrow_stream(path: Path) -> Any:
+    """All rows; mapped, so that nothing is read yet."""
+    return ipc.open_stream(memory_map(str(path))).read_all()
+
+
+@lru_cache(maxsize=64)
+def rows_of_groups(path: Path) -> tuple[int, ...]:
+    """Rows of each row group of a parquet file; an Arrow file is one group."""
+    if path.suffix == ".arrow":
+        return (_arrow_stream(path).num_rows,)
+    about = parquet.read_metadata(path)
+    return tuple(about.row_group(i).num_rows for i in range(about.num_row_groups))
+
+
+def read_group(path: Path, group: int, columns: tuple[str, ...]) -> Any:
+    """Columns of a row group as an Arrow table. The last groups are kept, so rows are best read in their order."""
+    if path.suffix == ".arrow":
+        return _arrow_stream(path).select(list(columns))
+    return _read_group(path, path.stat().st_mtime_ns, group, columns)
+
+
+@lru_cache(maxsize=2)
+def _read_group(path: Path, changed: int, group: int, columns: tuple[str, ...]) -> Any:
+    """`changed` tells a file from another one that takes its place."""
+    return parquet.ParquetFile(path).read_row_group(group, columns=list(columns))
+
+
+def _parquet_table(path: Path) -> Table:
+    schema = arrow_schema(path)
     _check_names(path, schema.names)
     table = Table(path, {field.name: str(field.type) for field in schema}, lambda: _parquet_rows(path, names))
     names = [name for name in table.columns if name not in table.bytes_columns]

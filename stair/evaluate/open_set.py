@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stair.data.folders import class_files
+from stair.data.folders import class_files, class_names
 from stair.data.pairs import Entry, entries, opened, whole_captions
-from stair.data.prepare.classes import class_names
 from stair.data.samples import (
     CAPTION_TYPES,
     CLASS_TYPES,

@@ -1,11 +1,10 @@
-"""Pictographs of fonts on this machine, with their Unicode names: a real data set that anyone can make without a network.
+"""Emoji of fonts on this machine, with their Unicode names: a real data set without a network.
 
-A picture is drawn several times for training, on grounds of several colours that its caption names. Validation holds each
-pictograph once, upright on white, in a drawing that training has not.
+An emoji is drawn several times for training, on backgrounds of several colours that its caption names. Validation has each
+emoji once, upright on white, in a drawing that training does not have.
 """
 
 import functools
-import hashlib
 import io
 import random
 import shutil
@@ -14,17 +13,19 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from stair.data.prepare.shard import Raw
-from stair.data.prepare.shards import Source
+from stair.data.prepare.writer import Raw, Source, write_shards
+from stair.data.specs import require
+from stair.errors import FileError, SettingError, import_extra
+from stair.files import sha256
 
 _BLOCKS = ((0x2300, 0x23FF), (0x25A0, 0x27BF), (0x2B00, 0x2BFF), (0x1F000, 0x1F0FF), (0x1F300, 0x1FAFF))
-_A_FACE = 0x1F600  # a font without this one draws no emoji
+_GRINNING_FACE = 0x1F600  # a font without it draws no emoji
 # light, so that black ink shows on all of them
-_GROUNDS = {
+_BACKGROUNDS = {
     "white": (255, 255, 255),
     "yellow": (255, 236, 110),
     "pink": (255, 190, 205),
@@ -35,16 +36,8 @@ _GROUNDS = {
 }
 
 
-@dataclass(frozen=True)
-class Font:
-    """A font that draws pictographs.
-
-    Attributes:
-        path: its file.
-        name: family and style.
-        size: the one at which it is drawn: fonts of bitmaps have no other.
-        digest: of the file, so that another version of a font gives other shards.
-    """
+class Font(NamedTuple):
+    """A font that draws emoji, at the size at which it is drawn (bitmap fonts have no other), with its checksum."""
 
     path: Path
     name: str
@@ -53,14 +46,8 @@ class Font:
 
 
 @dataclass(frozen=True)
-class Pictographs:
-    """Draws references (number of a font, code point, view); view 0 is the plain one.
-
-    Attributes:
-        fonts: those that are drawn from.
-        labels: code point and label of each pictograph.
-        image_size: side of the square images, in pixels.
-    """
+class Drawings:
+    """Draws references (number of a font, code point, view); view 0 is the plain one. `image_size` is in pixels."""
 
     fonts: tuple[Font, ...]
     labels: tuple[tuple[int, int], ...]
@@ -75,20 +62,20 @@ class Pictographs:
         number, point, view = reference
         font, name = self.fonts[number], unicodedata.name(chr(point)).lower()
         rng = random.Random(f"{font.name}/{point}/{view}")
-        ground = rng.choice(list(_GROUNDS)) if view else "white"
+        background = rng.choice(list(_BACKGROUNDS)) if view else "white"
         glyph = _glyph(font, point)
-        share, turn = (rng.uniform(0.55, 0.85), rng.uniform(-15, 15)) if view else (0.8, 0.0)
+        share, angle = (rng.uniform(0.55, 0.85), rng.uniform(-15, 15)) if view else (0.8, 0.0)
         scale = self.image_size * share / max(glyph.size)
         glyph = glyph.resize([max(1, round(side * scale)) for side in glyph.size], Image.Resampling.LANCZOS)
-        glyph = glyph.rotate(turn, Image.Resampling.BICUBIC, expand=True)
+        glyph = glyph.rotate(angle, Image.Resampling.BICUBIC, expand=True)
         slack = [self.image_size - side for side in glyph.size]
-        place = [round(free * (rng.uniform(0.2, 0.8) if view else 0.5)) for free in slack]
-        picture = Image.new("RGBA", (self.image_size, self.image_size), _GROUNDS[ground])
-        picture.paste(glyph, (place[0], place[1]), glyph)
+        left, top = (round(free * (rng.uniform(0.2, 0.8) if view else 0.5)) for free in slack)
+        image = Image.new("RGBA", (self.image_size, self.image_size), _BACKGROUNDS[background])
+        image.paste(glyph, (left, top), glyph)
         buffer = io.BytesIO()
-        picture.convert("RGB").save(buffer, "PNG")
+        image.convert("RGB").save(buffer, "PNG")
         facts = {"class": name, "label": dict(self.labels)[point], "unicode": f"U+{point:04X}", "style": font.name}
-        return Raw(buffer.getvalue(), [name, f"{name} on {ground}"], facts)
+        return Raw(buffer.getvalue(), [name, f"{name} on {background}"], facts)
 
 
 @functools.lru_cache(maxsize=32)
@@ -97,7 +84,7 @@ def _loaded(font: Font) -> ImageFont.FreeTypeFont:
 
 
 def _glyph(font: Font, point: int) -> Image.Image:
-    """The pictograph alone, cut to its edges."""
+    """The emoji alone, cut to its edges."""
     left, top, right, bottom = (round(edge) for edge in _loaded(font).getbbox(chr(point)))
     margin = font.size // 4  # the box that a font states is not always the one it draws
     canvas = Image.new("RGBA", (right - left + 2 * margin, bottom - top + 2 * margin))
@@ -109,23 +96,30 @@ def _glyph(font: Font, point: int) -> Image.Image:
     return canvas.crop(box)
 
 
-def emoji_source(fonts: list[Path] | None, image_size: int, views: int) -> Source:
-    """Named pictographs of fonts.
+def emoji(
+    out: Path, font: Path | list[Path] | None = None, image_size: int = 64, views: int = 8, **settings: Any
+) -> None:
+    """Emoji of fonts on this machine with their Unicode names: a data set without a network.
 
-    Raises:
-        ValueError: if no font draws any, or a number is out of its range.
+    Args:
+        out: folder of the shards.
+        font: font files; without, all on this machine that have emoji, as fontconfig knows them.
+        image_size: side of the images, in pixels.
+        views: drawings of each emoji in each font; one is kept for validation.
+        settings: of the writer.
     """
-    if image_size < 16 or views < 2:
-        raise ValueError(
-            f"{image_size=}, {views=}: wanted at least 16 pixels, and at least 2 views: validation takes one"
-        )
-    found = [(font, points) for path in fonts or _installed() for font, points in _read(path)]
+    require(image_size >= 16, "image_size", image_size, "at least 16 pixels")
+    require(views >= 2, "views", views, "at least 2: validation takes one")
+    files = [font] if isinstance(font, Path) else font
+    found = [(drawn, points) for path in files or _installed() for drawn, points in _read(path)]
     if not found:
-        raise ValueError(
-            f"no emoji font in {[str(path) for path in fonts]}"
-            if fonts
-            else "no font on this machine has emoji: install one (Debian: fonts-noto-color-emoji) or give --font FILE"
+        raise SettingError(
+            f"no emoji font in {[str(path) for path in files]}"
+            if files
+            else "no font on this machine has emoji: install one (Debian: fonts-noto-color-emoji) or give --font FILE",
+            "font",
         )
+    fonts = tuple(drawn for drawn, _ in found)
     covered = [(number, point) for number, (_, points) in enumerate(found) for point in points]
     labels = {point: label for label, point in enumerate(sorted({point for _, point in covered}))}
     first = {point: number for number, point in reversed(covered)}
@@ -133,40 +127,34 @@ def emoji_source(fonts: list[Path] | None, image_size: int, views: int) -> Sourc
         "train": [(number, point, view) for number, point in covered for view in range(1, views)],
         "val": [(number, point, 0) for point, number in sorted(first.items())],
     }
-    drawn = tuple(font for font, _ in found)
     names = [unicodedata.name(chr(point)).lower() for point in labels]
-    read = Pictographs(drawn, tuple(labels.items()), image_size)
-    return Source(", ".join(font.name for font in drawn), splits, read, classnames=names)
+    read = Drawings(fonts, tuple(labels.items()), image_size)
+    write_shards(Source(", ".join(font.name for font in fonts), splits, read, classnames=names), out, **settings)
 
 
 def _installed() -> list[Path]:
     if not shutil.which("fc-list"):
-        raise ValueError(
-            "fontconfig's fc-list, which knows the fonts of this machine, is not installed; give --font FILE"
-        )
-    command = ["fc-list", "--format", "%{file}\n", f":charset={_A_FACE:x}"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
-    return sorted({Path(line) for line in said.splitlines() if line})
+        raise SettingError("fc-list of fontconfig, which lists the fonts, is not installed; give --font FILE", "font")
+    command = ["fc-list", "--format", "%{file}\n", f":charset={_GRINNING_FACE:x}"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
+    return sorted({Path(line) for line in listed.splitlines() if line})
 
 
 def _read(path: Path) -> Iterator[tuple[Font, list[int]]]:
-    """The font of a file and the pictographs it has, if it has any."""
+    """The font of a file and the emoji it has, if it has any."""
+    fonts = import_extra("fontTools.ttLib", "fonttools", "prepare")
     try:
-        from fontTools.ttLib import TTFont, TTLibError
-    except ImportError as error:
-        raise ValueError("reading fonts needs fonttools: pip install -e '.[prepare]'") from error
-    try:
-        with TTFont(path, lazy=True, fontNumber=0) as font:
+        with fonts.TTFont(path, lazy=True, fontNumber=0) as font:
             covered = font.getBestCmap() or {}
             sizes = [strike.bitmapSizeTable.ppemY for strike in font["CBLC"].strikes] if "CBLC" in font else []
             sizes += list(font["sbix"].strikes) if "sbix" in font else []
-    except (TTLibError, OSError) as error:
-        raise ValueError(f"{path} is no font ({error})") from error
+    except (fonts.TTLibError, OSError) as error:
+        raise FileError(f"{path} is no font ({error})", path) from error
     points = [p for low, high in _BLOCKS for p in range(low, high + 1) if p in covered and _is_named(chr(p))]
     if points:
         size = max(sizes, default=128)
         name = " ".join(filter(None, ImageFont.truetype(path, size).getname()))
-        yield Font(path, name, size, hashlib.sha256(path.read_bytes()).hexdigest()), points
+        yield Font(path, name, size, sha256(path)), points
 
 
 def _is_named(character: str) -> bool:

@@ -1,11 +1,9 @@
-"""Shards that img2dataset made (CC3M, CC12M, LAION, ...): they are what training reads, so they are checked and indexed.
+"""Shards that img2dataset made (CC3M, CC12M, LAION, ...): training reads them, so they are checked and indexed in place.
 
-Nothing is rewritten but, where asked for, shards with samples that cannot be read.
+Nothing is rewritten but, with `--mend`, shards with samples that cannot be read.
 """
 
 import io
-import os
-import tarfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,68 +11,64 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from pyarrow import parquet
 
-from stair.data.prepare.jobs import STATE, Job, alone_in, cores, read_json, run
-from stair.data.prepare.shard import Hashed, add_member
-from stair.data.prepare.shards import REPORT, Tally, listed, refuse_foreign_index, write_index
-from stair.data.samples import Skipped, caption_lines, captions, image_bytes, skipped_lines, types_of
+from stair.data.prepare.jobs import Job, known_json, listed, preparing, run, write_index
+from stair.data.prepare.writer import REPORT, open_tar
+from stair.data.samples import Skipped, caption_lines, captions, count_causes, image_bytes, skipped_lines
 from stair.data.shard_index import BrokenShardError, index_shard
 from stair.data.tars import stream
-from stair.files import removed_on_failure, sha256, write_json
+from stair.errors import FileError
+from stair.files import atomic_write, sha256, write_json
 
 
-def index_folder(folder: Path, mend: bool, max_bad_share: float, workers: int) -> None:
-    """Checks each shard, writes `index.json` and a report.
+def cc(folder: Path, mend: bool = False, max_bad_share: float = 0.05, workers: int = 0) -> None:
+    """CC3M, CC12M, LAION, ... as img2dataset fetched them: checked and indexed where they are.
 
-    Raises:
-        ValueError: if it is no such folder, or too much of it is bad.
+    Args:
+        folder: img2dataset's output folder (webdataset format). For a .tsv of addresses, prints how to fetch it.
+        mend: write shards with bad samples anew without these; else nothing is rewritten.
+        max_bad_share: greatest share of samples that are bad or missing.
+        workers: processes; 0 is one for each core.
     """
     if folder.is_file():
-        raise ValueError(_command_for(folder))
-    if not folder.is_dir():
-        raise ValueError(f"no folder {folder}; wanted the one that img2dataset wrote to")
-    shards = sorted(folder.glob("*.tar"))
-    if not shards or not any(_stats_of(shard).is_file() for shard in shards):
-        raise ValueError(
+        raise FileError(_command_for(folder), folder)
+    shards = {path.name: path for path in sorted(folder.glob("*.tar"))}
+    if not any(_stats_of(shard).is_file() for shard in shards.values()):
+        raise FileError(
             f"{folder} holds {len(shards)} tars and no NNNNN_stats.json: img2dataset writes both with "
-            "--output_format webdataset. Shards of other origin: `stair doctor --write_index`"
+            "--output_format webdataset. Shards of other origin: `stair doctor --write_index`",
+            folder,
         )
-    refuse_foreign_index(folder)
-    with alone_in(folder) as state:
-        jobs = [Job(shard.name, _stated(shard), (shard, mend)) for shard in shards]
-        for job, shard in zip(jobs, shards, strict=True):
-            known = read_json(state / f"{job.name}.json")
-            if known.get("mtime") != shard.stat().st_mtime_ns or (mend and known.get("left_out")):
-                (state / f"{job.name}.json").unlink(missing_ok=True)
-        tally = Tally(max_bad_share, sum(job.inputs for job in jobs), state / "left_out.json")
-        records = run(jobs, check_shard, state, workers or cores(), folder.name, tally.add)
-        tally.judge(0)
+
+    def is_current(name: str, record: dict[str, Any]) -> bool:
+        return record.get("mtime") == shards[name].stat().st_mtime_ns and not (mend and record["left_out"])
+
+    with preparing(folder) as state:
+        jobs = [Job(name, _stated(shard), (shard, mend)) for name, shard in shards.items()]
+        records, bad = run(jobs, check_shard, state, is_current, workers, max_bad_share)
         kept = {name: record for name, record in records.items() if record["samples"]}
-        write_index(folder, {n: {key: r[key] for key in ("samples", "bytes", "sha256")} for n, r in kept.items()})
+        write_index(folder, kept, is_replaced=lambda name: True)
         report = {
             "source": "img2dataset",
             "samples": sum(record["samples"] for record in kept.values()),
             "mended": [name for name, record in records.items() if record["mended"]],
-            "left_out" if mend else "bad": dict(tally.causes),
-            "left_out_inputs" if mend else "bad_inputs": [bad.facts() for bad in tally.left_out],
+            "left_out" if mend else "bad": count_causes(bad),
+            "left_out_inputs" if mend else "bad_inputs": [one.facts() for one in bad],
         }
         write_json(folder / REPORT, {"format": 1, "splits": {"all": report}})
-        for name in (*(f"{name}.json" for name in records), "left_out.json"):
-            (state / name).unlink(missing_ok=True)
-    print(
-        f"{folder}: {len(kept)} shards with {report['samples']} samples, indexed; {len(report['mended'])} written anew"
-    )
-    if tally.causes:
+        for name in (*records, "left_out"):
+            (state / f"{name}.json").unlink(missing_ok=True)
+    counts = f"{len(kept)} shards with {report['samples']} samples"
+    print(*skipped_lines(bad), f"{folder}: {counts}, indexed; {len(report['mended'])} written anew", sep="\n")
+    if bad:
         todo = "" if mend else "; training skips them, `--mend` rewrites their shards without them"
-        print(*skipped_lines(tally.left_out), sep="\n")
-        print(f"  bad: {listed(tally.causes)}{todo}; which ones: {REPORT}")
+        print(f"  bad: {listed(count_causes(bad))}{todo}; which ones: {REPORT}")
 
 
 def _command_for(table: Path) -> str:
     with open(table, encoding="utf-8", errors="replace") as file:
         first = file.readline().split("\t")
-    if any(cell.strip() == "url" for cell in first):
-        header = ""
-    else:
+    header = ""
+    if not any(cell.strip() == "url" for cell in first):
         order = r"url\tcaption" if first[0].startswith("http") else r"caption\turl"
         header = f"sed -i '1s/^/{order}\\n/' {table} && "
     return (
@@ -89,15 +83,15 @@ def _stats_of(shard: Path) -> Path:
 
 
 def _stated(shard: Path) -> int:
-    stated = read_json(_stats_of(shard)).get("successes")
+    stated = known_json(_stats_of(shard)).get("successes")
     return stated if isinstance(stated, int) else 0
 
 
 def check_shard(shard: Path, mend: bool) -> dict[str, Any]:
-    """Reads a shard from front to end.
+    """Reads a shard from front to end, and compares it with `NNNNN_stats.json` and `NNNNN.parquet` beside it.
 
     Args:
-        shard: the tar; `NNNNN_stats.json` and `NNNNN.parquet` beside it say what it should hold.
+        shard: the tar.
         mend: write it anew if it has bad samples or is cut short.
 
     Returns:
@@ -105,40 +99,32 @@ def check_shard(shard: Path, mend: bool) -> dict[str, Any]:
     """
     errors: list[Exception] = []
     lines = caption_lines(str(shard))
-    bad: dict[str, Skipped] = {}
+    bad: dict[str, str] = {}
     keys: list[str] = []
     for sample in stream(str(shard), errors.append):
-        key = str(sample["__key__"])
-        keys.append(key)
+        keys.append(sample["__key__"])
         try:
             if sample["__wrong__"]:
                 raise ValueError(sample["__wrong__"])
             captions(sample, lines)
             _check_header(image_bytes(sample))
         except ValueError as error:
-            bad[key] = Skipped(f"{shard.name}:{key}", str(error)[:300])
-    left_out = [*bad.values()]
+            bad[keys[-1]] = str(error)[:300]
+    left_out = [Skipped(f"{shard.name}:{key}", reason) for key, reason in bad.items()]
     left_out += [Skipped(shard.name, f"shard cut short: {error}"[:300]) for error in errors]
     if not _stats_of(shard).is_file():
         left_out.append(Skipped(shard.name, f"shard unfinished: no {_stats_of(shard).name}, img2dataset stopped in it"))
     elif errors or len(keys) != _stated(shard):
-        left_out += [Skipped(f"{shard.name}:{key}", f"sample missing: {why}") for key, why in _missing(shard, keys)]
+        left_out += _missing(shard, keys)
+    inputs = max(len(keys), _stated(shard))
     mended = mend and bool(bad or errors) and len(bad) < len(keys)
     if mended:
-        _rewrite(shard, set(bad))
+        _rewrite(shard, bad)
     with suppress(BrokenShardError):  # training indexes what there is of it
         index_shard(shard)
-    digest = sha256(shard)
-    there = shard.stat()
-    return {
-        "inputs": max(len(keys), _stated(shard)),
-        "samples": len(keys) - len(bad) * mended,
-        "bytes": there.st_size,
-        "sha256": digest,
-        "mtime": there.st_mtime_ns,
-        "mended": mended,
-        "left_out": left_out,
-    }
+    about = {"bytes": shard.stat().st_size, "sha256": sha256(shard), "mtime": shard.stat().st_mtime_ns}
+    counts = {"inputs": inputs, "samples": len(keys) - len(bad) * mended, "mended": mended}
+    return {**counts, **about, "left_out": left_out}
 
 
 def _check_header(data: bytes) -> None:
@@ -152,31 +138,24 @@ def _check_header(data: bytes) -> None:
         raise ValueError(f"image undecodable: {type(error).__name__}: {error}") from error
 
 
-def _missing(shard: Path, keys: list[str]) -> list[tuple[str, str]]:
+def _missing(shard: Path, keys: list[str]) -> list[Skipped]:
     """Samples that were fetched, as the files beside a shard say, and are not in it."""
     table = shard.with_suffix(".parquet")
     if table.is_file():
         rows = parquet.read_table(table, columns=["key", "status"]).to_pylist()
-        wanted = [row["key"] for row in rows if row["status"] == "success"]
-        return [(key, f"{table.name} lists it as fetched") for key in wanted if key not in set(keys)]
-    lost = _stated(shard) - len(keys)
-    return [
-        (f"{i}", f"{_stats_of(shard).name} counts {_stated(shard)}, the tar holds {len(keys)}") for i in range(lost)
-    ]
+        lost = [row["key"] for row in rows if row["status"] == "success" and row["key"] not in set(keys)]
+        why = f"{table.name} lists it as fetched"
+    else:
+        lost = [str(i) for i in range(_stated(shard) - len(keys))]
+        why = f"{_stats_of(shard).name} counts {_stated(shard)}, the tar holds {len(keys)}"
+    return [Skipped(f"{shard.name}:{key}", f"sample missing: {why}") for key in lost]
 
 
-def _rewrite(shard: Path, bad: set[str]) -> None:
-    temporary = shard.parent / STATE / f"{shard.name}.{os.getpid()}.part"
+def _rewrite(shard: Path, bad: dict[str, str]) -> None:
     samples = 0
-    with removed_on_failure(shard, temporary), open(temporary, "wb") as file:
-        hashed: Any = Hashed(file)
-        with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
-            for sample in stream(str(shard), lambda error: True):
-                if sample["__key__"] not in bad:
-                    samples += 1
-                    for kind in types_of(sample):
-                        add_member(tar, f"{sample['__key__']}.{kind}", sample[kind])
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(shard)
-    write_json(_stats_of(shard), {**read_json(_stats_of(shard)), "successes": samples})
+    with atomic_write(shard) as part, part.open("wb") as file, open_tar(file) as tar:
+        for sample in stream(str(shard), lambda error: None):
+            if sample["__key__"] not in bad:
+                samples += 1
+                tar.write(sample)  # fields that begin with two underscores are left out
+    write_json(_stats_of(shard), {**known_json(_stats_of(shard)), "successes": samples})

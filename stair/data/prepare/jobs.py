@@ -1,64 +1,62 @@
-"""Many independent jobs in parallel, each recorded when done: what was killed resumes, what is done is not done again.
+"""Jobs in parallel processes, each recorded when it is done, so that a killed command continues; and `index.json`.
 
-A record is a small JSON file, written after the job's result lies in its place. Records, unfinished results and the lock
-lie in `.prepare` of the folder that is written.
+Records and the lock are in `.prepare` of the folder that is written.
 """
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from stair.files import lock, write_json
+from stair.data.remote import LOCAL
+from stair.data.samples import Skipped, count_causes
+from stair.data.shard_index import MANIFEST, MANIFEST_FORMAT, read_manifest
+from stair.errors import FileError, StairError
+from stair.files import lock, read_json, write_json
 
 STATE = ".prepare"
+_ENOUGH = 200  # inputs; among fewer, the share of skipped ones is checked only at the end
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """A piece of work.
 
     Attributes:
         name: of its record; unique in the folder.
-        inputs: how many the bar counts for it.
-        arguments: for the function that does it; small, as it is sent to another process.
+        inputs: how many the progress bar counts for it.
+        arguments: of the function that does it.
     """
 
     name: str
     inputs: int
-    arguments: tuple[Any, ...] = field(repr=False)
+    arguments: tuple[Any, ...]
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where there is no such file or it holds something else."""
+def known_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except (OSError, FileError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[Path]:
-    """Holds the folder for this process; gives the place for records.
+def preparing(folder: Path) -> Iterator[Path]:
+    """Locks a folder; yields the folder of its records.
 
     Raises:
-        ValueError: if another process prepares data in it.
+        FileError: if another process prepares data in it, or the `index.json` there is another tool's.
     """
+    check_index(folder)
     state = folder / STATE
     busy = f"another `stair prepare` writes to {folder}; wait for it or give another folder"
     try:
@@ -70,69 +68,143 @@ def alone_in(folder: Path) -> Iterator[Path]:
 
 
 def run(
-    jobs: list[Job],
+    jobs: Sequence[Job],
     work: Callable[..., dict[str, Any]],
-    records: Path,
+    state: Path,
+    is_current: Callable[[str, dict[str, Any]], bool],
     workers: int,
-    label: str,
-    judge: Callable[[dict[str, Any]], None],
-) -> dict[str, dict[str, Any]]:
+    max_bad_share: float = 0.0,
+    skipped: Sequence[Skipped] = (),
+) -> tuple[dict[str, dict[str, Any]], list[Skipped]]:
     """Does the jobs that have no record yet.
 
     Args:
         jobs: what is to be done.
-        work: does one, given its arguments; returns its record. A function of a module.
-        records: folder of the records.
-        workers: processes; 1 works in this one.
-        label: of the bar.
-        judge: given each record, old ones too; raises to stop the rest.
+        work: a function of a module that does one job and returns its record, with `inputs` and `left_out`.
+        state: folder of the records.
+        is_current: whether a record, given with the job's name, still counts.
+        workers: processes; 1 works in this one, 0 is one for each core.
+        max_bad_share: greatest share of inputs that may be skipped.
+        skipped: inputs that are known to be bad without a job.
 
     Returns:
-        All records, by name of the job, in the order of the jobs.
+        All records by the jobs' names, and all skipped inputs.
 
     Raises:
+        StairError: if too many inputs are skipped. The records stay.
         ChildProcessError: if a process dies.
     """
-    known = {job.name: read_json(records / f"{job.name}.json") for job in jobs}
-    done = {name: record for name, record in known.items() if record}
-    for record in done.values():
-        judge(record)
-    with tqdm(total=sum(job.inputs for job in jobs), desc=label, disable=None) as bar:
-        bar.update(sum(job.inputs for job in jobs if job.name in done))
-        for job, record in _results([job for job in jobs if job.name not in done], work, workers):
-            write_json(records / f"{job.name}.json", record)
-            done[job.name] = record
-            judge(record)
-            bar.update(job.inputs)
-    return {job.name: done[job.name] for job in jobs}
+    found = {job.name: known_json(state / f"{job.name}.json") for job in jobs}
+    records = {name: record for name, record in found.items() if record and is_current(name, record)}
+    left, inputs = [job for job in jobs if job.name not in records], sum(job.inputs for job in jobs)
+    bad, seen = list(skipped), len(skipped)
+    with tqdm(total=inputs, disable=None) as bar:
+        bar.update(inputs - sum(job.inputs for job in left))
+        for name, record in itertools.chain(list(records.items()), _new_records(left, work, state, workers, bar)):
+            records[name] = record
+            seen += record["inputs"]
+            bad += [Skipped(*one) for one in record["left_out"]]
+            if seen >= min(_ENOUGH, inputs + len(skipped)):
+                _check_share(bad, seen, max_bad_share, state)
+    _check_share(bad, seen, max_bad_share, state)
+    return {job.name: records[job.name] for job in jobs}, bad
 
 
-def _results(
-    jobs: list[Job], work: Callable[..., dict[str, Any]], workers: int
-) -> Iterator[tuple[Job, dict[str, Any]]]:
+def _check_share(bad: Sequence[Skipped], seen: int, max_bad_share: float, state: Path) -> None:
+    if len(bad) > max_bad_share * seen:
+        write_json(state / "left_out.json", [one.facts() for one in bad])
+        raise StairError(
+            f"{len(bad)} of {seen} inputs cannot be used, more than max_bad_share={max_bad_share}: {summary(bad)}. "
+            f"All of them: {state / 'left_out.json'}. Correct the source, or run again with a higher --max_bad_share: "
+            "finished shards are kept"
+        )
+
+
+def summary(bad: Sequence[Skipped]) -> str:
+    """Causes with their counts, and the first inputs."""
+    return f"{listed(count_causes(bad))}. The first: {'; '.join(f'{one.place}: {one.reason}' for one in bad[:3])}"
+
+
+def listed(counts: dict[str, int]) -> str:
+    """Counts as text, the largest first."""
+    return ", ".join(f"{number} {what}" for what, number in sorted(counts.items(), key=lambda pair: -pair[1]))
+
+
+def _new_records(
+    jobs: Sequence[Job], work: Callable[..., dict[str, Any]], state: Path, workers: int, bar: Any
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for job, record in zip(jobs, _results(jobs, work, workers), strict=True):
+        write_json(state / f"{job.name}.json", record)
+        bar.update(job.inputs)
+        yield job.name, record
+
+
+def _results(jobs: Sequence[Job], work: Callable[..., dict[str, Any]], workers: int) -> Iterator[dict[str, Any]]:
+    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if workers == 1 or not jobs:
-        yield from ((job, work(*job.arguments)) for job in jobs)
+        yield from (work(*job.arguments) for job in jobs)
         return
     with ProcessPoolExecutor(min(workers, len(jobs)), initializer=_end_with_parent) as pool:
         try:
-            # few at a time: the arguments of all of them together may be large
-            for start in range(0, len(jobs), 8 * workers):
-                some = jobs[start : start + 8 * workers]
-                yield from zip(some, pool.map(work, *zip(*(job.arguments for job in some), strict=True)), strict=True)
+            yield from pool.map(work, *zip(*(job.arguments for job in jobs), strict=True))
         except BrokenProcessPool as error:
             raise ChildProcessError(
                 "a process died, most likely because the machine ran out of memory; run the same command again with "
-                "fewer --workers: what is finished is kept"
+                "fewer --workers: finished shards are kept"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent is killed would wait for ever, and hold the lock."""
-    threading.Thread(target=_wait_for, args=(multiprocessing.parent_process(),), daemon=True).start()
+    """A process whose parent is killed would wait for ever, and hold the lock."""
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _wait_for(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
+def check_index(folder: Path) -> None:
+    """Checks that `index.json` may be written.
+
+    Raises:
+        FileError: if that of another tool is there.
+    """
+    path = folder / MANIFEST
+    try:
+        stated = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return
+    if not isinstance(stated, dict) or "format" not in stated:
+        raise FileError(
+            f"{path} is another tool's (it names no `format`), and ours would take its place: move it away, or the tars "
+            "to a folder of their own",
+            path,
+        )
+
+
+def index_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """`samples`, `bytes` and `sha256` of each shard by its name, as `index.json` states; empty if there is none of ours.
+
+    Raises:
+        FileError: if it is damaged, or of another format.
+    """
+    known = read_manifest(str(folder), LOCAL)
+    stated = read_json(folder / MANIFEST)["shards"] if known else {}
+    return {name: {**stated[name], "samples": samples, "bytes": size} for name, (samples, size) in known.items()}
+
+
+def write_index(
+    folder: Path, records: dict[str, dict[str, Any]], is_replaced: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Writes `index.json`: the shards that have records, and the others that it stated before.
+
+    Args:
+        folder: of the shards.
+        records: `samples`, `bytes`, `sha256` by name of the shard.
+        is_replaced: whether an entry of before is left out, by its name.
+    """
+    try:
+        kept = {name: entry for name, entry in index_entries(folder).items() if not is_replaced(name)}
+    except FileError:  # damaged: it is written again
+        kept = {}
+    made = {name: {key: record[key] for key in ("samples", "bytes", "sha256")} for name, record in records.items()}
+    write_json(folder / MANIFEST, {"format": MANIFEST_FORMAT, "shards": {**kept, **made}})
