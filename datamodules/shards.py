@@ -23,7 +23,7 @@ from datamodules.reading import TrainingLoader
 from datamodules.skipped import CAUSE, SOURCE, SkipCounter
 from datamodules.sources import file_name, find
 from datamodules.workers import start_server
-from stair.data.inspection import Needs, probe
+from stair.data.diagnostics import Requirements, probe
 from stair.data.pairs import EvaluationPairs
 from stair.data.remote import Remote, check_cache
 from stair.data.specs import Shards, mixture, require
@@ -279,7 +279,7 @@ class ImageTextShards(LightningDataModule):
 
     def _check(self, source: Source, rank: int) -> None:
         bounds = (self.max_pixels, self.max_bad_share, self.augment.flip)
-        needs = Needs(self.collate.vocabulary, self.collate.max_tokens, self.augment.size, *bounds)
+        needs = Requirements(self.collate.vocabulary, self.collate.max_tokens, self.augment.size, *bounds)
         for finding in probe(source.name or source.shards[0], source.shards, needs, self.remote.at_first()):
             if finding.severity == "stops":
                 raise ValueError(f"{finding.source}: {finding.what}; {finding.mend}")

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from stair.cli import main
-from stair.data.headers import write_indices
+from stair.data.doctor import write_indices
 from stair.data.prepare import cc, classes, datasets, emoji, folder, karpathy
 from stair.data.prepare.writer import make_shard
 from stair.data.samples import captions, image_bytes

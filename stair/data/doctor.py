@@ -1,28 +1,60 @@
-"""`stair doctor`: what is wrong with shards, and the setting that mends it, in seconds and before a run is started.
+"""`stair doctor`: what is wrong with shards, and the setting that changes it, in seconds and before a run is started.
 
-Counts come from index files or from headers, as far as the time given reaches; some samples of shards all over a source
-are read and decoded (`inspection.py`, which is also what runs before every fit).
+Counts come from index files or from headers, as far as the time given reaches. Samples of shards all over a source are read
+and decoded (`diagnostics.py`, which also runs before every fit).
 """
 
 import json as json_format
+import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from stair.data.headers import Count, count, spread, write_indices
-from stair.data.inspection import Finding, Needs, Said, Severity, Sight, first_samples, judge, look
-from stair.data.remote import Remote, is_remote
+from stair.data.diagnostics import (
+    Diagnostic,
+    Requirements,
+    SampleStats,
+    Severity,
+    Statement,
+    diagnose,
+    first_samples,
+    inspect,
+    unreadable,
+)
+from stair.data.prepare.jobs import Job, check_index, index_entries, known_json, preparing, run, write_index
+from stair.data.remote import LastingError, Remote, is_remote
+from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES
+from stair.data.shard_index import MANIFEST, index_shard, sizes
 from stair.data.specs import Shards, mixture
-from stair.data.tars import expand
+from stair.data.tars import expand, walk
+from stair.errors import FileError, SettingError
+from stair.files import sha256
 from stair.plain import one_line
 from stair.vocabulary import Vocabulary
 
-_RUN = "the run"  # the name under which stands what concerns all sources together
 _SHARDS, _REMOTE_SHARDS = 8, 2  # of a source, from which samples are read
+_HASHED_SHARDS, _HASHED_BYTES = 8, 1 << 29  # whose checksums are compared
+# what ImageTextShards and the towers take by default
+_DEFAULTS: dict[str, Any] = {
+    "vocabulary": None,
+    "max_tokens": 77,
+    "image_size": 224,
+    "global_batch_size": 256,
+    "workers": 4,
+    "max_pixels": Requirements.max_pixels,
+    "max_bad_share": Requirements.max_bad_share,
+    "flip": False,
+    "train_samples": None,
+    "remote": {},
+}
+_MODEL = {"vocabulary": "vocabulary", "max_tokens": "text.max_tokens", "image_size": "image.image_size"}
 
 
 def doctor(
@@ -40,7 +72,7 @@ def doctor(
     json: bool = False,
     write_index: bool = False,
 ) -> None:
-    """Says what is wrong with shards and which setting mends it.
+    """Prints what is wrong with shards and which setting changes it.
 
     Args:
         data: shards as --data.train takes them: paths, globs, brace patterns, URLs, or '{name: spec, ...}'.
@@ -60,41 +92,27 @@ def doctor(
     Raises:
         SystemExit: with status 1 if something would stop a run.
     """
-    asked = {"vocabulary": vocabulary, "max_tokens": max_tokens, "image_size": image_size}
-    asked |= {"global_batch_size": global_batch_size, "workers": workers, "train_samples": train_samples}
-    files = [configs] if isinstance(configs, str) else configs or []
-    settings = _settings(files) | {name: value for name, value in asked.items() if value is not None}
-    needs = Needs(
-        Vocabulary(settings["vocabulary"]) if settings.get("vocabulary") else None,
-        **{name: settings[name] for name in ("max_tokens", "image_size", "max_pixels", "max_bad_share", "flip")},
-    )
+    given = {"vocabulary": vocabulary, "max_tokens": max_tokens, "image_size": image_size, "workers": workers}
+    given |= {"global_batch_size": global_batch_size, "train_samples": train_samples}
+    settings = _settings([configs] if isinstance(configs, str) else configs or [])
+    settings |= {name: value for name, value in given.items() if value is not None}
+    names = ("max_tokens", "image_size", "max_pixels", "max_bad_share", "flip")
+    words = Vocabulary(settings["vocabulary"]) if settings["vocabulary"] else None
+    requirements = Requirements(words, **{name: settings[name] for name in names})
     sources = _sources(data)
     if write_index:
         write_indices([shard for spec in sources.values() for shard in expand(spec.shards) if not is_remote(shard)])
     reports, findings = {}, []
-    for name, given in sources.items():
-        report, found = _examine(name, given, needs, settings, samples, seconds / len(sources))
-        reports[name] = report
-        findings += sorted(found, key=lambda finding: ("stops", "warns", "notes").index(finding.severity))
-    findings += [Finding(level, _RUN, what, mend) for level, what, mend in _of_run(reports, settings, ranks)]
-    _print(reports, findings, json)
-    if any(finding.severity == "stops" for finding in findings):
+    for name, source in sources.items():
+        reports[name], found = _examine(name, source, requirements, settings, samples, seconds / len(sources))
+        findings += sorted(found, key=lambda one: ("stops", "warns", "notes").index(one.severity))
+    findings += [Diagnostic(level, "the run", *rest) for level, *rest in _of_run(reports, settings, ranks)]
+    if json:
+        print(json_format.dumps({"sources": reports, "findings": [one._asdict() for one in findings]}, indent=1))
+    else:
+        _print(reports, findings)
+    if any(one.severity == "stops" for one in findings):
         raise SystemExit(1)
-
-
-# what ImageTextShards and the towers take where nothing is said
-_DEFAULTS: dict[str, Any] = {
-    "max_tokens": 77,
-    "image_size": 224,
-    "global_batch_size": 256,
-    "workers": 4,
-    "max_pixels": Needs.max_pixels,
-    "max_bad_share": Needs.max_bad_share,
-    "flip": False,
-    "train_samples": None,
-    "remote": {},
-}
-_MODEL = {"vocabulary": "vocabulary", "max_tokens": "text.max_tokens", "image_size": "image.image_size"}
 
 
 def _settings(files: list[str]) -> dict[str, Any]:
@@ -102,128 +120,199 @@ def _settings(files: list[str]) -> dict[str, Any]:
 
     base = Path(__file__).parents[2] / "configs" / "base.yaml"
     merged = OmegaConf.merge(*(OmegaConf.load(str(path)) for path in ([base, *files] if files else [])), {})
+    places = {name: f"data.{name}" for name in _DEFAULTS}
+    places |= {name: f"model.init_args.stair.{place}" for name, place in _MODEL.items()}
     found = dict(_DEFAULTS)
-    for name in _DEFAULTS:
-        if (value := OmegaConf.select(merged, f"data.{name}")) is not None:
+    for name, place in [*((name, f"data.{name}") for name in _DEFAULTS), *places.items()]:
+        if (value := OmegaConf.select(merged, place)) is not None:
             found[name] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
-    for name, place in _MODEL.items():
-        if (value := OmegaConf.select(merged, f"model.init_args.stair.{place}")) is not None:
-            found[name] = value
     return found
 
 
 def _sources(data: list[str]) -> dict[str, Shards]:
     """Sources by name; files that a shell has made of a glob are one source again."""
-    files = [word for word in data if Path(word).is_file()]
+    files = [spec for spec in data if Path(spec).is_file()]
     sources: dict[str, Shards] = {}
     if files:
         sources[files[0] if len(files) == 1 else f"{files[0]} to {files[-1]}"] = Shards(files)
-    for word in data:
-        if word in files:
-            continue
-        if word.lstrip().startswith("{") and ":" in word:
-            sources |= _named(word)
-        else:
-            sources[word] = Shards(word)
+    for spec in data:
+        if spec.lstrip().startswith("{") and ":" in spec:
+            sources |= _named(spec)
+        elif spec not in files:
+            sources[spec] = Shards(spec)
     return sources
 
 
-def _named(word: str) -> dict[str, Shards]:
+def _named(spec: str) -> dict[str, Shards]:
     try:
-        named = yaml.safe_load(word)
-        return mixture({str(n): Shards(**spec) if isinstance(spec, dict) else spec for n, spec in named.items()})
+        named = yaml.safe_load(spec)
+        return mixture({str(name): Shards(**one) if isinstance(one, dict) else one for name, one in named.items()})
     except (TypeError, yaml.YAMLError) as error:
         wanted = "'{name: spec, ...}' or '{name: {shards: spec, weight: 1.0}, ...}'"
-        raise ValueError(f"{word!r} is no mapping of sources ({error}); wanted {wanted}") from error
+        raise SettingError(f"{spec!r} is no mapping of sources ({error}); wanted {wanted}", "data") from error
 
 
 def _examine(
-    name: str, given: Shards, needs: Needs, settings: dict[str, Any], samples: int, seconds: float
-) -> tuple[dict[str, Any], list[Finding]]:
-    remote = Remote(**settings["remote"]).at_first()
+    name: str, source: Shards, requirements: Requirements, settings: dict[str, Any], samples: int, seconds: float
+) -> tuple[dict[str, Any], list[Diagnostic]]:
+    remote, stated = Remote(**settings["remote"]).at_first(), settings["train_samples"]
     try:
-        shards = expand(given.shards)
+        shards = expand(source.shards)
         counted = count(shards, seconds, remote)
     except (ValueError, OSError) as error:
-        return {"shards": 0, "samples": 0}, [Finding("stops", name, str(error), "the spec in --data.train")]
-    chosen = spread(shards, _REMOTE_SHARDS if is_remote(shards[0]) else _SHARDS)
+        return {"shards": 0, "samples": 0}, [Diagnostic("stops", name, str(error), "the spec in --data.train")]
+    chosen = _spread(shards, _REMOTE_SHARDS if is_remote(shards[0]) else _SHARDS)
     seen = [first_samples(shard, -(-samples // len(chosen)), remote) for shard in chosen]
-    sight = look((sample for found, _ in seen for sample in found), needs)
-    findings = [
-        Finding(level, name, what, mend) for level, what, mend in _of_shards(counted, bool(settings["train_samples"]))
-    ]
-    if sight.samples:
-        findings += judge(name, sight, needs)
+    stats = inspect((sample for found, _ in seen for sample in found), requirements)
+    findings = [Diagnostic(level, name, *rest) for level, *rest in _of_shards(counted, bool(stated))]
+    if stats.samples:
+        findings += diagnose(name, stats, requirements)
     else:
         reason = next((reason for _, reason in seen if reason), "not a tar, or empty")
-        what = f"no sample could be read from {len(chosen)} shards, the first: {reason}"
-        findings.append(Finding("stops", name, what, "check --data.train; `stair prepare` makes shards"))
-    if not needs.vocabulary:
-        findings.append(Finding("notes", name, "captions were not measured in tokens", "--vocabulary or --configs"))
-    return _report(counted, sight, settings, settings["train_samples"]), findings
+        findings.append(unreadable(name, len(chosen), reason))
+    if not requirements.vocabulary:
+        findings.append(Diagnostic("notes", name, "captions were not measured in tokens", "--vocabulary or --configs"))
+    return _report(counted, stats, requirements.max_tokens, stated), findings
 
 
-def _of_shards(counted: Count, stated: bool) -> Iterator[Said]:
-    shards = counted.shards
-    unknown = [shard for shard in shards if is_remote(shard) and shard not in counted.samples]
-    if unknown and not stated:
-        what = f"{len(unknown)} shards are not local, with no index.json: only reading them all would count them"
+@dataclass
+class _Count:
+    """What headers and index files state of a source: numbers and problems of shards, by path."""
+
+    shards: list[str]
+    samples: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    repeated: Counter[str] = field(default_factory=Counter)  # keys that come twice in the shard
+    copies: Counter[str] = field(
+        default_factory=Counter
+    )  # samples of an earlier shard, by key and sizes of all members
+    incomplete: int = 0  # samples without image or caption member
+    walked: list[str] = field(default_factory=list)
+    stale: dict[str, str] = field(default_factory=dict)  # another size than the index states; a run stops at these
+    doubtful: dict[str, str] = field(default_factory=dict)  # another number of samples or checksum
+    _samples: set[int] = field(default_factory=set)
+
+    @property
+    def total(self) -> int:
+        """Samples in all shards, those not counted taken to be like the others."""
+        return round(sum(self.samples.values()) * len(self.shards) / max(len(self.samples), 1))
+
+    def walk(self, shard: str) -> None:
+        """Reads the headers of a shard."""
+        keys, sized, samples = set[int](), set[int](), 0
+        self.walked.append(shard)
+        try:
+            for sample in walk(shard, compressed=True):
+                key, members = sample.key, sample.members
+                samples += 1
+                self.repeated[shard] += hash(key) in keys
+                keys.add(hash(key))
+                sized.add(hash((key, *sorted((kind, size) for kind, (_, size) in members.items()))))
+                self.incomplete += not (members.keys() & set(IMAGE_TYPES) and members.keys() & set(CAPTION_TYPES))
+        except FileError as error:
+            self.broken[shard] = str(error)
+        if copies := len(sized & self._samples):
+            self.copies[shard] = copies
+        self._samples |= sized
+        if self.samples.get(shard, samples) != samples and shard not in self.stale:
+            self.doubtful[shard] = f"{self.samples[shard]} samples by its index or statistics, {samples} in the tar"
+        self.samples[shard] = samples
+
+
+def _spread(shards: list[str], count: int) -> list[str]:
+    """So many of the shards, from all over the source."""
+    return [shards[round(i)] for i in np.linspace(0, len(shards) - 1, min(count, len(shards)))]
+
+
+def count(shards: list[str], seconds: float, remote: Remote) -> _Count:
+    """Counts a source: by index files, by `NNNNN_stats.json` of img2dataset, and by headers.
+
+    Args:
+        shards: local ones and others; the latter are counted only where an index or statistics are beside them.
+        seconds: for reading headers; those of one shard are read in any case.
+        remote: how to read shards that are not local.
+
+    Raises:
+        FileError: if an index is damaged; a run would stop at it.
+    """
+    found = _Count(shards)
+    with suppress(FileError, LastingError):  # no index: their number stays unknown
+        far = sizes([shard for shard in shards if is_remote(shard)], remote, 1)
+        found.samples |= {shard: samples for shard, (samples, _) in far.items()}
+    local = [shard for shard in shards if not is_remote(shard)]
+    indices = {folder: index_entries(folder) for folder in {Path(shard).parent for shard in local}}
+    entries = {shard: indices[Path(shard).parent].get(Path(shard).name, {}) for shard in local}
+    for shard, entry in entries.items():
+        path = Path(shard)
+        size = found.sizes[shard] = path.stat().st_size
+        stated = entry.get("samples", known_json(path.with_name(f"{path.stem}_stats.json")).get("successes"))
+        if isinstance(stated, int):
+            found.samples[shard] = stated
+        if entry.get("bytes", size) != size:
+            found.stale[shard] = f"{entry['bytes']} bytes in {MANIFEST}, {size} on disk"
+    unhashed = _HASHED_BYTES
+    for shard in _spread(local, _HASHED_SHARDS) if local else []:
+        unhashed -= found.sizes[shard]
+        stated = entries[shard].get("sha256")
+        if stated and unhashed > 0 and shard not in found.stale and stated != sha256(Path(shard)):
+            found.doubtful[shard] = f"other content than {MANIFEST} says (sha256)"
+    start = time.monotonic()
+    # those without a number first; of the others a few, to see whether it is true
+    for shard in sorted(_spread(local, len(local)), key=lambda shard: shard in found.samples):
+        if found.walked and time.monotonic() - start > seconds * (0.3 if shard in found.samples else 1):
+            break
+        found.walk(shard)
+    return found
+
+
+def _of_shards(counted: _Count, is_stated: bool) -> Iterator[Statement]:
+    unknown = [shard for shard in counted.shards if is_remote(shard) and shard not in counted.samples]
+    if unknown and not is_stated:
         yield (
             "stops",
-            what,
+            f"{len(unknown)} shards are not local, with no index.json: only reading them all would count them",
             "--write_index where they are local, and copy *.idx too; or data.resample, data.train_samples",
         )
-    if counted.broken:
-        shard, reason = next(iter(counted.broken.items()))
+    for shard, reason in list(counted.broken.items())[:1]:
         what = f"{len(counted.broken)} of {len(counted.walked)} shards that were walked are broken, the first: {reason}"
-        yield "warns", what, f"get {shard} again; training skips what is lost, evaluation refuses it"
+        yield "warns", what, f"get {shard} again; training skips what is lost, evaluation stops at it"
     if repeated := counted.repeated.total():
-        shard = counted.repeated.most_common(1)[0][0]
-        what = (
-            f"{repeated} keys come again later in the same shard, most in {shard}: members of a sample are torn apart"
-        )
         yield (
             "stops" if counted.incomplete else "warns",
-            what,
+            f"{repeated} keys come again later in the same shard, most in {counted.repeated.most_common(1)[0][0]}: members "
+            "of a sample are torn apart",
             "write the tar anew with the members of a sample together (--sort=name)",
         )
     elif counted.incomplete:
         what = f"{counted.incomplete} samples have no image or no caption member"
-        yield "warns", what, "training skips and counts them, up to --data.max_bad_share; evaluation refuses them"
-    if copies := counted.copies.total():
-        shard, most = counted.copies.most_common(1)[0]
-        what = (
-            f"{copies} samples are in an earlier shard too, by key and size of all members: {most} of them in {shard}"
-        )
+        yield "warns", what, "training skips and counts them, up to --data.max_bad_share; evaluation stops at them"
+    for shard, most in counted.copies.most_common(1):
         yield (
             "warns",
-            what,
+            f"{counted.copies.total()} samples are in an earlier shard too, by key and size of all members: {most} of them "
+            f"in {shard}",
             "leave one of the copies out of --data.train: they come twice an epoch, and against each other",
         )
-    if counted.namesakes:
-        what = f"{counted.namesakes} keys come in several shards, with other content"
-        yield "notes", what, "nothing: a sample is told by its shard and key"
     levels: list[tuple[Severity, dict[str, str]]] = [("stops", counted.stale), ("warns", counted.doubtful)]
-    for severity, found in levels:
-        for shard, reason in list(found.items())[:1]:
-            what = f"{len(found)} shards are not what their index says, the first is {shard}: {reason}"
+    for severity, shards in levels:
+        for shard, reason in list(shards.items())[:1]:
+            what = f"{len(shards)} shards are not what their index says, the first is {shard}: {reason}"
             yield severity, what, "get them again; or --write_index, if they are as they should be"
-    if len(counted.samples) < len(shards) and counted.samples and not stated:
-        what = f"{len(counted.samples)} of {len(shards)} shards were counted in the time given, the others estimated"
+    if 0 < len(counted.samples) < len(counted.shards) and not is_stated:
+        known = f"{len(counted.samples)} of {len(counted.shards)} shards"
+        what = f"{known} were counted in the time given, the others estimated"
         yield "notes", what, "--write_index counts all of them, once; or more --seconds"
 
 
-def _of_run(reports: dict[str, dict[str, Any]], settings: dict[str, Any], ranks: int) -> Iterator[Said]:
-    samples, shards = (sum(report[what] for report in reports.values()) for what in ("samples", "shards"))
-    samples = settings["train_samples"] or samples
+def _of_run(reports: dict[str, dict[str, Any]], settings: dict[str, Any], ranks: int) -> Iterator[Statement]:
+    samples = settings["train_samples"] or sum(report["samples"] for report in reports.values())
+    shards = sum(report["shards"] for report in reports.values())
     batch, workers = settings["global_batch_size"], max(settings["workers"], 1)
     steps = samples // batch
     if batch % ranks:
-        yield (
-            "stops",
-            f"global_batch_size={batch} cannot be shared by {ranks} ranks",
-            "--data.global_batch_size, a multiple",
-        )
+        what = f"global_batch_size={batch} cannot be shared by {ranks} ranks"
+        yield "stops", what, "--data.global_batch_size, a multiple"
     if 0 < samples < batch:
         what = f"there are {samples} pairs, fewer than global_batch_size={batch}: an epoch would have no step"
         yield "stops", what, "a smaller --data.global_batch_size, or more data"
@@ -235,28 +324,27 @@ def _of_run(reports: dict[str, dict[str, Any]], settings: dict[str, Any], ranks:
         yield "notes", what, f"--data.workers {max(shards // ranks, 1)}, or shards with fewer samples"
 
 
-def _report(counted: Count, sight: Sight, settings: dict[str, Any], stated: int | None) -> dict[str, Any]:
+def _report(counted: _Count, stats: SampleStats, max_tokens: int, stated: int | None) -> dict[str, Any]:
     known = "counted" if len(counted.samples) == len(counted.shards) else "estimated" if counted.samples else "unknown"
-    samples = stated or counted.total
     report: dict[str, Any] = {
         "shards": len(counted.shards),
-        "samples": samples,
+        "samples": stated or counted.total,
         "samples_are": "stated" if stated else known,
         "bytes": sum(counted.sizes.values()),
-        "looked_at": sight.samples,
-        "taken": sight.samples - sight.left_out,
-        "bad": dict(sight.bad),
-        "formats": dict(sight.formats),
+        "looked_at": stats.samples,
+        "taken": stats.samples - stats.bad.total(),
+        "bad": dict(stats.bad),
+        "formats": dict(stats.formats),
     }
-    if sight.sides:
-        report["short_side"] = _quantiles([min(side) for side in sight.sides])
-        report["images_a_second"] = round(len(sight.sides) / max(sight.decode_seconds, 1e-9))
-    if sight.texts:
-        report["caption_fields"] = dict(sight.fields)
-        report["captions_an_image"] = _quantiles([len(texts) for texts in sight.texts])
-    if sight.tokens:
-        report["tokens"] = _quantiles(sight.tokens)
-        report["share_cut"] = round(float(np.mean(np.array(sight.tokens) > settings["max_tokens"])), 4)
+    if stats.sides:
+        report["short_side"] = _quantiles([min(side) for side in stats.sides])
+        report["images_a_second"] = round(len(stats.sides) / max(stats.decode_seconds, 1e-9))
+    if stats.texts:
+        report["caption_fields"] = dict(stats.fields)
+        report["captions_an_image"] = _quantiles([len(texts) for texts in stats.texts])
+    if stats.tokens:
+        report["tokens"] = _quantiles(stats.tokens)
+        report["share_cut"] = round(float(np.mean(np.array(stats.tokens) > max_tokens)), 4)
     return report
 
 
@@ -264,43 +352,50 @@ def _quantiles(values: list[int]) -> dict[str, int]:
     return {name: int(np.percentile(values, q)) for name, q in (("p50", 50), ("p95", 95), ("most", 100))}
 
 
-def _print(reports: dict[str, dict[str, Any]], findings: list[Finding], as_json: bool) -> None:
-    if as_json:
-        print(
-            json_format.dumps({"sources": reports, "findings": [finding._asdict() for finding in findings]}, indent=1)
-        )
-        return
-    for name, report in reports.items():
-        print(name)
-        for line in _lines(report):
-            print(f"  {one_line(line)}")
-        for finding in findings:
-            if finding.source == name:
-                print(f"  {finding.severity.upper():5}  {one_line(finding.what)}\n         -> {finding.mend}")
-    for finding in findings:
-        if finding.source not in reports:
-            print(f"{finding.severity.upper()}  {one_line(finding.what)}\n         -> {finding.mend}")
-    severities = Counter(finding.severity for finding in findings)
-    print(", ".join(f"{count} {name}" for name, count in severities.items()) or "nothing to mend")
+def _print(reports: dict[str, dict[str, Any]], findings: list[Diagnostic]) -> None:
+    for name in dict.fromkeys([*reports, *(one.source for one in findings)]):
+        report = yaml.safe_dump(reports.get(name, {}), sort_keys=False, default_flow_style=None, width=120)
+        print(one_line(name), *(f"  {line}" for line in report.splitlines() if line != "{}"), sep="\n")
+        for one in findings:
+            if one.source == name:
+                print(f"  {one.severity.upper():5}  {one_line(one.what)}\n         -> {one.mend}")
+    severities = Counter(one.severity for one in findings)
+    print(", ".join(f"{count} {name}" for name, count in severities.items()) or "nothing found")
 
 
-def _lines(report: dict[str, Any]) -> Iterator[str]:
-    if not report["shards"]:
-        return
-    yield (
-        f"{report['shards']} shards, {report['samples']} samples ({report['samples_are']}), "
-        f"{report['bytes'] / 2**20:.1f} MiB; "
-        f"looked at {report['looked_at']} samples: {report['taken']} taken, {sum(report['bad'].values())} skipped"
-    )
-    if "short_side" in report:
-        formats = ", ".join(f"{count} {kind}" for kind, count in report["formats"].items())
-        pace = f"{report['images_a_second']} decoded a second and core"
-        yield f"images: {formats}; short side {_said(report['short_side'])} px; {pace}"
-    if "captions_an_image" in report:
-        tokens = f"; tokens {_said(report['tokens'])}, {report['share_cut']:.1%} cut" if "tokens" in report else ""
-        fields = ", ".join(f"{count} in {field}" for field, count in report["caption_fields"].items())
-        yield f"captions: {fields}; {_said(report['captions_an_image'])} an image{tokens}"
+def write_indices(shards: list[str]) -> None:
+    """Reads local shards from front to end and writes `index.json` into each of their folders.
+
+    Raises:
+        FileError: if one cannot be read to its end: an index would make its loss official. Or if another tool's index is
+            there, or a `stair prepare` that is not finished.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for shard in map(Path, dict.fromkeys(shards)):
+        folders.setdefault(shard.parent, []).append(shard)
+    for folder in folders:
+        check_index(folder)
+    for folder, paths in folders.items():
+        with preparing(folder) as state:
+            if plans := sorted(state.glob("*.plan")):
+                raise FileError(
+                    f"{folder} is being prepared ({plans[0].relative_to(folder)}): finish `stair prepare` first, with the "
+                    "same command; it writes the index itself",
+                    folder,
+                )
+            jobs = [Job(path.name, 1, (path,)) for path in paths]
+            times = {path.name: path.stat().st_mtime_ns for path in paths}
+            records, _ = run(jobs, _index_entry, state, partial(_is_current, times), 0)
+            write_index(folder, records)
+            for job in jobs:
+                (state / f"{job.name}.json").unlink()
 
 
-def _said(quantiles: dict[str, int]) -> str:
-    return "{p50} (p95 {p95}, most {most})".format(**quantiles)
+def _is_current(times: dict[str, int], name: str, record: dict[str, Any]) -> bool:
+    return record.get("mtime") == times[name]
+
+
+def _index_entry(shard: Path) -> dict[str, Any]:
+    """Writes the index of a shard, and returns its record."""
+    record = {"inputs": 1, "left_out": [], "samples": index_shard(shard)}
+    return {**record, "bytes": shard.stat().st_size, "sha256": sha256(shard), "mtime": shard.stat().st_mtime_ns}
