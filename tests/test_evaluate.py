@@ -130,7 +130,7 @@ def test_a_dense_model_takes_the_same_road(models, shards):
         (["{models}/stair", "{sets}/pets", "--limit", "0"], "at least 1"),
         (["{models}/stair", "{sets}/pets", "--classnames", "{sets}/pets/classnames.json:names"], "no list of names"),
         (["{models}/stair", "{sets}/pets", "--classnames", "{sets}/no.json"], r"no\.json: no such file"),
-        (["{models}/stair", "{sets}/pets", "--classnames", "{sets}/pets/test-00000.tar"], "is no json"),
+        (["{models}/stair", "{sets}/pets", "--classnames", "{sets}/pets/test-00000.tar"], "holds no names"),
         (["{models}/stair", "{sets}/pets", "--output", "{sets}/pets/classnames.json"], "File exists"),
         (["{models}/stair", "{sets}/pets", "--vocabulary", "{sets}/scenes/vocab.txt"], "words of its own"),
         (["open_clip:ViT-B-32", "{sets}/pets"], "ARCHITECTURE:CHECKPOINT"),
@@ -179,7 +179,7 @@ def test_folders_are_called_by_the_names_given_one_for_each(tmp_path):
     with pytest.raises(ValueError, match="1 names for 2 folders"):
         open_set(str(tmp_path), classnames=f"{tmp_path}/keyed.json:short")
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match=r"broken\.json is no json"):
+    with pytest.raises(ValueError, match=r"broken\.json holds no names"):
         open_set(str(tmp_path), classnames=f"{tmp_path}/broken.json")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json: no such file"):
         open_set(str(tmp_path), classnames=f"{tmp_path}/nowhere.json")

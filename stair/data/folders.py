@@ -58,19 +58,20 @@ def class_files(folder: Path) -> tuple[list[str], list[tuple[ImageFile, int]], l
     return names, files, skipped
 
 
-def class_names(folders: list[str], names: Path | None) -> list[str]:
+def class_names(folders: list[str], names: Path | None = None, key: str = "classes") -> list[str]:
     """What the classes of folders are called.
 
     Args:
         folders: sorted.
         names: a file as `read_names` takes it; None takes the folders' names, without numbers before them and underscores.
+        key: of the list in it.
 
     Raises:
         FileError: if it does not name each folder.
     """
     if names is None:
         return [printable(_NUMBER.sub("", name).replace("_", " ").strip()) for name in folders]
-    found = read_names(names)
+    found = read_names(names, key)
     if isinstance(found, list) and all(str(line).split(maxsplit=1)[0] in folders for line in found):
         # ImageNet's LOC_synset_mapping.txt gives synonyms, the first one is the usual name
         pairs = [line.split(maxsplit=1) for line in found]
@@ -99,17 +100,13 @@ def read_names(path: Path, key: str = "classes") -> Any:
     Raises:
         FileError: if it is no JSON, or a line is blank.
     """
-    if path.suffix != ".json":
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
-        if not all(lines):
-            raise FileError(
-                f"{path}: line {lines.index('') + 1} is blank; give the name of a class on every line", path
-            )
-        return lines
     try:
-        found = json.loads(path.read_bytes())
+        text = path.read_text(encoding="utf-8-sig")
+        found = json.loads(text) if path.suffix == ".json" else [line.strip() for line in text.rstrip().splitlines()]
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{path} is not JSON: {error}", path) from error
+        raise FileError(f"{path} holds no names of classes: {error}", path) from error
+    if path.suffix != ".json" and not all(found):
+        raise FileError(f"{path}: line {found.index('') + 1} is blank; give the name of a class on every line", path)
     return found[key] if isinstance(found, dict) and isinstance(found.get(key), list) else found
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stair.evaluate.scored import Scored
+from stair.errors import import_extra
+from stair.evaluate.models import Scored
 from stair.ranking import SparseRows, rank
 
 #: our own; `{}` is the class name
@@ -103,20 +104,17 @@ def linear_probe(
         `top1` on test, `val_top1`, the chosen `inverse_penalty` (scikit-learn's C), `swept`: validation accuracy of each.
 
     Raises:
-        ValueError: if scikit-learn is not installed.
+        MissingPackageError: if scikit-learn is not installed.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.preprocessing import MaxAbsScaler
-    except ImportError as error:
-        raise ValueError("a linear probe needs scikit-learn: pip install 'stair-embeddings[evaluate]'") from error
+    linear_model = import_extra("sklearn.linear_model", "scikit-learn", "evaluate")
+    preprocessing = import_extra("sklearn.preprocessing", "scikit-learn", "evaluate")
     # weights of `dot` models have no common size; this keeps zeros zero
-    scale = MaxAbsScaler().fit(train[0].scipy(width))
+    scale = preprocessing.MaxAbsScaler().fit(train[0].scipy(width))
     features = [scale.transform(rows.scipy(width)) for rows, _ in (train, val, test)]
     best: tuple[float, float, Any] = (-1.0, 0.0, None)
     swept = {}
     for inverse_penalty in _INVERSE_PENALTIES:
-        probe = LogisticRegression(C=inverse_penalty, max_iter=500).fit(features[0], train[1].numpy())
+        probe = linear_model.LogisticRegression(C=inverse_penalty, max_iter=500).fit(features[0], train[1].numpy())
         swept[inverse_penalty] = float(probe.score(features[1], val[1].numpy()))
         best = max(best, (swept[inverse_penalty], inverse_penalty, probe), key=lambda found: found[0])
     return {

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stair.evaluate.scored import Cutting, Scored
-from stair.evaluate.sets import EvaluationSet, Sample, Samples, batches
+from stair.evaluate.models import Cutting, Scored
+from stair.evaluate.sets import EvaluationSet, Sample, batches
 from stair.grounding import Expansion, Grounding
 from stair.metrics import SparsityStats
 from stair.ranking import SparseRows
@@ -70,31 +70,30 @@ def embed(scored: Scored, what: EvaluationSet, batch_size: int = 64, words: int 
     width = 1
     with torch.no_grad():
         for batch in batches(what.samples, batch_size):
+            own = [list(sample.captions) if what.retrieval else [] for sample in batch]
+            flat = [text for texts_of_image in own for text in texts_of_image]
             image_BV = scored.encoder.encode_image([sample.image for sample in batch]).float().cpu()
-            told = [text for sample in batch for text in sample.captions] if what.retrieval else []
-            text_CV = scored.encoder.encode_text(told).float().cpu() if told else image_BV[:0]
+            text_CV = scored.encoder.encode_text(flat).float().cpu() if flat else image_BV[:0]
             images.append(SparseRows.of(image_BV))
             texts.append(SparseRows.of(text_CV))
-            metrics.add(image_BV, text_CV, told, [len(s.captions) if what.retrieval else 0 for s in batch])
+            metrics.add(image_BV, text_CV, flat, [len(texts_of_image) for texts_of_image in own])
             hashes.append(image_hashes([sample.image for sample in batch]))
             _count(counts, scored, batch, hashes[-1], len(captions))
             captions += [list(sample.captions) for sample in batch]
             labels += [-1 if sample.label is None else sample.label for sample in batch]
             width = image_BV.shape[1]
     captions_N = torch.tensor([len(own) if what.retrieval else 0 for own in captions])
-    owner = torch.arange(len(captions)).repeat_interleave(captions_N)
-    seconds = time.perf_counter() - start
-    rows = SparseRows.cat(images), SparseRows.cat(texts)
     return Embedded(
-        *rows,
-        owner,
-        captions,
-        torch.tensor(labels),
-        width,
-        metrics.figures(),
-        torch.cat(hashes),
-        _known(counts.compute(), scored),
-        seconds,
+        images=SparseRows.cat(images),
+        texts=SparseRows.cat(texts),
+        owner=torch.arange(len(captions)).repeat_interleave(captions_N),
+        captions=captions,
+        labels=torch.tensor(labels),
+        width=width,
+        figures=metrics.figures(),
+        image_hash=torch.cat(hashes),
+        counts=_known(counts.compute(), scored),
+        seconds=time.perf_counter() - start,
     )
 
 
@@ -119,20 +118,6 @@ def _known(counts: dict[str, int], scored: Scored) -> dict[str, int]:
         if not isinstance(scored.encoder, Cutting):
             del counts["cut_captions"]
     return counts
-
-
-def embed_images(scored: Scored, samples: Samples, batch_size: int = 64) -> tuple[SparseRows, Tensor, Tensor]:
-    """Comparable embeddings of those images that have a label, (N,) int64 their labels, and their hashes."""
-    rows: list[SparseRows] = []
-    labels: list[int] = []
-    hashes: list[Tensor] = []
-    for batch in batches(samples, batch_size):
-        rows.append(SparseRows.of(scored.encoder.encode_image([sample.image for sample in batch]).float().cpu()))
-        labels += [-1 if sample.label is None else sample.label for sample in batch]
-        hashes.append(image_hashes([sample.image for sample in batch]))
-    all_rows, label_N = SparseRows.cat(rows), torch.tensor(labels)
-    comparable = all_rows.unit() if scored.encoder.similarity == "cosine" else all_rows
-    return comparable.only(label_N >= 0), label_N[label_N >= 0], torch.cat(hashes)[label_N >= 0]
 
 
 class _Words:

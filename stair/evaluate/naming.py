@@ -23,7 +23,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stair.evaluate.scored import Scored
+from stair.errors import import_extra
+from stair.evaluate.models import Scored
 from stair.ranking import QUERIES, SparseRows
 from stair.vocabulary import Vocabulary
 
@@ -46,13 +47,8 @@ def right_words(vocabulary: Vocabulary, texts: Sequence[str]) -> list[int]:
 
 
 def _stop_words() -> frozenset[str]:
-    try:
-        from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-    except ImportError as error:
-        raise ValueError(
-            "the vocabulary test needs scikit-learn's stop words: pip install 'stair-embeddings[evaluate]'"
-        ) from error
-    return frozenset(ENGLISH_STOP_WORDS)
+    text = import_extra("sklearn.feature_extraction.text", "scikit-learn", "evaluate")
+    return frozenset(text.ENGLISH_STOP_WORDS)
 
 
 def word_rows(scored: Scored, batch_size: int = 256) -> tuple[SparseRows, Tensor]:

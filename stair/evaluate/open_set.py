@@ -3,11 +3,11 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stair.data.folders import class_files, class_names
+from stair.data.folders import class_files, class_names, read_names
 from stair.data.pairs import Entry, entries, opened, whole_captions
 from stair.data.samples import (
     CAPTION_TYPES,
@@ -19,8 +19,9 @@ from stair.data.samples import (
     printable,
     skipped_lines,
 )
+from stair.data.specs import require
 from stair.data.tars import expand
-from stair.errors import FileError
+from stair.errors import FileError, SettingError
 from stair.evaluate import EvaluationSet, Sample, open_model, show, write
 from stair.evaluate import evaluate as measure
 from stair.evaluate.sets import Samples, images_told_alike
@@ -73,9 +74,9 @@ def evaluate(
         FileNotFoundError: if the model or a set is not there.
         ValueError: if a set holds nothing that can be measured.
     """
-    if min([*ks, batch_size, *(n for n in (captions, limit) if n is not None)] if ks else [0]) < 1:
-        given = f"ks={ks}, batch_size={batch_size}, captions={captions}, limit={limit}"
-        raise ValueError(f"{given}: wanted numbers of at least 1")
+    require(min(ks, default=0) >= 1, "ks", ks, "numbers of at least 1")
+    for name, value in (("batch_size", batch_size), ("captions", captions), ("limit", limit)):
+        require(value is None or value >= 1, name, value, "at least 1")
     sets = [_cut(open_set(word, split, classnames, captions), limit) for word in data]
     if no_probe:
         sets = [replace(what, train=[], val=[]) for what in sets]
@@ -132,22 +133,21 @@ def open_set(
 def _cut(what: EvaluationSet, limit: int | None) -> EvaluationSet:
     if limit is None or len(what.samples) <= limit:
         return what
-    first = _Part(what.samples, limit)
+    first = _First(what.samples, limit)
     return replace(what, samples=first, split=f"{what.split}, first {limit} images")
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The first `length` samples."""
+class _First:
+    """The first samples."""
 
-    samples: Samples
-    length: int
+    def __init__(self, samples: Samples, length: int) -> None:
+        self._samples, self._length = samples, length
 
     def __len__(self) -> int:
-        return self.length
+        return self._length
 
     def __getitem__(self, index: int, /) -> Sample:
-        return self.samples[index]
+        return self._samples[index]
 
 
 class _TarSamples:
@@ -244,39 +244,29 @@ def _glob(spec: str) -> list[Path]:
 def _class_names(home: Path, given: str | None) -> list[str]:
     """Names from `FILE` or `FILE:KEY`, else from a file beside the tars; none if there is none."""
     if not given:
-        beside = (home / file for file in _CLASSNAMES)
-        # a file of another make that is called alike is passed over: nobody asked for it
-        return next(filter(None, (_names_in(path, "classes") for path in beside if path.is_file())), [])
+        beside = (read_names(home / file) for file in _CLASSNAMES if (home / file).is_file())
+        # a file of another make that has the same name is passed over
+        return next((names for names in beside if names and _are_names(names)), [])
+    path, key = _file_and_key(given)
+    found = read_names(path, key)
+    if not _are_names(found):
+        keys = sorted(k for k, v in found.items() if isinstance(v, list)) if isinstance(found, dict) else []
+        raise SettingError(
+            f"{path} has no list of names under {key!r}; it has {keys}. Give --classnames FILE:KEY", "classnames"
+        )
+    return list(found)
+
+
+def _file_and_key(given: str) -> tuple[Path, str]:
     name, _, key = (given, "", "classes") if Path(given).is_file() else given.rpartition(":")
     path = Path(name or given)
     if not path.is_file():
         raise FileNotFoundError(f"--classnames {given}: no such file")
-    if names := _names_in(path, key):
-        return names
-    found = _parsed(path)
-    keys = sorted(k for k, v in found.items() if isinstance(v, list)) if isinstance(found, dict) else []
-    raise ValueError(f"{path} has no list of names under {key!r}; it has {keys}. Give --classnames FILE:KEY")
+    return path, key
 
 
-def _names_in(path: Path, key: str) -> list[str]:
-    """The lines of a `.txt`, or of JSON the list, or the one under a key; none if there is no such list of names."""
-    if path.suffix == ".txt":
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        if not all(lines):
-            raise ValueError(f"{path}: line {lines.index('') + 1} is blank; wanted the name of a class on every line")
-        return lines
-    found = _parsed(path)
-    names = found.get(key) if isinstance(found, dict) else found
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
-
-
-def _parsed(path: Path) -> Any:
-    if path.suffix == ".txt":
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no json: {error}") from error
+def _are_names(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(name, str) for name in found)
 
 
 class _FolderSamples:
@@ -317,17 +307,15 @@ def _class_folders(folder: Path, split: str | None, classnames: str | None) -> E
     samples = _FolderSamples(home)
     classes = list(samples.classes)
     if not len(samples):
-        raise ValueError(
+        raise FileError(
             f"{home} holds neither tars nor class folders with images; give tars, a folder of them, or a folder with a "
-            "folder of images for each class"
+            "folder of images for each class",
+            home,
         )
     others = {
         other: _FolderSamples(folder / other, classes)
         for other in ("train", "val")
         if part not in (None, other) and (folder / other).is_dir()
     }
-    if classnames is None or Path(classnames).is_file():
-        spoken = class_names(classes, Path(classnames) if classnames else None)
-    elif len(spoken := _class_names(home, classnames)) != len(classes):
-        raise ValueError(f"--classnames {classnames}: {len(spoken)} names for {len(classes)} folders of {home}")
-    return EvaluationSet(folder.resolve().name, samples, part or "all", spoken, **others, retrieval=False)
+    names = class_names(classes, *_file_and_key(classnames)) if classnames else class_names(classes)
+    return EvaluationSet(folder.resolve().name, samples, part or "all", names, **others, retrieval=False)

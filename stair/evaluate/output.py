@@ -9,7 +9,7 @@ from typing import Any
 from stair import __version__
 from stair.card import DENSE, SPARSE, card
 from stair.evaluate.embed import Embedded
-from stair.evaluate.scored import Scored
+from stair.evaluate.models import Scored
 from stair.evaluate.sets import EvaluationSet
 from stair.files import write_text
 from stair.pages import render

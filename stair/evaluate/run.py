@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from stair.evaluate.classify import TEMPLATES, class_rows, linear_probe, zero_shot
-from stair.evaluate.embed import Embedded, embed, embed_images
+from stair.evaluate.embed import Embedded, embed
+from stair.evaluate.models import Scored
 from stair.evaluate.naming import naming, right_words, word_rows
 from stair.evaluate.prune import cost, curve
-from stair.evaluate.scored import Scored
 from stair.evaluate.sets import EvaluationSet
 from stair.ranking import QUERIES, SparseRows, rank_figures, retrieval_ranks
 from stair.set_counts import class_counts
@@ -142,12 +142,15 @@ def _classification(
     result["zero_shot"]["templates"] = list(TEMPLATES)
     found.counts["tied_classes"] = result["zero_shot"]["tied"]
     if len(what.train) and len(what.val):
-        learned: dict[str, tuple[SparseRows, torch.Tensor]] = {}
+        learned: list[tuple[SparseRows, torch.Tensor]] = []
         for part, samples in (("train", what.train), ("val", what.val)):
-            rows, labels, hashes = embed_images(scored, samples, batch_size)
-            learned[part] = rows, labels
-            found.counts[f"images_also_in_{part}"] = int(torch.isin(found.image_hash, hashes).sum())
-        train, val = learned["train"], learned["val"]
+            own = embed(scored, EvaluationSet(part, samples, retrieval=False), batch_size)
+            labelled = own.labels >= 0
+            rows, _ = own.comparable(scored.encoder.similarity)
+            learned.append((rows.only(labelled), own.labels[labelled]))
+            seen = torch.isin(found.image_hash, own.image_hash[labelled])
+            found.counts[f"images_also_in_{part}"] = int(seen.sum())
+        train, val = learned
         if len(train[1].unique()) < 2 or not len(val[1]):
             say(f"no linear probe of {what.name}: its train part has one class, or its val part no image with a class")
         elif not all(np.isfinite(rows.scipy(found.width).data).all() for rows, _ in (train, val, test)):
