@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from stair.data.items import COLUMNS, Item, Listing, Side, list_items
 from stair.data.samples import Skipped, count_causes, skipped_lines
+from stair.data.specs import require
 from stair.embeddings import PLAN, Embeddings, Space, read_header, to_csr
-from stair.errors import FileError
+from stair.errors import FileError, SettingError
 from stair.files import read_json, write_json
 from stair.images import decode_image, eval_pixels
 from stair.model import Stair
@@ -72,7 +73,11 @@ def embed(
         FileNotFoundError: if there is no source or model.
         ValueError: if a setting is out of range, or the folder holds embeddings of another plan.
     """
-    _demand_range(top, threshold, batch_size, workers, part_size)
+    require(batch_size >= 1, "batch_size", batch_size, "1 or more")
+    require(part_size >= 1, "part_size", part_size, "1 or more")
+    require(top is None or top >= 1, "top", top, "1 or more")
+    require(workers >= 0, "workers", workers, "0 or more")
+    require(0 <= threshold < math.inf, "threshold", threshold, "0, which keeps every weight that is not zero, or more")
     rank, ranks = _share(share)
     device = _device(device, rank)
     listing = list_items(source, side, column, id_column)
@@ -139,23 +144,10 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return about.st_size, about.st_mtime_ns
 
 
-def _demand_range(top: int | None, threshold: float, batch_size: int, workers: int, part_size: int) -> None:
-    for name, value, least in (
-        ("top", 1 if top is None else top, 1),
-        ("batch_size", batch_size, 1),
-        ("workers", workers, 0),
-        ("part_size", part_size, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} is {value}; give {least} or more")
-    if not 0 <= threshold < math.inf:
-        raise ValueError(f"threshold is {threshold}; give 0, which keeps every weight that is not zero, or more")
-
-
 def _share(share: str) -> tuple[int, int]:
     rank, slash, ranks = share.partition("/")
-    if not (slash and rank.isdigit() and ranks.isdigit() and int(rank) < int(ranks)):
-        raise ValueError(f"share is {share!r}; give R/N with R from 0 to N-1, such as 0/4")
+    is_share = bool(slash and rank.isdigit() and ranks.isdigit() and int(rank) < int(ranks))
+    require(is_share, "share", share, "R/N with R from 0 to N-1, such as 0/4")
     return int(rank), int(ranks)
 
 
@@ -166,9 +158,8 @@ def _device(device: str, rank: int) -> str:
         torch.zeros(1, device=device).cpu()  # there and back: a name may be known and its device not be here
     except (RuntimeError, AssertionError) as error:
         why = str(error).partition("\n")[0]
-        raise ValueError(
-            f"device is {device!r}; give auto, cpu, or a GPU of this machine, such as cuda:0 ({why})"
-        ) from error
+        wanted = f"auto, cpu, or a GPU of this machine, such as cuda:0 ({why})"
+        raise SettingError(f"device is {device!r}; give {wanted}", "device") from error
     return device
 
 

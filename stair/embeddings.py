@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
+from pyarrow import parquet
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from scipy import sparse
 from torch import Tensor
 
-from stair.files import atomic_write
+from stair.files import atomic_write, read_json
 
 FORMAT = "stair-embeddings-2"
 PLAN = "embeddings.json"  # what `stair embed` meant to do, beside its parts
@@ -117,7 +121,7 @@ class Embeddings:
         """Writes one file, whole or not at all.
 
         Args:
-            path: ends in `.safetensors` or `.parquet` (which needs pyarrow).
+            path: ends in `.safetensors` or `.parquet`.
             facts: plain values to keep in the file's header.
 
         Raises:
@@ -186,7 +190,7 @@ def part_files(path: str | Path) -> list[Path]:
     files = [path] if path.is_file() else sorted(f for f in path.glob("part-*") if f.suffix in _READERS)
     if not files:
         raise FileNotFoundError(f"{path}: no embeddings there; `stair embed` writes them")
-    if (path / PLAN).is_file() and len(files) < (parts := json.loads((path / PLAN).read_text())["parts"]):
+    if (path / PLAN).is_file() and len(files) < (parts := read_json(path / PLAN)["parts"]):
         raise ValueError(f"{path} has {len(files)} of {parts} parts; give the same `stair embed` again, it goes on")
     return files
 
@@ -200,12 +204,10 @@ def read_header(path: Path) -> dict[str, str]:
     header: dict[str, str] = {}
     try:
         if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
             with safe_open(str(path), "numpy") as file:
                 header = file.metadata() or {}
         elif path.suffix == ".parquet":
-            header = {k.decode(): v.decode() for k, v in (_parquet().read_schema(path).metadata or {}).items()}
+            header = {k.decode(): v.decode() for k, v in (parquet.read_schema(path).metadata or {}).items()}
     except OSError:
         raise
     except Exception as error:  # each format has errors of its own
@@ -240,14 +242,6 @@ def to_csr(embedding: Tensor, top: int | None = None, threshold: float = 0.0) ->
     return sparse.csr_matrix(parts, shape=tuple(embedding.shape))
 
 
-def _parquet() -> Any:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError("parquet needs pyarrow: `pip install 'stair-embeddings[search]'`") from error
-    return parquet
-
-
 def _json_rows(embeddings: Embeddings, records: Sequence[dict[str, Any]]) -> list[str]:
     """Metadata or source of each row, `{}` if there is none. NaN is an error: strict JSON readers reject it."""
     encode = json.JSONEncoder(allow_nan=False).encode
@@ -263,8 +257,6 @@ def _json_rows(embeddings: Embeddings, records: Sequence[dict[str, Any]]) -> lis
 
 
 def _write_safetensors(embeddings: Embeddings, header: dict[str, str], path: Path) -> None:
-    from safetensors.numpy import save_file
-
     vectors = embeddings.vectors
     tensors = {
         "indptr": vectors.indptr.astype(np.int64),
@@ -283,8 +275,6 @@ Read = tuple[sparse.csr_matrix, list[str], list[dict[str, Any]], list[dict[str, 
 
 
 def _read_safetensors(path: Path, words: int) -> Read:
-    from safetensors.numpy import load_file
-
     part = load_file(str(path))
     ids, metadata, source = (json.loads(part[name].tobytes()) for name in ("ids", "metadata", "source"))
     vectors = sparse.csr_matrix((part["data"], part["indices"], part["indptr"]), shape=(len(ids), words))
@@ -292,8 +282,6 @@ def _read_safetensors(path: Path, words: int) -> Read:
 
 
 def _write_parquet(embeddings: Embeddings, header: dict[str, str], path: Path) -> None:
-    import pyarrow as pa
-
     vectors, offsets = embeddings.vectors, pa.array(embeddings.vectors.indptr.astype(np.int64))
     columns: dict[str, Any] = {
         "id": pa.array(list(embeddings.ids), pa.string()),
@@ -303,11 +291,11 @@ def _write_parquet(embeddings: Embeddings, header: dict[str, str], path: Path) -
         "source": pa.array(_json_rows(embeddings, embeddings.source), pa.string()),
     }
     table = pa.table(columns).replace_schema_metadata(header)
-    _parquet().write_table(table, path, compression="zstd")
+    parquet.write_table(table, path, compression="zstd")
 
 
 def _read_parquet(path: Path, words: int) -> Read:
-    table = _parquet().read_table(path).combine_chunks()
+    table = parquet.read_table(path).combine_chunks()
     lists = [table[name].combine_chunks() for name in ("words", "weights")]
     offsets = lists[0].offsets.to_numpy() - lists[0].offsets[0].as_py()
     indices, data = (column.flatten().to_numpy() for column in lists)

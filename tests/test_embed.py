@@ -380,7 +380,7 @@ def test_settings_out_of_range_are_one_line_before_the_first_item(stair, tmp_pat
     with pytest.raises(SystemExit) as stopped:
         stair("embed", tmp_path / "no model", tmp_path / "no source", tmp_path / "out", f"--{setting}={value}")
     [line] = str(stopped.value).splitlines()
-    assert line.startswith(f"stair embed: {setting} is ") and "; give " in line
+    assert line.startswith(f"stair embed: {setting}")
 
 
 def test_pictures_that_cannot_be_read_are_left_out_and_named(stair, model, folder, tmp_path):

@@ -186,10 +186,8 @@ def _lines(data: bytes, side: Side) -> Iterator[Item | Skipped]:
     # neither text mode nor `splitlines`: they also cut at \r, form feeds, U+0085 and U+2028, which texts hold
     lines = enumerate(re.split("\r?\n", data.decode("utf-8", "surrogateescape")), 1)
     for number, (line, text) in enumerate((line, text) for line, text in lines if text.strip()):
-        place = f"standard input:{line}"
-        yield (
-            _image(place, printable(text), Path(text), {}) if side == "images" else _text(place, str(number), text, {})
-        )
+        name = printable(text) if side == "images" else str(number)
+        yield _item(side, f"standard input:{line}", name, text, Path(text), {})
 
 
 def _folder(folder: Path) -> Iterator[Item | Skipped]:
@@ -201,18 +199,17 @@ def _folder(folder: Path) -> Iterator[Item | Skipped]:
             yield Item(name, found.path, source={"file": name})
 
 
-def _text(place: str, name: str, text: str, metadata: dict[str, Any]) -> Item | Skipped:
+def _item(side: Side, place: str, name: str, text: str, path: Path, metadata: dict[str, Any]) -> Item | Skipped:
+    """The item of a text, or of an image that the text names."""
     try:
-        check_caption(text)
+        if side == "texts":
+            check_caption(text)
+            return Item(name, text=text, metadata=metadata, source={"text": text}, place=place)
+        if not os.path.isfile(path):
+            raise ValueError(f"image missing: no file {printable(str(path))}")
+        return Item(name, path, metadata=metadata, source={"file": printable(text)}, place=place)
     except ValueError as error:
         return Skipped(place, str(error))
-    return Item(name, text=text, metadata=metadata, source={"text": text}, place=place)
-
-
-def _image(place: str, name: str, path: Path, metadata: dict[str, Any], file: str | None = None) -> Item | Skipped:
-    if not os.path.isfile(path):
-        return Skipped(place, f"image missing: no file {printable(str(path))}")
-    return Item(name, path, metadata=metadata, source={"file": printable(file or str(path))}, place=place)
 
 
 def _table(
@@ -222,8 +219,8 @@ def _table(
         if name is not None and name not in table.columns:
             known = sorted(table.columns)
             raise SettingError(f"{table.path}: no column {name!r}; there are {known}. Choose with --{setting}", setting)
-    inside = side == "images" and _IMAGES.fullmatch(table.columns[column]) is not None
-    if not inside:
+    in_cells = side == "images" and _IMAGES.fullmatch(table.columns[column]) is not None
+    if not in_cells:
         _check_type(table, side, column)
     if unread := [name for name in table.bytes_columns if name != column]:
         notes.append(Skipped(table.path.name, f"columns of bytes: {unread} are no metadata"))
@@ -234,55 +231,54 @@ def _table(
             f"{table.path}: ids in column {id_column!r} are {kind}; wanted texts or numbers", "id_column"
         )
     for number, row in enumerate(table.rows()):
-        if row.problem:
-            yield Skipped(row.place, row.problem)
-            continue
-        if "-" in row.place.rpartition(":")[2]:
+        if "-" in row.place.rpartition(":")[2] and not row.problem:
             notes.append(Skipped(row.place, "row of several lines: a quoted cell holds line ends"))
-        identity = _id(row, id_column, number)
-        if isinstance(identity, Skipped):
-            yield identity
+        try:
+            if row.problem:
+                raise ValueError(row.problem)
+            name = _id(row, id_column, number)
+            metadata = _metadata(table, row, (column, id_column))
+            if in_cells:
+                source = {"file": table.path.name, "row_group": row.group, "row": row.row, "column": column}
+                yield Item(name, table.path, metadata=metadata, source=source, place=row.place)
+                continue
+            text = cell_text(row, column, "caption empty" if side == "texts" else "image unnamed")
+        except FileError:
+            raise
+        except ValueError as error:
+            yield Skipped(row.place, str(error))
         else:
-            yield _of_row(table, row, identity, side, column, id_column, inside)
+            text = text if side == "texts" else text.strip()
+            yield _item(side, row.place, name, text, table.path.parent / text, metadata)
 
 
-def _id(row: Row, column: str | None, number: int) -> str | Skipped:
+def _id(row: Row, column: str | None, number: int) -> str:
     value = number if column is None else row.cells.get(column)
     if value is None or value == "" or value != value:  # NaN means that there is no value
-        return Skipped(row.place, f"id empty: nothing in column {column!r}")
+        raise ValueError(f"id empty: nothing in column {column!r}")
     if isinstance(value, (list, dict, tuple)):
-        return Skipped(row.place, f"id of a type that is none: column {column!r} holds a {type(value).__name__}")
+        raise ValueError(f"id of a type that is none: column {column!r} holds a {type(value).__name__}")
     if isinstance(value, bool):
         return json.dumps(value)
     return printable(value.isoformat() if isinstance(value, (date, time)) else str(value))
 
 
-def _of_row(
-    table: Table, row: Row, name: str, side: Side, column: str, id_column: str | None, inside: bool
-) -> Item | Skipped:
-    rest = {key: value for key, value in row.cells.items() if key not in (column, id_column) and value is not None}
+def _metadata(table: Table, row: Row, others: tuple[str | None, ...]) -> dict[str, Any]:
     metadata = {}
-    for key, value in rest.items():
+    for key, value in row.cells.items():
+        if key in others or value is None:
+            continue
         try:
             metadata[key] = _plain(value)
-        except UnicodeError:
-            return Skipped(row.place, f"not UTF-8: column {key!r}; save the table as UTF-8")
+        except UnicodeError as error:
+            raise ValueError(f"not UTF-8: column {key!r}; save the table as UTF-8") from error
         except ValueError as error:
             raise FileError(
                 f"{table.path}, {row.place}: {key!r} is {error}; wanted a text, a finite number (integers of 64 bits), "
                 "true or false, a date, or a list of these. Leave the value empty (null) or the column out",
                 table.path,
             ) from error
-    if inside:
-        source = {"file": table.path.name, "row_group": row.group, "row": row.row, "column": column}
-        return Item(name, table.path, metadata=metadata, source=source, place=row.place)
-    try:
-        text = cell_text(row, column, "caption empty" if side == "texts" else "image unnamed")
-    except ValueError as error:
-        return Skipped(row.place, str(error))
-    if side == "texts":
-        return _text(row.place, name, text, metadata)
-    return _image(row.place, name, table.path.parent / text.strip(), metadata, text.strip())
+    return metadata
 
 
 def _plain(value: Any) -> Any:
@@ -328,12 +324,18 @@ def _tar(path: Path, side: Side, notes: list[Skipped]) -> Iterator[Item | Skippe
                     yield Skipped(name, sample.problems[0])
                     continue
                 texts, problem = _captions(file, sample.members, lines)
+                found = list(filter(None, texts))
                 if side == "texts":
                     yield from [Skipped(name, problem)] if problem else _texts(name, sample.key, texts)
                     continue
-                found = _picture(path, name, sample.key, sample.members, texts)
-                yield found
-                if problem and not texts and isinstance(found, Item) and not problem.startswith("no caption"):
+                try:
+                    offset, length = sample.members[image_type(sample.members)]
+                except ValueError as error:
+                    yield Skipped(name, str(error))
+                    continue
+                source = {"file": printable(path.name), "offset": offset, "length": length, "key": sample.key}
+                yield Item(name, path, offset, length, source=source | ({"captions": found} if found else {}))
+                if problem and not problem.startswith("no caption"):
                     notes.append(Skipped(name, f"without captions: {problem}"))
     except (BrokenTarError, OSError) as error:
         raise FileError(f"{path} is no uncompressed tar, or cut short: {error}", path) from error
@@ -359,14 +361,3 @@ def _texts(name: str, key: str, texts: Iterable[str]) -> Iterator[Item | Skipped
             yield Item(f"{name}#{number}", text=text, source={"text": text, "key": key})
         else:
             yield Skipped(f"{name}#{number}", "caption empty: nothing but white space")
-
-
-def _picture(path: Path, name: str, key: str, members: dict[str, tuple[int, int]], texts: list[str]) -> Item | Skipped:
-    try:
-        offset, length = members[image_type(members)]
-    except ValueError as error:
-        return Skipped(name, str(error))
-    source = {"file": printable(path.name), "offset": offset, "length": length, "key": key}
-    if any(texts):
-        source["captions"] = [text for text in texts if text]
-    return Item(name, path, offset, length, source=source)
