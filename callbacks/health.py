@@ -180,7 +180,7 @@ class Health(L.Callback):
             if words:  # dense models train from wider ones
                 self._warn_of_wide_logits(pl_module, float(outputs["logit_std"]))
         if words:
-            whole = outputs.get("text_unmasked_CV", outputs["text_CV"])  # under a soft mask it can be dense unseen
+            whole = outputs.get("text_full", outputs["text_CV"])  # under a soft mask it can be dense unseen
             self._share = torch.maximum(active.max(), whole.count_nonzero() / len(whole)) / whole.shape[1]
         if len(self._recent) == self.every:
             self._read(trainer)

@@ -90,17 +90,19 @@ def pair_losses(pl_module: L.LightningModule, outputs: dict[str, Any]) -> Tensor
 
     Args:
         pl_module: the stage; its `towers.comparable` makes embeddings what their dot products are taken of.
-        outputs: of `training_step`; `compared` are the images and texts that `train/contrastive` is of.
+        outputs: of `training_step`; `compared` holds weight, images and texts of each term of `train/contrastive`.
 
     Returns:
         (B,) fp32; their mean over all ranks is `train/contrastive`.
     """
-    image_BV, text_BV = (pl_module.towers.comparable(side).float() for side in outputs["compared"])
-    scale = float(outputs["scale"])
-    by_image_BG = torch.cat([scale * (image_BV @ peer_BV.T) for peer_BV in _of_all_ranks(text_BV)], 1)
-    by_text_BG = torch.cat([scale * (text_BV @ peer_BV.T) for peer_BV in _of_all_ranks(image_BV)], 1)
-    matched_B = scale * (image_BV * text_BV).sum(1)
-    return (by_image_BG.logsumexp(1) + by_text_BG.logsumexp(1)) / 2 - matched_B
+    scale, terms = float(outputs["scale"]), []
+    for weight, *sides in outputs["compared"]:
+        image_BV, text_BV = (pl_module.towers.comparable(side).float() for side in sides)
+        by_image_BG = torch.cat([scale * (image_BV @ peer_BV.T) for peer_BV in _of_all_ranks(text_BV)], 1)
+        by_text_BG = torch.cat([scale * (text_BV @ peer_BV.T) for peer_BV in _of_all_ranks(image_BV)], 1)
+        matched_B = scale * (image_BV * text_BV).sum(1)
+        terms.append(weight * ((by_image_BG.logsumexp(1) + by_text_BG.logsumexp(1)) / 2 - matched_B))
+    return torch.stack(terms).sum(0)
 
 
 def _of_all_ranks(rows_BV: Tensor) -> Iterator[Tensor]:

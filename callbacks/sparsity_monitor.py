@@ -37,8 +37,9 @@ class SparsityMonitor(L.Callback):
     """Logs sparsity in training, sparsity and grounding at each validation and test. Does nothing for dense models.
 
     - At every `trainer.log_every_n_steps`, of the global batch: `train/image/active_words`,
-      `train/text/active_words`, `train/products_per_pair`; in stage 1, where the loss also sees texts without their mask,
-      `train/text_unmasked/active_words`, and `own_share`, what own words make of the squared length of these texts.
+      `train/text/active_words` of the text as in evaluation, `train/products_per_pair`; where the loss compares both
+      forms of the text, `train/text_full/active_words` and `train/text_full/in_caption_share`, the share of in-caption
+      terms in the squared length of the full text.
     - Of each evaluation set: `val/<set>/sparsity/<figure>` (the figures of `SparsityStats`), `val/<set>/grounding@10`,
       `grounding@1` and `grounding@10_frequent`, the same for the commonest caption words, which is the figure to beat;
       `val/<set>/expansion/<figure>` (the figures of `Expansion`).
@@ -68,14 +69,13 @@ class SparsityMonitor(L.Callback):
         stats.update(outputs["image_BV"], outputs["text_CV"])
         figures = stats.compute()
         logged = {f"train/{name}": figures[name] for name in _TRAIN}
-        if "text_unmasked_CV" in outputs:
+        if "text_full" in outputs and "text_masked" in outputs:
             stats.reset()
-            stats.update(outputs["image_BV"], outputs["text_unmasked_CV"])
-            logged["train/text_unmasked/active_words"] = stats.compute()["text/active_words"]
-            # in stage 1 `text_CV` is the same text, cut to its own words
-            sums = torch.stack([outputs[form].square().sum() for form in ("text_CV", "text_unmasked_CV")])
-            own, whole = trainer.strategy.reduce(sums, reduce_op="sum")
-            logged["train/text_unmasked/own_share"] = own / whole
+            stats.update(outputs["image_BV"], outputs["text_full"])
+            logged["train/text_full/active_words"] = stats.compute()["text/active_words"]
+            sums = torch.stack([outputs[form].square().sum() for form in ("text_masked", "text_full")])
+            masked, full = trainer.strategy.reduce(sums, reduce_op="sum")
+            logged["train/text_full/in_caption_share"] = masked / full
         pl_module.log_dict(logged, batch_size=1)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

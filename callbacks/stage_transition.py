@@ -116,7 +116,7 @@ class StageTransition(L.Callback):
         _check_order(module, previous, folder, description["training"])
         _check_scale(module, description["model"].get("similarity"))
         free = ["similarity"]  # a stage has its own
-        if description["training"].get("compared") == ["own"]:
+        if description["training"].get("masked_loss_weight") == 1:
             # under the hard mask no text ever lit up another word: what own words lead by was of no account yet
             free.append("own_word_lead")
         _load(module, folder, description, free)
@@ -156,7 +156,7 @@ class StageTransition(L.Callback):
         model = gathered(pl_module.towers)
         if trainer.is_global_zero and model is not None:
             if isinstance(pl_module, StairStage):
-                facts["compared"] = pl_module.compared
+                facts["masked_loss_weight"] = pl_module.weights.get("text_masked", 0.0)
             model.save_pretrained(target, facts)
             log.info("%s hands over at %s", pl_module.home(), target)
         trainer.strategy.barrier("hand-over")

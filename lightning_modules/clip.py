@@ -60,4 +60,5 @@ class Clip(ContrastiveModule):
         """One step: encode, compare with all ranks. Returns and logs the parts by name."""
         encoded = self.encode(batch)
         contrastive = info_nce(encoded["image_BV"], encoded["text_CV"], self.clip.scale, cosine=True)
-        return self.report({"loss": contrastive.loss}, contrastive, encoded)
+        logged = {"loss": contrastive.loss, "contrastive": contrastive.loss, "logit_std": contrastive.logit_std}
+        return self.report(logged, encoded, [(1.0, encoded["image_BV"], encoded["text_CV"])])

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_modules import parallel
 from lightning_modules.optimizer import Optimizer
 from stair.batch import Batch
-from stair.losses import Contrastive
+from stair.exchange import ranks
 from stair.metrics import RetrievalRecall
 from stair.set_counts import SetCounts, image_hashes, sentences, token_captions
 from stair.towers import TowersConfig, TwoTowers
@@ -204,29 +204,28 @@ class ContrastiveModule(L.LightningModule):
     def report(
         self,
         logged: dict[str, Any],
-        contrastive: Contrastive,
         encoded: dict[str, Tensor],
-        compared: tuple[str, str] = ("image_BV", "text_CV"),
+        compared: list[tuple[float, Tensor, Tensor]],
     ) -> dict[str, Any]:
         """Logs the parts of a step by name, and returns them with what callbacks read.
 
         Args:
-            logged: `loss` and its parts, already of the global batch on every rank.
-            contrastive: of this step.
-            encoded: of this step.
-            compared: where `encoded` has the images and the texts that `contrastive` is of.
+            logged: `loss`, `contrastive`, `logit_std` and other parts, already of the global batch on every rank.
+            encoded: `image_BV` and `text_CV`, as in evaluation, and whatever else was encoded.
+            compared: of each contrastive term its weight, images and texts.
+
+        Returns:
+            All of them detached, but for `loss`, with `scale` and `pairs`, the number of pairs on all ranks.
         """
         self._loss = logged["loss"].detach()
-        logged = {**logged, "contrastive": contrastive.loss, "logit_std": contrastive.logit_std}
-        logged["scale"] = self.towers.scale[0]
+        logged = {**logged, "scale": self.towers.scale[0]}
         self.log_dict({f"train/{k}": v for k, v in logged.items() if k not in ("loss", "scale")}, batch_size=1)
         self.log_dict({f"train/{k}": logged[k] for k in ("loss", "scale")}, prog_bar=True, batch_size=1)
         return {
             **{k: v.detach() if isinstance(v, Tensor) and k != "loss" else v for k, v in logged.items()},
-            "pairs": contrastive.pairs,
-            "image_BV": encoded["image_BV"].detach(),
-            "text_CV": encoded["text_CV"].detach(),
-            "compared": tuple(encoded[side].detach() for side in compared),
+            "pairs": len(encoded["image_BV"]) * ranks(),
+            **{name: value.detach() for name, value in encoded.items()},
+            "compared": [(weight, image.detach(), text.detach()) for weight, image, text in compared],
         }
 
     def configure_gradient_clipping(
@@ -344,7 +343,7 @@ def sides(towers: TwoTowers) -> dict[str, tuple[torch.nn.Module, ...]]:
 
 
 #: settings of a model that no weight shows
-_UNSEEN = ("own_word_lead", "shared_words", "similarity", "pooling", "width")
+_UNSEEN = ("own_word_lead", "similarity", "pooling", "width")
 
 
 def refuse_other_model(towers: TwoTowers, where: str, model: dict[str, Any], free: Sequence[str] = ()) -> None:

@@ -78,15 +78,7 @@ def shard(towers: TwoTowers, mesh: DeviceMesh) -> None:
     Args:
         towers: on any device; what is frozen must be so already.
         mesh: (ranks,).
-
-    Raises:
-        ValueError: if both heads read one word matrix, which would lie in two units.
     """
-    if getattr(towers.config, "shared_words", False):
-        raise ValueError(
-            "stair.shared_words is true: the word matrix of both heads would lie in two units, which FSDP2 cannot shard. "
-            "Train with --trainer.strategy ddp, or set stair.shared_words to false: a matrix for each head"
-        )
     for module in chain(blocks(towers.image_encoder), blocks(towers.text_encoder)):
         fully_shard(module, mesh=mesh)
     for name, module in towers.named_children():

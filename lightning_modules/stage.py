@@ -1,10 +1,12 @@
-"""What all stages share: the model and the loss. A stage's own page says only what differs.
+"""What all stages share: the model and the loss. A stage's own file states only what differs.
 
-`L = InfoNCE(image, text) + r(t) · (λ_image · FLOPs(image) + λ_text · FLOPs(text))`   (STAIR, section 2)
+`L = (1 - w) · InfoNCE(image, text_full) + w · InfoNCE(image, text_masked)
+     + r(t) · (λ_image · FLOPs(image) + λ_text · FLOPs(text))`
 
-With `own_words_share` s, InfoNCE is `(1 - s) · InfoNCE(image, text) + s · InfoNCE(image, text cut to own words)`. [ours]
+`text_full` has all terms, `text_masked` only those of the caption. In the paper (STAIR, section 2) w is 1 in stage 1 and 0
+in stages 2 and 3. A term of weight 0 is not computed.
 
-B images, C captions (C = B in training), V words.
+B images, C captions (C = B in training), V terms.
 """
 
 import math
@@ -17,9 +19,10 @@ from torch import Tensor
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.optimizer import Optimizer
 from stair.batch import Batch
+from stair.errors import SettingError, check_settings
 from stair.losses import info_nce, info_nces, ramp
 from stair.model import Stair, StairConfig, StairDesign
-from stair.regularisers import regulariser
+from stair.regularisers import Flops, TargetWords
 
 
 @dataclass
@@ -28,58 +31,61 @@ class Objective:
 
     Args:
         similarity: `dot` of the weights, or `cosine`.
-        scale_start: start of the learnable scale (inverse temperature): a number; `measure` sets it so that the first
-            batch's scaled logits, with that form of the texts that weighs most, have the spread `first_logit_std`; `keep`
-            carries over the previous stage's.
-        first_logit_std: wanted standard deviation of the first batch's logits; 0.3 to 1.5 trains, above 2.2 collapses.
-        regulariser: what λ weighs (`stair.regularisers`): `flops`, the paper's; `l1`; `df_flops`, which spares rare words;
-            `overuse`, which weighs words by their share of all use; `target`, FLOPs with λ adapted so that
-            `target_image` and `target_text` words are active, λ below being where it starts.
-        target_image: wanted active words of an image, of the regulariser `target`.
+        scale_start: start of the learnable scale (inverse temperature): a number in (0, 100]; `measure` sets it so that
+            the first batch's scaled logits, of the text form with the greater weight, have standard deviation 1; `keep`
+            takes the scale of the previous stage.
+        regulariser: `flops`, the paper's, or `target`: FLOPs with λ adapted so that `target_image` and `target_text` terms
+            are active, where λ below is the start.
+        target_image: wanted active terms of an image, of the regulariser `target`; at least 1.
         target_text: the same of a text.
-        flops_image: λ of the image embeddings, whatever the regulariser.
+        flops_image: λ of the image embeddings. Without effect in stage 2, which freezes them.
         flops_text: λ of the text embeddings.
         flops_ramp_steps: optimiser steps over which λ grows quadratically from 0; 0 for none.
-        flops_text_words: which of a text's words λ_text weighs on in the masked stage. `own`: what the mask lets through,
-            the paper's form. `all`: as if there were no mask, so that words outside it have a gradient; costs a full text
-            head, and with a hard mask learned sentences far more slowly (docs/experiments.md).
-        own_words_share: how much of the contrastive loss is that of texts cut to their own words; the rest is that of all
-            words. None is the paper's form: 1 in stage 1, 0 in stages 2 and 3. Below 1 in stage 1, in (0, 1], the mask is
-            soft: images keep words that no caption holds yet. Above 0 in stages 2 and 3, in [0, 1), what stage 1 taught
-            words goes on being taught (docs/paper.md).
-        own_words_leak: slope below zero, while training, of what an image weighs the words of its caption; the rest of its
-            words keep ReLU, and so does whatever is saved, regularised or measured. ReLU has no gradient where a word is
-            off: one that is off for every image never comes back, and under the mask most words end so where towers start
-            from scratch (docs/results.md). 0, the paper's form, to 1.
+        flops_text_words: which terms of a text λ_text acts on: `own`, those of its caption, or `all`. None: `own` in
+            stage 1, as in the paper, `all` in stages 2 and 3. In stage 1 `all` gives terms outside the caption a gradient
+            and costs a full text head; with a hard mask it learned sentences far more slowly (docs/experiments.md).
+        own_words_share: w, the weight of the masked contrastive loss. None is the paper's form: 1 in stage 1, 0 in stages
+            2 and 3. Below 1 in stage 1, in (0, 1], the mask is soft: images keep terms that no caption holds yet. Above 0
+            in stages 2 and 3, in [0, 1), the grounding of stage 1 goes on (docs/paper.md).
+        own_words_leak: slope below zero of an image's in-caption terms, in training only, 0 (the paper's form) to 1. ReLU
+            has no gradient where a term is inactive: one that is inactive for every image never recovers. Without effect
+            in stage 2, which freezes the image side.
+
+    Raises:
+        SettingError: if a value is out of range.
     """
 
     similarity: Literal["dot", "cosine"] = "dot"
     scale_start: float | Literal["measure", "keep"] = "measure"
-    first_logit_std: float = 1.0
-    regulariser: Literal["flops", "l1", "df_flops", "overuse", "target"] = "flops"
+    regulariser: Literal["flops", "target"] = "flops"
     target_image: float = 64.0
     target_text: float = 32.0
     flops_image: float = 1e-3
     flops_text: float = 1e-3
     flops_ramp_steps: int = 0
-    flops_text_words: Literal["own", "all"] = "own"
+    flops_text_words: Literal["own", "all"] | None = None
     own_words_share: float | None = None
     own_words_leak: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuses values that cannot train."""
-        if isinstance(self.scale_start, str) and self.scale_start not in ("measure", "keep"):
-            raise ValueError(f"objective.scale_start is {self.scale_start!r}; give a number, 'measure' or 'keep'")
-        if not isinstance(self.scale_start, str) and not 0 < self.scale_start <= 100:
-            raise ValueError(f"objective.scale_start is {self.scale_start}; the scale lies in (0, 100]")
-        if not all(0 <= each < math.inf for each in (self.flops_image, self.flops_text, self.flops_ramp_steps)):
-            raise ValueError("objective.flops_image, flops_text and flops_ramp_steps must be finite and not negative")
-        if not 0 < self.first_logit_std < math.inf:
-            raise ValueError(f"objective.first_logit_std is {self.first_logit_std}; give a number above 0, such as 1")
-        if self.own_words_share is not None and not 0 <= self.own_words_share <= 1:
-            raise ValueError(f"objective.own_words_share is {self.own_words_share}; give a share from 0 to 1, or null")
-        if not 0 <= self.own_words_leak <= 1:
-            raise ValueError(f"objective.own_words_leak is {self.own_words_leak}; give a slope from 0 (none) to 1")
+        """Checks the ranges."""
+        start, weight = self.scale_start, self.own_words_share
+        check_settings(
+            "objective",
+            self,
+            {
+                "scale_start": start in ("measure", "keep") if isinstance(start, str) else 0 < start <= 100,
+                "flops_image": 0 <= self.flops_image < math.inf,
+                "flops_text": 0 <= self.flops_text < math.inf,
+                "flops_ramp_steps": self.flops_ramp_steps >= 0,
+                "target_image": self.target_image >= 1,
+                "target_text": self.target_text >= 1,
+                "own_words_share": weight is None or 0 <= weight <= 1,
+                "own_words_leak": 0 <= self.own_words_leak <= 1,
+            },
+            "scale_start is a number in (0, 100], 'measure' or 'keep'; λ and steps are finite and at least 0, targets at "
+            "least 1; own_words_share (or null) and own_words_leak are in [0, 1]",
+        )
 
 
 class StairStage(ContrastiveModule):
@@ -92,6 +98,12 @@ class StairStage(ContrastiveModule):
         micro_batch_size: pairs encoded at a time on a device, None for all; see `ContrastiveModule`.
         recompute: compute blocks and heads again backwards instead of keeping their activations.
         compile: backend of torch.compile for the towers' blocks, such as `inductor`; None does not compile.
+
+    Attributes:
+        weights: weight of each contrastive term by the text form it compares, greatest first; terms of weight 0 are absent.
+
+    Raises:
+        SettingError: if `objective.own_words_share` turns the stage into another one.
     """
 
     stage: ClassVar[int]
@@ -107,37 +119,29 @@ class StairStage(ContrastiveModule):
         recompute: bool = False,
         compile: str | None = None,
     ) -> None:
-        start = objective.scale_start
-        start = None if isinstance(start, str) else start
+        start = None if isinstance(objective.scale_start, str) else objective.scale_start
         super().__init__(optimizer, start, micro_batch_size, recompute, compile)
         # set by the stage, so the settings of `stair` do not have them
         trained = {"similarity": objective.similarity, "text_words": self.text_words}
         self.stair = Stair(StairConfig(**{**vars(stair), **trained}))
         self.objective = objective
-        self._compared = self._forms(objective.own_words_share)
-        words, kind = len(self.stair.vocabulary), objective.regulariser
-        self.regulariser_image = regulariser(kind, words, objective.target_image)
-        self.regulariser_text = regulariser(kind, words, objective.target_text)
-
-    @classmethod
-    def _forms(cls, own: float | None) -> dict[str, tuple[str, float]]:
-        """The forms of a text that are compared, heaviest first: where `embed` puts them, and their share of the loss."""
-        masked = cls.text_words == "own"
-        share = float(masked) if own is None else own
-        if share == float(not masked):
-            way = "above 0, or leave the mask out and begin with stage 3" if masked else "below 1, or run stage 1"
-            raise ValueError(
-                f"objective.own_words_share is {own} in stage {cls.stage}: give a share {way}; null is the paper's form"
+        masked = self.text_words == "own"
+        weight = float(masked) if objective.own_words_share is None else objective.own_words_share
+        if weight == float(not masked):
+            instead = "above 0, or leave the mask out and begin with stage 3" if masked else "below 1, or run stage 1"
+            raise SettingError(
+                f"objective.own_words_share is {weight} in stage {self.stage}: give a share {instead}; null is the "
+                "paper's form",
+                "objective.own_words_share",
             )
-        places = ("text_CV", "text_unmasked_CV") if masked else ("text_own_CV", "text_CV")
-        forms = {"own": (places[0], share), "all": (places[1], 1 - share)}
-        heaviest_first = sorted(forms.items(), key=lambda item: -item[1][1])
-        return {name: form for name, form in heaviest_first if form[1] > 0}
-
-    @property
-    def compared(self) -> list[str]:
-        """The forms of a text that the loss compares, heaviest first: `own`, cut to its own words, and `all`."""
-        return list(self._compared)
+        weights = {"text_masked": weight, "text_full": 1 - weight}
+        self.weights = {name: w for name, w in sorted(weights.items(), key=lambda item: -item[1]) if w > 0}
+        self._text = "text_masked" if masked else "text_full"
+        own = masked if objective.flops_text_words is None else objective.flops_text_words == "own"
+        self._regularised_text = "text_masked" if own else "text_full"
+        target = objective.regulariser == "target"
+        self.regulariser_image = TargetWords(objective.target_image) if target else Flops()
+        self.regulariser_text = TargetWords(objective.target_text) if target else Flops()
 
     @classmethod
     def home(cls) -> str:
@@ -150,54 +154,49 @@ class StairStage(ContrastiveModule):
         return self.stair
 
     def embed(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Embeds one micro-batch.
-
-        With `text_unmasked_CV` where the mask is soft or λ_text weighs on more than it lets through, `text_own_CV` where
-        unmasked texts are also compared by their own words alone, and `image_leaky_BV` where own words leak.
-        """
-        wanted = {place for place, _ in self._compared.values()} if self.training else set()
-        if self.training and self.text_words == "own" and self.objective.flops_text_words != "own":
-            wanted.add("text_unmasked_CV")
-        leak = self.objective.own_words_leak if self.training and "image" not in self.frozen else 0.0
-        encoded: dict[str, Tensor] = self.stair(pixels, ids, mask, wanted, leak)
+        """Embeds one micro-batch: in training `image_BV` and the text forms that the loss needs, see `Stair.forward`."""
+        if not self.training:
+            encoded: dict[str, Tensor] = self.stair(pixels, ids, mask)
+            return encoded
+        texts = {*self.weights, self._text, self._regularised_text}
+        slope = 0.0 if "image" in self.frozen else self.objective.own_words_leak
+        encoded = self.stair(pixels, ids, mask, texts, slope)
         return encoded
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One step: encode, compare with all ranks, regularise. Returns and logs the parts by name."""
-        encoded = self.encode(batch)
-        images = "image_leaky_BV" if "image_leaky_BV" in encoded else "image_BV"
-        image_BV, cosine = encoded[images], self.stair.similarity == "cosine"
-        main, *others = self._compared
+        encoded, cosine = self.encode(batch), self.stair.similarity == "cosine"
+        signed_BV, image_BV = encoded["image_BV"], encoded["image_BV"].relu()
+        texts = {name: encoded[name] for name in self.weights}
         if self.trainer.global_step == 0 and batch_idx == 0 and self.objective.scale_start == "measure":
-            sides = (side.detach() for side in (image_BV, encoded[self._compared[main][0]]))
-            spread = info_nce(*sides, torch.ones(1, device=self.device), cosine).logit_std
-            if not spread.isfinite():  # a scale made of it would never be a number again
-                raise RuntimeError(
-                    "the first batch's logits are not finite, so objective.scale_start cannot be measured: give "
-                    "trainer.precision bf16-mixed or 32-true, or start from other weights"
-                )
-            self.set_scale(self.objective.first_logit_std / max(float(spread), 1e-6))
-        texts = [encoded[place] for place, _ in self._compared.values()]
-        losses = dict(zip(self._compared, info_nces(image_BV, texts, self.stair.scale, cosine), strict=True))
-        compared = torch.stack([share * losses[form].loss for form, (_, share) in self._compared.items()]).sum()
+            self._measure_scale(signed_BV, texts[next(iter(texts))], cosine)
+        parts = info_nces(signed_BV, list(texts.values()), self.stair.scale, cosine)
+        contrastive = torch.stack([w * part.loss for w, part in zip(self.weights.values(), parts, strict=True)]).sum()
         rising = ramp(self.trainer.global_step, self.objective.flops_ramp_steps)
         lambda_image = rising * self.objective.flops_image * self.regulariser_image.factor
         lambda_text = rising * self.objective.flops_text * self.regulariser_text.factor
-        cost_image = self.regulariser_image(encoded["image_BV"], rising)
-        # a soft mask has the unmasked text too, which λ_text weighs on only where asked
-        weighed = "text_unmasked_CV" if self.objective.flops_text_words == "all" else "text_CV"
-        cost_text = self.regulariser_text(encoded.get(weighed, encoded["text_CV"]), rising)
-        loss = compared + lambda_image * cost_image + lambda_text * cost_text
-        quantity = self.regulariser_image.quantity
+        flops_image = self.regulariser_image(image_BV, rising)
+        flops_text = self.regulariser_text(encoded[self._regularised_text], rising)
+        loss = contrastive + lambda_image * flops_image + lambda_text * flops_text
         logged = {
             "loss": loss,
-            f"{quantity}_image": cost_image,
-            f"{quantity}_text": cost_text,
+            "contrastive": contrastive,
+            **{f"contrastive_{name.removeprefix('text_')}": part.loss for name, part in zip(texts, parts, strict=True)},
+            "flops_image": flops_image,
+            "flops_text": flops_text,
             "lambda_image": lambda_image,
             "lambda_text": lambda_text,
-            **{f"contrastive_{form}": losses[form].loss for form in others},
+            "logit_std": parts[0].logit_std,  # of the term with the greatest weight
         }
-        told = self.report(logged, losses[main], encoded, (images, self._compared[main][0]))
-        if "text_unmasked_CV" in encoded:
-            told["text_unmasked_CV"] = encoded["text_unmasked_CV"].detach()
-        return told
+        compared = [(self.weights[name], signed_BV, text_BV) for name, text_BV in texts.items()]
+        return self.report(logged, {**encoded, "image_BV": image_BV, "text_CV": encoded[self._text]}, compared)
+
+    def _measure_scale(self, image_BV: Tensor, text_BV: Tensor, cosine: bool) -> None:
+        one = torch.ones(1, device=self.device)
+        spread = info_nce(image_BV.detach(), text_BV.detach(), one, cosine).logit_std
+        if not spread.isfinite():  # a scale made of it would never be a number again
+            raise RuntimeError(
+                "the first batch's logits are not finite, so objective.scale_start cannot be measured: give "
+                "trainer.precision bf16-mixed or 32-true, or start from other weights"
+            )
+        self.set_scale(1.0 / max(float(spread), 1e-6))

@@ -59,9 +59,11 @@ class DenseClip(TwoTowers):
         if config.width < 1:
             raise ValueError(f"width is {config.width}; give the numbers of an embedding, 512 as in CLIP")
         if config.pooling == "class":
-            config.image = replace(config.image, positions="class")
+            config.image = replace(config.image, positions="all")
         self.vocabulary = Vocabulary(config.vocabulary)
         self.image_encoder = ImageEncoder(config.image)
+        if config.pooling == "class" and not self.image_encoder.has_class_token:
+            raise ValueError(f"{config.image.name!r} has no class token; give pooling 'mean'")
         self.text_encoder, _ = TextEncoder.build(config.text, len(self.vocabulary))
         self.image_projection = nn.Linear(self.image_encoder.width, config.width, bias=False)
         self.text_projection = nn.Linear(self.text_encoder.width, config.width, bias=False)
@@ -74,8 +76,9 @@ class DenseClip(TwoTowers):
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """Embeds images, with gradients; see `TwoTowers`."""
-        # with class pooling, the one position there is
-        image_BV: Tensor = self.image_projection(self.image_encoder(pixels).mean(1)).float()
+        hidden_BTD = self.image_encoder(pixels)
+        pooled_BD = hidden_BTD[:, 0] if self.config.pooling == "class" else hidden_BTD.mean(1)
+        image_BV: Tensor = self.image_projection(pooled_BD).float()
         return image_BV
 
     def embed_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:

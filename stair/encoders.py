@@ -31,14 +31,14 @@ class ImageTower:
         pretrained: start from the published weights; False starts from scratch.
         image_size: side of the square input in pixels.
         positions: which hidden states may light up words. `patches` leaves class and register tokens out, so that every
-            active word has the patch that won it; `all` keeps them; `class` takes the class token alone.
+            active word has the patch that won it; `all` keeps them.
         options: further arguments of the timm model, for example `{embed_dim: 192, depth: 4}`.
     """
 
     name: str = "vit_base_patch16_224.augreg_in21k"
     pretrained: bool = True
     image_size: int = 224
-    positions: Literal["patches", "all", "class"] = "patches"
+    positions: Literal["patches", "all"] = "patches"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -146,10 +146,7 @@ class ImageEncoder(nn.Module):
         vit.attn_pool = None  # some towers pool by attention: not used here, and DDP waits for unused parameters
         self.vit = vit
         self.width: int = vit.num_features
-        prefix = vit.num_prefix_tokens
-        self._kept = {"patches": slice(prefix, None), "all": slice(None), "class": slice(0, 1)}[tower.positions]
-        if tower.positions == "class" and not self.has_class_token:
-            raise ValueError(f"{tower.name!r} has no class token; set image.positions to 'patches'")
+        self._first = vit.num_prefix_tokens if tower.positions == "patches" else 0
         data = resolve_model_data_config(vit)
         # kept with the weights: a saved model must not depend on the name it was built from
         self.register_buffer("mean", torch.tensor(data["mean"]).view(3, 1, 1))
@@ -169,7 +166,7 @@ class ImageEncoder(nn.Module):
         with attention_on(pixels.device):
             hidden_BTD: Tensor = self.vit.forward_features((pixels.to(self.mean.dtype) - self.mean) / self.deviation)
         # where timm normalises after average pooling, the norm is applied to each position instead; else it is Identity
-        patches_BTD: Tensor = self.vit.fc_norm(hidden_BTD[:, self._kept])
+        patches_BTD: Tensor = self.vit.fc_norm(hidden_BTD[:, self._first :])
         return patches_BTD
 
     @property

@@ -124,10 +124,7 @@ def read_image(model: Stair, image: Image) -> PictureReading:
     from PIL import Image as Images
 
     square = Images.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    positions = hidden_1TD.shape[1]
-    # fewer positions than patches: the class token speaks for the whole picture
-    prefix = positions - rows * columns if positions >= rows * columns else positions
-    return PictureReading(*parts, square, (rows, columns), prefix)
+    return PictureReading(*parts, square, (rows, columns), hidden_1TD.shape[1] - rows * columns)
 
 
 @torch.no_grad()

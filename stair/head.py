@@ -1,8 +1,9 @@
-"""The vocabulary head: from hidden states to one weight a word.
+"""The vocabulary head: from hidden states to one weight a term.
 
-B rows, T positions, D width of the tower, E width of the word embeddings, V words, W own words of a caption.
+B rows, T positions, D width of the tower, E width of the word embeddings, V words, W terms of a caption.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -57,35 +58,37 @@ class VocabularyHead(nn.Module):
         self,
         hidden: Tensor,
         mask: Tensor,
-        own_ids: Tensor | None = None,
-        others_behind: float | None = None,
-        leak: float = 0.0,
+        caption_ids: Tensor | None = None,
+        margin: float = 0.0,
+        negative_slope: float = 0.0,
     ) -> Tensor:
-        """Weighs the words.
+        """Computes term weights.
+
+        With the greatest logit p_v of a term over positions, `z_v = log(1 + ReLU(p_v)) + negative_slope · min(p_v, 0)`
+        for the terms of the row's caption, and `z_v = log(1 + ReLU(p_v - margin))` for all others.
 
         Args:
             hidden: (B, T, D).
             mask: (B, T) bool, True at real positions.
-            own_ids: (B, W) int64: words of the row itself. Doubles and never-active words are harmless.
-            others_behind: how far the logits of all other words are lowered; None: others are zero (stage 1) and not
-                even computed, so that the cost of the head falls from V to W words a row.
-            leak: slope of own words below zero, for training: `z_v = leak · p_v` where their greatest logit p_v is
-                negative. ReLU has no gradient there, and what is off in every row could not come back.
+            caption_ids: (B, W) int64: terms of the row's caption. Doubles and never-active terms are harmless. None: no
+                term is in a caption.
+            margin: at least 0; infinity leaves all other terms at zero, and the head then computes W terms instead of V.
+            negative_slope: for training. ReLU has no gradient below zero: a term inactive in every row never recovers.
 
         Returns:
-            (B, V) in fp32, not negative but for own words with a leak.
+            (B, V) in fp32, not negative but for in-caption terms with a slope.
         """
         hidden_BTE = self.norm(torch.nn.functional.gelu(self.dense(hidden)))
-        if own_ids is None or (others_behind == 0 and leak == 0):
-            return vocabulary_max(hidden_BTE, mask, self.words, self.bias, self._active)
-        own_BV = self._own_words(hidden_BTE, mask, own_ids, leak)
-        if others_behind is None:
-            return own_BV
-        others_BV = vocabulary_max(hidden_BTE, mask, self.words, self.bias - others_behind, self._active)
-        # logits lowered for all, then own words written over: where an own word is zero, the lowered one is zero too
-        return others_BV.scatter(1, own_ids, 0.0) + own_BV
+        if caption_ids is None or (margin == 0 and negative_slope == 0):
+            return vocabulary_max(hidden_BTE, mask, self.words, self.bias - margin, self._active)
+        in_caption_BV = self._in_caption(hidden_BTE, mask, caption_ids, negative_slope)
+        if math.isinf(margin):
+            return in_caption_BV
+        others_BV = vocabulary_max(hidden_BTE, mask, self.words, self.bias - margin, self._active)
+        # logits lowered for all, then in-caption terms written over: where one is zero, the lowered one is zero too
+        return others_BV.scatter(1, caption_ids, 0.0) + in_caption_BV
 
-    def _own_words(self, hidden_BTE: Tensor, mask_BT: Tensor, own_BW: Tensor, leak: float) -> Tensor:
+    def _in_caption(self, hidden_BTE: Tensor, mask_BT: Tensor, own_BW: Tensor, negative_slope: float) -> Tensor:
         own_BW = own_BW.sort(dim=1).values
         counts_BW = self._can_be_active(own_BW)
         counts_BW[:, 1:] &= own_BW[:, 1:] != own_BW[:, :-1]
@@ -94,8 +97,8 @@ class VocabularyHead(nn.Module):
         # fp32 from here on, whatever the towers' precision
         logits_BW = logits_BWT.float().masked_fill(~mask_BT[:, None], float("-inf")).amax(dim=2) + self.bias[own_BW]
         weight_BW = torch.log1p(torch.relu(logits_BW))
-        if leak > 0:
-            weight_BW = weight_BW + leak * logits_BW.clamp(max=0)
+        if negative_slope > 0:
+            weight_BW = weight_BW + negative_slope * logits_BW.clamp(max=0)
         weight_BW = weight_BW.where(counts_BW, 0.0)
         return torch.zeros(len(own_BW), len(self.words), device=own_BW.device).scatter_add(1, own_BW, weight_BW)
 

@@ -11,6 +11,7 @@ B images, C captions, N of either, T positions, V words.
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from stair.encoders import ImageEncoder, TextEncoder
+from stair.errors import check_settings
 from stair.head import VocabularyHead
 from stair.images import decode_image
 from stair.towers import TowersConfig, TwoTowers
@@ -40,29 +42,27 @@ class StairDesign(TowersConfig):
         vocabulary: a BERT `vocab.txt`, a folder with one, or a hub name; every word piece of it is a dimension.
         image: the image tower.
         text: the text tower.
-        image_bias_start: start of the image head's bias, where no published head gives one. Below 0 costs recall.
-        text_bias_start: the same for text. Above 0 keeps a caption's own words on while training starts from scratch.
+        text_bias_start: start of the text head's bias, where no published head gives one. Above 0 keeps a caption's own
+            words on while training starts from scratch.
         own_word_lead: what a text's own words have in front of all others, in logits, where others may be active; a fixed
             part of the model. Under a soft mask so much that own words make about a twentieth of a text's squared length
-            as training starts (`train/text_unmasked/own_share`): 0.45 from scratch, where 1.5 starves texts; 3 from a
+            as training starts (`train/text_full/in_caption_share`): 0.45 from scratch, where 1.5 starves texts; 3 from a
             masked-LM head taught on captions, whose logits are larger (docs/experiments.md). Under the hard mask a text
             side from scratch wants about 3: its other words have no gradient in stage 1, all of them would be active in
             stage 2, and what stage 1 learned would be lost. No published head was measured.
-        shared_words: both heads read one word matrix. A stage that freezes the image side then freezes the words of both.
 
     Raises:
-        ValueError: if `own_word_lead` is negative.
+        SettingError: if `own_word_lead` is negative or not finite.
     """
 
-    image_bias_start: float = 0.0
     text_bias_start: float = 0.0
     own_word_lead: float = 0.0
-    shared_words: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be meant."""
-        if self.own_word_lead < 0:
-            raise ValueError(f"stair.own_word_lead is {self.own_word_lead}; it is 0 (none) or positive, in logits")
+        """Checks the ranges."""
+        check_settings(
+            "stair", self, {"own_word_lead": 0 <= self.own_word_lead < math.inf}, "finite, at least 0, in logits"
+        )
 
 
 @dataclass
@@ -70,7 +70,7 @@ class StairConfig(StairDesign):
     """A STAIR model: its design, and what the stage that trained it sets.
 
     Args:
-        vocabulary, image, text, image_bias_start, text_bias_start, own_word_lead, shared_words: as in `StairDesign`.
+        vocabulary, image, text, text_bias_start, own_word_lead: as in `StairDesign`.
         similarity: how images and texts are compared: `dot` of the weights, or `cosine`.
         text_words: which words a text may light up: its `own` (stage 1) or `all`.
     """
@@ -114,25 +114,19 @@ class Stair(TwoTowers):
             )
         text_words: nn.Parameter = self.text_encoder.words.weight  # type: ignore[assignment]
         never = self.vocabulary.never_active
-        self.text_head = VocabularyHead(
-            self.text_encoder.width,
-            text_words,
-            never,
-            masked_lm,
-            config.text_bias_start,
-        )
+        self.text_head = VocabularyHead(self.text_encoder.width, text_words, never, masked_lm, config.text_bias_start)
         # A shared matrix would let stage 2 move the image embeddings although the image tower is frozen
-        self.image_head = VocabularyHead(
-            self.image_encoder.width,
-            text_words if config.shared_words else nn.Parameter(text_words.detach().clone()),
-            never,
-            masked_lm,
-            config.image_bias_start,
-        )
+        image_words = nn.Parameter(text_words.detach().clone())
+        self.image_head = VocabularyHead(self.image_encoder.width, image_words, never, masked_lm)
         self.log_scale = nn.Parameter(torch.zeros(1))
 
     def forward(
-        self, pixels: Tensor, ids: Tensor, mask: Tensor, forms: Collection[str] = ("text_CV",), leak: float = 0.0
+        self,
+        pixels: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        texts: Collection[str] = (),
+        negative_slope: float = 0.0,
     ) -> dict[str, Tensor]:
         """Encodes a batch, with gradients where parameters require them.
 
@@ -140,52 +134,47 @@ class Stair(TwoTowers):
             pixels: (B, 3, H, W), uint8 in 0 to 255.
             ids: (C, T) int64.
             mask: (C, T) bool.
-            forms: of the text that are wanted beside `text_CV`: `text_unmasked_CV`, weighed over all words,
-                `text_own_CV`, cut to the text's own words.
-            leak: for training, of pairs (C = B): slope below zero of an image's weights of the words of its text.
+            texts: which forms of the texts to compute: `text_full` with all terms, `text_masked` with those of its caption
+                only. None of them: `text_CV`, as `encode_text` gives it.
+            negative_slope: for training, of pairs (C = B): slope below zero of an image's weights of the terms in its
+                caption.
 
         Returns:
-            `image_BV`, `text_CV`, which is the one or the other as `config.text_words` says, and the wanted forms: fp32
-            and not negative. With a leak also `image_leaky_BV`, which is.
+            `image_BV` and the texts asked for: fp32 and not negative, but for images with a slope.
         """
-        texts = self._forms(ids, mask, {"text_CV", *forms})
-        image_BV = self.embed_pixels(pixels, ids, leak)  # images last: see `ContrastiveModule.encode`
-        if leak > 0:
-            return {**texts, "image_BV": image_BV.relu(), "image_leaky_BV": image_BV}
-        return {**texts, "image_BV": image_BV}
+        if not texts:
+            return super().forward(pixels, ids, mask)
+        encoded = self._texts(ids, mask, texts)
+        encoded["image_BV"] = self.embed_pixels(pixels, ids, negative_slope)  # last: see `ContrastiveModule.encode`
+        return encoded
 
-    def _forms(self, ids_CT: Tensor, mask_CT: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        if set(wanted) == {"text_CV"}:
-            return {"text_CV": self.embed_tokens(ids_CT, mask_CT)}
-        whole_CV = self._weigh(ids_CT, mask_CT, own_only=False)
-        texts = {"text_CV": whole_CV, "text_unmasked_CV": whole_CV}
-        if self.config.text_words == "own" or "text_own_CV" in wanted:
-            texts["text_own_CV"] = whole_CV * self.vocabulary.own_words(ids_CT, mask_CT)
-        if self.config.text_words == "own":
-            texts["text_CV"] = texts["text_own_CV"]
-        return {form: text_CV for form, text_CV in texts.items() if form in wanted}
+    def _texts(self, ids_CT: Tensor, mask_CT: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        if "text_full" not in wanted:
+            return {"text_masked": self._text(ids_CT, mask_CT, math.inf)}
+        full_CV = self._text(ids_CT, mask_CT, self.config.own_word_lead)
+        if "text_masked" not in wanted:
+            return {"text_full": full_CV}
+        return {"text_full": full_CV, "text_masked": full_CV * self.vocabulary.own_words(ids_CT, mask_CT)}
 
     @property
     def similarity(self) -> Literal["dot", "cosine"]:
         """How embeddings are compared; a stage sets it."""
         return self.config.similarity
 
-    def embed_pixels(self, pixels: Tensor, own_ids: Tensor | None = None, leak: float = 0.0) -> Tensor:
-        """Weighs the words of images, with gradients; see `TwoTowers`. `own_ids` and `leak` as in `VocabularyHead`."""
+    def embed_pixels(self, pixels: Tensor, caption_ids: Tensor | None = None, negative_slope: float = 0.0) -> Tensor:
+        """Computes the term weights of images, with gradients; see `TwoTowers`, and `VocabularyHead` for the slope."""
         hidden_BTD = self.image_encoder(pixels)
         everywhere_BT = torch.ones(hidden_BTD.shape[:2], dtype=torch.bool, device=hidden_BTD.device)
-        image_BV: Tensor = self.image_head(hidden_BTD, everywhere_BT, own_ids, others_behind=0, leak=leak)
+        image_BV: Tensor = self.image_head(hidden_BTD, everywhere_BT, caption_ids, negative_slope=negative_slope)
         return image_BV
 
     def embed_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Weighs the words of texts, with gradients; see `TwoTowers`."""
-        return self._weigh(ids, mask, own_only=self.config.text_words == "own")
+        """Computes the term weights of texts, with gradients; see `TwoTowers`."""
+        return self._text(ids, mask, math.inf if self.config.text_words == "own" else self.config.own_word_lead)
 
-    def _weigh(self, ids_CT: Tensor, mask_CT: Tensor, own_only: bool) -> Tensor:
-        behind = None if own_only else self.config.own_word_lead
+    def _text(self, ids_CT: Tensor, mask_CT: Tensor, margin: float) -> Tensor:
         # padding's id is never active, so it needs no mask
-        hidden_CTD = self.text_encoder(ids_CT, mask_CT)
-        text_CV: Tensor = self.text_head(hidden_CTD, mask_CT, own_ids=ids_CT, others_behind=behind)
+        text_CV: Tensor = self.text_head(self.text_encoder(ids_CT, mask_CT), mask_CT, ids_CT, margin)
         return text_CV
 
     def encode(

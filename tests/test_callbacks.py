@@ -450,16 +450,16 @@ def test_texts_that_are_dense_without_their_mask_are_seen_under_a_soft_one(vocab
     own[:, :4] = 2.0
 
     def says(step):
-        return {"text_CV": own, "text_unmasked_CV": torch.ones(PAIRS, len(vocabulary)).maximum(own)}
+        return {"text_CV": own, "text_masked": own, "text_full": torch.ones(PAIRS, len(vocabulary)).maximum(own)}
 
     with pytest.warns(UserWarning, match="100% of the vocabulary"):
         logged = fit(vocabulary, tmp_path, Health(dense_after=2, every=1), says)
     assert logged["health/alarm"][5] == 1
     logged = fit(vocabulary, tmp_path / "b", SparsityMonitor(), says)
-    assert set(logged["train/text_unmasked/active_words"].values()) == {len(vocabulary)}
+    assert set(logged["train/text_full/active_words"].values()) == {len(vocabulary)}
     assert set(logged["train/text/active_words"].values()) == {4}
     share = 16 / (16 + len(vocabulary) - 4)
-    assert list(logged["train/text_unmasked/own_share"].values()) == pytest.approx([share] * 3)
+    assert list(logged["train/text_full/in_caption_share"].values()) == pytest.approx([share] * 3)
 
 
 def test_what_was_left_out_before_goes_on_being_counted(vocabulary, tmp_path):

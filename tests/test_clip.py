@@ -168,17 +168,3 @@ def test_a_stage_can_start_after_another_than_the_one_before(scenes, tmp_path):
             shutil.rmtree(tmp_path / "r" / "stage3")
     with pytest.raises(ValueError, match="stage 3 can start from 0"):
         main([*line, "--transition.after", "3"])
-
-
-def test_a_sparse_model_can_share_its_words_or_read_the_class_token(vocab_file, pixels, captions, tmp_path):
-    config = tiny_config(vocab_file, shared_words=True)
-    config.image.positions = "class"
-    torch.manual_seed(0)
-    model = Stair(config).eval()
-    assert model.image_head.words is model.text_head.words is model.text_encoder.words.weight
-    assert model.image_encoder(pixels).shape[1] == 1
-    model.save_pretrained(tmp_path / "m")
-    again = Stair.from_pretrained(tmp_path / "m")
-    assert again.image_head.words is again.text_head.words
-    assert torch.equal(model.encode_image(pixels), again.encode_image(pixels))
-    assert torch.equal(model.encode_text(captions), again.encode_text(captions))

@@ -15,10 +15,9 @@ from datamodules.shards import ImageTextShards
 from datamodules.synthetic import write_scenes
 from lightning_modules import Stage1, Stage2, Stage3
 from lightning_modules.consolidate import consolidate
-from lightning_modules.parallel import FullySharded, blocks, found, put, shard
+from lightning_modules.parallel import FullySharded, blocks, found, put
 from main import main
 from stair import Embeddings, Stair
-from tests.conftest import tiny_config
 from tests.test_parallel import STAGES, STEPS, Case, difference, fit, make, run, same
 from tests.test_stages import SMALL, weights, words
 
@@ -89,11 +88,6 @@ def test_the_blocks_of_both_towers_are_found(case):
     stair = make(case(Stage1)).stair
     assert blocks(stair.image_encoder) == list(stair.image_encoder.vit.blocks)
     assert blocks(stair.text_encoder) == list(stair.text_encoder.bert.encoder.layer)
-
-
-def test_one_word_matrix_for_both_heads_is_refused_by_the_setting_that_wants_it(vocab_file):
-    with pytest.raises(ValueError, match=r"stair.shared_words is true.*--trainer.strategy ddp, or set"):
-        shard(Stair(tiny_config(vocab_file, shared_words=True)), None)
 
 
 def predict(case):

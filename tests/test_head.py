@@ -1,5 +1,6 @@
 """The fused vocabulary head against the plain formula, and the head against transformers' own."""
 
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -203,15 +204,15 @@ def test_own_words_alone_equal_the_whole_head_times_the_mask_in_value_and_gradie
     allowed = torch.zeros(2, 20).scatter(1, own, 1.0)
     seed = torch.randn(2, 20)
     results = []
-    for out in (head(hidden, mask, own_ids=own), head(hidden, mask) * allowed):
+    for out in (head(hidden, mask, own, math.inf), head(hidden, mask) * allowed):
         results.append((out, *torch.autograd.grad((out * seed).sum(), [hidden, *head.parameters()])))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert (results[0][0][0] > 0).nonzero().flatten().tolist() != []
 
 
-@pytest.mark.parametrize("behind", [None, 0, 1.5])
-def test_own_words_with_a_leak_go_below_zero_by_its_slope_and_no_others_do(behind):
+@pytest.mark.parametrize("margin", [math.inf, 0, 1.5])
+def test_own_words_with_a_leak_go_below_zero_by_its_slope_and_no_others_do(margin):
     torch.manual_seed(0)
     head = VocabularyHead(8, torch.nn.Parameter(torch.randn(20, 8)), [0, 1, 2])
     with torch.no_grad():
@@ -225,10 +226,10 @@ def test_own_words_with_a_leak_go_below_zero_by_its_slope_and_no_others_do(behin
     logits = logits.masked_fill(~mask[..., None], -1e4).amax(1) + head.bias
     held = torch.zeros(3, 20, dtype=torch.bool).scatter(1, own, True)
     held[:, :3] = False
-    lowered = torch.where(held, logits, -1 if behind is None else logits - behind)
+    lowered = torch.where(held, logits, logits - margin)
     want = torch.log1p(torch.relu(lowered)) + 0.25 * logits.clamp(max=0) * held
     want = want * (torch.arange(20) > 2) * mask.any(1, keepdim=True)
-    got = head(hidden, mask, own, others_behind=behind, leak=0.25)
+    got = head(hidden, mask, own, margin, negative_slope=0.25)
     assert got[0, 7] < 0 < got[0, 9] and got[1, 7:9].min() >= 0 and (got[2] == 0).all()
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     seed = torch.randn(3, 20)

@@ -420,6 +420,7 @@ def test_an_objective_that_cannot_train_is_refused():
         {"own_words_share": 1.5},
         {"own_words_leak": -0.1},
         {"own_words_leak": 1.5},
+        {"target_text": 0.0},
     ):
         with pytest.raises(ValueError, match="objective"):
             Objective(**bad)
@@ -440,8 +441,8 @@ def test_a_share_of_own_words_mixes_the_loss_of_the_whole_text_with_that_of_its_
         return stage, stage.training_step(batch, 0)["loss"]
 
     stage, got = loss(0.25)
-    out = stage.stair(batch["pixels"], batch["ids"], batch["mask"], {"text_unmasked_CV"})
-    whole_CV = out.get("text_unmasked_CV", out["text_CV"])
+    out = stage.stair(batch["pixels"], batch["ids"], batch["mask"], {"text_full"})
+    whole_CV = out["text_full"]
     own_CV = torch.zeros_like(whole_CV)
     for c, ids in enumerate(batch["ids"]):
         for word in stage.stair.vocabulary.words(ids[batch["mask"][c]].tolist()):
@@ -494,7 +495,7 @@ def test_a_soft_mask_is_regularised_on_the_words_that_were_asked_for(vocab_file,
     stage._trainer, stage.log_dict = SimpleNamespace(global_step=0), lambda *args, **kwargs: None
     logged = stage.training_step(batch, 0)
     out = stage.embed(batch["pixels"], batch["ids"], batch["mask"])
-    text_CV = out["text_CV" if words == "own" else "text_unmasked_CV"]
+    text_CV = out["text_masked" if words == "own" else "text_full"]
     torch.testing.assert_close(logged["flops_text"], (text_CV.mean(0) ** 2).sum().detach())
 
 
@@ -502,8 +503,8 @@ def test_a_soft_mask_is_regularised_on_the_words_that_were_asked_for(vocab_file,
 def test_the_scale_is_measured_on_the_texts_that_weigh_most(vocab_file, batch, share):
     stage = module(vocab_file, None, objective=Objective("dot", "measure", own_words_share=share))
     stage._trainer, stage.log_dict = SimpleNamespace(global_step=0), lambda *args, **kwargs: None
-    out = stage.stair(batch["pixels"], batch["ids"], batch["mask"], {"text_unmasked_CV"})
-    heavy_CV = out["text_unmasked_CV" if share == 0.25 else "text_CV"]
+    out = stage.stair(batch["pixels"], batch["ids"], batch["mask"], {"text_full", "text_masked"})
+    heavy_CV = out["text_full" if share == 0.25 else "text_masked"]
     stage.training_step(batch, 0)
     logits_BC = stage.stair.scale * out["image_BV"] @ heavy_CV.T
     assert logits_BC.std(correction=0).item() == pytest.approx(1, rel=1e-3)
@@ -591,11 +592,11 @@ def test_micro_batches_replay_their_dropout(vocab_file, batch):
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
-def test_the_first_batch_sets_the_scale_that_gives_the_wanted_spread(scenes, tmp_path, similarity):
+def test_the_first_batch_sets_the_scale_that_gives_logits_of_spread_1(scenes, tmp_path, similarity):
     name = "--model.init_args.objective."
-    asked = (f"{name}similarity", similarity, f"{name}scale_start", "measure", f"{name}first_logit_std", "0.7")
+    asked = (f"{name}similarity", similarity, f"{name}scale_start", "measure")
     main(words(scenes, 1, tmp_path / "r", *asked, "--trainer.max_steps", "2"))
-    assert scalars(tmp_path / "r", 1)["train/logit_std"][0] == pytest.approx(0.7, abs=1e-3)
+    assert scalars(tmp_path / "r", 1)["train/logit_std"][0] == pytest.approx(1, abs=1e-3)
 
 
 # ------------------------------------------------------------------ other processes
