@@ -6,7 +6,6 @@ spelling of the path have no influence.
 
 import os
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 from weakref import proxy
 
@@ -14,7 +13,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_modules.run_folder import checkpoint, checkpoints, read_checkpoint, save
+from lightning_modules.run_folder import checkpoint, checkpoints, read_checkpoint
 from stair.errors import SettingError
 
 
@@ -47,7 +46,7 @@ class _InPlace(ModelCheckpoint):
         """Restores nothing: a path in a checkpoint may be another spelling of this one, or of another folder."""
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        save(trainer, Path(filepath))
+        trainer.save_checkpoint(filepath, weights_only=False)
         self._last_global_step_saved = trainer.global_step
         if trainer.is_global_zero:
             for logger in trainer.loggers:

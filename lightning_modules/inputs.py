@@ -12,7 +12,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from lightning_modules.run_folder import read_checkpoint, resume_path
+from lightning_modules.run_folder import is_untrained, read_checkpoint, resume_path
 from stair.data.remote import is_remote
 from stair.data.specs import Shards, mixture
 from stair.data.tars import expand
@@ -173,6 +173,8 @@ def checkpoint_to_resume(given: str | None, home: Path, export: Path, inputs: di
     if changed := sorted(
         key for key in recorded if recorded[key] != inputs.get(key) and ((done and key != _STOPS) or key in _FIXED)
     ):
+        if is_untrained(home, export):
+            return None
         raise _other_inputs(path, recorded, inputs, changed)
     return str(path)
 

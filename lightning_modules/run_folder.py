@@ -14,7 +14,6 @@ from typing import Any
 import lightning as L
 import torch
 
-from lightning_modules.parallel import found, put
 from stair.errors import FileError
 
 _EVENTS_HEADER = 128  # bytes: an event file of TensorBoard in which nothing is logged is shorter
@@ -27,7 +26,7 @@ def checkpoints(home: str | Path) -> Path:
 
 
 def checkpoint(home: str | Path, which: str) -> Path:
-    """`last.ckpt` or `best.ckpt` of a stage's folder, also while a newer one replaces it.
+    """`last.ckpt` or `best.ckpt` of a stage's folder.
 
     Args:
         home: the stage's folder.
@@ -36,7 +35,7 @@ def checkpoint(home: str | Path, which: str) -> Path:
     Raises:
         FileError: if it is damaged. It may not exist.
     """
-    path = found(checkpoints(home) / f"{which}.ckpt")
+    path = checkpoints(home) / f"{which}.ckpt"
     if path.is_file() and not zipfile.is_zipfile(path):
         raise FileError(
             f"{path} is damaged: it is no complete checkpoint ({path.stat().st_size} bytes). Give --ckpt_path with "
@@ -60,8 +59,15 @@ def traces(home: str | Path, export: str | Path) -> list[Path]:
     return [*([export] if export.exists() else []), *left]
 
 
+def is_untrained(home: str | Path, export: str | Path) -> bool:
+    """Whether a start in this folder saved nothing but its step 0, as after an out-of-memory error in the first step."""
+    last = checkpoint(home, "last")
+    saved = [path for path in traces(home, export) if path.suffix == ".ckpt" or path == Path(export)]
+    return saved == [last] and read_checkpoint(last).get("global_step") == 0
+
+
 def resume_path(given: str | None, home: Path, export: Path) -> Path | None:
-    """The checkpoint that `fit` resumes from. None begins anew, which only a folder without a training allows.
+    """The checkpoint that `fit` resumes from. None begins anew, where the folder holds no trained step.
 
     Args:
         given: `ckpt_path`.
@@ -78,7 +84,7 @@ def resume_path(given: str | None, home: Path, export: Path) -> Path | None:
     if path is not None and not present and given != "last":
         raise FileError(f"--ckpt_path {given}: there is no {path}", path)
     inside = path is not None and present and home.resolve() in path.resolve().parents
-    if not inside and (left := traces(home, export)):
+    if not inside and (left := traces(home, export)) and not is_untrained(home, export):
         missing, how = ("", "last") if path is None or present else (f", and there is no {path}", "FILE")
         raise FileError(
             f"{left[0]} is of an earlier training, which this one would replace{missing}. To resume that: --ckpt_path "
@@ -120,25 +126,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         FileError: if it is damaged.
     """
-    file = path / "meta.pt" if path.is_dir() else path
     try:
-        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise FileError(f"{path} is damaged, or is no checkpoint of a training: {error}", path) from error
     return content
 
 
-def save(trainer: L.Trainer, target: Path) -> None:
-    """Saves a checkpoint, on all ranks together: beside its place, then renamed. A kill leaves the old or the new one."""
-    fresh = target.with_name(f"{target.stem}.ckpt.new")
-    trainer.save_checkpoint(fresh, weights_only=False)
-    if trainer.is_global_zero:
-        put(fresh, target)
-    trainer.strategy.barrier("checkpoint")
-
-
 def save_last(trainer: L.Trainer) -> Path:
     """Saves the state as `last.ckpt`, between two batches, on all ranks together. Returns its place."""
     target = checkpoints(trainer.default_root_dir) / "last.ckpt"
-    save(trainer, target)
+    trainer.save_checkpoint(target, weights_only=False)
     return target

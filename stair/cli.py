@@ -41,7 +41,7 @@ _FUNCTIONS: dict[str, _Word] = {
     "push": _Word("upload a model with its card to the hub", "stair.hub", "push"),
     "search": _Word("find documents by text, picture or weighted words", "stair.index.commands", "search"),
     "evaluate": _Word("measure a model: retrieval, classification, words, cost", "stair.evaluate.open_set", "evaluate"),
-    "consolidate": _Word("one file, or a model, of a checkpoint", "lightning_modules.consolidate", "consolidate"),
+    "consolidate": _Word("a model of a training's checkpoint", "lightning_modules.consolidate", "consolidate"),
     "doctor": _Word("what is wrong with shards, and the setting that mends it", "stair.data.doctor", "doctor"),
     "prepare": _Word(
         "make shards of images and captions, COCO, Flickr, Hugging Face data, ...", "stair.data.prepare", "SOURCES"

@@ -1,8 +1,5 @@
 """Sharded training against replicated training: the same weights, checkpoints that both read, a release like any other."""
 
-import os
-from functools import partial
-from itertools import count
 from pathlib import Path
 
 import lightning as L
@@ -15,13 +12,12 @@ from datamodules.shards import ImageTextShards
 from datamodules.synthetic import write_scenes
 from lightning_modules import Stage1, Stage2, Stage3
 from lightning_modules.consolidate import consolidate
-from lightning_modules.parallel import FullySharded, blocks, found, put
+from lightning_modules.parallel import FullySharded, blocks
 from main import main
 from stair import Embeddings, Stair
+from stair.errors import FileError
 from tests.test_parallel import STAGES, STEPS, Case, difference, fit, make, run, same
 from tests.test_stages import SMALL, weights, words
-
-Folders = partial(FullySharded, sharded_checkpoints=True)
 
 
 @pytest.fixture
@@ -135,21 +131,16 @@ def keeper(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("first", "then"), [("ddp", FullySharded), (FullySharded, "ddp"), (Folders, FullySharded), (Folders, "ddp")],
-    ids=["ddp to fsdp2", "fsdp2 to ddp", "folders to fsdp2", "folders to ddp"]
-)  # fmt: skip
+    ("first", "then"), [("ddp", FullySharded), (FullySharded, "ddp")], ids=["ddp to fsdp2", "fsdp2 to ddp"]
+)
 def test_a_run_resumes_under_the_other_strategy_as_if_never_interrupted(case, tmp_path, first, then):
     run(case(Stage2, strategy=first, trainer=keeper(tmp_path / "kept")))
     checkpoint = tmp_path / "kept" / "last.ckpt"
-    assert checkpoint.is_dir() == (first is Folders)
-    if first is Folders and then == "ddp":
-        consolidate(str(checkpoint), str(tmp_path / "one.ckpt"))
-        checkpoint = tmp_path / "one.ckpt"
     got, want = run(case(Stage2, strategy=then, resume=str(checkpoint))), run(case(Stage2))
     assert len(got["losses"]) == 1 and difference(got["weights"], want["weights"]) < 1e-5
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param(Folders, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param(FullySharded, marks=pytest.mark.slow)])
 def test_a_model_can_be_made_of_a_checkpoint(case, tmp_path, strategy, capsys):
     trained = run(case(Stage3, strategy=strategy, trainer=keeper(tmp_path / "kept")))
     consolidate(str(tmp_path / "kept" / "last.ckpt"), str(tmp_path / "model"))
@@ -158,86 +149,18 @@ def test_a_model_can_be_made_of_a_checkpoint(case, tmp_path, strategy, capsys):
     assert model.config.similarity == "cosine"
     want = {name.removeprefix("stair."): weight for name, weight in trained["before"].items()}
     assert difference({name: weight.detach() for name, weight in model.named_parameters()}, want) == 0
-    with pytest.raises(ValueError, match=r"model exists"):
+    with pytest.raises(FileError) as refused:
         consolidate(str(tmp_path / "kept" / "last.ckpt"), str(tmp_path / "model"))
+    assert refused.value.path == tmp_path / "model"
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"neither a file nor a folder with meta.pt"):
-        consolidate(str(tmp_path), str(tmp_path / "x"))
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="does not say which model"):
-        consolidate(str(tmp_path / "other.ckpt"), str(tmp_path / "x"))
-
-
-@pytest.mark.parametrize("fresh_is_folder", [True, False])
-@pytest.mark.parametrize("there", ["nothing", "file", "folder"])
-def test_a_new_checkpoint_takes_the_place_of_whatever_was_there(tmp_path, fresh_is_folder, there):
-    def make_at(path, folder):
-        path.mkdir() if folder else path.write_text("x")
-        if folder:
-            (path / "part").write_text("x")
-
-    if there != "nothing":
-        make_at(tmp_path / "last.ckpt", there == "folder")
-    make_at(tmp_path / "fresh", fresh_is_folder)
-    put(tmp_path / "fresh", tmp_path / "last.ckpt")
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
-    assert (tmp_path / "last.ckpt").is_dir() == fresh_is_folder
-
-
-class Killed(BaseException):
-    pass
-
-
-def checkpoint_of(folder, content):
-    folder.mkdir()
-    for name in ("meta.pt", "part"):
-        (folder / name).write_text(content)
-    return folder
-
-
-def put_and_be_killed(fresh, place, after, monkeypatch):
-    """Whether it was killed: before the change of a name, or the removal of a file, with this number."""
-    left = [after]
-
-    def dying(real):
-        def change(*args, **kwargs):
-            left[0] -= 1
-            if left[0] < 0:
-                raise Killed
-            return real(*args, **kwargs)
-
-        return change
-
-    with monkeypatch.context() as patch:
-        for owner, names in ((Path, ("rename", "replace")), (os, ("unlink", "rmdir"))):
-            for name in names:
-                patch.setattr(owner, name, dying(getattr(owner, name)))
-        try:
-            put(fresh, place)
-        except Killed:
-            return True
-    return False
-
-
-def test_whoever_is_killed_while_a_folder_is_replaced_has_the_old_one_or_the_new_one(tmp_path, monkeypatch):
-    for after in count():
-        folder = tmp_path / str(after)
-        folder.mkdir()
-        place = checkpoint_of(folder / "last.ckpt", "old")
-        killed = put_and_be_killed(checkpoint_of(folder / "fresh", "new"), place, after, monkeypatch)
-        # what `--ckpt_path last` takes: the youngest that has the name
-        candidates = sorted(ModelCheckpoint(folder)._find_last_checkpoints(None), key=os.path.getmtime)
-        said = [(Path(candidates[-1]) / name).read_text() for name in ("meta.pt", "part")]
-        assert said in (["old", "old"], ["new", "new"]), (after, candidates)
-        assert (found(place) / "part").exists()
-        put(checkpoint_of(folder / "next", "next"), place)
-        assert {path.name for path in folder.iterdir()} <= {"last.ckpt", "fresh"}
-        assert [(place / name).read_text() for name in ("meta.pt", "part")] == ["next", "next"]
-        if not killed:
-            break
-    assert after >= 6  # three names, two files and their folder
+    (tmp_path / "damaged.ckpt").write_bytes(b"x" * 100)
+    for name in ("nowhere", "", "other.ckpt", "damaged.ckpt"):
+        with pytest.raises(FileError) as refused:
+            consolidate(str(tmp_path / name), str(tmp_path / "x"))
+        assert refused.value.path == tmp_path / name and not (tmp_path / "x").exists()
 
 
 # ------------------------------------------------------------------ through the front door

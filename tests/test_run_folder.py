@@ -321,6 +321,29 @@ def test_a_stage_that_earlystopping_ended_goes_on_with_another_patience_or_witho
     assert main(words(scenes, 1, run, *steps)).trainer.global_step == 8
 
 
+class OutOfMemory(L.Callback):
+    """Ends the first step as a device without room does."""
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        raise torch.OutOfMemoryError("no room")
+
+
+@pytest.mark.parametrize("more", [(), LAST], ids=["new", "last"])
+@pytest.mark.parametrize(
+    "corrected", [("model.init_args.optimizer.lr", "1e-4"), ("data.train", "{scenes}/train-0000.tar")]
+)
+def test_a_start_that_failed_in_its_first_step_does_not_bind_the_folder(scenes, tmp_path, more, corrected):
+    with pytest.raises(torch.OutOfMemoryError):
+        main(words(scenes, 1, tmp_path, *TWO, "--trainer.callbacks", "tests.test_run_folder.OutOfMemory"))
+    name, value = corrected
+    assert (
+        main(words(scenes, 1, tmp_path, *TWO, *more, f"--{name}", value.format(scenes=scenes))).trainer.global_step == 2
+    )
+    assert (tmp_path / "stage1" / "stair" / "config.json").is_file()
+    with pytest.raises(FileError):  # now it holds a training
+        main(words(scenes, 1, tmp_path, *TWO, "--model.init_args.optimizer.lr", "1e-5"))
+
+
 def test_config_yaml_states_the_settings_that_trained_what_is_there(scenes, copy):
     file = copy / "stage1" / "config.yaml"
     rate = "--model.init_args.optimizer.lr"
