@@ -1,19 +1,15 @@
-"""The few lines of Python that the README shows, and what `encode` returns."""
+"""What `encode` returns, what evaluation measures, what is pushed."""
 
 import json
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from stair import SparseIndex, Stair
+from stair import Stair
 from stair.evaluate import EvaluationSet, Sample, evaluate, open_model
 from stair.images import decode_image
-
-README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture
@@ -23,19 +19,6 @@ def pictures(tmp_path, pixels):
     for n, image in enumerate(pixels):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"p{n}.png")
     return sorted(folder.glob("*.png"))
-
-
-def test_the_lines_of_the_readme_run(tiny_stair, pictures, tmp_path, monkeypatch):
-    blocks = [
-        block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "SparseIndex" in block
-    ]
-    assert blocks, "the README shows no search"
-    tiny_stair.save_pretrained(tmp_path / "runs/mine/stage3/stair")
-    monkeypatch.chdir(tmp_path)
-    for block in blocks:
-        names: dict = {}
-        exec(block.replace('glob("*.jpg")', 'glob("*.png")'), names)
-        assert isinstance(names["index"], SparseIndex) and len(names["index"]) == len(pictures)
 
 
 def test_encode_gives_the_rows_of_the_encoders(tiny_stair, pictures, captions):
