@@ -8,10 +8,9 @@ N documents.
 """
 
 import json
-import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import cached_property, lru_cache
@@ -26,35 +25,37 @@ from stair.errors import SettingError
 
 Owner = Literal["user", "stair"]
 ID = "stair:text:id"  # the column of ids
+_TEXT = pa.large_string()
 _ARROW = {"int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(), "none": pa.null()}  # all others hold text
 _LOADS: dict[str, Callable[[str], Any]] = {
     "date": date.fromisoformat,
     "datetime": datetime.fromisoformat,
     "json": json.loads,
 }
-_NOUNS = {"int": "numbers", "float": "numbers", "bool": "true or false", "date": "dates", "datetime": "times"}
-_TESTS: dict[str, Callable[[Any, Any], Any]] = {
-    "=": operator.eq,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
-_ARROW_TESTS: dict[str, Any] = {
-    "=": pc.equal,
-    "<": pc.less,
-    "<=": pc.less_equal,
-    ">": pc.greater,
-    ">=": pc.greater_equal,
+_TESTS: dict[str, tuple[Callable[[Any, Any], Any], Any]] = {
+    "=": (operator.eq, pc.equal),
+    "<": (operator.lt, pc.less),
+    "<=": (operator.le, pc.less_equal),
+    ">": (operator.gt, pc.greater),
+    ">=": (operator.ge, pc.greater_equal),
 }
 _INT64 = range(-(1 << 63), 1 << 63)
-_INTEGER = r"^[-+]?0*([0-9]{1,18}|[1-8][0-9]{18})$"  # within 64 bits
-_LONG = r"^-?[1-9][0-9]{18,}$"
-_NUMBER = r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$"
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _QUOTED = r'"((?:[^"]|"")*)"'
 _CONDITION = rf"(?:\s*{_QUOTED}\s*|([^\"=<>!]+))(!=|<=|>=|=|<|>)\s*(?:{_QUOTED}\s*|((?!and\s|[\s=<>!]).*?))(?:{{}}$)"
 _FIRST = re.compile(_CONDITION.format(r"\sand\s|"), re.DOTALL)
 _WHOLE = re.compile(_CONDITION.format(""), re.DOTALL)
+
+
+def _number(text: str) -> int | float | None:
+    """The number that a text is, with its last digit."""
+    text = text.strip()
+    if not _NUMBER.fullmatch(text):
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 @dataclass(frozen=True)
@@ -82,38 +83,56 @@ class Condition:
     @cached_property
     def number(self) -> int | float | None:
         """The value as a number, if it is one."""
-        if not re.fullmatch(_NUMBER, self.value):
-            return None
-        try:
-            return int(self.value)
-        except ValueError:
-            return float(self.value)
+        return _number(self.value)
 
-    def literal(self, value: Any) -> Any:
-        """This condition's value in the type of another value; None if it cannot be read so."""
-        if isinstance(value, bool):
-            return {"true": True, "false": False}.get(self.value.lower())
-        if isinstance(value, str):
-            return self.value
-        if isinstance(value, (int, float)):
-            return self.number
-        try:
-            return type(value).fromisoformat(self.value) if isinstance(value, date) else None
-        except ValueError:
-            return None
+    @property
+    def equality(self) -> str:
+        """The sign, `!=` read as `=`."""
+        return "=" if self.sign == "!=" else self.sign
 
     def holds(self, value: Any) -> bool | None:
         """Whether it is true of a value, `!=` read as `=`; None if the two do not compare. A list equals its members."""
-        equality = self.sign in ("=", "!=")
+        ordered = self.equality != "="
         if isinstance(value, list):
-            return any(self.holds(member) for member in value) if equality else None
-        literal = self.literal(value)
-        if literal is None or (isinstance(value, bool) and not equality):
-            return None
+            return None if ordered else any(self.holds(member) for member in value)
+        literal: Any = None
+        if isinstance(value, bool):
+            literal = None if ordered else {"true": True, "false": False}.get(self.value.lower())
+        elif isinstance(value, (int, float)):
+            literal = self.number
+        elif isinstance(value, str):
+            as_text = self.quoted or self.number is None
+            value, literal = (value, self.value) if as_text else (_number(value), self.number)
+        elif isinstance(value, date):
+            try:
+                literal = type(value).fromisoformat(self.value)
+            except ValueError:
+                return None
         try:
-            return bool(_TESTS["=" if equality else self.sign](value, literal))
+            return None if literal is None or value is None else bool(_TESTS[self.equality][0](value, literal))
         except TypeError:  # times with and without a zone
             return None
+
+    def scalar(self, kind: str) -> pa.Scalar | None:
+        """The value as Arrow compares it exactly with a column of a type; None if only `holds` does."""
+        if kind == "text":
+            return pa.scalar(self.value, _TEXT) if self.quoted or self.number is None else None
+        if kind not in ("int", "float") or self.number is None:
+            return None
+        try:
+            converted = int(self.number) if kind == "int" else float(self.number)
+        except OverflowError:
+            return None
+        exact = converted == self.number and (kind == "float" or converted in _INT64)
+        return pa.scalar(converted, _ARROW[kind]) if exact else None
+
+    def compare(self, kind: str, column: pa.Array) -> pa.Array:
+        """Whether it is true of each value of a column, `!=` read as `=`; null where the two do not compare."""
+        if (scalar := self.scalar(kind)) is not None:
+            return _TESTS[self.equality][1](column, scalar)
+        distinct, load = column.dictionary_encode(), _LOADS.get(kind, lambda value: value)
+        held = [self.holds(load(value)) for value in distinct.dictionary.to_pylist()]
+        return pa.array(held, pa.bool_()).take(distinct.indices)
 
 
 def conditions(where: str | Sequence[str]) -> list[Condition]:
@@ -164,63 +183,49 @@ def to_table(
     Raises:
         SettingError: if a key is no string, a text is no valid Unicode, or a value has no type here: with key and id.
     """
+    if wrong := [name for name in ids if not _is_unicode(name)]:
+        raise SettingError(f"id {wrong[0]!r} is not valid Unicode; rename it", "ids")
     columns: dict[str, list[Any]] = {ID: list(ids)}
-    rows_of: dict[Owner, Sequence[Mapping[str, Any]]] = {"user": metadata, "stair": source}
-    for owner, rows in rows_of.items():
+    for owner, rows in (("user", metadata), ("stair", source)):
         for n, row in enumerate(rows):
             for key, value in row.items():
-                kind, stored = _stored(key, value, ids[n])
+                try:
+                    kind, stored = _stored(key, value)
+                except (TypeError, ValueError, RecursionError) as error:
+                    raise SettingError(
+                        f"metadata {key!r} of {ids[n]!r}: {error}. Give text, a finite number, true or false, a date, "
+                        "None, or lists and dictionaries of these",
+                        "metadata",
+                    ) from error
                 if (name := f"{owner}:{kind}:{key}") not in columns:
                     columns[name] = [None] * len(ids)
                 columns[name][n] = stored
-    return pa.table([_array(name, values, ids) for name, values in columns.items()], names=list(columns))
+    return pa.table({name: pa.array(values, _ARROW.get(_kind(name), _TEXT)) for name, values in columns.items()})
 
 
-def _stored(key: str, value: Any, name: str) -> tuple[str, Any]:
-    """Type and stored form of a value."""
+def _kind(column: str) -> str:
+    return column.split(":", 2)[1]
+
+
+def _stored(key: str, value: Any) -> tuple[str, Any]:
+    """Type and stored form of a value. A TypeError or ValueError says why it has none."""
+    if not isinstance(key, str) or not _is_unicode(key):
+        raise TypeError(f"the key is {key!r}, keys are valid Unicode")
     value = value.item() if isinstance(value, np.generic) else value
-    problem = None
-    if not isinstance(key, str):
-        problem = f"the key is a {type(key).__name__}, keys are strings"
-    elif value is None or (isinstance(value, (float, datetime)) and value != value):
+    if value is None or (isinstance(value, (float, datetime)) and value != value):
         return "none", None
-    elif isinstance(value, bool):
-        return "bool", value
-    elif isinstance(value, str):
-        return "text", value
-    elif isinstance(value, int):
-        return ("int", value) if value in _INT64 else ("json", str(value))
-    elif isinstance(value, float) and math.isfinite(value):
-        return "float", value
-    elif isinstance(value, date):
+    if isinstance(value, (bool, float)) or (isinstance(value, int) and value in _INT64):
+        json.dumps(value, allow_nan=False)  # infinity is an error
+        return ("bool" if isinstance(value, bool) else "float" if isinstance(value, float) else "int"), value
+    if isinstance(value, date):
         return ("datetime" if isinstance(value, datetime) else "date"), value.isoformat()
-    elif isinstance(value, (dict, list)):
-        try:
-            text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            problem = str(error)
-        else:
-            if json.loads(text) == value:
-                return "json", text
-            problem = "it holds keys that are no strings, or tuples"
-    raise SettingError(
-        f"metadata {key!r} of {name!r}: {problem or f'the value is {value!r:.40}, a {type(value).__name__}'}. Give text, a "
-        "finite number, true or false, a date, None, or lists and dictionaries of these",
-        "metadata",
+    kind, text = (
+        ("text", value) if isinstance(value, str) else ("json", json.dumps(value, ensure_ascii=False, allow_nan=False))
     )
-
-
-def _array(name: str, values: Sequence[Any], ids: Sequence[str]) -> pa.Array:
-    try:
-        name.encode()
-        return pa.array(values, _ARROW.get(name.split(":", 2)[1], pa.large_string()))
-    except UnicodeEncodeError as error:
-        wrong = next((n for n, value in enumerate(values) if isinstance(value, str) and not _is_unicode(value)), 0)
-        what = "id" if name == ID else f"metadata {name.split(':', 2)[2]!r} of"
-        raise SettingError(
-            f"{what} {ids[wrong]!r} is not valid Unicode ({error.reason}); rename it",
-            "ids" if name == ID else "metadata",
-        ) from error
+    if kind == "json" and json.loads(text) != value:
+        raise ValueError("it holds keys that are no strings, or tuples")
+    text.encode()
+    return kind, text
 
 
 def _is_unicode(text: str) -> bool:
@@ -264,7 +269,7 @@ class Documents:
 
     def find(self, name: str) -> int | None:
         """The document of an id."""
-        place = pc.index(self.ids, pa.scalar(name, pa.large_string())).as_py() if _is_unicode(name) else -1
+        place = pc.index(self.ids, pa.scalar(name, _TEXT)).as_py() if _is_unicode(name) else -1
         return place if place >= 0 else None
 
     @cached_property
@@ -296,69 +301,11 @@ class Documents:
         """
         true_N, compared_N = np.zeros(len(self), np.bool_), np.zeros(len(self), np.bool_)
         for kind in self.kinds(condition):
-            column = self._column(f"{condition.owner}:{kind}:{condition.key}")
-            for true, compared in _compared(kind, column, condition):
-                true_N |= pc.fill_null(true, False).to_numpy(zero_copy_only=False)
-                compared_N |= compared.to_numpy(zero_copy_only=False)
+            if kind != "none":
+                result = condition.compare(kind, self._column(f"{condition.owner}:{kind}:{condition.key}"))
+                true_N |= pc.fill_null(result, False).to_numpy(zero_copy_only=False)
+                compared_N |= result.is_valid().to_numpy(zero_copy_only=False)
         return ~true_N if condition.sign == "!=" else true_N, int(compared_N.sum())
-
-
-def _compared(kind: str, column: pa.Array, condition: Condition) -> Iterator[tuple[pa.Array, pa.Array]]:
-    """Which values a condition is true of, `!=` read as `=`, and which compare with its value at all."""
-    sign = "=" if condition.sign == "!=" else condition.sign
-    if kind == "text" and condition.number is not None and not condition.quoted:
-        for each, numbers in _numbers(column).items():
-            yield from _compared(each, numbers, condition)
-    elif kind == "text":
-        yield _ARROW_TESTS[sign](column, pa.scalar(condition.value, pa.large_string())), column.is_valid()
-    elif kind in ("int", "float") and condition.number is not None:
-        yield _compare_numbers(kind, column, sign, condition.number), column.is_valid()
-    elif kind not in ("int", "float", "none"):
-        loads = _LOADS.get(kind, bool)
-        distinct = column.dictionary_encode()
-        holds = pa.array([condition.holds(loads(value)) for value in distinct.dictionary.to_pylist()], pa.bool_())
-        true = holds.take(distinct.indices)
-        yield true, true.is_valid()
-
-
-def _compare_numbers(kind: str, column: pa.Array, sign: str, number: int | float) -> pa.Array:
-    """Exactly: a number that the column's type does not have is replaced by the next larger one that it has."""
-    least: int | float = _next_integer(number) if kind == "int" else _next_float(number)
-    if least != number:
-        sign = {"<=": "<", ">": ">="}.get(sign, sign)
-    if kind == "int" and least not in _INT64:
-        return pc.and_(column.is_valid(), (sign[0] == "<") == (least > 0) and sign != "=")
-    if sign == "=" and least != number:
-        return pc.and_(column.is_valid(), False)
-    return _ARROW_TESTS[sign](column, pa.scalar(least, _ARROW[kind]))
-
-
-def _next_integer(number: int | float) -> int:
-    if isinstance(number, float) and math.isinf(number):
-        return int(math.copysign(1 << 64, number))
-    return math.ceil(number)
-
-
-def _next_float(number: int | float) -> float:
-    try:
-        nearest = float(number)
-    except OverflowError:
-        nearest = math.inf if number > 0 else -math.inf
-    return math.nextafter(nearest, math.inf) if nearest < number else nearest
-
-
-def _numbers(texts: pa.Array) -> dict[str, pa.Array]:
-    """Texts that are numbers, by type; the same rows, null where there is no such number."""
-    trimmed = pc.utf8_trim_whitespace(texts)
-    integer, long, real = (pc.match_substring_regex(trimmed, form) for form in (_INTEGER, _LONG, _NUMBER))
-    long = pc.and_not(long, integer)
-    real = pc.and_not(real, pc.or_(integer, long))
-    unsigned, nothing = pc.replace_substring_regex(trimmed, r"^\+", ""), pa.scalar(None, texts.type)
-    return {
-        "int": pc.cast(pc.if_else(integer, unsigned, nothing), pa.int64()),
-        "float": pc.cast(pc.if_else(real, unsigned, nothing), pa.float64()),
-        "json": pc.if_else(long, unsigned, nothing),
-    }
 
 
 def filtered(parts: Sequence[Documents], where: str | Sequence[str]) -> tuple[list[NDArray[np.bool_]], dict[str, int]]:
@@ -384,10 +331,9 @@ def filtered(parts: Sequence[Documents], where: str | Sequence[str]) -> tuple[li
         results = [part.matching(condition) for part in parts]
         compared = sum(count for _, count in results)
         if not compared and not kinds & {"text", "none"}:
-            nouns = " and ".join(sorted({_NOUNS.get(kind, "lists or objects") for kind in kinds}))
             raise SettingError(
-                f"filter {str(condition)!r}: the column holds {nouns}, which {condition.value!r} does not compare with by "
-                f"{condition.sign}",
+                f"filter {str(condition)!r}: values are of type {', '.join(sorted(kinds))}; {condition.value!r} does not "
+                f"compare with them by {condition.sign}",
                 "where",
             )
         masks = [mask & result if len(mask) else result for mask, (result, _) in zip(masks, results, strict=True)]

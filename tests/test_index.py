@@ -283,9 +283,10 @@ def test_filters_leave_exactly_what_they_say(tmp_path, way, small_blocks, where,
 
 def test_filters_that_cannot_be_read_are_refused(tmp_path):
     index = SparseIndex.build(tmp_path / "i", embeddings(90, metadata=METADATA))
-    for where, complaint in [("split", "NAME=VALUE"), ("color=red", "'n'"), ("n=many", "holds numbers")]:
-        with pytest.raises(ValueError, match=complaint):
+    for where in ("split", "color=red", "n=many"):
+        with pytest.raises(SettingError) as error:
             index.search(rows(1), where=where)
+        assert error.value.setting == "where"
 
 
 PHOTOS = [
@@ -567,9 +568,9 @@ def test_a_change_that_is_refused_changes_nothing(tmp_path):
         ("no document 'd9'", lambda: index.delete(["d1", "d9"])),
         ("not negative", lambda: index.add(Embeddings(bad, ["x"], SPACE))),
         ("whose vectors", lambda: index.add(rows(1), ["x"])),
-        ("'n' of 'x': the value is inf", lambda: index.add(Embeddings(rows(1), ["x"], SPACE, [{"n": math.inf}]))),
-        ("'n' of 'x': Out of range float", lambda: index.add(Embeddings(rows(1), ["x"], SPACE, [{"n": [math.nan]}]))),
-        ("3 of 'x': the key is a int", lambda: index.add(Embeddings(rows(1), ["x"], SPACE, [{3: "a"}]))),
+        ("'n' of 'x'", lambda: index.add(Embeddings(rows(1), ["x"], SPACE, [{"n": math.inf}]))),
+        ("'n' of 'x'", lambda: index.add(Embeddings(rows(1), ["x"], SPACE, [{"n": [math.nan]}]))),
+        ("3 of 'x'", lambda: index.add(Embeddings(rows(1), ["x"], SPACE, [{3: "a"}]))),
         ("occurs twice", lambda: index.add(Embeddings(rows(2), ["d1", "d1"], SPACE), replace=True)),
         ("different models", lambda: _delete_and_add(index.folder, ["d1"], space=replace(SPACE, model="x" * 64))),
     ]:
