@@ -84,7 +84,7 @@ def _index(folder: Path) -> tuple[Door, list[bytes]]:
     place = folder / "i"
     SparseIndex.build(place, embeddings(5, metadata=[{"n": n, "t": f"t{n % 2}"} for n in range(5)]))
     manifest = place / MANIFEST
-    files = sorted(path for path in place.glob("segment-*/*") if path.is_file())
+    files = sorted(place.glob("segment-*"))
     whole = {path: path.read_bytes() for path in [manifest, *files]}
     body = json.dumps(read_manifest(manifest)).encode()
     _believe_checksums()
@@ -95,7 +95,7 @@ def _index(folder: Path) -> tuple[Door, list[bytes]]:
         if at:
             path.write_bytes(data[1:])
         else:
-            with suppress(ValueError, RecursionError):
+            with suppress(ValueError, TypeError, RecursionError):
                 write_manifest(path, json.loads(data[1:]))
         try:
             index = SparseIndex.open(place)

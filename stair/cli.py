@@ -4,8 +4,10 @@ Nothing heavy is imported before it is needed: `stair --help` answers at once. T
 not in the wheel, which is for using trained models.
 """
 
+import functools
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,6 +49,8 @@ _FUNCTIONS: dict[str, _Word] = {
         "make shards of images and captions, COCO, Flickr, Hugging Face data, ...", "stair.data.prepare", "SOURCES"
     ),
 }
+_JOINER = "\u2060"  # invisible; jsonargparse reads `null` without it as no value, also where text is wanted
+_NULL = re.compile(r"\A(--\w+=)?\s*null\s*\Z")
 _HELP = """usage: stair WORD ...
 
 STAIR: sparse, readable image and text embeddings.
@@ -114,9 +118,10 @@ def _call(word: _Word, name: str, arguments: list[str]) -> None:
     set_loader("yaml", _as_typed(get_loader("yaml")), exceptions=(YAMLError,))
     function = getattr(importlib.import_module(word.module), word.function)
     description = word.does if isinstance(function, dict) else None  # a function's docstring describes it
-    words = _spelled_out(function, arguments)
+    words = [_NULL.sub(rf"\g<0>{_JOINER}", argument) for argument in _spelled_out(function, arguments)]
+    typed: Any = {key: _as_given(each) for key, each in function.items()} if description else _as_given(function)
     try:
-        auto_cli(function, args=words, prog=f"stair {name}", as_positional=True, description=description)
+        auto_cli(typed, args=words, prog=f"stair {name}", as_positional=True, description=description)
     except (ValueError, OSError) as error:
         sys.exit(f"stair {name}: {plain(str(error))}")
 
@@ -124,6 +129,17 @@ def _call(word: _Word, name: str, arguments: list[str]) -> None:
 def _as_typed(load: Callable[[str], Any]) -> Callable[[str], Any]:
     """The loader, except that `#sunset` and `~` stay as typed: YAML reads them as no value."""
     return lambda text: text if (value := load(text)) is None else value
+
+
+def _as_given(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, called with `null` for the text that stands in its place on the command line."""
+
+    @functools.wraps(function)
+    def call(**given: Any) -> Any:
+        marked = {key: value for key, value in given.items() if str(value).endswith(_JOINER)}
+        return function(**{**given, **{key: type(value)(str(value)[:-1]) for key, value in marked.items()}})
+
+    return call
 
 
 def _spelled_out(function: Callable[..., Any] | dict[str, Callable[..., Any]], arguments: list[str]) -> list[str]:

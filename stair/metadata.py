@@ -8,6 +8,7 @@ N documents.
 """
 
 import json
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -130,9 +131,9 @@ class Condition:
         """Whether it is true of each value of a column, `!=` read as `=`; null where the two do not compare."""
         if (scalar := self.scalar(kind)) is not None:
             return _TESTS[self.equality][1](column, scalar)
-        distinct, load = column.dictionary_encode(), _LOADS.get(kind, lambda value: value)
-        held = [self.holds(load(value)) for value in distinct.dictionary.to_pylist()]
-        return pa.array(held, pa.bool_()).take(distinct.indices)
+        distinct = column.dictionary_encode()
+        values = map(_LOADS.get(kind, lambda value: value), distinct.dictionary.to_pylist())
+        return pa.array(map(self.holds, values), pa.bool_()).take(distinct.indices)
 
 
 def conditions(where: str | Sequence[str]) -> list[Condition]:
@@ -190,15 +191,16 @@ def to_table(
         for n, row in enumerate(rows):
             for key, value in row.items():
                 try:
-                    kind, stored = _stored(key, value)
+                    kind, stored = _stored(value)
+                    if (name := f"{owner}:{kind}:{key}") not in columns or not isinstance(key, str):
+                        _check_key(key)
+                        columns[name] = [None] * len(ids)
                 except (TypeError, ValueError, RecursionError) as error:
                     raise SettingError(
                         f"metadata {key!r} of {ids[n]!r}: {error}. Give text, a finite number, true or false, a date, "
                         "None, or lists and dictionaries of these",
                         "metadata",
                     ) from error
-                if (name := f"{owner}:{kind}:{key}") not in columns:
-                    columns[name] = [None] * len(ids)
                 columns[name][n] = stored
     return pa.table({name: pa.array(values, _ARROW.get(_kind(name), _TEXT)) for name, values in columns.items()})
 
@@ -207,25 +209,33 @@ def _kind(column: str) -> str:
     return column.split(":", 2)[1]
 
 
-def _stored(key: str, value: Any) -> tuple[str, Any]:
+def _check_key(key: Any) -> None:
+    if not isinstance(key, str):
+        raise TypeError(f"the key is a {type(key).__name__}, keys are strings")
+    key.encode()
+
+
+def _stored(value: Any) -> tuple[str, Any]:
     """Type and stored form of a value. A TypeError or ValueError says why it has none."""
-    if not isinstance(key, str) or not _is_unicode(key):
-        raise TypeError(f"the key is {key!r}, keys are valid Unicode")
     value = value.item() if isinstance(value, np.generic) else value
     if value is None or (isinstance(value, (float, datetime)) and value != value):
         return "none", None
-    if isinstance(value, (bool, float)) or (isinstance(value, int) and value in _INT64):
-        json.dumps(value, allow_nan=False)  # infinity is an error
-        return ("bool" if isinstance(value, bool) else "float" if isinstance(value, float) else "int"), value
+    if isinstance(value, bool):
+        return "bool", value
+    if isinstance(value, float) and math.isfinite(value):
+        return "float", value
+    if isinstance(value, int) and value in _INT64:
+        return "int", value
     if isinstance(value, date):
         return ("datetime" if isinstance(value, datetime) else "date"), value.isoformat()
-    kind, text = (
-        ("text", value) if isinstance(value, str) else ("json", json.dumps(value, ensure_ascii=False, allow_nan=False))
-    )
-    if kind == "json" and json.loads(text) != value:
+    if isinstance(value, str):
+        value.encode()
+        return "text", value
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    if json.loads(text) != value:
         raise ValueError("it holds keys that are no strings, or tuples")
     text.encode()
-    return kind, text
+    return "json", text
 
 
 def _is_unicode(text: str) -> bool:

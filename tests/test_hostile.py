@@ -13,6 +13,7 @@ import zlib
 from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -33,7 +34,7 @@ from stair.explain import read_text
 from stair.explain_page import page
 from stair.images import decode_image
 from stair.index import commands
-from stair.index.storage import MANIFEST, POSTINGS, read_manifest, read_postings, record, write_manifest, write_postings
+from stair.index.storage import MANIFEST, read_arrays, read_manifest, record, write_arrays, write_manifest
 from stair.plain import escape, one_line, plain
 from stair.report import write_html
 from stair.report.tables import Table
@@ -315,11 +316,12 @@ def rewritten(folder, name, change):
     """Changes an array and gives the index the right checksum of it, as whoever made it could."""
     manifest = read_manifest(folder / MANIFEST)
     [segment] = manifest["segments"]
-    path = folder / segment["name"] / POSTINGS
-    arrays = {key: array.copy() for key, array in read_postings(path).items()}
-    change(arrays[name])
-    write_postings(path, arrays)
-    segment["files"][POSTINGS] = record(path)
+    path = folder / segment["name"]
+    arrays = dict(read_arrays(path))
+    changed = arrays[name].to_numpy().copy()
+    change(changed)
+    write_arrays(path, {**arrays, name: pa.array(changed)})
+    segment.update(record(path))
     write_manifest(folder / MANIFEST, manifest)
 
 

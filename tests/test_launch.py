@@ -161,7 +161,7 @@ def test_ranks_that_the_settings_contradict_are_refused_once(scenes, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("value", ["#sunset", "~", "007", "no", "2024-01-01"])
+@pytest.mark.parametrize("value", ["#sunset", "~", "007", "no", "2024-01-01", "null", " null"])
 def test_a_text_that_yaml_reads_as_something_else_stays_as_typed(value, monkeypatch):
     given = []
 

@@ -232,14 +232,14 @@ class SparseIndex:
 
     def top(self, query: Query, k: int, where: str | Sequence[str] = ()) -> Hits:
         """As `search`, for a query that is ready."""
-        store = self._store
+        store, dense_V = self._store, query.dense()
         allowed, not_comparable = filtered(store.documents, where)
-        best, dense_V = Best(max(1, min(k, len(store)))), query.dense()
+        best = Best(max(1, min(k, len(store))))
         for segment, allowed_N in zip(store.segments, allowed, strict=True):
             search_segment(segment.arrays, query, dense_V, allowed_N, segment.first, best)
         count = int(best.count[0])
         found = zip(best.documents[:count].tolist(), best.scores[:count].tolist(), strict=True)
-        return Hits((_hit(store, number, score, query) for number, score in found), not_comparable)
+        return Hits([_hit(store, number, score, query) for number, score in found], not_comparable)
 
     def _row(self, query: Any) -> sparse.csr_matrix:
         from PIL.Image import Image

@@ -1,9 +1,9 @@
 """An index on disk: immutable segments, and a manifest that names them.
 
-A segment is a folder of up to `SEGMENT` documents with two Arrow files, which are memory-mapped: the arrays of
-stair/index/postings.py, and a table of ids and metadata. A change writes new segments beside the old ones, then replaces
-the manifest by a rename. A kill at any time leaves the old index or the new one. An open index keeps the segments that it
-opened, also when they are removed.
+A segment is an Arrow file of up to `SEGMENT` documents, which is memory-mapped: the arrays of stair/index/postings.py and
+the columns of stair/metadata.py, each one a list in a single row. A change writes all documents to new segments beside the
+old ones, then replaces the manifest by a rename. A kill at any time leaves the old index or the new one. An open index
+keeps the segments that it opened, also when they are removed.
 
 N documents, V words.
 """
@@ -12,9 +12,8 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +25,24 @@ from scipy import sparse
 
 from stair.embeddings import Embeddings, Space
 from stair.errors import FileError, SettingError
-from stair.files import lock, remove, removed_on_failure, sha256, sync, write_bytes
+from stair.files import lock, read_json, remove, removed_on_failure, sha256, sync, write_json, write_text
 from stair.index.postings import Arrays, checked, invert
-from stair.metadata import ID, Documents, to_table
+from stair.metadata import Documents, to_table
 from stair.plain import plain
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST, WORDS = "manifest.json", "vocab.txt"
-POSTINGS, DOCUMENTS = "postings.arrow", "documents.arrow"
-SEGMENT = 1 << 18  # bounds the memory of a build, and what a small change has to write
+SEGMENT = 1 << 18  # bounds the memory of a change
 SMALL = 8 << 20  # bytes up to which opening compares all checksums: some milliseconds
-_NAME = re.compile(r"segment-[0-9a-f]{12}")
+_NAME = re.compile(r"segment-[0-9a-f]{12}\.arrow")
 Record = dict[str, Any]
 Rows = tuple[sparse.csr_matrix, pa.Table]
 
 
 def record(path: Path) -> Record:
-    """Waits until a new file is on disk and returns its `bytes` and `sha256`."""
+    """Waits until a new file is on disk and returns its `name`, `bytes` and `sha256`."""
     sync(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def check(path: Path, written: Record, content: bool) -> None:
@@ -60,64 +58,39 @@ def check(path: Path, written: Record, content: bool) -> None:
         raise FileError(f"{path} is not what was written (sha256 differs): build the index again", path)
 
 
-def write_manifest(path: Path, content: Any) -> None:
+def write_manifest(path: Path, content: Record) -> None:
     """Replaces a manifest: from here on its segments are the index."""
-    body = json.dumps(content, sort_keys=True)
-    write_bytes(path, json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body}).encode())
+    write_json(path, {**content, "sha256": _digest(content)})
 
 
 def read_manifest(path: Path) -> Record:
     """Reads a manifest.
 
     Raises:
-        FileNotFoundError: if there is none.
-        FileError: if it is damaged.
+        FileError: if it is missing or damaged.
     """
-    try:
-        outer = json.loads(path.read_bytes())
-        if hashlib.sha256(outer["body"].encode()).hexdigest() != outer["sha256"]:
-            raise ValueError("sha256 differs")
-        content: Record = json.loads(outer["body"])
-        content.keys()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FileError(f"{path} is no manifest of an index, or damaged: {error}", path) from error
+    content = read_json(path)
+    if content.pop("sha256", None) != _digest(content):
+        raise FileError(f"{path} is no manifest of an index, or damaged (sha256 differs)", path)
     return content
 
 
-def write_segment(folder: Path, rows: Rows) -> Record:
-    """Writes a segment of (N, V) comparable rows and their table, and returns what the manifest keeps of it."""
-    vectors, table = rows
-    name = f"segment-{secrets.token_hex(6)}"
-    place = folder / name
-    place.mkdir()
-    with removed_on_failure(folder, place):
-        write_postings(place / POSTINGS, invert(vectors))
-        _write(place / DOCUMENTS, table.combine_chunks().to_batches()[0])
-        files = {file: record(place / file) for file in (POSTINGS, DOCUMENTS)}
-        sync(place)
-        sync(folder)
-    return {"name": name, "documents": len(table), "files": files}
+def _digest(content: Record) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_postings(path: Path, arrays: Arrays) -> None:
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     """Writes arrays as columns of one row, a list each."""
-    lists = (pa.LargeListArray.from_arrays([0, len(array)], pa.array(array)) for array in arrays.values())
-    _write(path, pa.RecordBatch.from_arrays(list(lists), list(arrays)))
-
-
-def read_postings(path: Path) -> Arrays:
-    """Maps what `write_postings` wrote."""
-    batch = _mapped(path)
-    return {name: batch[name].values.to_numpy() for name in batch.schema.names}
-
-
-def _write(path: Path, batch: pa.RecordBatch) -> None:
+    lists = [pa.LargeListArray.from_arrays([0, len(array)], array) for array in arrays.values()]
+    batch = pa.RecordBatch.from_arrays(lists, list(arrays))
     with pa.ipc.new_file(str(path), batch.schema) as file:
         file.write_batch(batch)
 
 
-def _mapped(path: Path) -> pa.RecordBatch:
-    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+def read_arrays(path: Path) -> dict[str, pa.Array]:
+    """Maps what `write_arrays` wrote."""
+    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    return {name: batch[name].values for name in batch.schema.names}
 
 
 class Segment:
@@ -125,37 +98,33 @@ class Segment:
 
     Args:
         folder: of the index.
-        written: what `write_segment` returned.
+        written: its record.
         first: number of its first document in the index.
-        content: compare the checksums of its files.
+        content: compare its checksum.
 
     Raises:
-        FileError: if a file is missing or damaged.
+        FileError: if it is missing or damaged.
     """
 
-    def __init__(self, folder: Path, written: Record, first: int = 0, content: bool = False) -> None:
+    def __init__(self, folder: Path, written: Record, first: int, content: bool) -> None:
         if not _NAME.fullmatch(written["name"]):
-            raise FileError(
-                f"{folder}: its manifest names {written['name']!r}, which is no segment of an index", folder
-            )
-        self.written, self.first, self._place = written, first, folder / written["name"]
-        self._check(content)
+            raise FileError(f"{folder / MANIFEST} names {written['name']!r}, which is no segment of an index", folder)
+        self.first, self._written, self._path = first, written, folder / written["name"]
+        check(self._path, written, content)
         try:
-            self.arrays = read_postings(self._place / POSTINGS)
-            self.documents = Documents(_mapped(self._place / DOCUMENTS))
+            arrays = read_arrays(self._path)
+            table = {name: arrays.pop(name) for name in list(arrays) if ":" in name}
+            self.documents = Documents(pa.RecordBatch.from_arrays(list(table.values()), list(table)))
+            self.arrays: Arrays = {name: array.to_numpy() for name, array in arrays.items()}
         except (ValueError, OSError, AttributeError, pa.ArrowException) as error:
             raise self._damaged(error) from error
 
     def __len__(self) -> int:
         return len(self.documents)
 
-    def _check(self, content: bool) -> None:
-        for file in (POSTINGS, DOCUMENTS):
-            check(self._place / file, self.written["files"][file], content)
-
     def _damaged(self, error: Exception) -> FileError:
         why = f"{type(error).__name__}: {plain(str(error))}"
-        return FileError(f"{self._place} is no segment of an index ({why}); build the index again", self._place)
+        return FileError(f"{self._path} is no segment of an index ({why}); build the index again", self._path)
 
     def row(self, n: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """The words, ascending, and the weights of a document."""
@@ -171,9 +140,9 @@ class Segment:
         """Vectors and table, checked: a damaged file would get a good checksum when it is written again.
 
         Raises:
-            FileError: if a file is not what was written, or its numbers are out of range.
+            FileError: if the file is not what was written, or its numbers are out of range.
         """
-        self._check(content=True)
+        check(self._path, self._written, content=True)
         try:
             vectors = self.vectors(words)
             vectors.check_format(full_check=True)
@@ -183,7 +152,7 @@ class Segment:
         return vectors, pa.Table.from_batches([self.documents.batch])
 
     def verify(self, words: int) -> None:
-        """Compares every file with its checksum, and all arrays with the rows.
+        """Compares the file with its checksum, and all arrays with the rows.
 
         A checksum shows damage by accident. Numbers that point out of their arrays, which whoever made the index might
         have written, are detected by the second.
@@ -191,13 +160,12 @@ class Segment:
         Raises:
             FileError: if something differs.
         """
-        vectors, _ = self.rows(words)
-        arrays = invert(checked(vectors, words))
+        arrays = invert(checked(self.rows(words)[0], words))
         # the type too: another one compares as equal, and the compiled search stops at it
         if wrong := [
             n for n, a in arrays.items() if self.arrays[n].dtype != a.dtype or not np.array_equal(self.arrays[n], a)
         ]:
-            raise FileError(f"{self._place}: {wrong[0]} contradicts the rest of it; build the index again", self._place)
+            raise FileError(f"{self._path}: {wrong[0]} contradicts the rest of it; build the index again", self._path)
 
 
 class Store:
@@ -218,37 +186,36 @@ class Store:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, path = folder, folder / MANIFEST
+        path = folder / MANIFEST
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is no index; `stair index` or SparseIndex.build makes one")
         self.manifest = read_manifest(path)
         while True:
             try:
-                self._open()
+                self._open(folder)
                 return
             except (KeyError, TypeError, AttributeError) as error:
                 raise FileError(f"{path} is no manifest of an index: {type(error).__name__}: {error}", path) from error
-            except (FileError, FileNotFoundError):
+            except FileError:
                 # a writer may have removed segments since the manifest was read
                 newer = read_manifest(path)
                 if newer == self.manifest:
                     raise
                 self.manifest = newer
 
-    def _open(self) -> None:
+    def _open(self, folder: Path) -> None:
         if self.manifest.get("format") != FORMAT:
             raise FileError(
-                f"{self.folder} has format {self.manifest.get('format')!r}; this version reads {FORMAT}. Make it "
-                "again from its embeddings with `stair index`",
-                self.folder,
+                f"{folder} has format {self.manifest.get('format')!r}; this version reads {FORMAT}. Make it again from "
+                "its embeddings with `stair index`",
+                folder,
             )
-        check(self.folder / WORDS, self.manifest["words"], content=True)
-        tokens = (self.folder / WORDS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        check(folder / WORDS, self.manifest["words"], content=True)
+        tokens = (folder / WORDS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         self.space = Space(self.manifest["space"]["model"], self.manifest["space"]["similarity"], tuple(tokens))
         self.segments: list[Segment] = []
         for written in self.manifest["segments"]:
-            first = self.segments[-1].first + len(self.segments[-1]) if self.segments else 0
-            self.segments.append(Segment(self.folder, written, first, content=self.bytes <= SMALL))
+            self.segments.append(Segment(folder, written, len(self), content=self.bytes <= SMALL))
         self.documents = [segment.documents for segment in self.segments]
 
     def __len__(self) -> int:
@@ -257,8 +224,13 @@ class Store:
     @property
     def bytes(self) -> int:
         """On disk."""
-        files = (file for segment in self.manifest["segments"] for file in segment["files"].values())
-        return int(sum(file["bytes"] for file in [*files, self.manifest["words"]]))
+        return int(sum(file["bytes"] for file in [*self.manifest["segments"], self.manifest["words"]]))
+
+    def present(self, names: Iterable[str]) -> set[str]:
+        """Those of some ids that its documents have."""
+        wanted = pa.array([name for name in names if isinstance(name, str)], pa.large_string())
+        ids = (documents.ids for documents in self.documents)
+        return {name for each in ids for name in each.filter(pc.is_in(each, value_set=wanted)).to_pylist()}
 
 
 def build(folder: Path, parts: Iterable[Embeddings], space: Space) -> None:
@@ -271,8 +243,8 @@ def build(folder: Path, parts: Iterable[Embeddings], space: Space) -> None:
     if (folder / MANIFEST).exists():
         raise FileExistsError(f"{folder} is an index already; open it and add, or choose another folder")
     with _one_writer(folder):
-        segments = [written for written, _ in _written(folder, space, parts)]
-        write_bytes(folder / WORDS, ("\n".join(space.tokens) + "\n").encode())
+        segments = _write(folder, _new_rows(folder, space, parts, {}))
+        write_text(folder / WORDS, "\n".join(space.tokens) + "\n")
         about = {"model": space.model, "similarity": space.similarity, "vocabulary": space.vocabulary}
         manifest = {"format": FORMAT, "space": about, "words": record(folder / WORDS), "segments": segments}
         write_manifest(folder / MANIFEST, manifest)
@@ -281,13 +253,11 @@ def build(folder: Path, parts: Iterable[Embeddings], space: Space) -> None:
 def change(folder: Path, parts: Iterable[Embeddings] = (), delete: Iterable[str] = (), replace: bool = False) -> None:
     """Deletes and adds documents in one step, all or none of them.
 
-    Full segments without a deleted document stay as they are. All others are written anew, joined with their neighbours.
-
     Args:
         folder: of the index.
         parts: what is added.
         delete: ids of documents to delete.
-        replace: whether what is added replaces documents of the same id, which is refused otherwise.
+        replace: whether what is added replaces documents of the same id, which is an error otherwise.
 
     Raises:
         FileError: if another process is writing, or the index is damaged.
@@ -295,24 +265,17 @@ def change(folder: Path, parts: Iterable[Embeddings] = (), delete: Iterable[str]
         ValueError: if vectors are of another model, or no weights of documents.
     """
     with _one_writer(folder):
-        store = Store(folder)
-        keep = [np.ones(len(segment), np.bool_) for segment in store.segments]
-        names = list(dict.fromkeys(delete))
-        if missing := set(names) - set(_drop(store, keep, names)):
-            name = next(name for name in names if name in missing)
+        store, gone, ids = Store(folder), dict.fromkeys(delete), dict[str, None]()
+        if missing := gone.keys() - store.present(gone):
+            name = next(name for name in gone if name in missing)
             raise SettingError(f"{folder} has no document {name!r}", "delete")
-        added = []
-        for written, ids in _written(folder, store.space, parts):
-            clash = _drop(store, keep, ids)
-            if clash and not replace:
-                raise SettingError(f"id {clash[0]!r} is in {folder} already; delete it first, or replace it", "ids")
-            added.append(Segment(folder, written))
-        pairs = [
-            *zip(store.segments, keep, strict=True),
-            *((segment, np.ones(len(segment), np.bool_)) for segment in added),
-        ]
-        segments = list(_joined(folder, pairs, len(store.space.tokens)))
-        write_manifest(folder / MANIFEST, {**store.manifest, "segments": segments})
+        added = _write(folder, _new_rows(folder, store.space, parts, ids))
+        clash = store.present(ids) - gone.keys()
+        if clash and not replace:
+            name = next(name for name in ids if name in clash)
+            raise SettingError(f"id {name!r} is in {folder} already; delete it first, or replace it", "ids")
+        kept = _write(folder, _kept_rows(store, [*gone, *clash]))
+        write_manifest(folder / MANIFEST, {**store.manifest, "segments": [*kept, *added]})
 
 
 @contextmanager
@@ -332,77 +295,60 @@ def _one_writer(folder: Path) -> Iterator[None]:
 
 
 def _remove_unnamed(folder: Path) -> None:
-    there = (folder / MANIFEST).exists()
-    named = {segment["name"] for segment in read_manifest(folder / MANIFEST)["segments"]} if there else set()
+    exists = (folder / MANIFEST).exists()
+    named = {segment["name"] for segment in read_manifest(folder / MANIFEST)["segments"]} if exists else set()
     for path in folder.glob("segment-*"):
         if path.name not in named:
             remove(path)  # open maps stay readable
-    if not there:
+    if not exists:
         remove(folder / WORDS)
 
 
-def _drop(store: Store, keep: Sequence[NDArray[np.bool_]], names: Sequence[str]) -> list[str]:
-    """Marks the documents of some ids as not kept, and returns the ids that there were."""
-    dropped: list[str] = []
-    wanted = pa.array([name for name in names if isinstance(name, str)], pa.large_string())
-    for documents, keep_N in zip(store.documents, keep, strict=False):  # the first are those of the store
-        there = pc.is_in(documents.ids, value_set=wanted).to_numpy(zero_copy_only=False) & keep_N
-        keep_N &= ~there
-        dropped += documents.ids.filter(pa.array(there)).to_pylist()
-    return dropped
+def _new_rows(folder: Path, space: Space, parts: Iterable[Embeddings], ids: dict[str, None]) -> Iterator[Rows]:
+    """Rows of embeddings, checked; `ids` grows by theirs."""
+    for part in parts:
+        space.demand(part.space, f"vectors for {folder}")
+        for name in part.ids:
+            if name in ids:
+                raise SettingError(f"id {name!r} occurs twice", "ids")
+            ids[name] = None
+        table = to_table(part.ids, part.metadata, part.source)
+        yield space.comparable(checked(part.vectors, len(space.tokens))), table
 
 
-def _written(folder: Path, space: Space, parts: Iterable[Embeddings]) -> Iterator[tuple[Record, list[str]]]:
-    """Writes embeddings as segments; gives each one's record and ids."""
-
-    def rows() -> Iterator[Rows]:
-        seen: set[str] = set()
-        for part in parts:
-            space.demand(part.space, f"vectors for {folder}")
-            for name in part.ids:
-                if name in seen:
-                    raise SettingError(f"id {name!r} occurs twice", "ids")
-                seen.add(name)
-            table = to_table(part.ids, part.metadata, part.source)
-            yield space.comparable(checked(part.vectors, len(space.tokens))), table
-
-    for vectors, table in _cut(rows()):
-        yield write_segment(folder, (vectors, table)), table[ID].to_pylist()
+def _kept_rows(store: Store, gone: list[str]) -> Iterator[Rows]:
+    for segment in store.segments:
+        vectors, table = segment.rows(len(store.space.tokens))
+        keep = pc.invert(pc.is_in(segment.documents.ids, value_set=pa.array(gone, pa.large_string())))
+        yield vectors[keep.to_numpy(zero_copy_only=False)], table.filter(keep)
 
 
-def _joined(folder: Path, pairs: Iterable[tuple[Segment, NDArray[np.bool_]]], words: int) -> Iterator[Record]:
-    """Writes what is kept of segments, neighbours together; full segments of which all is kept stay."""
-    for stays, group in groupby(pairs, lambda pair: bool(pair[1].all()) and len(pair[0]) == SEGMENT):
-        run = list(group)
-        if stays or (len(run) == 1 and run[0][1].all()):
-            yield from (segment.written for segment, _ in run)
-        else:
-            for rows in _cut(_kept(segment.rows(words), keep_N) for segment, keep_N in run):
-                yield write_segment(folder, rows)
-
-
-def _kept(rows: Rows, keep_N: NDArray[np.bool_]) -> Rows:
-    return rows[0][np.flatnonzero(keep_N)], rows[1].filter(pa.array(keep_N))
-
-
-def _cut(parts: Iterable[Rows]) -> Iterator[Rows]:
-    """Joins and cuts rows to `SEGMENT` documents; the last ones may be fewer."""
+def _write(folder: Path, parts: Iterable[Rows]) -> list[Record]:
+    """Writes rows as segments of `SEGMENT` documents; the last one may have fewer."""
+    written: list[Record] = []
     waiting: list[Rows] = []
     for vectors, table in parts:
-        start = 0
-        while start < len(table):
-            size = min(SEGMENT - sum(len(rows) for _, rows in waiting), len(table) - start)
-            waiting.append((vectors[start : start + size], table.slice(start, size)))
-            start += size
-            if sum(len(rows) for _, rows in waiting) == SEGMENT:
-                yield _one(waiting)
-                waiting = []
-    if waiting:
-        yield _one(waiting)
+        for start in range(0, len(table), SEGMENT):
+            waiting.append((vectors[start : start + SEGMENT], table.slice(start, SEGMENT)))
+            if sum(len(rows) for _, rows in waiting) >= SEGMENT:
+                vectors_N, table_N = _joined(waiting)
+                written.append(_write_segment(folder, vectors_N[:SEGMENT], table_N.slice(0, SEGMENT)))
+                waiting = [(vectors_N[SEGMENT:], table_N.slice(SEGMENT))] if len(table_N) > SEGMENT else []
+    return [*written, _write_segment(folder, *_joined(waiting))] if waiting else written
 
 
-def _one(parts: Sequence[Rows]) -> Rows:
+def _joined(parts: list[Rows]) -> Rows:
     if len(parts) == 1:
         return parts[0]
     tables = [table for _, table in parts]
     return sparse.vstack([rows for rows, _ in parts], format="csr"), pa.concat_tables(tables, promote_options="default")
+
+
+def _write_segment(folder: Path, vectors: sparse.csr_matrix, table: pa.Table) -> Record:
+    path = folder / f"segment-{secrets.token_hex(6)}.arrow"
+    with removed_on_failure(folder, path):
+        columns = zip(table.column_names, (column.combine_chunks() for column in table.columns), strict=True)
+        write_arrays(path, {**{name: pa.array(array) for name, array in invert(vectors).items()}, **dict(columns)})
+        written = record(path)
+        sync(folder)
+    return written
