@@ -120,8 +120,12 @@ def test_importing_and_using_the_package_changes_no_setting_of_the_process(tiny_
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
     # imported first are libraries: what they change is not ours
     code = f"""
-import csv, importlib, os, pkgutil, random, signal, warnings
+import csv, importlib, importlib.util, os, pkgutil, random, signal, warnings
 import lightning, matplotlib, numpy, PIL.Image, PIL.ImageFile, pyarrow, sklearn, timm, torch, transformers, uvicorn
+
+for library in ("sentence_transformers", "open_clip"):
+    if importlib.util.find_spec(library):
+        importlib.import_module(library)
 
 def state():
     return dict(
