@@ -84,7 +84,8 @@ def _summary() -> list[str]:
 
 
 def _rows(titles: list[str], lines: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *lines)]
+    head, *body = [f"| {' | '.join(line)} |" for line in (titles, *lines)]
+    return [head, "|" + "---|" * len(titles), *body]
 
 
 def _cell(run: dict[str, str], part: str, measure: str) -> str:
