@@ -28,7 +28,7 @@ from stair.data.diagnostics import (
     inspect,
     unreadable,
 )
-from stair.data.prepare.jobs import Job, check_index, index_entries, known_json, preparing, run, write_index
+from stair.data.prepare.jobs import check_index, index_entries, known_json, preparing, run, write_index
 from stair.data.remote import LastingError, Remote, is_remote
 from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES
 from stair.data.shard_index import MANIFEST, index_shard, sizes
@@ -383,12 +383,12 @@ def write_indices(shards: list[str]) -> None:
                     "same command; it writes the index itself",
                     folder,
                 )
-            jobs = [Job(path.name, 1, (path,)) for path in paths]
+            jobs = {path.name: (path,) for path in paths}
             times = {path.name: path.stat().st_mtime_ns for path in paths}
             records, _ = run(jobs, _index_entry, state, partial(_is_current, times), 0)
             write_index(folder, records)
-            for job in jobs:
-                (state / f"{job.name}.json").unlink()
+            for name in jobs:
+                (state / f"{name}.json").unlink()
 
 
 def _is_current(times: dict[str, int], name: str, record: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from pyarrow import parquet
 
-from stair.data.prepare.jobs import Job, known_json, listed, preparing, run, write_index
+from stair.data.prepare.jobs import known_json, listed, preparing, run, write_index
 from stair.data.prepare.writer import REPORT, open_tar
 from stair.data.samples import Skipped, caption_lines, captions, count_causes, image_bytes, skipped_lines
 from stair.data.shard_index import BrokenShardError, index_shard
@@ -43,7 +43,7 @@ def cc(folder: Path, mend: bool = False, max_bad_share: float = 0.05, workers: i
         return record.get("mtime") == shards[name].stat().st_mtime_ns and not (mend and record["left_out"])
 
     with preparing(folder) as state:
-        jobs = [Job(name, _stated(shard), (shard, mend)) for name, shard in shards.items()]
+        jobs = {name: (shard, mend) for name, shard in shards.items()}
         records, bad = run(jobs, check_shard, state, is_current, workers, max_bad_share)
         kept = {name: record for name, record in records.items() if record["samples"]}
         write_index(folder, kept, is_replaced=lambda name: True)

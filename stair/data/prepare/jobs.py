@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
@@ -25,20 +25,6 @@ from stair.files import lock, read_json, write_json
 
 STATE = ".prepare"
 _ENOUGH = 200  # inputs; among fewer, the share of skipped ones is checked only at the end
-
-
-class Job(NamedTuple):
-    """A piece of work.
-
-    Attributes:
-        name: of its record; unique in the folder.
-        inputs: how many the progress bar counts for it.
-        arguments: of the function that does it.
-    """
-
-    name: str
-    inputs: int
-    arguments: tuple[Any, ...]
 
 
 def known_json(path: Path) -> dict[str, Any]:
@@ -68,7 +54,7 @@ def preparing(folder: Path) -> Iterator[Path]:
 
 
 def run(
-    jobs: Sequence[Job],
+    jobs: dict[str, tuple[Any, ...]],
     work: Callable[..., dict[str, Any]],
     state: Path,
     is_current: Callable[[str, dict[str, Any]], bool],
@@ -79,7 +65,7 @@ def run(
     """Does the jobs that have no record yet.
 
     Args:
-        jobs: what is to be done.
+        jobs: arguments of each, by the name of its record.
         work: a function of a module that does one job and returns its record, with `inputs` and `left_out`.
         state: folder of the records.
         is_current: whether a record, given with the job's name, still counts.
@@ -94,20 +80,21 @@ def run(
         StairError: if too many inputs are skipped. The records stay.
         ChildProcessError: if a process dies.
     """
-    found = {job.name: known_json(state / f"{job.name}.json") for job in jobs}
+    found = {name: known_json(state / f"{name}.json") for name in jobs}
     records = {name: record for name, record in found.items() if record and is_current(name, record)}
-    left, inputs = [job for job in jobs if job.name not in records], sum(job.inputs for job in jobs)
+    left = {name: arguments for name, arguments in jobs.items() if name not in records}
     bad, seen = list(skipped), len(skipped)
-    with tqdm(total=inputs, disable=None) as bar:
-        bar.update(inputs - sum(job.inputs for job in left))
-        for name, record in itertools.chain(list(records.items()), _new_records(left, work, state, workers, bar)):
-            records[name] = record
-            seen += record["inputs"]
-            bad += [Skipped(*one) for one in record["left_out"]]
-            if seen >= min(_ENOUGH, inputs + len(skipped)):
-                _check_share(bad, seen, max_bad_share, state)
+    results = zip(left, _results(list(left.values()), work, workers), strict=True)
+    for name, record in tqdm(itertools.chain(list(records.items()), results), "shards", len(jobs), disable=None):
+        if name in left:
+            write_json(state / f"{name}.json", record)
+        records[name] = record
+        seen += record["inputs"]
+        bad += [Skipped(*one) for one in record["left_out"]]
+        if seen >= _ENOUGH:
+            _check_share(bad, seen, max_bad_share, state)
     _check_share(bad, seen, max_bad_share, state)
-    return {job.name: records[job.name] for job in jobs}, bad
+    return {name: records[name] for name in jobs}, bad
 
 
 def _check_share(bad: Sequence[Skipped], seen: int, max_bad_share: float, state: Path) -> None:
@@ -130,23 +117,16 @@ def listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{number} {what}" for what, number in sorted(counts.items(), key=lambda pair: -pair[1]))
 
 
-def _new_records(
-    jobs: Sequence[Job], work: Callable[..., dict[str, Any]], state: Path, workers: int, bar: Any
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    for job, record in zip(jobs, _results(jobs, work, workers), strict=True):
-        write_json(state / f"{job.name}.json", record)
-        bar.update(job.inputs)
-        yield job.name, record
-
-
-def _results(jobs: Sequence[Job], work: Callable[..., dict[str, Any]], workers: int) -> Iterator[dict[str, Any]]:
+def _results(
+    jobs: Sequence[tuple[Any, ...]], work: Callable[..., dict[str, Any]], workers: int
+) -> Iterator[dict[str, Any]]:
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if workers == 1 or not jobs:
-        yield from (work(*job.arguments) for job in jobs)
+        yield from (work(*arguments) for arguments in jobs)
         return
     with ProcessPoolExecutor(min(workers, len(jobs)), initializer=_end_with_parent) as pool:
         try:
-            yield from pool.map(work, *zip(*(job.arguments for job in jobs), strict=True))
+            yield from pool.map(work, *zip(*jobs, strict=True))
         except BrokenProcessPool as error:
             raise ChildProcessError(
                 "a process died, most likely because the machine ran out of memory; run the same command again with "

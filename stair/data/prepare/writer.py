@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from stair.data.prepare.jobs import Job, index_entries, known_json, listed, preparing, run, summary, write_index
+from stair.data.prepare.jobs import index_entries, known_json, listed, preparing, run, summary, write_index
 from stair.data.samples import Skipped, check_caption, count_causes, printable, skipped_lines
 from stair.data.shard_index import index_shard
 from stair.data.specs import require
@@ -132,7 +132,7 @@ class _Plan:
             digest.update(repr(reference).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
-    def jobs(self, fingerprint: str) -> list[Job]:
+    def jobs(self, fingerprint: str) -> dict[str, tuple[Any, ...]]:
         """One for each shard, all of nearly the same size."""
         references = self.source.splits[self.split]
         keyed = [(f"{self.split}-{place:08d}", reference) for place, reference in enumerate(references)]
@@ -140,11 +140,10 @@ class _Plan:
             random.Random(self.seed).shuffle(keyed)
         shards = math.ceil(len(keyed) / self.shard_samples)
         cuts = [len(keyed) * i // max(shards, 1) for i in range(shards + 1)]
-        jobs = []
+        jobs = {}
         for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
             path = self.out / f"{self.split}-{i:05d}.tar"
-            arguments = (path, keyed[start:stop], self.source.read, self.limits, fingerprint)
-            jobs.append(Job(path.name, stop - start, arguments))
+            jobs[path.name] = (path, keyed[start:stop], self.source.read, self.limits, fingerprint)
         return jobs
 
     def has(self, name: str) -> bool:
