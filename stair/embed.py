@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -202,7 +202,14 @@ def _encode(
         list[Item](),
         list[Skipped](),
     )
-    for few, content in _batches(stair, items, side, batch_size, workers):
+    inputs: DataLoader[Any] = DataLoader(
+        Inputs(items, stair.config.image.image_size),
+        batch_size=batch_size,
+        num_workers=0 if side == "texts" else workers,
+        collate_fn=list,
+    )
+    for first, content in zip(range(0, len(items), batch_size), inputs, strict=True):
+        few = items[first : first + batch_size]
         good = [n for n, one in enumerate(content) if not isinstance(one, ValueError)]
         wrong = [(few[n], one) for n, one in enumerate(content) if isinstance(one, ValueError)]
         skipped += [Skipped(item.place or item.id, str(error)) for item, error in wrong]
@@ -215,25 +222,8 @@ def _encode(
     return sparse.vstack(rows, format="csr"), kept, skipped
 
 
-def _batches(
-    stair: Stair, items: Sequence[Item], side: Side, batch_size: int, workers: int
-) -> Iterator[tuple[Sequence[Item], list[Any]]]:
-    pieces = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
-    if side == "texts":
-        yield from ((piece, [item.text for item in piece]) for piece in pieces)
-        return
-    pictures = Pictures(items, stair.config.image.image_size)
-    loader: DataLoader[Any] = DataLoader(pictures, batch_size=batch_size, num_workers=workers, collate_fn=list)
-    yield from zip(pieces, loader, strict=True)
-
-
-class Pictures(Dataset[Any]):
-    """Pictures as pixels of the model's size, or the `ValueError` that says why not.
-
-    Args:
-        items: whose pictures.
-        size: side of the square, in pixels.
-    """
+class Inputs(Dataset[Any]):
+    """Texts, or images as (3, S, S) uint8, or the `ValueError` that states why an image cannot be read."""
 
     def __init__(self, items: Sequence[Item], size: int) -> None:
         self.items, self.size = items, size
@@ -241,7 +231,9 @@ class Pictures(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> Tensor | ValueError:
+    def __getitem__(self, index: int) -> str | Tensor | ValueError:
+        if (text := self.items[index].text) is not None:
+            return text
         try:
             return eval_pixels(decode_image(self.items[index].read()), self.size)
         except ValueError as error:

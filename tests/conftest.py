@@ -62,6 +62,27 @@ def tiny_stair(vocab_file):
 
 
 @pytest.fixture
+def model(tiny_stair, tmp_path):
+    """The folder of a small exported model."""
+    tiny_stair.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def stair(monkeypatch, capsys):
+    """The command `stair`, called with its arguments; returns what it printed."""
+
+    def run(*arguments):
+        from stair.cli import main
+
+        monkeypatch.setattr("sys.argv", ["stair", *map(str, arguments)])
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
 def captions():
     return ["a red ball on the sea", "two dogs", "the small cat sleeps.", "zzz"]
 

@@ -9,7 +9,6 @@ import sys
 import tarfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 
 import numpy as np
@@ -22,6 +21,7 @@ from stair.data.diagnostics import first_samples
 from stair.data.doctor import doctor
 from stair.data.remote import Remote
 from stair.data.samples import types_of
+from tests.support.files import encoded, write_tar
 
 WORDS = [f"word{n}" for n in range(700)]
 
@@ -35,18 +35,7 @@ def vocab(tmp_path_factory):
 
 def picture(seed: int, size: tuple[int, int] = (24, 20)) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
+    return encoded(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST))
 
 
 def members(numbers: range, texts=lambda n: [f"word{n} word1"], image=picture) -> list[tuple[str, bytes]]:

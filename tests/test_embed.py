@@ -12,46 +12,18 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from stair.cli import main
 from stair.data.items import list_items
 from stair.embeddings import Embeddings, Space
 from stair.index import SparseIndex
+from tests.support.files import members_of, noise_png, write_tar
 
 CAPTIONS = ["a red ball", "two dogs on the sea", "the small cat", "a blue house", "a green tree , a bird"]
 
 
-def picture(seed, size=(40, 36)):
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def png(seed):
-    buffer = io.BytesIO()
-    picture(seed).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def model(tiny_stair, tmp_path):
-    tiny_stair.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def write_tar(path, samples):
-    with tarfile.open(path, "w") as tar:
-        for key, members in samples.items():
-            for kind, content in members.items():
-                info = tarfile.TarInfo(f"{key}.{kind}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return path
-
-
 def samples_of(captions):
     fields = [json.dumps({"captions": [caption, f"{caption} ."]}).encode() for caption in captions]
-    return {f"sub/k{n}": {"png": png(n), "json": about} for n, about in enumerate(fields)}
+    return {f"sub/k{n}": {"png": noise_png(n), "json": about} for n, about in enumerate(fields)}
 
 
 @pytest.fixture
@@ -59,14 +31,14 @@ def shard(tmp_path):
     """Five samples of a picture, a json and, for the first, a text."""
     samples = samples_of(CAPTIONS)
     samples["sub/k0"]["txt"] = b"unused"
-    return write_tar(tmp_path / "some-0000.tar", samples)
+    return write_tar(tmp_path / "some-0000.tar", members_of(samples))
 
 
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "pictures" / "deep").mkdir(parents=True)
     for n in range(4):
-        (tmp_path / "pictures" / ("deep" if n % 2 else ".") / f"p{n}.png").write_bytes(png(n))
+        (tmp_path / "pictures" / ("deep" if n % 2 else ".") / f"p{n}.png").write_bytes(noise_png(n))
     (tmp_path / "pictures" / "notes.txt").write_text("no picture")
     return tmp_path / "pictures"
 
@@ -75,18 +47,6 @@ def folder(tmp_path):
 def typed(monkeypatch):
     """Puts bytes on standard input, which reads them as the interpreter's own does."""
     return lambda data: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
-
-
-@pytest.fixture
-def stair(monkeypatch, capsys):
-    """The command, as typed; returns what it printed."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["stair", *map(str, words)])
-        main()
-        return capsys.readouterr().out
-
-    return run
 
 
 def test_embedded_vectors_are_those_of_the_encoders_in_training(stair, model, shard, tmp_path):
@@ -167,7 +127,7 @@ def test_an_interrupted_embedding_of_texts_goes_on_and_takes_no_others(stair, mo
     def write(texts):
         typed("\n".join(texts).encode())
         (tmp_path / "t.csv").write_text("\n".join(["text,other", *(f"{text},{text} again" for text in texts)]))
-        write_tar(tmp_path / "t.tar", samples_of(texts))
+        write_tar(tmp_path / "t.tar", members_of(samples_of(texts)))
         for kind in ("csv", "tar"):  # as of one second, in which file systems may count
             os.utime(tmp_path / f"t.{kind}", (1, 1))
         return "-" if source == "-" else tmp_path / f"t.{source}"
@@ -186,13 +146,13 @@ def test_an_interrupted_embedding_of_texts_goes_on_and_takes_no_others(stair, mo
 
 @pytest.mark.parametrize("source", ["folder", "tar"])
 def test_another_picture_under_an_old_name_is_not_taken_for_the_old_one(stair, model, folder, tmp_path, source):
-    path = folder if source == "folder" else write_tar(tmp_path / "a.tar", {"k0": {"png": png(0)}})
+    path = folder if source == "folder" else write_tar(tmp_path / "a.tar", [("k0.png", noise_png(0))])
     stair("embed", model, path, tmp_path / "out")
     stair("embed", model, path, tmp_path / "out")
     if source == "folder":
-        (folder / "p0.png").write_bytes(png(9))
+        (folder / "p0.png").write_bytes(noise_png(9))
     else:
-        write_tar(path, {"k0": {"png": png(9)}})
+        write_tar(path, [("k0.png", noise_png(9))])
     os.utime(folder / "p0.png" if source == "folder" else path, (1, 1))
     with pytest.raises(SystemExit, match="content differ"):
         stair("embed", model, path, tmp_path / "out")
@@ -210,8 +170,8 @@ BAD_CAPTIONS = {
 
 @pytest.mark.parametrize("bad", BAD_CAPTIONS)
 def test_a_caption_that_cannot_be_read_costs_neither_its_picture_nor_other_texts(stair, model, tmp_path, bad):
-    samples = {"good": {"png": png(0), "txt": b"a red ball"}, "bad": {"png": png(1), **BAD_CAPTIONS[bad]}}
-    path = write_tar(tmp_path / "a.tar", samples)
+    samples = {"good": {"png": noise_png(0), "txt": b"a red ball"}, "bad": {"png": noise_png(1), **BAD_CAPTIONS[bad]}}
+    path = write_tar(tmp_path / "a.tar", members_of(samples))
     printed = stair("embed", model, path, tmp_path / "images")
     assert "note: a/bad: without captions: caption unreadable" in printed and "2 images taken, 0 skipped" in printed
     images = Embeddings.load(tmp_path / "images")
@@ -404,7 +364,7 @@ def test_tables_and_standard_input_are_sources(stair, model, folder, tmp_path, t
     for kind, year in (("csv", "2001"), ("parquet", 2001)):
         items = list_items(str(folder / f"table.{kind}"), "images", id_column="name").items
         assert [item.id for item in items] == ["row 0", "row 1"]
-        assert items[1].read() == png(1) and items[1].metadata == {"year": year}
+        assert items[1].read() == noise_png(1) and items[1].metadata == {"year": year}
         assert items[1].source["file"] == "deep/p1.png"
     typed(b"a red ball\n\na dog\n")
     stair("embed", model, "-", tmp_path / "lines", "--side", "texts", "--top", "2")
@@ -441,7 +401,7 @@ def test_from_pictures_to_hits_on_the_command_line(stair, model, shard, tmp_path
     ]
     wanted = SparseIndex.open(index).search(like="some-0000/sub/k2")
     assert [(hit["id"], hit["score"]) for hit in hits] == [(hit.id, hit.score) for hit in wanted]
-    (tmp_path / "query.png").write_bytes(png(3))
+    (tmp_path / "query.png").write_bytes(noise_png(3))
     printed = stair("search", index, "--image", tmp_path / "query.png", "--model", model, "--k", "2")
     assert printed.split()[1] == "some-0000/sub/k3" and len(printed.splitlines()) == 2
     assert stair(

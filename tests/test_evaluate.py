@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import tarfile
-from io import BytesIO
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +20,7 @@ from stair.evaluate.prune import cost, curve, index_bytes
 from stair.ranking import SparseRows
 from stair.report.tables import tables
 from tests.conftest import tiny_config, write_vocabulary
+from tests.support.files import encoded, members_of, write_tar
 from tests.test_metrics import oracle
 
 
@@ -51,18 +50,14 @@ def shards(tmp_path_factory):
     """12 scenes of five captions, and tars of two classes with train, val and test."""
     folder = tmp_path_factory.mktemp("sets")
     write_scenes(folder / "scenes", train=8, val=12, image_size=32)
-    (folder / "pets").mkdir()
     for split, count in (("train", 8), ("val", 4), ("test", 6)):
-        with tarfile.open(folder / "pets" / f"{split}-00000.tar", "w") as tar:
-            for i in range(count):
-                name = ("dog", "cat")[i % 2]
-                pixels = BytesIO()
-                picture((200, 10 * i, 0) if name == "dog" else (0, 10 * i, 200)).save(pixels, "PNG")
-                fields = json.dumps({"captions": [f"a photo of a {name}."], "class": name, "label": i % 2}).encode()
-                for kind, content in (("png", pixels.getvalue()), ("json", fields)):
-                    info = tarfile.TarInfo(f"{i:04d}.{kind}")
-                    info.size = len(content)
-                    tar.addfile(info, BytesIO(content))
+        samples = {}
+        for i in range(count):
+            name = ("dog", "cat")[i % 2]
+            image = picture((200, 10 * i, 0) if name == "dog" else (0, 10 * i, 200))
+            fields = {"captions": [f"a photo of a {name}."], "class": name, "label": i % 2}
+            samples[f"{i:04d}"] = {"png": encoded(image), "json": json.dumps(fields).encode()}
+        write_tar(folder / "pets" / f"{split}-00000.tar", members_of(samples))
     (folder / "pets" / "classnames.json").write_text('{"classes": ["dog", "cat"]}')
     return folder
 
@@ -188,7 +183,7 @@ def test_folders_are_called_by_the_names_given_one_for_each(tmp_path):
 
 
 def test_published_retrieval_sets_have_a_caption_on_each_line(tmp_path):
-    write_tar(tmp_path / "coco" / "test" / "0.tar", {"txt": b"a dog\nthe dog \n"}, {"txt": b"a cat"})
+    write_samples(tmp_path / "coco" / "test" / "0.tar", {"txt": b"a dog\nthe dog \n"}, {"txt": b"a cat"})
     assert list(open_set(str(tmp_path / "coco")).samples[0].captions) == ["a dog\nthe dog"]
     (tmp_path / "coco" / "dataset_type.txt").write_text("retrieval\n")
     for place in ("coco", "coco/test/0.tar"):
@@ -197,7 +192,7 @@ def test_published_retrieval_sets_have_a_caption_on_each_line(tmp_path):
 
 
 def test_a_file_of_another_make_hides_no_names(tmp_path):
-    write_tar(tmp_path / "a.tar", {"cls": b"0"})
+    write_samples(tmp_path / "a.tar", {"cls": b"0"})
     (tmp_path / "classnames.json").write_text('{"version": 2}')
     (tmp_path / "classnames.txt").write_text("dog\n")
     assert open_set(str(tmp_path / "a.tar")).classes == ["dog"]
@@ -215,24 +210,17 @@ def test_captions_can_be_cut_to_a_protocols_number(shards):
     assert len(whole.samples[0].captions) == 5 and two.samples[0].captions == whole.samples[0].captions[:2]
 
 
-def write_tar(path, *samples):
-    """A tar of samples, each its members by type; a picture beside them all."""
-    pixels = BytesIO()
-    picture("red").save(pixels, "PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for number, members in enumerate(samples):
-            for kind, content in {"png": pixels.getvalue(), **members}.items():
-                info = tarfile.TarInfo(f"{number:04d}.{kind}")
-                info.size = len(content)
-                tar.addfile(info, BytesIO(content))
+def write_samples(path, *samples):
+    """A tar of samples, each its members by type; an image beside them all."""
+    image = {"png": encoded(picture("red"))}
+    return write_tar(path, members_of({f"{number:04d}": image | members for number, members in enumerate(samples)}))
 
 
 def test_tars_of_images_and_the_numbers_of_their_classes_are_classified(models, monkeypatch, tmp_path, capsys):
     classes = [b"0", b"1", b"1\n"]
-    write_tar(tmp_path / "pets" / "test" / "0.tar", *({"cls": number} for number in classes))
+    write_samples(tmp_path / "pets" / "test" / "0.tar", *({"cls": number} for number in classes))
     for part in ("train", "val"):
-        write_tar(tmp_path / "pets" / part / "0.tar", *({"cls": number, "json": b"{}"} for number in classes))
+        write_samples(tmp_path / "pets" / part / "0.tar", *({"cls": number, "json": b"{}"} for number in classes))
     (tmp_path / "pets" / "classnames.txt").write_text("a dog\ncat\n")
     command(monkeypatch, models / "stair", tmp_path / "pets", "--output", tmp_path / "out")
     pets = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sets"]["pets"]
@@ -253,11 +241,11 @@ def test_tars_of_images_and_the_numbers_of_their_classes_are_classified(models, 
         (({"cls": b"dog"},), "dog\n", r"'0000' of .*a\.tar: its \.cls is b'dog', wanted the number of a class"),
         (({"cls": b"0"},), "dog\n\ncat\n", r"classnames\.txt: line 2 is blank"),
         (({"cls": b"0"},), "", "no caption: members are"),
-        (({"json": b"[]"},), "dog\n", "its json is a list, wanted an object"),
+        (({"json": b"[]"},), "dog\n", "the JSON is a list"),
     ],
 )
 def test_class_numbers_that_say_nothing_are_refused_by_name(tmp_path, samples, names, complaint):
-    write_tar(tmp_path / "a.tar", *samples)
+    write_samples(tmp_path / "a.tar", *samples)
     (tmp_path / "classnames.txt").write_text(names)
     with pytest.raises(ValueError, match=complaint):
         open_set(str(tmp_path / "a.tar"))
@@ -422,7 +410,7 @@ def test_a_set_of_nothing_is_refused(models):
 
 
 def test_a_blank_caption_is_refused_by_name_as_in_training(tmp_path):
-    write_tar(tmp_path / "a.tar", {"json": b'{"captions": ["a dog", " "]}'})
+    write_samples(tmp_path / "a.tar", {"json": b'{"captions": ["a dog", " "]}'})
     with pytest.raises(ValueError, match=r"'0000' of .*a\.tar: no caption: one of the 2 is blank"):
         open_set(str(tmp_path / "a.tar"))
 
@@ -508,11 +496,11 @@ def test_a_name_of_two_classes_is_refused_as_a_class_and_a_number_is_taken(model
     (tmp_path / "birds").mkdir()
     (tmp_path / "birds" / "classnames.txt").write_text("crane\ncrane\ndog\n")
     given = [{"class": "crane", "label": 1}, {"label": 0}, {"class": "dog"}]
-    write_tar(tmp_path / "birds" / "0.tar", *({"json": json.dumps(one).encode()} for one in given))
+    write_samples(tmp_path / "birds" / "0.tar", *({"json": json.dumps(one).encode()} for one in given))
     command(monkeypatch, models / "stair", tmp_path / "birds", "--output", tmp_path / "out")
     birds = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sets"]["birds"]
     assert [one["images"] for one in birds["zero_shot"]["per_class"]] == [1, 1, 1]
     assert birds["protocol"]["classes_sharing_a_name"] == 2
-    write_tar(tmp_path / "birds" / "0.tar", {"json": b'{"class": "crane"}'})
+    write_samples(tmp_path / "birds" / "0.tar", {"json": b'{"class": "crane"}'})
     with pytest.raises(SystemExit, match="crane"):
         command(monkeypatch, models / "stair", tmp_path / "birds", "--output", tmp_path / "out")

@@ -25,14 +25,13 @@ from stair.data.prepare.writer import make_shard
 from stair.data.samples import captions, image_bytes
 from stair.data.tars import stream
 from stair.errors import FileError, SettingError
+from tests.support.files import members_of, plain_image, write_tar
 
 ROOT = Path(__file__).parents[1]
 
 
 def picture(colour: int, kind: str = "JPEG", size: tuple[int, int] = (20, 16), mode: str = "RGB") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (colour % 256, 80, 160)).convert(mode).save(buffer, kind)
-    return buffer.getvalue()
+    return plain_image((colour % 256, 80, 160), kind, size, mode)
 
 
 def write_images(place: Path, count: int) -> Path:
@@ -415,22 +414,15 @@ def write_img2dataset(out: Path, shards: int = 2, count: int = 6) -> None:
     """A folder as img2dataset's webdataset writer leaves it; every third address failed."""
     out.mkdir()
     for shard in range(shards):
-        rows = []
-        with tarfile.open(out / f"{shard:05d}.tar", "w") as tar:
-            for i in range(count):
-                failed = i % 3 == 2
-                status = "failed_to_download" if failed else "success"
-                meta = {"key": f"{shard:05d}{i:04d}", "status": status, "caption": f"text {i}", "url": "http://x/y.jpg"}
-                rows.append(meta)
-                members = {
-                    "jpg": picture(i),
-                    "txt": meta["caption"].encode(),
-                    "json": json.dumps(meta, indent=4).encode(),
-                }
-                for kind, content in () if failed else members.items():
-                    info = tarfile.TarInfo(f"{meta['key']}.{kind}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        rows, samples = [], {}
+        for i in range(count):
+            status = "failed_to_download" if i % 3 == 2 else "success"
+            meta = {"key": f"{shard:05d}{i:04d}", "status": status, "caption": f"text {i}", "url": "http://x/y.jpg"}
+            rows.append(meta)
+            if status == "success":
+                texts = {"txt": meta["caption"].encode(), "json": json.dumps(meta, indent=4).encode()}
+                samples[meta["key"]] = {"jpg": picture(i), **texts}
+        write_tar(out / f"{shard:05d}.tar", members_of(samples))
         successes = sum(row["status"] == "success" for row in rows)
         stats = {"count": count, "successes": successes, "failed_to_download": count - successes, "status_dict": {}}
         (out / f"{shard:05d}_stats.json").write_text(json.dumps(stats))
@@ -699,13 +691,9 @@ def test_the_doctor_writes_no_index_into_a_folder_that_is_not_finished_and_leave
 def test_img2datasets_samples_that_training_leaves_out_by_their_names_are_bad_too(tmp_path):
     write_img2dataset(tmp_path / "cc", 1, 9)
     path = tmp_path / "cc" / "00000.tar"
-    with tarfile.open(path, "a") as tar:
-        last = next(member for member in reversed(tar.getmembers()) if member.name.endswith(".jpg"))
-        for name in (last.name, "photo_v1.5.jpg"):
-            content = picture(1)
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    with tarfile.open(path) as tar:
+        last = next(member.name for member in reversed(tar.getmembers()) if member.name.endswith(".jpg"))
+    write_tar(path, [(last, picture(1)), ("photo_v1.5.jpg", picture(1))], "a")
     cc(tmp_path / "cc", workers=1, max_bad_share=0.5)
     streamed = list(stream(str(path), pytest.fail))
     wrong = [sample["__wrong__"].partition(":")[0] for sample in streamed if sample["__wrong__"]]

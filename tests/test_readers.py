@@ -4,49 +4,13 @@ import collections
 import io
 import json
 import os
-import sys
-import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from stair.cli import main
 from stair.embeddings import Embeddings
-
-
-def image(colour="red", kind="JPEG", size=(40, 30)):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-@pytest.fixture
-def model(tiny_stair, tmp_path):
-    tiny_stair.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def stair(monkeypatch, capsys):
-    """The command, as typed; returns what it printed."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["stair", *map(str, words)])
-        main()
-        return capsys.readouterr().out
-
-    return run
+from tests.support.files import plain_image, write_tar
 
 
 def facts(out):
@@ -60,15 +24,17 @@ def facts(out):
 # ---- tars
 
 BAD = {
-    "dotted key": [("photo_v1.5.jpg", image("pink")), ("photo_v1.5.txt", b"a pink square")],
-    "duplicate member": [(f"same.{kind}", data) for _ in "ab" for kind, data in (("jpg", image()), ("txt", b"a"))],
-    "unsafe name": [("../out.jpg", image()), ("../out.txt", b"a red square")],
+    "dotted key": [("photo_v1.5.jpg", plain_image("pink")), ("photo_v1.5.txt", b"a pink square")],
+    "duplicate member": [
+        (f"same.{kind}", data) for _ in "ab" for kind, data in (("jpg", plain_image()), ("txt", b"a"))
+    ],
+    "unsafe name": [("../out.jpg", plain_image()), ("../out.txt", b"a red square")],
     "no image": [("none.avif", b"x"), ("none.txt", b"a red square")],
-    "image undecodable": [("cut.jpg", image()[:200]), ("cut.txt", b"a red square")],
+    "image undecodable": [("cut.jpg", plain_image()[:200]), ("cut.txt", b"a red square")],
     "image empty": [("nothing.jpg", b""), ("nothing.txt", b"a red square")],
-    "no caption": [("silent.jpg", image())],
-    "caption unreadable": [("latin.jpg", image()), ("latin.txt", b"caf\xe9")],
-    "caption too long": [("long.jpg", image()), ("long.txt", b"a " * 9000)],
+    "no caption": [("silent.jpg", plain_image())],
+    "caption unreadable": [("latin.jpg", plain_image()), ("latin.txt", b"caf\xe9")],
+    "caption too long": [("long.jpg", plain_image()), ("long.txt", b"a " * 9000)],
 }
 KEYS = {"dotted key": "photo_v1.5", "unsafe name": "../out", "duplicate member": "same"}
 KEYS |= {cause: members[0][0].partition(".")[0] for cause, members in BAD.items() if cause not in KEYS}
@@ -79,7 +45,7 @@ OF_TEXTS = {"no image", "image undecodable", "image empty"}
 
 @pytest.fixture
 def tar(tmp_path):
-    good = [(f"{n}.{kind}", data) for n in range(8) for kind, data in (("jpg", image()), ("txt", b"a red ball"))]
+    good = [(f"{n}.{kind}", data) for n in range(8) for kind, data in (("jpg", plain_image()), ("txt", b"a red ball"))]
     members = good + [member for bad in BAD.values() for member in bad]
     return write_tar(tmp_path / "t" / "a.tar", members)
 
@@ -130,7 +96,7 @@ def test_of_two_images_of_one_key_every_command_takes_the_same(stair, model, tmp
     for first, second in (("png", "jpg"), ("gif", "png"), ("webp", "jpeg")):
         kinds = {first: ("red", first), second: ("blue", second)}
         members = [
-            (f"{n}.{kind}", image(colour, form.upper().replace("JPG", "JPEG")))
+            (f"{n}.{kind}", plain_image(colour, form.upper().replace("JPG", "JPEG")))
             for n in range(4)
             for kind, (colour, form) in kinds.items()
         ]
@@ -157,7 +123,7 @@ def test_a_txt_of_several_lines_has_one_meaning_in_every_command(stair, model, t
     from stair.data.pairs import EvaluationPairs
 
     texts = [b"a red ball\n a small dog \n\nthe big cat\n", b"a tree\r\na house\r\nthe sea"]
-    members = [m for n in range(2) for m in [(f"s{n}.jpg", image()), (f"s{n}.txt", texts[n])]]
+    members = [m for n in range(2) for m in [(f"s{n}.jpg", plain_image()), (f"s{n}.txt", texts[n])]]
     path = write_tar(tmp_path / "set" / "test" / "0.tar", members)
     if layout == "clip_benchmark":
         (tmp_path / "set" / "dataset_type.txt").write_text("retrieval")
@@ -201,7 +167,7 @@ def folder(tmp_path):
     good = ["dog/a.JPG", "dog/b.jfif", "dog/deep/c.png", "cat/d.bmp", "cat/e.Tiff", "cat/link.jpg"]
     kinds = ["JPEG", "JPEG", "PNG", "BMP", "TIFF"]
     for name, kind in zip(good, kinds, strict=False):
-        (home / name).write_bytes(image(kind=kind))
+        (home / name).write_bytes(plain_image(kind=kind))
     (home / "cat" / "link.jpg").symlink_to(home / "dog" / "a.JPG")
     (home / "dog" / "x.avif").write_bytes(b"x")
     (home / "dog" / "notes.txt").write_text("x")
@@ -243,12 +209,12 @@ def test_a_name_that_is_no_utf8_is_used_under_a_printable_id_from_folder_to_sear
     os.makedirs(home)
     for name, colour in ((b"plain.jpg", "red"), (b"caf\xe9.jpg", "green")):
         with open(os.path.join(home, name), "wb") as file:
-            file.write(image(colour))
+            file.write(plain_image(colour))
     stair("embed", model, tmp_path / "n", tmp_path / "e")
     assert Embeddings.load(tmp_path / "e").ids == ["caf\\xe9.jpg", "plain.jpg"]
     stair("index", tmp_path / "i", tmp_path / "e")
     assert "caf\\xe9.jpg" in SparseIndex.open(tmp_path / "i")
-    write_tar(tmp_path / "a.tar", [("caf\udce9.jpg", image()), ("caf\udce9.txt", b"a dog")])
+    write_tar(tmp_path / "a.tar", [("caf\udce9.jpg", plain_image()), ("caf\udce9.txt", b"a dog")])
     stair("embed", model, tmp_path / "a.tar", tmp_path / "t")
     assert Embeddings.load(tmp_path / "t").ids == ["a/caf\\xe9"]
     assert tuple(served(tmp_path / "i", tiny_stair, tmp_path / "n", "caf\\xe9.jpg")) == pytest.approx(
@@ -325,7 +291,7 @@ def test_every_row_of_a_table_is_taken_or_named_by_its_line_in_every_command(sta
     # `stair prepare` reads the images of the same table: every id names one
     (tmp_path / "images").mkdir()
     for number in "12345":
-        (tmp_path / "images" / number).write_bytes(image())
+        (tmp_path / "images" / number).write_bytes(plain_image())
     options = ["--image_column", "id", "--caption_column", "text", "--max_bad_share", "0.95", "--workers", "1"]
     stair("prepare", "folder", table, tmp_path / "images", tmp_path / "p", *options)
     report = json.loads((tmp_path / "p" / "prepare.json").read_text())["splits"]["train"]
@@ -351,7 +317,7 @@ def test_columns_of_any_name_stay_the_users_and_values_keep_their_types(stair, m
     from pyarrow import parquet
 
     for name in ("red", "blue"):
-        (tmp_path / f"{name}.png").write_bytes(image(name, "PNG", (64, 64)))
+        (tmp_path / f"{name}.png").write_bytes(plain_image(name, "PNG", (64, 64)))
     columns = "file offset length text captions key vector row row_group".split()
     lines = [",".join(["id", "image", *columns])]
     lines += [",".join([name, f"{name}.png", *(["blue.png", "7", "12"] + ["007"] * 6)]) for name in ("red", "blue")]
@@ -365,7 +331,7 @@ def test_columns_of_any_name_stay_the_users_and_values_keep_their_types(stair, m
 
     big = 2**62 + 1
     row = {"id": "007", "n": big, "yes": True, "day": datetime.date(2026, 1, 2), "some": [1, 2], "of": {"a": [0.5]}}
-    cells = [{"bytes": image("red"), "path": None}, {"bytes": image("blue"), "path": None}]
+    cells = [{"bytes": plain_image("red"), "path": None}, {"bytes": plain_image("blue"), "path": None}]
     rows = [row | {"image": cells[0]}, row | {"id": "7", "image": cells[1]}]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=1)
     stair("embed", model, tmp_path / "t.parquet", tmp_path / "p")
@@ -380,7 +346,7 @@ def test_images_in_cells_of_parquet_are_shown_by_the_search_page(stair, model, t
     import pyarrow as pa
     from pyarrow import parquet
 
-    cells = [{"bytes": image("red"), "path": None}, {"bytes": image("blue"), "path": None}]
+    cells = [{"bytes": plain_image("red"), "path": None}, {"bytes": plain_image("blue"), "path": None}]
     parquet.write_table(pa.table({"id": ["r", "b"], "image": cells}), tmp_path / "t.parquet")
     stair("embed", model, tmp_path / "t.parquet", tmp_path / "e")
     stair("index", tmp_path / "i", tmp_path / "e")
@@ -428,8 +394,8 @@ def test_images_outside_of_class_folders_and_behind_links_to_the_root_belong_to_
     home = tmp_path / "c"
     for name, colour in (("cat/a", "red"), ("dog/b", "blue")):
         (home / name).parent.mkdir(parents=True)
-        (home / f"{name}.jpg").write_bytes(image(colour))
-    (home / "loose.jpg").write_bytes(image())
+        (home / f"{name}.jpg").write_bytes(plain_image(colour))
+    (home / "loose.jpg").write_bytes(plain_image())
     os.makedirs(os.fsencode(home) + b"/d\xe9")
     (home / "cat" / "root").symlink_to("..")
     (home / "cat" / "self.jpg").symlink_to("self.jpg")

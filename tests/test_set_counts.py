@@ -2,8 +2,6 @@
 
 import json
 import logging
-import tarfile
-from io import BytesIO
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from stair.evaluate.classify import zero_shot
 from stair.ranking import SparseRows
 from stair.set_counts import SetCounts, class_counts, image_hashes, sentences, text_captions, token_captions
 from tests.conftest import write_small_scenes
+from tests.support.files import encoded, members_of, write_tar
 from tests.test_stages import SMALL, words
 
 LONGEST = 8
@@ -123,21 +122,16 @@ def test_only_what_is_there_is_stated():
     assert len(sentences({"images": 4, "repeated_images": 2, "tied_t2i": 1}, (1, 5))) == 3
 
 
-def write_tar(path, samples):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for number, (image, captions) in enumerate(samples):
-            pixels = BytesIO()
-            image.save(pixels, "PNG")
-            for kind, content in (("png", pixels.getvalue()), ("json", json.dumps({"captions": captions}).encode())):
-                info = tarfile.TarInfo(f"{number:03}.{kind}")
-                info.size = len(content)
-                tar.addfile(info, BytesIO(content))
+def write_set(path):
+    samples = {
+        f"{n:03}": {"png": encoded(image), "json": json.dumps({"captions": captions}).encode()}
+        for n, (image, (_, captions)) in enumerate(zip(pictures(), SET, strict=True))
+    }
+    return write_tar(path, members_of(samples))
 
 
 def test_an_evaluation_states_the_counts_in_its_table_its_page_and_its_json(tiny_stair, tmp_path, monkeypatch, capsys):
-    samples = [(image, captions) for image, (_, captions) in zip(pictures(), SET, strict=True)]
-    write_tar(tmp_path / "set" / "test-0.tar", samples)
+    write_set(tmp_path / "set" / "test-0.tar")
     tiny_stair.save_pretrained(tmp_path / "m")
     monkeypatch.setattr("sys.argv", ["stair", "evaluate", str(tmp_path / "m"), f"s={tmp_path}/set/test-0.tar"])
     cli.main()
@@ -152,7 +146,7 @@ def test_an_evaluation_states_the_counts_in_its_table_its_page_and_its_json(tiny
 
 def test_validation_states_the_counts_in_its_log(tmp_path, caplog):
     scenes = write_small_scenes(tmp_path / "scenes", SMALL)
-    write_tar(tmp_path / "set" / "val-0.tar", [(image, own) for image, (_, own) in zip(pictures(), SET, strict=True)])
+    write_set(tmp_path / "set" / "val-0.tar")
     more = "--data.val", f"{{s: {tmp_path}/set/val-0.tar}}", "--model.init_args.stair.text.max_tokens", str(LONGEST)
     with caplog.at_level(logging.INFO):
         main(words(scenes, 1, tmp_path / "run", *more))

@@ -32,19 +32,12 @@ Statement = tuple[Severity, str, str]  # severity, what, mend
 
 
 class Diagnostic(NamedTuple):
-    """A fact about a source that a user should know.
+    """A fact about a source that a user should know."""
 
-    Attributes:
-        severity: `stops` a run, `warns` of a worse or slower one, `notes` a fact.
-        source: its name.
-        what: the fact.
-        mend: the setting or the step that changes it.
-    """
-
-    severity: Severity
+    severity: Severity  # `stops` a run, `warns` of a worse or slower one, `notes` a fact
     source: str
     what: str
-    mend: str
+    mend: str  # the setting or the step that changes it
 
 
 @dataclass(frozen=True)
@@ -61,40 +54,23 @@ class Requirements:
 
 @dataclass
 class SampleStats:
-    """What was read of a source.
-
-    Attributes:
-        samples: that were read.
-        bad: samples that training skips, by the first cause.
-        first: place and reason of the first sample of each cause.
-        members: names, of the first samples.
-        no_image, no_caption: samples without an image member, or without captions that can be read.
-        formats: of images that decode, by content.
-        sides: width and height of images, in pixels.
-        fields: samples by where their captions are.
-        texts: captions, those of a sample together.
-        blank: samples with a blank caption among others.
-        tokens: length of each caption, [CLS] and [SEP] included; empty without a vocabulary.
-        unknown: share of tokens that the vocabulary does not have.
-        twins: samples whose image another sample has too, byte for byte.
-        decode_seconds: processor time of decoding and scaling all images.
-    """
+    """What was read of a source."""
 
     samples: int = 0
-    bad: Counter[str] = field(default_factory=Counter)
-    first: dict[str, str] = field(default_factory=dict)
-    members: list[str] = field(default_factory=list)
+    bad: Counter[str] = field(default_factory=Counter)  # samples that training skips, by the first cause
+    first: dict[str, str] = field(default_factory=dict)  # place and reason of the first sample of each cause
+    members: list[str] = field(default_factory=list)  # names, of the first samples
     no_image: int = 0
     no_caption: int = 0
-    formats: Counter[str] = field(default_factory=Counter)
-    sides: list[tuple[int, int]] = field(default_factory=list)
-    fields: Counter[str] = field(default_factory=Counter)
-    texts: list[list[str]] = field(default_factory=list)
-    blank: int = 0
-    tokens: list[int] = field(default_factory=list)
-    unknown: float = 0.0
-    twins: int = 0
-    decode_seconds: float = 0.0
+    formats: Counter[str] = field(default_factory=Counter)  # of images that decode, by content
+    sides: list[tuple[int, int]] = field(default_factory=list)  # width and height of images, in pixels
+    fields: Counter[str] = field(default_factory=Counter)  # samples by where their captions are
+    texts: list[list[str]] = field(default_factory=list)  # captions, those of a sample together
+    blank: int = 0  # samples with a blank caption among others
+    tokens: list[int] = field(default_factory=list)  # length of each caption, [CLS] and [SEP] included
+    unknown: float = 0.0  # share of tokens that the vocabulary does not have
+    twins: int = 0  # samples whose image another sample has too, byte for byte
+    decode_seconds: float = 0.0  # processor time of decoding and scaling all images
 
 
 def first_samples(shard: str, count: int, remote: Remote) -> tuple[list[dict[str, Any]], str]:
@@ -167,14 +143,7 @@ def _count_tokens(stats: SampleStats, vocabulary: Vocabulary) -> None:
 
 
 def probe(name: str, shards: Sequence[str], requirements: Requirements, remote: Remote) -> list[Diagnostic]:
-    """The check before every fit: the first samples of the first shard that has any, or of a few if all those are bad.
-
-    Args:
-        name: of the source.
-        shards: its shards.
-        requirements: of the run.
-        remote: how to read shards that are not local.
-    """
+    """The check before every fit: the first samples of the first shard that has any, or of a few if all those are bad."""
     seen: list[dict[str, Any]] = []
     reasons, tried, start = [], 0, time.monotonic()
     if is_remote(shards[0]):  # each may take as long as it takes to give up

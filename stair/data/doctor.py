@@ -226,15 +226,10 @@ def _spread(shards: list[str], count: int) -> list[str]:
 
 
 def count(shards: list[str], seconds: float, remote: Remote) -> _Count:
-    """Counts a source: by index files, by `NNNNN_stats.json` of img2dataset, and by headers.
+    """Counts a source by index files, by `NNNNN_stats.json` of img2dataset, and by headers as far as the seconds reach.
 
-    Args:
-        shards: local ones and others; the latter are counted only where an index or statistics are beside them.
-        seconds: for reading headers; those of one shard are read in any case.
-        remote: how to read shards that are not local.
-
-    Raises:
-        FileError: if an index is damaged; a run would stop at it.
+    Shards that are not local are counted only where an index is beside them. FileError if an index is damaged, at which a
+    run would stop.
     """
     found = _Count(shards)
     with suppress(FileError, LastingError):  # no index: their number stays unknown

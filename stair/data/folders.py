@@ -4,9 +4,8 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stair.data.samples import IMAGE_TYPES, Skipped, printable
 from stair.errors import FileError
@@ -15,16 +14,10 @@ _NUMBER = re.compile(r"^\d+[._-]\s*")  # 001.Black_footed_Albatross
 HIDDEN = (".", "__MACOSX")  # how names begin of what systems and tools keep beside the images
 
 
-@dataclass(frozen=True)
-class ImageFile:
-    """An image by its name.
+class ImageFile(NamedTuple):
+    """An image by its name."""
 
-    Attributes:
-        name: path relative to the folder, with `/`, as the file system has it.
-        path: the file.
-    """
-
-    name: str
+    name: str  # path relative to the folder, with `/`, as the file system has it
     path: Path
 
 

@@ -49,27 +49,19 @@ _IMAGES = re.compile(r"(large_)?binary(_view)?|struct<.*\bbytes: (large_)?binary
 class Item:
     """One image or text.
 
-    Attributes:
-        id: unique in its source.
-        path: file of an image.
-        offset: where the image begins in the file, in bytes.
-        length: bytes of the image; None for the whole file.
-        text: a text, where it is one.
-        metadata: the other columns of its row, if it came from a table.
-        source: where it came from: `file` of an image (relative to the source), in tars with `offset` and `length` in
-            bytes and the sample's `key` and `captions`; in cells of a parquet file with `row_group`, `row` in it and
-            `column`. `text` of a text, in tars with `key`.
-        place: file and line, if it came from a table.
+    `source` states where it came from: `file` of an image (relative to the source), in tars with `offset` and `length` in
+    bytes and the sample's `key` and `captions`; in cells of a parquet file with `row_group`, `row` in it and `column`.
+    `text` of a text, in tars with `key`.
     """
 
-    id: str
-    path: Path | None = None
-    offset: int = 0
-    length: int | None = None
+    id: str  # unique in its source
+    path: Path | None = None  # of an image
+    offset: int = 0  # of the image in the file, in bytes
+    length: int | None = None  # of the image, in bytes; None for the whole file
     text: str | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)  # the other columns of its row, if it came from a table
     source: dict[str, Any] = field(default_factory=dict)
-    place: str = ""
+    place: str = ""  # file and line, if it came from a table
 
     def read(self) -> bytes:
         """The bytes of an image.
@@ -91,17 +83,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Listing:
-    """A source, listed.
+    """A source, listed."""
 
-    Attributes:
-        items: what is used, in the order of the source.
-        skipped: what is not, with place and reason.
-        notes: what a user should know of those that are used.
-    """
-
-    items: list[Item] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)  # what is used, in the order of the source
     skipped: list[Skipped] = field(default_factory=list)
-    notes: list[Skipped] = field(default_factory=list)
+    notes: list[Skipped] = field(default_factory=list)  # what a user should know of items that are used
 
 
 def read_cell(path: Path, row_group: int, row: int, column: str) -> bytes:

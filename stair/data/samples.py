@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from webdataset.tariterators import base_plus_ext
 
+from stair.data.members import Member
 from stair.data.remote import is_remote
 from stair.plain import one_line
 
@@ -37,15 +38,10 @@ _DOTTED = "dotted key: {!r} belongs to key {!r} as type {!r}; rename it: keys ho
 
 
 class Skipped(NamedTuple):
-    """Something of the user's that is not used.
+    """Something of the user's that is not used."""
 
-    Attributes:
-        place: file, line of a table or key of a sample.
-        reason: begins with its cause and a colon.
-    """
-
-    place: str
-    reason: str
+    place: str  # file, line of a table or key of a sample
+    reason: str  # begins with its cause and a colon
 
     @property
     def cause(self) -> str:
@@ -81,15 +77,6 @@ def _escaped(code: int) -> str:
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
 
 
-class Named(Protocol):
-    """A member of an archive, whatever else is known of it."""
-
-    @property
-    def name(self) -> str:
-        """Path in the archive."""
-
-
-M = TypeVar("M", bound=Named)
 Value = TypeVar("Value")
 
 
@@ -99,19 +86,12 @@ class NoCaptionError(ValueError):
 
 @dataclass
 class Grouped(Generic[Value]):
-    """The members of one sample.
+    """The members of one sample."""
 
-    Attributes:
-        key: name of the members up to the first dot of the file name.
-        members: one value for each member, by type in lower case (`jpg`, `json`, ...).
-        problems: reasons to skip the sample. Each begins with its cause and a colon.
-        warnings: notes that are no reason to skip it.
-    """
-
-    key: str
-    members: dict[str, Value] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    key: str  # name of the members up to the first dot of the file name
+    members: dict[str, Value] = field(default_factory=dict)  # by type in lower case (`jpg`, `json`, ...)
+    problems: list[str] = field(default_factory=list)  # reasons to skip the sample, each with its cause and a colon
+    warnings: list[str] = field(default_factory=list)  # notes that are no reason to skip it
     _dotted: dict[str, str] = field(default_factory=dict)  # problems by name up to the last dot, as of `1.5.png`
 
     def resolved(self) -> "Iterator[Grouped[Value]]":
@@ -139,16 +119,11 @@ def key_and_type(name: str) -> tuple[str, str]:
 
 
 def group(
-    members: Iterable[M], value: Callable[[M], Value], select: Callable[[str], bool] | None = is_wanted
+    members: Iterable[Member], value: Callable[[Member], Value], select: Callable[[str], bool] | None = is_wanted
 ) -> Iterator[Grouped[Value]]:
-    """Groups the members of an archive into samples.
+    """Groups members of an archive into samples; `value` computes what is kept of those that `select` takes (None: all).
 
     If `members` raises, the sample at hand is not yielded: a part of it may be missing.
-
-    Args:
-        members: in the order of the archive.
-        value: computes what is kept of a member. It is called before the next member is taken.
-        select: which members are kept, by name; None keeps all.
     """
     sample: Grouped[Value] = Grouped("")
     for member in members:
@@ -174,10 +149,6 @@ def other_members(names: Iterable[str], keys: Iterable[str]) -> Iterator[Skipped
     """The members of an archive that belong to none of its samples, one for each key.
 
     WebDataset's own members and hidden ones, whose names begin with a dot, are left out.
-
-    Args:
-        names: of all members.
-        keys: of the samples.
     """
     known = set(keys)
     for name in map(printable, names):
@@ -198,11 +169,7 @@ def _leaves_its_folder(key: str) -> bool:
 
 
 def image_type(members: Mapping[str, Any]) -> str:
-    """The type of the member that is a sample's image.
-
-    Raises:
-        ValueError: `no image: ...` if it has none.
-    """
+    """The type of the member that is a sample's image; ValueError `no image: ...` if it has none."""
     for kind in IMAGE_TYPES:
         if kind in members:
             return kind
@@ -210,11 +177,7 @@ def image_type(members: Mapping[str, Any]) -> str:
 
 
 def image_bytes(sample: Mapping[str, bytes]) -> bytes:
-    """The image member of a sample.
-
-    Raises:
-        ValueError: `no image: ...` if it has none.
-    """
+    """The image member of a sample; ValueError `no image: ...` if it has none."""
     return sample[image_type(sample)]
 
 
@@ -242,23 +205,18 @@ def captions(sample: Mapping[str, bytes], lines: bool = False) -> list[str]:
         texts = [text.strip() for text in texts]
         for text in texts:
             text.encode()  # JSON can spell half a surrogate pair, which the tokenizer rejects
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"caption unreadable: {error}") from error
     if not any(texts):
         raise NoCaptionError(
             f"no caption: members are {types_of(sample)}, wanted KEY.txt, or KEY.json with "
             '{"captions": [...]} or {"caption": "..."}; members of a sample must follow each other in the tar'
         )
-    check_length(max(texts, key=len))
+    _check_length(max(texts, key=len))
     return texts
 
 
-def check_length(caption: str) -> None:
-    """Checks the length of a caption.
-
-    Raises:
-        ValueError: `caption too long: ...`.
-    """
+def _check_length(caption: str) -> None:
     if len(caption) > LONGEST_CAPTION:
         raise ValueError(f"caption too long: {len(caption)} characters, the limit is {LONGEST_CAPTION}")
 
@@ -274,7 +232,7 @@ def check_caption(text: str) -> str:
         raise ValueError("caption empty: nothing but white space")
     if printable(text) != text:
         raise ValueError(f"caption not UTF-8: {printable(text)[:80]!r}; save the file as UTF-8")
-    check_length(text)
+    _check_length(text)
     return text
 
 
@@ -300,27 +258,17 @@ def _says_retrieval(file: Path) -> bool:
 def caption_choices(
     sample: Mapping[str, bytes], shares: Mapping[str, float], lines: bool = False
 ) -> list[tuple[float, list[str]]]:
-    """The captions that training draws from.
+    """The captions that training draws from: share and captions, none of them blank, of each field that the sample has.
 
-    Args:
-        sample: bytes of its members by type.
-        shares: relative probability of fields of the JSON, each a string or a list of strings, or of `txt`. Empty: the
-            captions that `captions` returns.
-        lines: as for `captions`.
-
-    Returns:
-        Share and captions, none of them blank, of each field that the sample has.
-
-    Raises:
-        NoCaptionError: `no caption: ...`.
-        ValueError: as `captions`.
+    `shares` are relative probabilities of fields of the JSON (strings, or lists of strings) or of `txt`; without any, the
+    captions are those of `captions`, which states the other arguments and errors.
     """
     if not shares:
         return [(1.0, [text for text in captions(sample, lines) if text])]
     try:
-        fields = _json_object(sample)
+        fields = json_fields(sample)
         values = {name: fields[name] for name in shares if fields.get(name)}
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"caption unreadable: {type(error).__name__}: {error}") from error
     parts = {
         name: {"json": json.dumps({"captions": v if isinstance(v, list) else [v]}).encode()}
@@ -339,7 +287,7 @@ def caption_choices(
 
 def _in_json(sample: Mapping[str, bytes]) -> tuple[str, list[str]]:
     """The field of a sample's JSON with its captions, and these; both empty if null, "" or [] is all there is."""
-    fields = _json_object(sample)
+    fields = json_fields(sample)
     for name in ("captions", "caption"):
         value = fields.get(name)
         if value is not None and value != "" and value != []:
@@ -349,10 +297,14 @@ def _in_json(sample: Mapping[str, bytes]) -> tuple[str, list[str]]:
     return "", []
 
 
-def _json_object(sample: Mapping[str, bytes]) -> dict[str, Any]:
-    fields = json.loads(sample["json"].decode("utf-8-sig")) if "json" in sample else {}
+def json_fields(sample: Mapping[str, bytes]) -> dict[str, Any]:
+    """The fields of a sample's JSON, none if it has none; ValueError if it is no JSON object."""
+    try:
+        fields = json.loads(sample["json"].decode("utf-8-sig")) if "json" in sample else {}
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deep") from error
     if not isinstance(fields, dict):
-        raise TypeError(f"the JSON is a {type(fields).__name__}, wanted an object")
+        raise ValueError(f"the JSON is a {type(fields).__name__}, wanted an object")
     return fields
 
 
@@ -363,11 +315,7 @@ def caption_field(sample: Mapping[str, bytes]) -> str:
 
 
 def class_number(sample: Mapping[str, bytes]) -> int | None:
-    """The number in KEY.cls, None if the sample has none.
-
-    Raises:
-        ValueError: if it is not a number from 0 up.
-    """
+    """The number in KEY.cls, None if the sample has none; ValueError if it is not a number from 0 up."""
     text = next((sample[kind] for kind in CLASS_TYPES if kind in sample), None)
     if text is None:
         return None

@@ -23,35 +23,21 @@ _BYTES = re.compile(r"binary(?!:)")  # in the name of an Arrow type; with a colo
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table.
+    """One row of a table."""
 
-    Attributes:
-        place: file and line (`a.csv:3`, `a.csv:3-5`), or file and row from 1 in .parquet.
-        cells: by column; empty if there is a problem.
-        problem: why the row cannot be used. It begins with its cause and a colon.
-        group: row group of a .parquet file.
-        row: row in that group.
-    """
-
-    place: str
-    cells: dict[str, Any]
-    problem: str = ""
-    group: int = 0
-    row: int = 0
+    place: str  # file and line (`a.csv:3`, `a.csv:3-5`), or file and row from 1 in .parquet
+    cells: dict[str, Any]  # by column; empty if there is a problem
+    problem: str = ""  # why the row cannot be used; begins with its cause and a colon
+    group: int = 0  # row group of a .parquet file
+    row: int = 0  # row in that group
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose rows are read when they are asked for.
-
-    Attributes:
-        path: the file.
-        columns: the Arrow type of each column by name, empty outside of .parquet. Of .jsonl, the keys of all objects.
-        rows: reads the rows.
-    """
+    """A table whose rows are read when they are asked for."""
 
     path: Path
-    columns: dict[str, str]
+    columns: dict[str, str]  # Arrow types by name, empty outside of .parquet; of .jsonl, the keys of all objects
     rows: Callable[[], Iterator[Row]]
 
     @property
@@ -92,16 +78,7 @@ def open_table(path: Path, delimiter: str | None = None) -> Table:
 
 
 def cell_text(row: Row, column: str, empty: str) -> str:
-    """The text in a cell.
-
-    Args:
-        row: that has it.
-        column: its name.
-        empty: the cause if nothing is in it.
-
-    Raises:
-        ValueError: `cell of another type: ...`, or with the cause `empty`.
-    """
+    """The text in a cell; ValueError `cell of another type: ...`, or with the cause `empty` if nothing is in it."""
     value = row.cells.get(column)
     if value is None or (isinstance(value, str) and not value.strip()):
         raise ValueError(f"{empty}: nothing in column {column!r}")

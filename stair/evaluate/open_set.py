@@ -1,11 +1,12 @@
 """The command `stair evaluate`: opens shards and folders as evaluation sets, measures a model, writes what came out."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch.utils.data import Subset
 
 from stair.data.folders import class_files, class_names, read_names
 from stair.data.pairs import Entry, entries, opened, whole_captions
@@ -16,6 +17,7 @@ from stair.data.samples import (
     Skipped,
     class_number,
     image_bytes,
+    json_fields,
     printable,
     skipped_lines,
 )
@@ -24,7 +26,7 @@ from stair.data.tars import expand
 from stair.errors import FileError, SettingError
 from stair.evaluate import EvaluationSet, Sample, open_model, show, write
 from stair.evaluate import evaluate as measure
-from stair.evaluate.sets import Samples, images_told_alike
+from stair.evaluate.sets import images_told_alike
 from stair.images import decode_image
 
 SPLITS = ("test", "val", "train")
@@ -133,21 +135,8 @@ def open_set(
 def _cut(what: EvaluationSet, limit: int | None) -> EvaluationSet:
     if limit is None or len(what.samples) <= limit:
         return what
-    first = _First(what.samples, limit)
+    first: Any = Subset(what.samples, range(limit))  # type: ignore[arg-type]
     return replace(what, samples=first, split=f"{what.split}, first {limit} images")
-
-
-class _First:
-    """The first samples."""
-
-    def __init__(self, samples: Samples, length: int) -> None:
-        self._samples, self._length = samples, length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int, /) -> Sample:
-        return self._samples[index]
 
 
 class _TarSamples:
@@ -190,9 +179,7 @@ class _TarSamples:
             return None
         if (number := class_number(sample)) is not None:
             return number
-        fields = json.loads(sample.get("json", b"{}"))
-        if not isinstance(fields, dict):
-            raise ValueError(f"its json is a {type(fields).__name__}, wanted an object")
+        fields = json_fields(sample)
         name, label = fields.get("class"), fields.get("label")
         if isinstance(label, int) and 0 <= label < len(self._names) and name in (None, self._names[label]):
             return label  # two classes can have one name

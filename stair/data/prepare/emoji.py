@@ -54,11 +54,7 @@ class Drawings:
     image_size: int
 
     def __call__(self, reference: tuple[int, int, int]) -> Raw:
-        """The input of a reference.
-
-        Raises:
-            ValueError: `glyph blank: ...`.
-        """
+        """The input of a reference."""
         number, point, view = reference
         font, name = self.fonts[number], unicodedata.name(chr(point)).lower()
         rng = random.Random(f"{font.name}/{point}/{view}")

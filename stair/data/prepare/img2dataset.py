@@ -88,15 +88,7 @@ def _stated(shard: Path) -> int:
 
 
 def check_shard(shard: Path, mend: bool) -> dict[str, Any]:
-    """Reads a shard from front to end, and compares it with `NNNNN_stats.json` and `NNNNN.parquet` beside it.
-
-    Args:
-        shard: the tar.
-        mend: write it anew if it has bad samples or is cut short.
-
-    Returns:
-        `inputs`, `samples`, `bytes`, `sha256`, `mtime`, `mended`, `left_out`.
-    """
+    """Reads a shard, compares it with `NNNNN_stats.json` and `NNNNN.parquet` beside it, and returns its record."""
     errors: list[Exception] = []
     lines = caption_lines(str(shard))
     bad: dict[str, str] = {}

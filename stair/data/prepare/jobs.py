@@ -37,11 +37,7 @@ def known_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def preparing(folder: Path) -> Iterator[Path]:
-    """Locks a folder; yields the folder of its records.
-
-    Raises:
-        FileError: if another process prepares data in it, or the `index.json` there is another tool's.
-    """
+    """Locks a folder; yields that of its records. FileError if another process or another tool writes there."""
     check_index(folder)
     state = folder / STATE
     busy = f"another `stair prepare` writes to {folder}; wait for it or give another folder"
@@ -62,23 +58,19 @@ def run(
     max_bad_share: float = 0.0,
     skipped: Sequence[Skipped] = (),
 ) -> tuple[dict[str, dict[str, Any]], list[Skipped]]:
-    """Does the jobs that have no record yet.
+    """Does the jobs that have no current record yet.
 
     Args:
         jobs: arguments of each, by the name of its record.
         work: a function of a module that does one job and returns its record, with `inputs` and `left_out`.
         state: folder of the records.
         is_current: whether a record, given with the job's name, still counts.
-        workers: processes; 1 works in this one, 0 is one for each core.
-        max_bad_share: greatest share of inputs that may be skipped.
+        workers: processes; 0 is one for each core.
+        max_bad_share: greatest share of inputs that may be skipped; beyond it, StairError. The records stay.
         skipped: inputs that are known to be bad without a job.
 
     Returns:
         All records by the jobs' names, and all skipped inputs.
-
-    Raises:
-        StairError: if too many inputs are skipped. The records stay.
-        ChildProcessError: if a process dies.
     """
     found = {name: known_json(state / f"{name}.json") for name in jobs}
     records = {name: record for name, record in found.items() if record and is_current(name, record)}
@@ -143,11 +135,7 @@ def _end_with_parent() -> None:
 
 
 def check_index(folder: Path) -> None:
-    """Checks that `index.json` may be written.
-
-    Raises:
-        FileError: if that of another tool is there.
-    """
+    """Checks that `index.json` may be written: that of another tool stays."""
     path = folder / MANIFEST
     try:
         stated = json.loads(path.read_bytes())
@@ -175,13 +163,7 @@ def index_entries(folder: Path) -> dict[str, dict[str, Any]]:
 def write_index(
     folder: Path, records: dict[str, dict[str, Any]], is_replaced: Callable[[str], bool] = lambda name: False
 ) -> None:
-    """Writes `index.json`: the shards that have records, and the others that it stated before.
-
-    Args:
-        folder: of the shards.
-        records: `samples`, `bytes`, `sha256` by name of the shard.
-        is_replaced: whether an entry of before is left out, by its name.
-    """
+    """Writes `index.json`: shards that have records, and others that it stated before and that are not replaced."""
     try:
         kept = {name: entry for name, entry in index_entries(folder).items() if not is_replaced(name)}
     except FileError:  # damaged: it is written again

@@ -28,26 +28,17 @@ _SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Reads references (paths to try, captions, further fields).
+    """Reads references (paths to try, captions, further fields); errors are `image missing` and `path outside`."""
 
-    Attributes:
-        root: folder of the images, resolved; no path leaves it.
-        given: how the user spells it, by which paths may begin too; results do not depend on it.
-    """
-
-    root: Path
-    given: Path | None = field(default=None, repr=False)
+    root: Path  # folder of the images, resolved; no path leaves it
+    given: Path | None = field(default=None, repr=False)  # as the user spells it, by which paths may begin too
 
     def __post_init__(self) -> None:
         if not self.root.is_dir():
             raise FileError(f"no folder {self.root}; give the one in which the images are found", self.root)
 
     def __call__(self, reference: tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, Any], ...]]) -> Raw:
-        """The input of a reference.
-
-        Raises:
-            ValueError: `image missing: ...` or `path outside: ...`.
-        """
+        """The input of a reference."""
         names, captions, fields = reference
         for name in names:
             path = self.inside(name)
@@ -191,30 +182,17 @@ def classes(
 
 @dataclass(frozen=True)
 class Rows:
-    """Reads references (file, row group, row in it) of a Hugging Face data set.
-
-    Attributes:
-        root: folder of the data set, for images that are named, not held.
-        image: column of images: bytes, `{bytes, path}` or a path.
-        captions: column of captions, or None.
-        label: column of class numbers, or None.
-        classes: names of classes.
-        stamp: name, size and time of each file, so that other data are told from these.
-    """
+    """Reads references (file, row group, row in it) of a Hugging Face data set."""
 
     root: Path
-    image: str
-    captions: str | None
-    label: str | None
+    image: str  # column of bytes, `{bytes, path}` or paths in the folder
+    captions: str | None  # column
+    label: str | None  # column of class numbers
     classes: tuple[str, ...]
-    stamp: tuple[tuple[str, int, int], ...]
+    stamp: tuple[tuple[str, int, int], ...]  # name, size and time of each file: other data make another repr
 
     def __call__(self, reference: tuple[str, int, int]) -> Raw:
-        """The input of a reference.
-
-        Raises:
-            ValueError: that begins with the cause.
-        """
+        """The input of a reference."""
         file, group, number = reference
         columns = tuple(name for name in (self.image, self.captions, self.label) if name)
         row = read_group(self.root / file, group, columns).slice(number, 1).to_pylist()[0]

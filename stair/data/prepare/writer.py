@@ -44,22 +44,16 @@ class Raw(NamedTuple):
 class Source:
     """Where samples come from.
 
-    Attributes:
-        name: what was read, for the report.
-        splits: name of a split to references of its inputs: small tuples whose repr states all of them.
-        read: gives the input of a reference; raises ValueError that begins with the cause and a colon. Sent to other
-            processes; its repr states all that its results depend on.
-        skipped: by split, inputs without a reference.
-        shuffled: whether inputs may be shuffled; not where reading them out of order is slow.
-        classnames: names of classes in the order of `label`, for zero-shot evaluation.
+    `read` gives the input of a reference, or raises ValueError that begins with the cause and a colon. It is sent to other
+    processes, and its repr states all that its results depend on.
     """
 
-    name: str
-    splits: dict[str, list[Any]]
+    name: str  # for the report
+    splits: dict[str, list[Any]]  # references of the inputs: small tuples whose repr states all of them
     read: Callable[[Any], Raw]
-    skipped: dict[str, list[Skipped]] = field(default_factory=dict)
-    shuffled: bool = True
-    classnames: list[str] | None = None
+    skipped: dict[str, list[Skipped]] = field(default_factory=dict)  # by split, inputs without a reference
+    shuffled: bool = True  # not where reading inputs out of order is slow
+    classnames: list[str] | None = None  # in the order of `label`, for zero-shot evaluation
 
 
 class Limits(NamedTuple):
@@ -217,18 +211,9 @@ class _Plan:
 def make_shard(
     path: Path, keyed: list[tuple[str, Any]], read: Callable[[Any], Raw], limits: Limits, fingerprint: str
 ) -> dict[str, Any]:
-    """Writes one shard and its index.
+    """Writes one shard and its index, and returns its record. Without a sample, there is no tar.
 
-    Args:
-        path: the tar.
-        keyed: key and reference of each input.
-        read: of the source.
-        limits: of images.
-        fingerprint: of the plan, for the record.
-
-    Returns:
-        `inputs`, `samples`, `captions`, `bytes`, `sha256`, `written_anew` by reason, `left_out`, `fingerprint`. Without a
-        sample, there is no tar.
+    `keyed` are key and reference of each input, `read` is that of the source.
     """
     left_out: list[Skipped] = []
     anew: Counter[str] = Counter()
@@ -272,11 +257,8 @@ def _place(reference: Any) -> str:
 def stored(data: bytes, limits: Limits) -> tuple[str, bytes, str]:
     """How an image goes into a shard: as it is where it is a JPEG, PNG or WebP within the limits.
 
-    Returns:
-        Its type, its bytes, and why they are not the original ones (empty if they are).
-
-    Raises:
-        ValueError: as `decode_image`, which is what training will do.
+    Returns its type, its bytes, and why they are not the original ones (empty if they are). Errors are those of
+    `decode_image`, by which training reads it.
     """
     image = decode_image(data, limits.max_pixels)
     kind = image_format(data)

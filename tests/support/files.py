@@ -1,0 +1,41 @@
+"""Images and tars."""
+
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def plain_image(colour="red", kind: str = "JPEG", size: tuple[int, int] = (40, 30), mode: str = "RGB") -> bytes:
+    """An image of one colour, as a file of that kind."""
+    return encoded(Image.new("RGB", size, colour).convert(mode), kind)
+
+
+def noise_png(seed: int, size: tuple[int, int] = (36, 40)) -> bytes:
+    """An image of random pixels."""
+    return encoded(Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)))
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def members_of(samples: dict[str, dict[str, bytes]]) -> list[tuple[str, bytes]]:
+    """The members of samples that are given by key and type."""
+    return [(f"{key}.{kind}", content) for key, members in samples.items() for kind, content in members.items()]
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]], mode: str = "w") -> Path:
+    """Members by name and content; missing folders are made. With mode `a`, they are added."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
