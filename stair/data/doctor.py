@@ -149,7 +149,8 @@ def _named(spec: str) -> dict[str, Shards]:
         return mixture({str(name): Shards(**one) if isinstance(one, dict) else one for name, one in named.items()})
     except (TypeError, yaml.YAMLError) as error:
         wanted = "'{name: spec, ...}' or '{name: {shards: spec, weight: 1.0}, ...}'"
-        raise SettingError(f"{spec!r} is no mapping of sources ({error}); wanted {wanted}", "data") from error
+        reason = getattr(error, "problem", None) or error
+        raise SettingError(f"{spec!r} is no mapping of sources ({reason}); wanted {wanted}", "data") from error
 
 
 def _examine(
