@@ -4,6 +4,7 @@ N images, C captions.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ from stair.ranking import QUERIES, SparseRows, rank_figures, retrieval_ranks
 from stair.set_counts import class_counts
 
 KS = (1, 5, 10)
-MOST = (8, 16, 32, 64, 128, 256, 512)
-SHARES = (0.05, 0.1, 0.2, 0.4)
+MOST = (8, 16, 32, 64, 128, 256, 512)  # words of an embedding that pruning keeps
+SHARES = (0.05, 0.1, 0.2, 0.4)  # of the heaviest weight, below which pruning cuts
 TIES = "ties count against: an answer ranks behind all wrong ones that score the same"
 
 
@@ -28,8 +29,6 @@ def evaluate(
     scored: Scored,
     sets: Sequence[EvaluationSet],
     ks: Sequence[int] = KS,
-    most: Sequence[int] = MOST,
-    shares: Sequence[float] = SHARES,
     batch_size: int = 64,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[str, Any], dict[str, Embedded]]:
@@ -39,8 +38,6 @@ def evaluate(
         scored: the model.
         sets: what on.
         ks: the K of recall@K.
-        most: prune to so many words an embedding; of sparse models only.
-        shares: prune words below so large a share of the heaviest; of sparse models only.
         batch_size: images at a time.
         say: told what is being done.
 
@@ -53,16 +50,13 @@ def evaluate(
     names = [what.name for what in sets]
     if len(set(names)) < len(names):
         raise ValueError(f"sets are named {names}; give each a name of its own, as in val=shards/val-*.tar")
-    words: list[Any] = []  # embedded once, when the first set asks
 
+    @cache
     def dense_words() -> tuple[SparseRows, torch.Tensor] | None:
         if scored.words is not None:
             return None
-        if not words:
-            say("embedding every word of the vocabulary")
-            words.append(word_rows(scored))
-        found: tuple[SparseRows, torch.Tensor] = words[0]
-        return found
+        say("embedding every word of the vocabulary")
+        return word_rows(scored)
 
     results: dict[str, Any] = {}
     embedded: dict[str, Embedded] = {}
@@ -78,7 +72,7 @@ def evaluate(
         result: dict[str, Any] = {}
         if what.retrieval:
             say(f"ranking {what.name}")
-            result |= _retrieval(scored, found, ks, most, shares)
+            result |= _retrieval(scored, found, ks)
         if found.figures:
             result["words"] = {k: v for k, v in found.figures.items() if v == v}
         if what.classes:
@@ -111,9 +105,7 @@ def _protocol(scored: Scored, what: EvaluationSet, found: Embedded, ks: Sequence
     }
 
 
-def _retrieval(
-    scored: Scored, found: Embedded, ks: Sequence[int], most: Sequence[int], shares: Sequence[float]
-) -> dict[str, Any]:
+def _retrieval(scored: Scored, found: Embedded, ks: Sequence[int]) -> dict[str, Any]:
     similarity = scored.encoder.similarity
     images, texts = found.comparable(similarity)
     ranks = retrieval_ranks(images, texts, found.owner)
@@ -121,8 +113,8 @@ def _retrieval(
     result: dict[str, Any] = {"retrieval": {name: float(value) for name, value in rank_figures(ranks, ks).items()}}
     sparse = scored.kind == "sparse"
     result["cost"] = cost(images, texts, found.width, sparse)
-    if sparse and (most or shares):
-        result["pruned"] = curve(found.images, found.texts, found.owner, similarity, most, shares)
+    if sparse:
+        result["pruned"] = curve(found.images, found.texts, found.owner, similarity, MOST, SHARES)
     return result
 
 

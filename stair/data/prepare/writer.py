@@ -160,6 +160,8 @@ class _Plan:
             print(f"{self.out}: split {self.split!r} is there already, of the same inputs and settings; nothing done")
             return
         write_json(plan, {"fingerprint": fingerprint})
+        for part in (*state.glob(".*.part"), *self.out.glob(".*.part")):  # of a killed process: the lock is held
+            part.unlink()
 
         def is_current(name: str, record: dict[str, Any]) -> bool:
             is_whole = not record["samples"] or sizes.get(name) == record["bytes"]
