@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from scipy import sparse
 
+from examples.anserini import anserini
 from examples.search_engines import duckdb_search, milvus_search, qdrant_search, seismic_search, sqlite_search
 from stair.cli import main
 from stair.embeddings import Embeddings, Space
@@ -99,7 +100,6 @@ ENGINES = {
     "seismic": ("seismic", "x", None),
     "elasticsearch": ("json", "x", 512),
     "opensearch": ("json", "x", 512),
-    "anserini": ("json", "x", 32_766),
 }
 
 
@@ -151,7 +151,7 @@ def test_an_export_that_breaks_leaves_nothing_and_one_that_ends_is_not_overwritt
 
 def test_a_users_column_replaces_no_field_of_an_engine(engine, tmp_path):
     name, export = engine
-    if name in ("seismic", "anserini"):
+    if name == "seismic":
         pytest.skip("takes no metadata")
     taken = {
         "id": "theirs",
@@ -320,8 +320,8 @@ def test_queries_for_lucene_stay_within_its_limits(index):
     assert lucene_weights(np.float32([0, 1, 1.999])).tolist() == [0, 1, 1.99609375]
 
 
-def test_whole_numbers_for_anserini_err_by_no_more_than_stated(index, export, tmp_path):
-    export("anserini", index.folder, tmp_path / "a", "--steps", "100")
+def test_whole_numbers_for_anserini_err_by_no_more_than_stated(index, tmp_path):
+    anserini(index.folder, tmp_path / "a", 100)
     facts = json.loads((tmp_path / "a/quantisation.json").read_text())
     documents = [json.loads(line) for line in (tmp_path / "a/documents.jsonl").read_text().splitlines()]
     assert [document["id"] for document in documents] == list(index.ids)

@@ -52,7 +52,7 @@ def test_every_command_gives_its_files_the_mode_of_the_umask(tiny_stair, tmp_pat
         stair("explain", model, out / name, "--image", pictures / "a.png", "--text", "a red ball")
     stair("export", "sqlite", index, out / "index.sqlite")
     stair("export", "qdrant", index, out / "points.jsonl")
-    for engine in ("elasticsearch", "opensearch", "anserini"):
+    for engine in ("elasticsearch", "opensearch"):
         stair("export", engine, index, out / engine)
     assert wrong_modes(out, umask) == []
 

@@ -1,6 +1,6 @@
 """From an index, or a model, to what other software takes; every format has a test that scores survive the way."""
 
-from stair.export.lucene import anserini, elasticsearch, opensearch
+from stair.export.lucene import elasticsearch, opensearch
 from stair.export.onnx import onnx
 from stair.export.sentence_transformers import sentence_transformers
 from stair.export.sql import duckdb, sqlite
@@ -15,7 +15,6 @@ FORMATS = {
     "seismic": seismic,
     "elasticsearch": elasticsearch,
     "opensearch": opensearch,
-    "anserini": anserini,
     "onnx": onnx,
     "sentence-transformers": sentence_transformers,
 }

@@ -1,9 +1,9 @@
-"""Engines on Lucene: Elasticsearch, OpenSearch, Anserini (and through it PISA). They store rounded weights.
+"""Engines on Lucene: Elasticsearch and OpenSearch. They store rounded weights.
 
 A feature of Elasticsearch's `sparse_vector` and OpenSearch's `rank_features` is a term frequency that holds the upper 17
 bits of a float32: sign, exponent, 8 bits of mantissa, cut off. Weights are cut here already, so that a document says what
 the engine will score with, and the engine's score is the dot product of what was written; cutting takes at most 2^-8 =
-0.4 % off each weight. Anserini stores whole numbers; the error of those is written beside them.
+0.4 % off each weight.
 
 Feature names are ids of words (`7592`): pieces hold dots, capitals lost by analysers, and other characters that engines
 give a meaning, so that two of them could fall on one name.
@@ -11,6 +11,7 @@ give a meaning, so that two of them could fall on one name.
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,7 @@ def elasticsearch(index: Path, out: Path, name: str = "stair") -> None:
         out: a new folder for the files.
         name: of the engine's index.
     """
-    documents = opened(index, "Elasticsearch", longest_id=512)
-    _write(documents, out, name, "sparse_vector", {"query": elasticsearch_query(_example(documents))})
+    _write(opened(index, "Elasticsearch", longest_id=512), out, name, "sparse_vector", elasticsearch_query)
 
 
 def opensearch(index: Path, out: Path, name: str = "stair") -> None:
@@ -50,8 +50,7 @@ def opensearch(index: Path, out: Path, name: str = "stair") -> None:
         out: a new folder for the files.
         name: of the engine's index.
     """
-    documents = opened(index, "OpenSearch", longest_id=512)
-    _write(documents, out, name, "rank_features", {"query": opensearch_query(_example(documents))})
+    _write(opened(index, "OpenSearch", longest_id=512), out, name, "rank_features", opensearch_query)
 
 
 def elasticsearch_query(query: Query) -> dict[str, Any]:
@@ -81,11 +80,8 @@ def _features(query: Query) -> dict[str, float]:
     return {str(w): float(x) * scale for w, x in zip(query.words.tolist(), query.weights, strict=True)}
 
 
-def _example(index: SparseIndex) -> Query:
-    return index.query(like=next(index.ids))
-
-
-def _write(index: SparseIndex, out: Path, name: str, kind: str, query: dict[str, Any]) -> None:
+def _write(index: SparseIndex, out: Path, name: str, kind: str, query_of: Callable[[Query], dict[str, Any]]) -> None:
+    query = {"query": query_of(index.query(like=next(index.ids)))}
     stored = {"type": "object", "enabled": False}
     fields = {"words": {"type": kind}, "metadata": stored, "source": stored}
     meta = {"model": index.space.model, "similarity": index.space.similarity}
@@ -101,25 +97,3 @@ def _write(index: SparseIndex, out: Path, name: str, kind: str, query: dict[str,
                 features = {str(w): x for w, x in zip(row.words, weights, strict=True) if x >= _MIN_NORMAL}
                 file.write(json.dumps({"index": {"_index": name, "_id": row.id}}) + "\n")
                 file.write(json.dumps({"words": features, **row.fields}) + "\n")
-
-
-def anserini(index: Path, out: Path, steps: int = 255) -> None:
-    """Writes Anserini's JsonVectorCollection, which it indexes with `-impact -pretokenized` (and hands on to PISA as CIFF).
-
-    Args:
-        index: folder of the index.
-        out: a new folder; documents.jsonl, whose features are ids of words, vocab.txt with the word of each id on its line,
-            and quantisation.json with the step and the largest error of a weight.
-        steps: whole numbers that the heaviest weight of all is divided into.
-    """
-    documents = opened(index, "Anserini", longest_id=32_766)
-    step = max((max(row.weights) for row in rows(documents) if row.weights), default=1.0) / steps
-    with new_target(out, folder=True) as part:
-        with (part / "documents.jsonl").open("w", encoding="utf-8") as file:
-            for row in rows(documents):
-                whole = np.rint(np.array(row.weights) / step).astype(int).tolist()
-                vector = {str(word): weight for word, weight in zip(row.words, whole, strict=True) if weight > 0}
-                file.write(json.dumps({"id": row.id, "contents": "", "vector": vector}) + "\n")
-        (part / "vocab.txt").write_text("\n".join(documents.space.tokens) + "\n", encoding="utf-8")
-        facts = {"step": step, "largest_error_of_a_weight": step / 2, "steps": steps, "model": documents.space.model}
-        (part / "quantisation.json").write_text(json.dumps(facts, indent=2) + "\n")

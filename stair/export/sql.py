@@ -67,15 +67,13 @@ def _fill(database: Any, index: SparseIndex, statement: str) -> None:
     facts = {"model": index.space.model, "similarity": index.space.similarity, "score": statement}
     database.executemany("INSERT INTO facts VALUES (?, ?)", list(facts.items()))
     database.executemany("INSERT INTO words VALUES (?, ?)", list(enumerate(index.space.tokens)))
-    # row by row takes DuckDB a millisecond each; a parameter that is a list is one row to it
-    lists = not isinstance(database, sqlite3.Connection)
     numbered = enumerate(rows(index))
     while batch := list(islice(numbered, 1 << 13)):
         documents = [(n, row.id, *(json.dumps(fields) for fields in row.fields.values())) for n, row in batch]
         database.executemany("INSERT INTO documents VALUES (?, ?, ?, ?)", documents)
         postings = [(word, n, weight) for n, row in batch for word, weight in zip(row.words, row.weights, strict=True)]
-        if lists and postings:
+        if isinstance(database, sqlite3.Connection):
+            database.executemany("INSERT INTO postings VALUES (?, ?, ?)", postings)
+        elif postings:  # row by row takes DuckDB a millisecond each; a parameter that is a list is one row to it
             unnested = "unnest(?::INTEGER[]), unnest(?::INTEGER[]), unnest(?::DOUBLE[])"
             database.execute(f"INSERT INTO postings SELECT {unnested}", list(map(list, zip(*postings, strict=True))))
-        elif postings:
-            database.executemany("INSERT INTO postings VALUES (?, ?, ?)", postings)

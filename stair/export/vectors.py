@@ -30,16 +30,27 @@ def qdrant(index: Path, out: str, collection: str = "stair") -> None:
         collection: its name.
     """
     documents = opened(index, "Qdrant", int64=True)
+    batches = _batches(map(_qdrant_point, rows(documents)))
     if out.endswith(".jsonl"):
         with new_target(Path(out)) as part, part.open("w", encoding="utf-8") as file:
             file.write(json.dumps({"sparse_vectors": {"words": {}}}) + "\n")
-            file.writelines(json.dumps({"points": points}) + "\n" for points in qdrant_points(documents))
+            file.writelines(json.dumps({"points": points}) + "\n" for points in batches)
         return
-    client_of = import_extra("qdrant_client", "qdrant-client", "export").QdrantClient
+    library = import_extra("qdrant_client", "qdrant-client", "export")
+    models = library.models
     with engine_errors("Qdrant"), _database(out) as place:
-        client = client_of(url=place, check_compatibility=False) if "://" in place else client_of(path=place)
+        where = {"url" if "://" in place else "path": place}
+        client = library.QdrantClient(**where, check_compatibility=False)
         with closing(client), _new_collection(out, collection, client.collection_exists, client.delete_collection):
-            fill_qdrant(client, documents, collection)
+            client.create_collection(collection, {}, sparse_vectors_config={"words": models.SparseVectorParams()})
+            for points in batches:
+                client.upsert(collection, [models.PointStruct(**point) for point in points])
+
+
+def _qdrant_point(row: Row) -> dict[str, Any]:
+    """A point in Qdrant's JSON."""
+    vector = {"words": {"indices": row.words, "values": row.weights}}
+    return {"id": str(uuid.uuid5(_NAMES, row.id)), "vector": vector, "payload": {**row.fields, "id": row.id}}
 
 
 @contextmanager
@@ -69,24 +80,6 @@ def _new_collection(
         with suppress(Exception):  # the server may be gone
             drop(collection)
         raise
-
-
-def fill_qdrant(client: Any, index: SparseIndex, collection: str) -> None:
-    """Makes a collection with one sparse vector, `words`, and puts all documents into it."""
-    models = import_extra("qdrant_client", "qdrant-client", "export").models
-    client.create_collection(collection, {}, sparse_vectors_config={"words": models.SparseVectorParams()})
-    for points in qdrant_points(index):
-        client.upsert(collection, [models.PointStruct(**point) for point in points])
-
-
-def qdrant_points(index: SparseIndex) -> Iterator[list[dict[str, Any]]]:
-    """Points in Qdrant's json, some hundred at a time: sparse vector `words`, payload `id`, `metadata` and `source`."""
-
-    def point(row: Row) -> dict[str, Any]:
-        vector = {"words": {"indices": row.words, "values": row.weights}}
-        return {"id": str(uuid.uuid5(_NAMES, row.id)), "vector": vector, "payload": {**row.fields, "id": row.id}}
-
-    return _batches(map(point, rows(index)))
 
 
 def _batches(items: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -121,21 +114,21 @@ def _fill_milvus(index: SparseIndex, out: str, collection: str) -> None:
         with closing(client), _new_collection(out, collection, client.has_collection, client.drop_collection):
             _create_milvus(client, pymilvus.DataType, collection)
             written = 0
-            for batch in _batches(_milvus_row(row) for row in rows(index) if row.words):
+            documents = (
+                {"id": row.id, "words": dict(zip(row.words, row.weights, strict=True)), **row.fields}
+                for row in rows(index)
+                if row.words
+            )
+            for batch in _batches(documents):
                 client.insert(collection, batch)
                 written += len(batch)
     finally:
         log.setLevel(level)
         if "://" not in out:
-            import_extra("milvus_lite.server_manager", "milvus-lite", "export").server_manager_instance.release_server(
-                out
-            )
+            manager = import_extra("milvus_lite.server_manager", "milvus-lite", "export").server_manager_instance
+            manager.release_server(out)
     if written < len(index):
         print(f"{len(index) - written} documents without a weight are left out: Milvus takes no empty vector")
-
-
-def _milvus_row(row: Row) -> dict[str, Any]:
-    return {"id": row.id, "words": dict(zip(row.words, row.weights, strict=True)), **row.fields}
 
 
 def _create_milvus(client: Any, kind: Any, collection: str) -> None:
