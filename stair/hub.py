@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stair.card import SPARSE, card, markdown_table
 from stair.files import read_json
-from stair.report.tables import measured
+from stair.pages import render
+from stair.report.tables import markdown_table, measured
 from stair.towers import FILES, folder_of, read_description
 
 
@@ -32,39 +32,19 @@ def model_card(
         FileNotFoundError, ValueError: if the folder holds no saved model, or results are neither.
     """
     about = read_description(folder)
-    model = about["model"]
-    image, text = model["image"], model["text"]
-    page = card(
-        name or folder.name,
-        [
-            SPARSE,
-            f"""```python
-from stair import Stair
-
-model = Stair.from_pretrained("{name or folder}")
-vectors = model.encode(images=["photo.jpg"])  # scipy CSR, one column a word
-```""",
-            "## Model",
-            f"Image tower `{image['name']}` at {image['image_size']} px, text tower `{text['name']}`, similarity "
-            f"`{model['similarity']}`. Vocabulary fingerprint `{about['vocabulary_fingerprint'][:16]}`.",
-        ],
-        about["training"],
-        _measured(results) if results else [],
-        data,
-        [
-            "A word is a word piece of an English vocabulary: rare words fall apart, and a dimension can mean something "
-            "else than its name says. Read what your own pictures say before you trust it.",
-            f"Pictures are cropped to a square; texts are cut at {text['max_tokens']} word pieces.",
-        ],
+    values = {key: about[key] for key in ("model", "vocabulary_fingerprint", "training")}
+    shown = _measured(results) if results else []
+    card = render(
+        "card.md",
+        **values,
+        name=name or folder.name,
+        source=name or folder,
+        sparse=True,
+        results=shown,
+        licence=licence,
+        data=data,
     )
-    head = f"""---
-license: {licence}
-library_name: stair-embeddings
-pipeline_tag: feature-extraction
-tags: [sparse, image-text, retrieval, stair]
----
-"""
-    return f"{head}{page}\n## Licence\n\n{licence}\n"
+    return f"{card}\n"
 
 
 def _measured(results: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from stair import __version__
-from stair.card import DENSE, SPARSE, card
 from stair.evaluate.embed import Embedded
 from stair.evaluate.models import Scored
 from stair.evaluate.sets import EvaluationSet
@@ -61,13 +60,11 @@ def write(
 def model_card(result: Mapping[str, Any]) -> str:
     """Markdown that says what the model is, how it was measured and what came out."""
     model = result["model"]
-    return card(
-        model["name"],
-        [SPARSE if model["kind"] == "sparse" else DENSE, f"Embeddings are compared by {model['similarity']}."],
-        model["training"],
-        measured(result),
-        limits=["Measured on the sets named above and on nothing else."],
+    values = {key: model[key] for key in ("name", "similarity", "training")}
+    card = render(
+        "card.md", **values, sparse=model["kind"] == "sparse", results=measured(result), licence="", data="", model=None
     )
+    return f"{card}\n"
 
 
 def _plots(result: Mapping[str, Any]) -> list[tuple[str, bytes]]:

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from stair.files import write_text
@@ -42,7 +42,7 @@ def image_source(data: bytes) -> str:
 
 
 def render(template: str, **values: Any) -> Markup:
-    """The HTML of a template of this folder, with all text in the values escaped."""
+    """A template of this folder, with all text in the values escaped where it is HTML."""
     return Markup(_TEMPLATES.get_template(template).render(values))
 
 
@@ -64,7 +64,7 @@ def write_html(path: Path, title: str, notes: Sequence[str], sections: Iterable[
 
 _TEMPLATES = Environment(
     loader=PackageLoader("stair", "pages"),
-    autoescape=True,
+    autoescape=select_autoescape(["html"]),
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=StrictUndefined,

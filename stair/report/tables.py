@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stair.card import markdown_table
 from stair.set_counts import sentences
 
 _WAYS = {"t2i": "text → image", "i2t": "image → text"}
@@ -45,6 +44,17 @@ def measured(result: Mapping[str, Any]) -> list[str]:
     """Markdown of an evaluation for a card: how each set was taken, then the tables."""
     protocols = "\n".join(f"- {protocol(name, figures)}" for name, figures in result["sets"].items())
     return [protocols, *map(_markdown, tables(result))]
+
+
+def markdown_table(heads: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
+    """A table; numbers with four digits, to the right, and the first column to the left."""
+    rule = ["---", *("--:" for _ in heads[1:])]
+    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in [heads, rule, *lines])
+
+
+def _cell(value: object) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _markdown(found: Table) -> str:
