@@ -1,7 +1,6 @@
 """What people type into a word search: `dog:2 beach -people`, words with weights, without any encoder."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -35,25 +34,26 @@ def parse_words(text: str) -> dict[str, float]:
     return weights
 
 
-def words_query(words: Mapping[str, float], space: Space, pieces: Any) -> Query:
+def words_query(words: str | Mapping[str, float], space: Space, pieces_of: Callable[[str], list[int]]) -> Query:
     """The query of weighted words.
 
     Args:
-        words: weights by word. A word that is a piece of the vocabulary is that piece, another one its word pieces.
+        words: weights by word, or a text for `parse_words`. A word that is a piece of the vocabulary is that piece, another
+            one its word pieces.
         space: of the index.
-        pieces: gives the word pieces of a text, by id.
+        pieces_of: gives the word pieces of a word, by id.
 
     Raises:
         ValueError: if a word has no piece that can be active, or a weight is not finite.
     """
     weights: dict[int, float] = {}
-    for word, weight in words.items():
+    for word, weight in (parse_words(words) if isinstance(words, str) else words).items():
         if not abs(weight) <= _LARGEST:
             raise ValueError(f"weight {weight} of {word!r} is not a number up to {_LARGEST:g}")
-        own = [space.place[word]] if word in space.place else pieces(word)  # which knows whether case counts
-        if not own:
+        pieces = [space.place[word]] if word in space.place else pieces_of(word)
+        if not pieces:
             raise ValueError(f"the vocabulary has no piece of {word!r}")
-        for v in own:
+        for v in pieces:
             weights[v] = weights.get(v, 0.0) + weight
     return weights_query(list(weights), list(weights.values()), space)
 

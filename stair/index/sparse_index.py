@@ -23,7 +23,7 @@ from scipy import sparse
 from stair.embeddings import Embeddings, Space, to_csr
 from stair.errors import SettingError
 from stair.index.hits import Hit, Hits
-from stair.index.query import parse_words, weights_query, words_query
+from stair.index.query import weights_query, words_query
 from stair.index.scoring import Best, Query, search_segment
 from stair.index.storage import WORDS, Segment, Store, build, change
 from stair.metadata import filtered
@@ -103,8 +103,6 @@ class SparseIndex:
         self.space.demand(model.space, f"model for {self.folder}")
         self._model = model
 
-    # ------------------------------------------------------------------ reading
-
     @property
     def space(self) -> Space:
         """What its vectors are comparable with."""
@@ -130,13 +128,9 @@ class SparseIndex:
     def facts(self) -> dict[str, Any]:
         """Size and make: documents, non-zeros, bytes on disk, model, similarity."""
         store = self._store
-        return {
-            "documents": len(store),
-            "nonzeros": sum(len(segment.arrays["row_words"]) for segment in store.segments),
-            "bytes": store.bytes,
-            "model": store.space.model,
-            "similarity": store.space.similarity,
-        }
+        nonzeros = sum(len(segment.arrays["row_words"]) for segment in store.segments)
+        about = {"model": store.space.model, "similarity": store.space.similarity}
+        return {"documents": len(store), "nonzeros": nonzeros, "bytes": store.bytes, **about}
 
     def verify(self) -> None:
         """Reads every file, compares its checksum, and the postings with the rows. Opening compares lengths only.
@@ -176,13 +170,11 @@ class SparseIndex:
 
     def content(self) -> Iterator[Embeddings]:
         """All documents, segment by segment, vectors as they are compared."""
-        store = self._store
-        for segment in store.segments:
+        space = self.space
+        for segment in self._store.segments:
             rows = segment.documents
             user, ours = ([rows.row(n, owner) for n in range(len(rows))] for owner in ("user", "stair"))
-            yield Embeddings(segment.vectors(len(store.space.tokens)), rows.ids.to_pylist(), store.space, user, ours)
-
-    # ---------------------------------------------------------------- searching
+            yield Embeddings(segment.vectors(len(space.tokens)), rows.ids.to_pylist(), space, user, ours)
 
     def search(
         self,
@@ -226,7 +218,7 @@ class SparseIndex:
             segment, n = self._document(like)
             return Query(*segment.row(n), len(self.space.tokens))
         if words is not None:
-            return words_query(parse_words(words) if isinstance(words, str) else words, self.space, self._pieces)
+            return words_query(words, self.space, lambda word: (self._model or self).vocabulary.pieces(word))
         row = self._row(query)
         return weights_query(row.indices, row.data, self.space)
 
@@ -267,18 +259,12 @@ class SparseIndex:
         row.sum_duplicates()
         return row
 
-    def _pieces(self, word: str) -> list[int]:
-        vocabulary = self._model.vocabulary if self._model is not None else self._vocabulary
-        pieces: list[int] = vocabulary.pieces(word)
-        return pieces
-
     @cached_property
-    def _vocabulary(self) -> Any:
+    def vocabulary(self) -> Any:
+        """The `Vocabulary` of its words."""
         from stair.vocabulary import Vocabulary
 
         return Vocabulary(self.folder / WORDS)
-
-    # ------------------------------------------------------------------ writing
 
     def add(
         self,
@@ -297,9 +283,8 @@ class SparseIndex:
         Raises:
             SettingError: if an id is there already or occurs twice.
         """
-        model = self._model.space if self._model is not None else None
-        change(self.folder, _parts(vectors, ids, metadata, model), replace=replace)
-        return self._again()
+        space = self._model.space if self._model is not None else None
+        return self._changed(_parts(vectors, ids, metadata, space), (), replace)
 
     def delete(self, ids: str | Sequence[str]) -> "SparseIndex":
         """Deletes documents, all or none.
@@ -307,10 +292,10 @@ class SparseIndex:
         Raises:
             SettingError: if there is no such document.
         """
-        change(self.folder, delete=[ids] if isinstance(ids, str) else ids)
-        return self._again()
+        return self._changed((), [ids] if isinstance(ids, str) else ids, False)
 
-    def _again(self) -> "SparseIndex":
+    def _changed(self, parts: Iterable[Embeddings], delete: Iterable[str], replace: bool) -> "SparseIndex":
+        change(self.folder, parts, delete, replace)
         self._store = Store(self.folder)
         return self
 
