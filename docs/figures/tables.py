@@ -15,23 +15,18 @@ RECORDS = DOCS.parent / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 #: names in the records, which are not rewritten, and in the docs
 NAMES = {
-    " in all stages": "",
-    ", in the paper's form": "",
+    " in all stages|, in the paper's form": "",
     "a quarter of the loss on own words": "masked loss weight 0.25",
     "stages 2 and 3 without own words in the loss": "no masked loss in stages 2 and 3",
     "own words lead by 3": "margin 3",
-    "; the ViT from scratch": ", ViT from scratch",
+    "; the ViT": ", ViT",
     "no leak": "negative slope 0",
     "one word matrix for both sides": "shared vocabulary matrix (removed)",
     "words from the class token": "class token (removed)",
-    "L1 in stage 3": "L1 in stage 3 (removed)",
-    "DF-FLOPS in stage 3": "DF-FLOPS in stage 3 (removed)",
-    "overuse penalty in stage 3": "overuse penalty in stage 3 (removed)",
+    "^(L1|DF-FLOPS|overuse penalty) in stage 3": r"\1 in stage 3 (removed)",
     "λ adapted to 64 and 16 words": "`target`: 64 and 16 terms",
-    " of images, ": " images, ",
-    " of texts": " texts",
+    " of (images|texts)": r" \1",
 }
-HEADS = {"caption word 1st": "caption term 1st", "class word 1st": "class term 1st"}
 PAIRS = {"terms": ("words an image", "words a text"), "times": ("t→i R@1, wanted 1.13", "i→t R@1, wanted 1.08")}
 #: of the summary: what was trained, record, run, validation set
 SUMMARY = (
@@ -47,9 +42,8 @@ SUMMARY = (
 
 def main() -> None:
     """Writes the tables of every page anew."""
-    for page in sorted(DOCS.glob("*.md")):
-        text = page.read_text(encoding="utf-8")
-        page.write_text(filled(text), encoding="utf-8")
+    for page in DOCS.glob("*.md"):
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def filled(text: str) -> str:
@@ -60,15 +54,15 @@ def filled(text: str) -> str:
 def _table(spec: str) -> list[str]:
     if spec == "summary":
         return _summary()
-    record, columns, rows = [*(part.strip() for part in spec.split("|")), ""][:3]
+    record, columns, *rows = spec.split(" | ")
     runs = _read(record)
-    heads = [column.strip() for column in columns.split(",")]
-    shown = [row.strip() for row in rows.split(";")] if rows else list(runs)
-    lines = [[name, *(_cell(runs[name], *head.split(" ", 1)) for head in heads)] for name in shown]
-    titles = ["Run (seeds)", *(" ".join(HEADS.get(part, part) for part in head.split(" ", 1)) for head in heads)]
-    for line in lines:
-        line[0] = f"{line[0]} ({runs[line[0]]['seeds']})"
-    return _rows(titles, lines)
+    heads = columns.split(", ")
+    shown = rows[0].split("; ") if rows else list(runs)
+    lines = [
+        [f"{name} ({runs[name]['seeds']})", *(_cell(runs[name], *head.split(" ", 1)) for head in heads)]
+        for name in shown
+    ]
+    return _rows(["Run (seeds)", *(head.replace("word 1st", "term 1st") for head in heads)], lines)
 
 
 def _summary() -> list[str]:
@@ -113,7 +107,7 @@ def _read(record: str) -> dict[str, dict[str, str]]:
             at = heads.index("run (seeds)")
             name, seeds = re.fullmatch(r"(.*?)(?: ←)? \((\d+)\)", cells[at]).groups()  # type: ignore[union-attr]
             for old, new in NAMES.items():
-                name = name.replace(old, new)
+                name = re.sub(old, new, name)
             where = part if at == 0 else cells[0]
             run = runs.setdefault(name, {"seeds": seeds})
             run |= {f"{where} {head}": cell for head, cell in zip(heads[at + 1 :], cells[at + 1 :], strict=True)}
