@@ -118,7 +118,7 @@ def _call(word: _Word, name: str, arguments: list[str]) -> None:
     set_loader("yaml", _as_typed(get_loader("yaml")), exceptions=(YAMLError,))
     function = getattr(importlib.import_module(word.module), word.function)
     description = word.does if isinstance(function, dict) else None  # a function's docstring describes it
-    words = [_NULL.sub(rf"\g<0>{_JOINER}", argument) for argument in _spelled_out(function, arguments)]
+    words = _null_as_typed(function, _spelled_out(function, arguments))
     typed: Any = {key: _as_given(each) for key, each in function.items()} if description else _as_given(function)
     try:
         auto_cli(typed, args=words, prog=f"stair {name}", as_positional=True, description=description)
@@ -129,6 +129,21 @@ def _call(word: _Word, name: str, arguments: list[str]) -> None:
 def _as_typed(load: Callable[[str], Any]) -> Callable[[str], Any]:
     """The loader, except that `#sunset` and `~` stay as typed: YAML reads them as no value."""
     return lambda text: text if (value := load(text)) is None else value
+
+
+def _null_as_typed(function: Callable[..., Any] | dict[str, Callable[..., Any]], arguments: list[str]) -> list[str]:
+    """Marks `null` where text is wanted; for numbers, as of `--seed null`, it is no value."""
+    import inspect
+
+    functions = list(function.values()) if isinstance(function, dict) else [function]
+    parameters = [parameter for each in functions for parameter in inspect.signature(each).parameters.values()]
+    texts = {f"--{p.name}" for p in parameters if "str" in str(p.annotation) or "Path" in str(p.annotation)}
+    marked = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        option = argument.partition("=")[0] if argument.startswith("--") else before
+        is_text = not option.startswith("--") or option in texts
+        marked.append(_NULL.sub(rf"\g<0>{_JOINER}", argument) if is_text else argument)
+    return marked
 
 
 def _as_given(function: Callable[..., Any]) -> Callable[..., Any]:
