@@ -16,7 +16,6 @@ import lightning as L
 from stair.errors import SettingError
 
 _EXIT = 70  # EX_SOFTWARE
-_READING_ON = 10  # times the limit that a resumed run has until its first step is done
 _TICKS = 10  # in a limit
 
 # what a process does after each hook; a figure is the trainer's step
@@ -33,7 +32,7 @@ _PLACES = {
     "on_predict_start": "in an evaluation",
     "on_predict_batch_end": "in an evaluation",
     "on_save_checkpoint": "writing a checkpoint",
-    "on_load_checkpoint": "reading on to the place of the checkpoint",
+    "on_load_checkpoint": "loading a checkpoint",
     "on_train_end": "exporting the model",
 }
 
@@ -42,33 +41,29 @@ class Watchdog(L.Callback):
     """Ends the process with status 70, its rank and the stacks of its threads when no hook has run for a time.
 
     Every rank watches itself, so the messages together tell the ranks that wait for input from those that wait for others.
-    Time in which the process was suspended does not count. A resumed run has ten times as long until its first step is
-    done: it reads all shards up to its place in the epoch first, and a rank that has read faster waits for the others.
+    Time in which the process was suspended does not count.
 
     Args:
-        limit: seconds without movement, longer than the slowest start, checkpoint or final count of an evaluation, and
-            than a tenth of what it takes to read the shards of an epoch; 0 for no watchdog. Below the 30 minutes after
-            which collectives give up by themselves.
+        limit: seconds without a hook, longer than the slowest start, checkpoint or final count of an evaluation; 0 for no
+            watchdog. Below the 30 minutes after which collectives give up by themselves.
+
+    Raises:
+        SettingError: if `limit` is negative.
     """
 
     def __init__(self, limit: float = 1200.0) -> None:
         if limit < 0:
             raise SettingError(f"limit={limit}: wanted seconds, or 0 for no watchdog", "watchdog.limit")
-        self.limit = self._patience = limit
+        self.limit = limit
         self._end: threading.Event | None = None
 
     def _move(self, hook: str, trainer: L.Trainer) -> None:
         if hook == "setup":
             self._start(trainer)
-        elif hook == "on_load_checkpoint" and trainer.training:
-            self._patience = _READING_ON * self.limit
-        elif hook == "on_train_batch_end":
-            self._patience = self.limit
         self._place, self._ticks = _PLACES[hook].format(trainer.global_step), 0
 
     def _start(self, trainer: L.Trainer) -> None:
         self._stop()
-        self._patience = self.limit
         if self.limit:
             self._rank = f"rank {trainer.global_rank} of {trainer.world_size} on {socket.gethostname()}"
             self._end = threading.Event()
@@ -78,20 +73,15 @@ class Watchdog(L.Callback):
         self._ticks = 0
         while not end.wait(self.limit / _TICKS):
             self._ticks += 1
-            if self._ticks * self.limit > self._patience * _TICKS:
+            if self._ticks > _TICKS:
                 self._abort()
 
     def _abort(self) -> None:
-        advice = "The same command with --ckpt_path last goes on from the last checkpoint"
-        if self._patience > self.limit:
-            advice = (
-                f"A resumed run has {_READING_ON} times watchdog.limit ({self.limit:g} s) to read up to its place and do a "
-                "step. If it was reading still, the same command would end here again: raise --watchdog.limit"
-            )
         print(
-            f"watchdog: {self._rank} has not moved for {self._patience:g} s. It is {self._place}. Compare with the "
-            "messages of other ranks: one that waits for input, or is missing, holds up the rest. Ending this process. "
-            f"{advice}. Stacks of all threads:",
+            f"watchdog: {self._rank} has not moved for {self.limit:g} s. It is {self._place}. Compare with the messages of "
+            "other ranks: one that waits for input, or is missing, holds up the rest. Ending this process. The same "
+            "command with --ckpt_path last goes on from the last checkpoint; if the run was only slow, raise "
+            "--watchdog.limit. Stacks of all threads:",
             file=sys.__stderr__,
             flush=True,
         )
