@@ -47,32 +47,33 @@ _BLOCK = 1 << 20
 _PARTS = 8
 
 
-def tar_bytes(shards: list[str]) -> None:
+def tar_bytes(shards: list[str], images: int) -> int:
     for shard in shards:
         with open(shard, "rb", buffering=0) as file:
             while file.read(_BLOCK):
                 pass
+    return images
 
 
-def tar_members(shards: list[str]) -> None:
-    for shard in shards:
-        for _ in stream(shard, _raise):
-            pass
+def tar_members(shards: list[str]) -> int:
+    return sum(1 for shard in shards for _ in stream(shard, _raise))
 
 
-def decode_and_resize(images: list[bytes], size: int) -> None:
+def decode_and_resize(images: list[bytes], size: int) -> int:
     for data in images:
         image = Image.open(io.BytesIO(data)).convert("RGB")
         np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    return len(images)
 
 
-def decode_and_resize_as_we_do(images: list[bytes], augment: Augment) -> None:
+def decode_and_resize_as_we_do(images: list[bytes], augment: Augment) -> int:
     rng = random.Random(0)
     for data in images:
         augment(data, rng)
+    return len(images)
 
 
-def plain_webdataset(data: ImageTextShards, shards: list[str]) -> None:
+def plain_webdataset(data: ImageTextShards, shards: list[str]) -> int:
     rng = random.Random(0)
 
     def pair(sample: dict[str, Any]) -> Pair:
@@ -80,25 +81,24 @@ def plain_webdataset(data: ImageTextShards, shards: list[str]) -> None:
         return Pair(crop, [rng.choice(captions(sample))], 0, sample["__key__"])
 
     pipeline = webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).shuffle(data.shuffle).map(pair)
-    for _ in pipeline.batched(data.global_batch_size, collation_fn=data.collate, partial=False):
-        pass
+    batches = pipeline.batched(data.global_batch_size, collation_fn=data.collate, partial=False)
+    return sum(len(batch["pixels"]) for batch in batches)
 
 
-def ours(loader: Any) -> None:
-    for _ in loader:
-        pass
+def ours(loader: Any) -> int:
+    return sum(len(batch["pixels"]) for batch in loader)
 
 
 def _raise(error: Exception) -> None:
     raise error
 
 
-def by_turns(contestants: dict[str, Callable[[], None]], images: int, rounds: int) -> dict[str, list[float]]:
-    """Processor microseconds an image in each round, after one round to warm up."""
+def by_turns(contestants: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+    """Processor microseconds an image in each round, after one round to warm up; each returns its number of images."""
     cost: dict[str, list[float]] = {name: [] for name in contestants}
     for at, (name, work) in itertools.product(range(rounds + 1), contestants.items()):
         start = time.process_time()
-        work()
+        images = work()
         if at:
             cost[name].append((time.process_time() - start) / images * 1e6)
     return cost
@@ -167,7 +167,7 @@ def main() -> None:
     alone.setup("fit")
     images = [image_bytes(sample) for shard in shards for sample in stream(shard, _raise)]
     contestants = {
-        "tar bytes": partial(tar_bytes, shards),
+        "tar bytes": partial(tar_bytes, shards, len(images)),
         "tar members": partial(tar_members, shards),
         "decode + resize": partial(decode_and_resize, images, args.image_size),
         "decode + crop, ours": partial(decode_and_resize_as_we_do, images, alone.augment),
@@ -179,7 +179,7 @@ def main() -> None:
     print(f"{len(images)} images of {kib:.0f} KiB, to {args.image_size} px\n")
     if args.rounds:
         print("By turns in one process:\n")
-        print(*side_by_side(by_turns(contestants, len(images), args.rounds)), sep="\n", flush=True)
+        print(*side_by_side(by_turns(contestants, args.rounds)), sep="\n", flush=True)
     if args.batches:
         print()
         samples = args.batches * args.batch_size

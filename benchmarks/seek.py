@@ -93,6 +93,12 @@ class Ranges(SimpleHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    """With room for the connections of several readers: beyond the usual five, each would wait a second to connect."""
+
+    request_queue_size = 512
+
+
 def digests(batch: Any) -> list[str]:
     rows = zip(batch["key"], batch["ids"], batch["pixels"], strict=True)
     return [
@@ -122,7 +128,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     simulate(args.work, args.shards)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Ranges, directory=args.work))
+    server = Server(("127.0.0.1", 0), functools.partial(Ranges, directory=args.work))
     multiprocessing.get_context("fork").Process(target=server.serve_forever, daemon=True).start()
     rng, loaders = random.Random(0), {}
     names = f"{{000000..{args.shards - 1:06d}}}.tar"

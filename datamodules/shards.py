@@ -135,7 +135,7 @@ class ImageTextShards(LightningDataModule):
         self.shuffle, self.max_pixels, self.max_bad_share, self.seed = shuffle, max_pixels, max_bad_share, seed
         self.resample, self.train_samples, self.remote = resample, train_samples, remote
         self.augment = Augment(image_size, (crop_scale[0], crop_scale[1]), flip, max_pixels, color_jitter, grayscale)
-        self.collate = CollatePairs(Vocabulary(vocabulary), max_tokens)
+        self.collate = CollatePairs(Vocabulary(vocabulary).for_reading(), max_tokens)
         self._loader: TrainingLoader | None = None
         if workers:  # it imports while this process builds the model and looks at the shards
             start_server(*["torchvision.transforms.v2"] * bool(color_jitter or grayscale))

@@ -4,6 +4,7 @@ A BERT WordPiece vocabulary (30,522 pieces for bert-base-uncased). Some pieces c
 any stage (docs/paper.md): the special tokens and BERT's `[unusedN]` place holders, which name nothing.
 """
 
+import copy
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,6 @@ import torch
 from tokenizers import AddedToken
 from tokenizers.models import WordPiece
 from torch import Tensor
-from transformers import BertTokenizer
 
 from stair.errors import SettingError
 from stair.files import folder_or_hub_name, read_json
@@ -71,6 +71,8 @@ class Vocabulary:
     """
 
     def __init__(self, source: str | Path) -> None:
+        from transformers import BertTokenizer  # a second, which reading processes need not wait
+
         path = Path(source)
         if path.is_dir():
             self._tokenizer = _of_folder(path)
@@ -180,18 +182,26 @@ class Vocabulary:
         """The pieces with these ids."""
         return [self.tokens[i] for i in ids]
 
+    def for_reading(self) -> "Vocabulary":
+        """A copy that cannot be saved: a process that only makes ids does not import transformers for it."""
+        reader = copy.copy(self)
+        del reader._tokenizer
+        return reader
+
     def save(self, folder: Path) -> None:
         """Writes `vocab.txt` and the tokenizer's own files, from which `Vocabulary(folder)` is built again."""
         (folder / _FILE).write_text("\n".join(self.tokens) + "\n", encoding="utf-8")
         self._tokenizer.save_pretrained(str(folder))
 
 
-def _of_folder(folder: Path) -> BertTokenizer:
+def _of_folder(folder: Path) -> Any:
     """The tokenizer that a folder's files describe, as transformers would build it.
 
     Only plain values are taken from the files, and `vocab.txt` counts for the pieces: transformers would also open other
     files that they name.
     """
+    from transformers import BertTokenizer
+
     described, settings = _json(folder / _TOKENIZER), _json(folder / _SETTINGS)
     if not (folder / _FILE).is_file() and not described:
         raise FileNotFoundError(f"{folder} has neither {_FILE} nor {_TOKENIZER}; give a folder with one of them")
