@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+import torch
 import webdataset
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -35,6 +36,8 @@ _TRIES, _BROKEN = 200, 3  # samples, and shards that cannot be read, that are tr
 _GAP = 1 << 16  # bytes between members that are read along rather than by a second request
 _BLOCK = 512  # bytes of a tar's header
 
+# an entry of an index and the members by type, or why the shard cannot be read
+Sample = tuple[Entry, dict[str, bytes]] | OSError
 # a batch, how many samples were read for it, and what was skipped
 Made = tuple[Batch, int, list[Skip]]
 
@@ -133,88 +136,84 @@ class PairsByPlace(Dataset[Made | StairError]):
             The batch. Or an error that stops the run, as torch would change its class: a shard that was replaced, too many
             bad samples in a row.
         """
-        skips: list[Skip] = []
+        side, skips, pairs = self.make.augment.size, list[Skip](), list[Pair]()
+        pixels_B3SS = torch.empty(len(places), 3, side, side, dtype=torch.uint8)
         try:
-            found = self._read(places)
-            pairs = [self._made(place, sample, skips) for place, sample in zip(places, found, strict=True)]
-            rows = [pair or self._replacement(place, skips) for place, pair in zip(places, pairs, strict=True)]
+            for row, (place, sample) in enumerate(zip(places, self._read(places), strict=True)):
+                pair = self._made(place, sample, skips) or self._replacement(place, skips)
+                pixels_B3SS[row] = pair.pixels  # at once, so that the next image takes the memory of this one
+                pairs.append(replace(pair, pixels=pixels_B3SS[row], image_id=row))
         except StairError as error:
             return error
-        batch = self.make.collate([replace(pair, image_id=row) for row, pair in enumerate(rows)])
-        return batch, len(places), skips
+        return self.make.collate(pairs, pixels_B3SS), len(places), skips
 
     def _replacement(self, place: Place, skips: list[Skip]) -> Pair:
-        shards, tried, broken = self.streams[place.stream], 0, 0
         ignored: list[Skip] = []  # each is counted in its own place
-        for further in range(len(shards)):
-            shard = (place.shard + further) % len(shards)
-            count = shards[shard][2]
-            for row in range(count):
-                there = place._replace(shard=shard, row=(place.row + 1 + row) % count if not further else row)
+        broken = 0
+        for tried, (there, sample) in enumerate(self._others(place), 1):
+            if pair := self._made(there, sample, ignored):
+                return pair
+            broken += isinstance(sample, OSError)
+            if broken > _BROKEN or tried > _TRIES:
+                break
+        shard = self.streams[place.stream][place.shard][1]
+        raise FileError(
+            f"no good sample could be read in the place of a bad one of {shard}: {tried} were tried, {broken} of shards "
+            f"that cannot be read. The bad one: {skips[-1].reason}. The last tried: {ignored[-1].reason}, "
+            f"{ignored[-1].place}. Check the shards, or leave these out of data.train", shard,
+        )  # fmt: skip
+
+    def _others(self, place: Place) -> Iterator[tuple[Place, Sample]]:
+        """The samples after a place: of its shard, then of the next ones; a single one of a shard that cannot be read."""
+        table = self.streams[place.stream]
+        for further in range(len(table)):
+            shard, first = (place.shard + further) % len(table), 0 if further else place.row + 1
+            count = table[shard][2]
+            for row in range(first, first + count):
+                there = place._replace(shard=shard, row=row % count)
                 (sample,) = self._read([there])
-                if pair := self._made(there, sample, ignored):
-                    return pair
-                tried += 1
-                broken += isinstance(sample, OSError)
-                if broken > _BROKEN or tried > _TRIES:
-                    raise FileError(
-                        f"no good sample could be read in the place of a bad one of {shards[place.shard][1]}: {tried} were "
-                        f"tried, {broken} of shards that cannot be read. The bad one: {skips[0].reason}. The last tried: "
-                        f"{ignored[-1].reason}, {ignored[-1].place}. Check the shards, or leave these out of data.train",
-                        shards[place.shard][1],
-                    )
+                yield there, sample
                 if isinstance(sample, OSError):
                     break
-        raise FileError(f"no sample of {len(shards)} shards is good, the last: {ignored[-1:]}", shards[place.shard][1])
 
-    def _made(self, place: Place, sample: "tuple[Entry, dict[str, bytes]] | OSError", skips: list[Skip]) -> Pair | None:
+    def _made(self, place: Place, sample: Sample, skips: list[Skip]) -> Pair | None:
         name, shard, _ = self.streams[place.stream][place.shard]
         if isinstance(sample, OSError):
             skips.append(Skip(f"shard broken: {sample}", name, shard, shard, 1))
             return None
         return made(self.make, name, shard, *sample, seeded(self.seed, place.stream, place.position), skips)
 
-    def _read(self, places: Sequence[Place]) -> "list[tuple[Entry, dict[str, bytes]] | OSError]":
-        """The members of each sample, or why its shard cannot be read."""
-        results: list[Any] = [None] * len(places)
-        ranges, of = [], []
-        shards = [self.streams[place.stream][place.shard] for place in places]
-        self._open({shard: count for _, shard, count in shards})
-        opened = [self._indexes[shard] for _, shard, _ in shards]
-        prefetch(
-            [(each, place.row) for each, place in zip(opened, places, strict=True) if isinstance(each, ShardIndex)],
-            self._patience(shard for _, shard, _ in shards),
-        )
-        for i, (place, index, (_, shard, _)) in enumerate(zip(places, opened, shards, strict=True)):
-            try:
-                if isinstance(index, OSError):
-                    raise index
-                results[i] = entry = index[place.row]
-            except OSError as error:
-                results[i] = error
-                self._failed.add(shard)
-                self._indexes.pop(shard, None)  # tried again when it is due again
+    def _read(self, places: Sequence[Place]) -> Iterator[Sample]:
+        """The members of each sample, or why its shard cannot be read. What is not local is read at once."""
+        shards, counts = zip(*(self.streams[place.stream][place.shard][1:] for place in places), strict=True)
+        self._open(dict(zip(shards, counts, strict=True)))
+        indexes = [(self._indexes[shard], place.row) for shard, place in zip(shards, places, strict=True)]
+        prefetch(((index, row) for index, row in indexes if isinstance(index, ShardIndex)), self._patience(shards))
+        entries = [self._entry(shard, *at) for shard, at in zip(shards, indexes, strict=True)]
+        spans = [[] if isinstance(entry, OSError) else _spans(entry) for entry in entries]
+        ranges = [(shard, *span) for shard, parts in zip(shards, spans, strict=True) for span in parts]
+        read = read_ranges(ranges, self._patience(shard for shard, _, _ in ranges))
+        for shard, entry, parts in zip(shards, entries, spans, strict=True):
+            if isinstance(entry, OSError):
+                yield entry
                 continue
-            for start, stop in _spans(entry):
-                ranges.append((shard, start, stop))
-                of.append(i)
-        parts: dict[int, dict[int, bytes]] = {}
-        for i, (shard, start, stop), data in zip(
-            of, ranges, read_ranges(ranges, self._patience(shard for shard, _, _ in ranges)), strict=True
-        ):
-            if isinstance(data, OSError):
+            data = [next(read) for _ in parts]
+            if failed := [part for part in data if isinstance(part, OSError)]:
                 self._failed.add(shard)
-                results[i] = data
-            elif not isinstance(results[i], OSError):
-                self._failed.discard(shard)
-                if len(data) < stop - start:
-                    raise _changed(shard, results[i].key, f"it ends at byte {start + len(data)}")
-                parts.setdefault(i, {})[start] = data
-        for i, place in enumerate(places):
-            if isinstance(results[i], Entry):
-                shard = self.streams[place.stream][place.shard][1]
-                results[i] = results[i], _members(shard, results[i], parts.get(i, {}))
-        return results
+                yield failed[0]
+                continue
+            self._failed.discard(shard)
+            yield entry, _members(shard, entry, dict(zip(parts, data, strict=True)))
+
+    def _entry(self, shard: str, index: ShardIndex | OSError, row: int) -> Entry | OSError:
+        try:
+            if isinstance(index, OSError):
+                raise index
+            return index[row]
+        except OSError as error:
+            self._failed.add(shard)
+            self._indexes.pop(shard, None)  # opened again when it is due again
+            return error
 
     def _patience(self, shards: Iterable[str]) -> Remote:
         """Shards that failed are tried once a batch, not for minutes again."""
@@ -283,19 +282,21 @@ def _spans(entry: Entry) -> list[tuple[int, int]]:
     return spans
 
 
-def _members(shard: str, entry: Entry, parts: Mapping[int, bytes]) -> dict[str, bytes]:
+def _members(shard: str, entry: Entry, parts: Mapping[tuple[int, int], bytes]) -> dict[str, bytes]:
     """The bytes of a sample's members.
 
     Raises:
         FileError: if the index was made for another file: each member must follow a header with its name and length.
     """
     sample = {}
-    for start, data in parts.items():
-        inside = {kind: at for kind, at in entry.members.items() if start < at[0] <= start + len(data)}
+    for (start, stop), data in parts.items():
+        if len(data) < stop - start:
+            raise _changed(shard, entry.key, f"it ends at byte {start + len(data)}")
+        inside = {kind: at for kind, at in entry.members.items() if start < at[0] <= stop}
         kind, (offset, length) = min(inside.items(), key=lambda member: member[1])
         if not _is_header(data[:_BLOCK], f"{entry.key}.{kind}", length):
             raise _changed(shard, entry.key, f"there is no header of it at byte {offset - _BLOCK}")
-        sample |= {kind: data[offset - start :][:length] for kind, (offset, length) in inside.items()}
+        sample |= {kind: data[at - start : at - start + length] for kind, (at, length) in inside.items()}
     return sample
 
 

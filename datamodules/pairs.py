@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.utils.data import DistributedSampler, default_collate
 
 from datamodules.workers import ReadingLoader
@@ -37,12 +38,17 @@ class CollatePairs:
     vocabulary: Vocabulary
     max_tokens: int
 
-    def __call__(self, pairs: list[Pair]) -> Batch:
-        """The batch of these pairs."""
+    def __call__(self, pairs: list[Pair], pixels: Tensor | None = None) -> Batch:
+        """The batch of these pairs.
+
+        Args:
+            pairs: B of them.
+            pixels: (B, 3, S, S) uint8, theirs, where they lie together already.
+        """
         encoded = self.vocabulary.encode([text for pair in pairs for text in pair.captions])
         ids_CT, mask_CT = self.vocabulary.pad(encoded, self.max_tokens)
         return Batch(
-            pixels=default_collate([pair.pixels for pair in pairs]),  # in a reading process, into shared memory
+            pixels=default_collate([pair.pixels for pair in pairs]) if pixels is None else pixels,
             ids=ids_CT,
             mask=mask_CT,
             cut=torch.tensor([len(ids) > self.max_tokens for ids in encoded], dtype=torch.bool),

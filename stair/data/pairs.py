@@ -182,8 +182,10 @@ def read_entry(entry: Entry, remote: Remote = LOCAL) -> dict[str, bytes]:
     Raises:
         OSError: if they cannot be read.
     """
-    parts = read_ranges([(entry.path, start, start + length) for start, length in entry.members.values()], remote)
-    for part in parts:
+    ranges = [(entry.path, start, start + length) for start, length in entry.members.values()]
+    sample = {}
+    for kind, part in zip(entry.members, read_ranges(ranges, remote), strict=True):
         if isinstance(part, OSError):
             raise part
-    return dict(zip(entry.members, parts, strict=True))  # type: ignore[arg-type]
+        sample[kind] = part
+    return sample

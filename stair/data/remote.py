@@ -26,7 +26,7 @@ from stair.files import lock
 logger = logging.getLogger(__name__)
 
 BUFFER = 1 << 20  # bytes
-_BLOCK, _SMALL_BLOCK = 1 << 23, 1 << 18  # bytes of a request where a shard is read from front to end
+_PART, _PARTS = 1 << 20, 8  # bytes of a request where a shard is read from front to end, and requests at once
 _SMALL = 1 << 28  # bytes of an index: a million shards have a tenth of it
 _AT_ONCE = 32  # requests of a process under way
 _PAUSE = 0.5  # seconds before the second try; doubled each time
@@ -90,65 +90,66 @@ def is_remote(shard: str) -> bool:
     return "://" in shard or shard.startswith("pipe:")
 
 
-def read_ranges(ranges: Sequence[Range], remote: Remote) -> list[bytes | OSError]:
-    """Reads parts of files, those that are not local at the same time.
+def read_ranges(ranges: Sequence[Range], remote: Remote) -> Iterator[bytes | OSError]:
+    """Reads parts of files: those that are not local at the same time, local ones when they are taken.
 
     Args:
         ranges: path or URL, first byte, and the byte behind the last.
         remote: time-out, retries and cache.
 
-    Returns:
+    Yields:
         The bytes of each, fewer where the file ends; or why they cannot be read.
     """
-    results: list[bytes | OSError] = [b""] * len(ranges)
-    far = []
-    for i, (path, start, stop) in enumerate(ranges):
+    far = iter(_fetched([each for each in ranges if is_remote(each[0]) and not remote.cache], remote))
+    for path, start, stop in ranges:
         if is_remote(path) and not remote.cache:
-            far.append(i)
+            yield next(far)
             continue
         try:
             with local_copy(path, remote) if is_remote(path) else open(path, "rb", buffering=0) as file:
-                results[i] = os.pread(file.fileno(), stop - start, start)
+                yield os.pread(file.fileno(), stop - start, start)
         except OSError as error:
-            results[i] = error
-    for attempt in range(remote.retries + 1):
-        for i, result in zip(far, _fetched([ranges[i] for i in far], remote), strict=True):
-            results[i] = result
-        far = [i for i in far if isinstance(results[i], OSError) and not isinstance(results[i], LastingError)]
-        if not far or attempt == remote.retries:
+            yield error
+
+
+def _fetched(ranges: Sequence[Range], remote: Remote) -> list[bytes | OSError]:
+    """Ranges from afar, each tried again after a failure that may pass."""
+    results = _tried(ranges, remote)
+    for attempt in range(remote.retries):
+        due = [i for i, result in enumerate(results) if _may_pass(result)]
+        if not due:
             break
-        logger.info("%s, try %d: %s", ranges[far[0]][0], attempt + 1, results[far[0]])
-        _pause(attempt)
-    for i in far:
-        results[i] = _given_up(*ranges[i][:2], remote, results[i])
+        logger.info("%s, try %d: %s", ranges[due[0]][0], attempt + 1, results[due[0]])
+        time.sleep(min(_PAUSE * 2**attempt, _LONGEST_PAUSE))
+        for i, result in zip(due, _tried([ranges[i] for i in due], remote), strict=True):
+            results[i] = result
+    for i, ((url, start, _), result) in enumerate(zip(ranges, results, strict=True)):
+        if isinstance(result, OSError) and _may_pass(result):
+            tries = remote.retries + 1
+            results[i] = OSError(f"{url} cannot be read at byte {start}, tried {tries} times: {result}")
     return results
 
 
-def _pause(attempt: int) -> None:
-    time.sleep(min(_PAUSE * 2**attempt, _LONGEST_PAUSE))
+def _may_pass(result: bytes | OSError) -> bool:
+    return isinstance(result, OSError) and not isinstance(result, LastingError)
 
 
-def _given_up(url: str, start: int, remote: Remote, cause: object) -> OSError:
-    return OSError(f"{url} cannot be read at byte {start}, tried {remote.retries + 1} times: {cause}")
-
-
-def _fetched(ranges: list[Range], remote: Remote) -> Iterator[bytes | OSError]:
+def _tried(ranges: Sequence[Range], remote: Remote) -> list[bytes | OSError]:
     """One try of each."""
-    found: dict[int, Any] = {}
-    by_system: dict[int, tuple[Any, list[int]]] = {}
-    paths = [""] * len(ranges)
-    for i, (url, _, _) in enumerate(ranges):
+    found: list[Any] = [None] * len(ranges)
+    by_system: dict[int, tuple[Any, dict[int, Range]]] = {}
+    for i, (url, start, stop) in enumerate(ranges):
         try:
-            files, paths[i] = _system(url, remote)
-            by_system.setdefault(id(files), (files, []))[1].append(i)
+            files, path = _system(url, remote)
+            by_system.setdefault(id(files), (files, {}))[1][i] = path, start, stop
         except OSError as error:
             found[i] = error
     for files, which in by_system.values():
         more = {"batch_size": _AT_ONCE} if files.async_impl else {}
-        spans = ([paths[i] for i in which], [ranges[i][1] for i in which], [ranges[i][2] for i in which])
-        found |= zip(which, files.cat_ranges(*spans, on_error="return", **more), strict=True)
-    for i, (url, _, _) in enumerate(ranges):
-        yield _as_os_error(url, found[i]) if isinstance(found[i], Exception) else found[i]
+        spans = map(list, zip(*which.values(), strict=True))
+        for i, result in zip(which, files.cat_ranges(*spans, on_error="return", **more), strict=True):
+            found[i] = _as_os_error(ranges[i][0], result) if isinstance(result, Exception) else result
+    return found
 
 
 def _system(url: str, remote: Remote) -> tuple[Any, str]:
@@ -280,40 +281,38 @@ def read_small(url: str, remote: Remote) -> bytes | None:
 
 
 class _Blocks(io.RawIOBase):
-    """A remote file, read a block at a time."""
+    """A remote file, read by small parts, which arrive over a connection that breaks off often too.
+
+    One part at first, since a server without `Range` is noticed by it; then several at once.
+    """
 
     def __init__(self, url: str, remote: Remote) -> None:
-        self._url, self._remote = url, remote
-        self._at = self._start = 0
-        self._block = self._read(0)
+        self._url, self._remote, self._next = url, remote, 0
+        self._data = memoryview(self._read(1))
 
-    def _read(self, start: int) -> bytes:
-        (data,) = read_ranges([(self._url, start, start + _BLOCK)], replace(self._remote, retries=0))
-        if isinstance(data, OSError) and not isinstance(data, LastingError):
-            # over a connection that breaks off often, small parts arrive
-            few = range(start, start + _BLOCK, _SMALL_BLOCK)
-            parts = read_ranges([(self._url, at, at + _SMALL_BLOCK) for at in few], self._remote)
-            failed = next((i for i, part in enumerate(parts) if isinstance(part, OSError)), len(parts))
-            ended = 0 < failed < len(parts) and isinstance(parts[failed], LastingError)  # 416: behind the end
-            data = b"".join(parts[:failed]) if failed == len(parts) or ended else parts[failed]  # type: ignore[arg-type]
-        if isinstance(data, OSError):
-            raise data
+    def _read(self, count: int) -> bytes:
+        starts = range(self._next, self._next + count * _PART, _PART)
+        data = b""
+        for part in read_ranges([(self._url, start, start + _PART) for start in starts], self._remote):
+            if isinstance(part, OSError):
+                if self._next and isinstance(part, LastingError):  # 416: the file ended with the part before
+                    break
+                raise part
+            data += part
+            self._next += len(part)
+            if len(part) < _PART:
+                break
         return data
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self._at == self._start + _BLOCK:  # a shorter block is the last one
-            self._start = self._at
-            try:
-                self._block = self._read(self._at)
-            except LastingError:  # 416: the file ended with the block before
-                self._block = b""
-        data = self._block[self._at - self._start :][: len(buffer)]
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+        if not self._data and self._next % _PART == 0:  # a shorter part is the last one
+            self._data = memoryview(self._read(_PARTS))
+        count = min(len(self._data), len(buffer))
+        buffer[:count], self._data = self._data[:count], self._data[count:]
+        return count
 
 
 class Command(io.RawIOBase):
@@ -418,11 +417,9 @@ def _fetch(url: str, target: Path, remote: Remote) -> None:
     with open_shard(url, replace(remote, cache=None)) as source, open(target, "wb") as file:
         while True:
             try:
-                block = source.read(_BLOCK)
-            except OSError:
-                raise
+                block = source.read(_PARTS * _PART)
             except Exception as error:
-                raise _as_os_error(url, error) from error
+                raise error if isinstance(error, OSError) else _as_os_error(url, error) from error
             if not block:
                 return
             try:

@@ -2,7 +2,7 @@
 
 The file holds two numpy arrays, one behind the other, without pickle: [format, size of the shard in bytes], then one
 record a sample: its key, and offset and length in bytes of each member by type (length 0: no such member). A shard with
-bad names has the fields `problem` and `warning` too. A record is read alone, so an index costs nothing until it is used.
+bad names has the fields `problem` and `warning` too. Records are read by pages, so an index costs nothing until it is used.
 """
 
 import hashlib
@@ -35,9 +35,11 @@ MANIFEST, MANIFEST_FORMAT = "index.json", 1
 _LONGEST_TEXT = 250  # bytes of a key or a note
 _HEADER = 2048  # bytes that hold the headers of both arrays; types of members are few
 _PAGES = 8  # of an index that are kept: a window of shuffling has a few
-_PAGE = 1024  # records that are fetched together from afar
+_PAGE = 1024  # records that are read together
 _IN_PARALLEL = 1 << 31  # bytes of shards from which on processes are started to index them
 _NOTES = ("problem", "warning")
+_TEXTS = ("key", *_NOTES)
+_REMEDY = "delete it, or write it again with `stair doctor SHARDS --write_index`"
 
 Rows = NDArray[Any]  # one record a sample
 
@@ -91,7 +93,7 @@ def build(path: Path | str) -> Rows:
 def _records(entries: Sequence[Entry]) -> Rows:
     texts = {
         name: [getattr(entry, name).encode(errors="surrogateescape")[:_LONGEST_TEXT] for entry in entries]
-        for name in ("key", *_NOTES)
+        for name in _TEXTS
     }
     kinds = sorted({kind for entry in entries for kind in entry.members})
     fields: list[Any] = [(name, f"S{max(map(len, found))}") for name, found in texts.items() if any(found)]
@@ -131,31 +133,27 @@ def write(path: Path | str, rows: Rows, size: int) -> None:
 
 
 class ShardIndex:
-    """The samples of a shard, read one by one.
+    """The samples of a shard, whose records are read by pages.
 
     Args:
         shard: path or URL, for messages.
-        rows: records, or None if they are fetched from `path`.
         path: of the index file.
         remote: how to read it from afar.
-        header: the beginning of the file, where it was read already.
+        header: the beginning of the file.
+        rows: all records, instead of a file.
 
     Raises:
         FileError: if the file is no index, or of another version.
-        OSError: if it cannot be read.
     """
 
-    def __init__(
-        self, shard: str, path: str, remote: Remote, rows: Rows | None = None, header: bytes | None = None
-    ) -> None:
+    def __init__(self, shard: str, path: str, remote: Remote, header: bytes = b"", rows: Rows | None = None) -> None:
         self.shard, self.size, self._path, self._remote = shard, -1, path, remote
-        self._pages: dict[int, Rows | OSError] = {}
+        self._page, self._pages = _PAGE, dict[int, Rows | OSError]()
         if rows is not None:
-            self._rows: Rows | None = rows
-            self._length = len(rows)
+            self._length = self._page = len(rows)
+            self._pages[0] = rows
             return
-        self._rows = None
-        start = io.BytesIO(_content(path, 0, _HEADER, remote) if header is None else header)
+        start = io.BytesIO(header)
         try:
             version, self.size = np.load(start, allow_pickle=False).tolist()
             if version != FORMAT:
@@ -165,12 +163,6 @@ class ShardIndex:
         except (ValueError, TypeError, EOFError) as error:
             raise FileError(f"{path} is no index of a shard ({error}): {_REMEDY}", path) from error
         self._start = start.tell()
-        if not is_remote(path):
-            try:
-                if self._length:  # nothing of an empty one can be mapped
-                    self._rows = np.memmap(path, self._type, "r", self._start, (self._length,))
-            except ValueError as error:
-                raise FileError(f"{path} is cut short ({error}): {_REMEDY}", path) from error
 
     def __len__(self) -> int:
         return self._length
@@ -179,99 +171,101 @@ class ShardIndex:
         """The sample of a row.
 
         Raises:
+            FileError: if the index is cut short.
             OSError: if the record cannot be read.
         """
-        record = self._rows[row] if self._rows is not None else self._fetched(row)
-        values = dict(zip(record.dtype.names, record.item(), strict=True))
+        if not 0 <= row < self._length:
+            raise IndexError(row)
+        prefetch([(self, row)], self._remote)
+        records = self._pages[row // self._page]
+        if isinstance(records, OSError):
+            raise records
+        values = dict(zip(records.dtype.names or (), records[row % self._page].item(), strict=True))
         texts = {name: values.pop(name).decode(errors="surrogateescape") for name in _TEXTS if name in values}
         return Entry(texts.pop("key", ""), {kind: place for kind, place in values.items() if place[0]}, **texts)
 
-    def _fetched(self, row: int) -> Any:
-        if row // _PAGE not in self._pages:
-            prefetch([(self, row)], self._remote)
-        page = self._pages[row // _PAGE]
-        if isinstance(page, OSError):
-            raise page
-        return page[row % _PAGE]
+    def _range(self, page: int) -> tuple[str, int, int]:
+        first, last = page * self._page, min((page + 1) * self._page, self._length)
+        return self._path, self._start + first * self._type.itemsize, self._start + last * self._type.itemsize
 
 
 def prefetch(rows: Iterable[tuple[ShardIndex, int]], remote: Remote) -> None:
-    """Reads the records of rows from afar at once. What cannot be read is an error when it is used."""
-    lacking = {(id(index), row // _PAGE): (index, row // _PAGE) for index, row in rows if index._rows is None}
-    pages = [(index, page) for index, page in lacking.values() if page not in index._pages]
-    ranges = []
-    for index, page in pages:
-        width, stop = index._type.itemsize, min((page + 1) * _PAGE, len(index))
-        ranges.append((index._path, index._start + page * _PAGE * width, index._start + stop * width))
-    for (index, page), data in zip(pages, read_ranges(ranges, remote), strict=True):
+    """Reads the records of rows, those from afar at once. What cannot be read is an error when it is used.
+
+    Raises:
+        FileError: if an index is cut short.
+    """
+    pages = {(id(index), row // index._page): (index, row // index._page) for index, row in rows}
+    lacking = [(index, page) for index, page in pages.values() if page not in index._pages]
+    ranges = [index._range(page) for index, page in lacking]
+    for (index, page), (path, start, stop), data in zip(lacking, ranges, read_ranges(ranges, remote), strict=True):
+        if not isinstance(data, OSError) and len(data) < stop - start:
+            raise FileError(f"{path} is cut short: {_REMEDY}", path)
         while len(index._pages) >= _PAGES:
             del index._pages[next(iter(index._pages))]
         index._pages[page] = data if isinstance(data, OSError) else np.frombuffer(data, index._type)
 
 
 def open_indexes(shards: Iterable[str], remote: Remote) -> dict[str, ShardIndex | OSError]:
-    """As `open_index`, those of remote shards at once; or why one cannot be read.
+    """The index of each shard: the file beside it or in the user's cache, else made now. Or why it cannot be read.
+
+    Args:
+        shards: paths and URLs; the indexes of the latter are read at once.
+        remote: how to read what is not local. With a cache, a remote shard without an index is indexed in its copy.
 
     Raises:
-        FileError: if an index is of another file.
+        FileError: if an index is damaged or of another file.
     """
     found: dict[str, ShardIndex | OSError] = {}
-    far = [shard for shard in dict.fromkeys(shards) if is_remote(shard) and not remote.cache]
-    headers = read_ranges([(shard + SUFFIX, 0, _HEADER) for shard in far], remote)
-    for shard, header in zip(far, headers, strict=True):
-        if isinstance(header, OSError):
-            found[shard] = header
-        else:
-            found[shard] = ShardIndex(shard, shard + SUFFIX, remote, header=header)
-    for shard in shards:
+    paths = {shard: _index_path(shard) for shard in shards}
+    headers = read_ranges([(path, 0, _HEADER) for path in paths.values()], remote)
+    for (shard, path), header in zip(paths.items(), headers, strict=True):
         try:
-            found[shard] = found[shard] if shard in found else open_index(shard, remote)
+            found[shard] = _opened(shard, path, header, remote)
         except OSError as error:
             found[shard] = error
     return found
 
 
-_TEXTS = ("key", *_NOTES)
-_REMEDY = "delete it, or write it again with `stair doctor SHARDS --write_index`"
-
-
-def _content(path: str, start: int, stop: int, remote: Remote) -> bytes:
-    (data,) = read_ranges([(path, start, stop)], remote)
-    if isinstance(data, Exception):
-        raise data
-    return data
+def _opened(shard: str, path: str, header: bytes | OSError, remote: Remote) -> ShardIndex:
+    far = is_remote(shard)
+    if far and remote.cache and isinstance(header, LastingError):
+        with local_copy(shard, remote) as copy:
+            return open_index(copy.name, remote)
+    size = 0 if far else os.stat(shard).st_size
+    if not far and isinstance(header, FileNotFoundError):
+        return ShardIndex(shard, "", remote, rows=_indexed(shard)[0])
+    if isinstance(header, OSError):
+        raise header
+    index = ShardIndex(shard, path, remote, header)
+    if not far and index.size != size:
+        raise FileError(
+            f"{shard} has {size} bytes, and {path} was made for a file of {index.size} bytes: {_REMEDY}", shard
+        )
+    return index
 
 
 def open_index(shard: str, remote: Remote) -> ShardIndex:
-    """The index of a shard: the file beside it or in the user's cache, else made now.
-
-    Args:
-        shard: path or URL.
-        remote: how to read what is not local. With a cache, a remote shard without an index is indexed in its copy.
+    """As `open_indexes`, of one shard.
 
     Raises:
-        FileError: if the index is of another file.
+        FileError: if the index is damaged or of another file.
         OSError: if shard or index cannot be read.
     """
-    if is_remote(shard):
-        if not remote.cache:
-            return ShardIndex(shard, shard + SUFFIX, remote)
-        try:
-            with local_copy(shard + SUFFIX, remote) as copy:
-                return ShardIndex(shard, copy.name, remote)
-        except LastingError:
-            with local_copy(shard, remote) as copy:
-                return open_index(copy.name, remote)
-    size = os.stat(shard).st_size
-    for path in (shard + SUFFIX, _cached(shard)):
-        if os.path.exists(path):
-            index = ShardIndex(shard, path, remote)
-            if index.size != size:
-                raise FileError(
-                    f"{shard} has {size} bytes, and {path} was made for a file of {index.size} bytes: {_REMEDY}", shard
-                )
-            return index
-    return ShardIndex(shard, "", remote, _indexed(shard)[0])
+    (index,) = open_indexes([shard], remote).values()
+    if isinstance(index, OSError):
+        raise index
+    return index
+
+
+def _index_path(shard: str) -> str:
+    beside = shard + SUFFIX
+    if is_remote(shard) or os.path.exists(beside):
+        return beside
+    try:
+        return _cached(shard)
+    except OSError:  # the shard is gone, which opening it says
+        return beside
 
 
 def _cached(shard: str) -> str:
@@ -336,30 +330,27 @@ def sizes(shards: Sequence[str], remote: Remote, processes: int) -> dict[str, tu
                 f"{shard} holds {count} samples, {_folder(shard)}/{MANIFEST} says {entry[0]}: {_REMEDY}", shard
             )
     found |= {s: (entry[0], "") for s, entry in entries.items() if entry and s not in found}
-    found |= {s: (len(open_index(s, remote)), "") for s in local if s not in found}
-    found |= _far([s for s in entries if s not in found], remote)
+    found |= _counted([s for s in entries if s not in found], replace(remote, cache=None))
     return {s: (count, problem or ("" if count else f"{s} holds no sample")) for s, (count, problem) in found.items()}
 
 
-def _far(shards: list[str], remote: Remote) -> dict[str, tuple[int, str]]:
-    """Sizes of remote shards by the headers of their indexes."""
+def _counted(shards: list[str], remote: Remote) -> dict[str, tuple[int, str]]:
+    """Sizes of shards by the headers of their indexes."""
     found = {}
-    remote = replace(remote, cache=None)
-    headers = read_ranges([(shard + SUFFIX, 0, _HEADER) for shard in shards], remote)
-    for shard, header in zip(shards, headers, strict=True):
-        if isinstance(header, LastingError):
+    for shard, index in open_indexes(shards, remote).items():
+        if isinstance(index, LastingError):
             (there,) = read_ranges([(shard, 0, 1)], remote)
             if isinstance(there, OSError):
                 raise there
             raise FileError(
                 f"{shard} has no index: neither {MANIFEST} nor {_name(shard)}{SUFFIX} beside it states its samples "
-                f"({header}). Write both with `stair doctor SHARDS --write_index` where the shards are local, and copy "
+                f"({index}). Write both with `stair doctor SHARDS --write_index` where the shards are local, and copy "
                 "them beside the shards; or read shards from front to end with data.resample: true and data.train_samples",
                 shard,
             )
-        if isinstance(header, OSError):
-            raise header
-        found[shard] = len(ShardIndex(shard, shard + SUFFIX, remote, header=header)), ""
+        if isinstance(index, OSError):
+            raise index
+        found[shard] = len(index), ""
     return found
 
 
