@@ -21,7 +21,7 @@ from stair.data import remote as sources
 from stair.data import shard_index
 from stair.data.pairs import EvaluationPairs
 from stair.data.remote import LastingError, NoRangeError, Remote, open_shard, read_ranges
-from stair.data.shard_index import ShardIndex, build, open_index, sizes, write
+from stair.data.shard_index import build, open_index, sizes, write
 from stair.errors import FileError, SettingError
 from tests.test_resume_data import take
 from tests.test_shards import digest, keys, loader, picture, shards, write_shards, write_words
@@ -453,7 +453,7 @@ def test_an_index_says_where_each_member_of_each_sample_lies(tmp_path):
     rows = build(path)
     assert rows.dtype.itemsize <= 40
     write(f"{path}.idx", rows, path.stat().st_size)
-    index = ShardIndex(str(path), f"{path}.idx", QUICK)
+    index = open_index(str(path), QUICK)
     data = path.read_bytes()
     assert len(index) == 5 and index.size == len(data)
     for n, entry in enumerate(index):
