@@ -70,8 +70,9 @@ def test_a_loader_goes_on_after_any_step_as_if_nothing_had_happened(tmp_path, vo
         assert take(second, 14 - stop) == whole[stop:], stop
 
 
-def takes_and_dies(told, make, steps: int, state) -> None:
-    forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None  # that of the test's own process
+def takes_and_dies(told, server, make, steps: int, state) -> None:
+    vars(forkserver._forkserver).update(server)  # that of the test's own process, which has made its imports
+    forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None
     data = loader(*make[0], **make[1])
     if state:
         data.load_state_dict(state)
@@ -87,6 +88,7 @@ def test_readers_that_are_killed_at_random_steps_lose_and_repeat_nothing(tmp_pat
     spec, options = form(tmp_path, **FORMS["mixture"])
     rng = random.Random(workers + ranks)
     start_server()
+    server = dict(vars(forkserver._forkserver))
     for rank in range(ranks):
         found, state = [], None
         whole = take(loader(spec, vocab, rank, ranks, **options), 9)
@@ -96,7 +98,7 @@ def test_readers_that_are_killed_at_random_steps_lose_and_repeat_nothing(tmp_pat
             make = (spec, vocab, rank, ranks), {**options, "workers": workers}
             # its workers have read ahead of what it was handed
             context = multiprocessing.get_context("fork")
-            process = context.Process(target=takes_and_dies, args=(told, make, steps, state))
+            process = context.Process(target=takes_and_dies, args=(told, server, make, steps, state))
             process.start()
             told.close()
             more, state = heard.recv()

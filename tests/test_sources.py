@@ -4,7 +4,9 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -415,8 +417,9 @@ def test_copies_are_fetched_once_kept_within_their_limit_and_used_longest_ago_go
     assert read(2) and held() <= 2.5 * size  # room is made by shard 1, which was used longest ago
     assert [read(i) for i in (0, 1)] == [False, True]
     small = Remote(timeout=20, retries=4, cache=str(tmp_path / "small"), cache_gib=0.5 * size / 2**30)
-    with pytest.raises(OSError, match=r"larger than data.remote.cache_gib"):
+    with pytest.raises(SettingError) as refused:
         open_shard(urls[0], small)
+    assert refused.value.setting == "data.remote.cache_gib"
     assert not list((tmp_path / "small").glob("*.copy")) and not list((tmp_path / "small").glob("*.part"))
 
 
@@ -431,9 +434,38 @@ def test_training_on_copies_needs_no_index_beside_the_shards(tmp_path, vocab, se
 
 def test_a_folder_that_cannot_hold_copies_is_an_error_before_anything_is_read(tmp_path, vocab):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingError) as refused:
-        loader("http://nowhere/0.tar", vocab, remote=Remote(cache=str(tmp_path / "file")))
+    for folder in (str(tmp_path / "file"), "/proc/nothing/can/be/made"):
+        with pytest.raises(SettingError, match=folder) as refused:
+            loader("http://nowhere/0.tar", vocab, remote=Remote(cache=folder))
+        assert refused.value.setting == "data.remote.cache"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_is_full_of_copies_stops_the_run_and_leaves_no_part(tmp_path, vocab, server, workers):
+    indexed(tmp_path / "served", [60])
+    remote = Remote(timeout=20, retries=1, cache=str(tmp_path / "cache"))
+    data = loader(server.url("good", "train-0000.tar"), vocab, remote=remote, workers=workers)
+    shutil.rmtree(tmp_path / "cache")  # copies of the checks before the first step
+    size = (tmp_path / "served" / "train-0000.tar").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if workers:  # whose process this one cannot limit
+        data._loader.worker_init_fn = limit_files
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+    try:
+        with pytest.raises(SettingError, match=f"{tmp_path}/cache.*free space") as refused:
+            next(iter(data))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
     assert refused.value.setting == "data.remote.cache"
+    assert not list((tmp_path / "cache").glob("*train-0000.tar.copy")) and not list((tmp_path / "cache").glob("*.part"))
+
+
+def limit_files(worker: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, 1 << 15))
 
 
 def test_settings_out_of_range_are_errors_by_name(vocab):
@@ -527,15 +559,28 @@ def test_an_index_of_another_file_is_an_error_with_path_and_remedy(tmp_path, voc
     assert refused.value.path == shard
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_that_is_replaced_during_a_run_stops_it(tmp_path, vocab, workers):
-    spec = write_shards(tmp_path, [40])
-    batches = iter(loader(spec, vocab, workers=workers))
+@pytest.mark.parametrize("new", [lambda data: data[2_560:] + bytes(2_560), lambda data: data[:5_000]])
+@pytest.mark.parametrize("place", ["here", "in a reader", "far away"])
+def test_a_shard_that_is_replaced_during_a_run_stops_it(tmp_path, vocab, server, place, new):
+    spec = indexed(tmp_path / "served", [40])
+    spec = server.url("good", "train-0000.tar") if place == "far away" else spec
+    batches = iter(loader(spec, vocab, workers=place == "in a reader", remote=QUICK))
     next(batches)
-    data = (tmp_path / "train-0000.tar").read_bytes()
-    (tmp_path / "train-0000.tar").write_bytes(data[2_560:] + bytes(2_560))
-    with pytest.raises(FileError, match="is not the file that its index describes"):
+    shard = tmp_path / "served" / "train-0000.tar"
+    shard.write_bytes(new(shard.read_bytes()))
+    with pytest.raises(FileError, match=r"is not the file that its index describes.*write_index") as refused:
         list(batches)
+    assert refused.value.path.name == "train-0000.tar"
+
+
+@pytest.mark.parametrize("same_size", [False, True])
+def test_an_index_of_another_shard_far_away_stops_the_run(tmp_path, vocab, server, same_size):
+    folder = tmp_path / "served"
+    indexed(folder, [8, 8 if same_size else 9])
+    shutil.copy(folder / "train-0001.tar.idx", folder / "train-0000.tar.idx")
+    with pytest.raises(FileError, match=r"write_index") as refused:
+        list(loader(server.url("good", "train-0000.tar"), vocab, remote=QUICK))
+    assert refused.value.path.name == "train-0000.tar"
 
 
 def test_a_manifest_of_other_files_is_an_error_and_one_of_another_tool_is_not_ours(tmp_path, vocab):

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -32,7 +32,8 @@ _AT_ONCE = 32  # requests of a process under way
 _PAUSE = 0.5  # seconds before the second try; doubled each time
 _LONGEST_PAUSE = 30.0
 _FIRST_TIMEOUT, _FIRST_RETRIES = 10.0, 3  # before a run has begun, a user waits for the answer
-_LASTING = (400, 401, 403, 404, 405, 410, 416)  # statuses for which another try would get the same answer
+_LASTING = (400, 401, 403, 404, 405, 410)  # statuses for which another try would get the same answer
+_BEHIND_END = 416
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 Range = tuple[str, int, int]  # path or URL, first byte, and the byte behind the last
@@ -148,7 +149,10 @@ def _tried(ranges: Sequence[Range], remote: Remote) -> list[bytes | OSError]:
         more = {"batch_size": _AT_ONCE} if files.async_impl else {}
         spans = map(list, zip(*which.values(), strict=True))
         for i, result in zip(which, files.cat_ranges(*spans, on_error="return", **more), strict=True):
-            found[i] = _as_os_error(ranges[i][0], result) if isinstance(result, Exception) else result
+            if getattr(result, "status", None) == _BEHIND_END:
+                found[i] = b""
+            else:
+                found[i] = _as_os_error(ranges[i][0], result) if isinstance(result, Exception) else result
     return found
 
 
@@ -295,8 +299,6 @@ class _Blocks(io.RawIOBase):
         data = b""
         for part in read_ranges([(self._url, start, start + _PART) for start in starts], self._remote):
             if isinstance(part, OSError):
-                if self._next and isinstance(part, LastingError):  # 416: the file ended with the part before
-                    break
                 raise part
             data += part
             self._next += len(part)
@@ -379,35 +381,45 @@ def check_cache(remote: Remote) -> None:
         SettingError: if nothing can be written there.
     """
     if remote.cache:
-        try:
-            os.makedirs(remote.cache, exist_ok=True)
-            with lock(Path(remote.cache) / "room.lock", wait=True):
-                pass
-        except OSError as error:
-            raise SettingError(
-                f"remote.cache={remote.cache!r} cannot hold copies ({error}): give a folder that can be written to and has "
-                "file locks, or null for no copies", "data.remote.cache",
-            ) from error  # fmt: skip
+        with _names_cache(remote.cache), lock(Path(remote.cache) / "room.lock", wait=True):
+            pass
+
+
+@contextmanager
+def _names_cache(folder: str) -> Iterator[None]:
+    """Makes errors of this machine's files, which have a number, those of the setting."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise SettingError(
+            f"data.remote.cache={folder!r} cannot hold copies ({error}): free space there, lower data.remote.cache_gib, "
+            "give a folder that can be written to, or null for no copies", "data.remote.cache",
+        ) from error  # fmt: skip
 
 
 def local_copy(url: str, remote: Remote) -> BinaryIO:
     """Opens the local copy of a remote file, fetched whole if need be, once for all processes.
 
     Raises:
-        OSError: if it cannot be fetched, or there is no room for it.
+        OSError: if it cannot be fetched.
+        SettingError: if there is no room for it, or no permission.
     """
     assert remote.cache
     folder, mark = Path(remote.cache), hashlib.sha256(url.encode()).hexdigest()[:24]
     copy = folder / f"{mark}-{PurePosixPath(url.partition('?')[0]).name[-80:]}.copy"
-    with lock(folder / f"{mark}.lock", wait=True):
+    with _names_cache(remote.cache):
         if not copy.exists():
-            fresh = folder / f"{mark}.part"  # of a process that was killed, too: nobody else fetches this now
-            try:
-                _fetch(url, fresh, remote)
-                _make_room(folder, int(remote.cache_gib * 2**30), fresh)
-                fresh.replace(copy)
-            finally:
-                fresh.unlink(missing_ok=True)
+            with lock(folder / f"{mark}.lock", wait=True):
+                if not copy.exists():
+                    fresh = folder / f"{mark}.part"  # of a process that was killed, too: nobody else fetches this now
+                    try:
+                        _fetch(url, fresh, remote)
+                        _make_room(folder, int(remote.cache_gib * 2**30), fresh)
+                        fresh.replace(copy)
+                    finally:
+                        fresh.unlink(missing_ok=True)
         file = open(copy, "rb")  # noqa: SIM115 - the caller's, who keeps it when the copy is deleted
         os.utime(file.fileno())
         return file
@@ -419,20 +431,20 @@ def _fetch(url: str, target: Path, remote: Remote) -> None:
             try:
                 block = source.read(_PARTS * _PART)
             except Exception as error:
-                raise error if isinstance(error, OSError) else _as_os_error(url, error) from error
+                raise _as_os_error(url, error) from error
             if not block:
                 return
-            try:
-                file.write(block)
-            except OSError as error:
-                raise OSError(f"data.remote.cache={remote.cache!r} cannot hold a copy of {url}: {error}") from error
+            file.write(block)
 
 
 def _make_room(folder: Path, limit: int, fresh: Path) -> None:
     with lock(folder / "room.lock", wait=True):
         total, found = fresh.stat().st_size, []
         if total > limit:
-            raise OSError(f"a shard of {total} bytes is larger than data.remote.cache_gib ({limit} bytes): raise it")
+            raise SettingError(
+                f"{folder} cannot hold a copy of {total} bytes, more than data.remote.cache_gib ({limit} bytes): raise it",
+                "data.remote.cache_gib",
+            )
         for copy in folder.glob("*.copy"):
             with suppress(FileNotFoundError):
                 state = copy.stat()
