@@ -421,7 +421,7 @@ def local_copy(url: str, remote: Remote) -> BinaryIO:
                     finally:
                         fresh.unlink(missing_ok=True)
         file = open(copy, "rb")  # noqa: SIM115 - the caller's, who keeps it when the copy is deleted
-        os.utime(file.fileno())
+        os.utime(file.fileno(), ns=(time.time_ns(),) * 2)  # the kernel's own clock has ticks of 4 ms
         return file
 
 
