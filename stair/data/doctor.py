@@ -120,10 +120,10 @@ def _settings(files: list[str]) -> dict[str, Any]:
 
     base = Path(__file__).parents[2] / "configs" / "base.yaml"
     merged = OmegaConf.merge(*(OmegaConf.load(str(path)) for path in ([base, *files] if files else [])), {})
-    places = {name: f"data.{name}" for name in _DEFAULTS}
-    places |= {name: f"model.init_args.stair.{place}" for name, place in _MODEL.items()}
+    places = [(name, f"data.{name}") for name in _DEFAULTS]
+    places += [(name, f"model.init_args.stair.{place}") for name, place in _MODEL.items()]
     found = dict(_DEFAULTS)
-    for name, place in [*((name, f"data.{name}") for name in _DEFAULTS), *places.items()]:
+    for name, place in places:
         if (value := OmegaConf.select(merged, place)) is not None:
             found[name] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
     return found

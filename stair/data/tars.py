@@ -33,7 +33,7 @@ def expand(spec: str | list[str]) -> list[str]:
         return [shard for part in spec for shard in expand(part)]
     try:
         patterns = list(braceexpand.braceexpand(_OTHER_BACKSLASH.sub(r"\\\\", spec)))
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:  # unbalanced braces
         raise ValueError(
             f"{spec!r} has a brace without its counterpart: wanted a pattern such as {{0000..0004}}"
         ) from error

@@ -21,30 +21,18 @@ from stair.towers import TwoTowers
 
 @dataclass(frozen=True)
 class Embedded:
-    """What one pass leaves.
+    """What one pass leaves."""
 
-    Attributes:
-        images, texts: weights as the model gives them, N and C rows; dense models have no zeros.
-        owner: (C,) int64, the image of each caption.
-        captions: of each image.
-        labels: (N,) int64, -1 where an image has no class.
-        width: V.
-        figures: of words, sparsity and expansion; empty for dense models.
-        image_hash: (N,) int64, equal for images of equal pixels.
-        counts: of `SetCounts`.
-        seconds: spent on reading and embedding.
-    """
-
-    images: SparseRows
-    texts: SparseRows
-    owner: Tensor
-    captions: list[list[str]]
-    labels: Tensor
-    width: int
-    figures: dict[str, float]
-    image_hash: Tensor
-    counts: dict[str, int]
-    seconds: float
+    images: SparseRows  # N rows of weights as the model gives them; dense models have no zeros
+    texts: SparseRows  # C rows
+    owner: Tensor  # (C,) int64, the image of each caption
+    captions: list[list[str]]  # of each image
+    labels: Tensor  # (N,) int64, -1 where an image has no class
+    width: int  # V
+    figures: dict[str, float]  # of words, sparsity and expansion; empty for dense models
+    image_hash: Tensor  # (N,) int64, equal for images of equal pixels
+    counts: dict[str, int]  # of `SetCounts`
+    seconds: float  # spent on reading and embedding
 
     def comparable(self, similarity: str) -> tuple[SparseRows, SparseRows]:
         """Images and texts, ready for the dot product."""
