@@ -1,7 +1,7 @@
-"""The roof: `python main.py fit --config configs/stage1.yaml …`, the same as `stair fit` and `lightning fit`.
+"""Entry point of training: `python main.py fit --config configs/stage1.yaml …`, also `stair fit` and `lightning fit`.
 
-Names the families (stages, data, callbacks that are always on) and joins the settings that must agree. Everything else is
-Lightning's own command line: `--print_config`, `--help`, overlays by further `--config`.
+Everything is Lightning's own command line (`--print_config`, `--help`, overlays by further `--config`) with what
+`training/cli.py` adds.
 """
 
 if __name__ == "__main__":  # before anything is imported that takes time
@@ -11,219 +11,36 @@ if __name__ == "__main__":  # before anything is imported that takes time
 
     prepare(sys.argv[1:])
 
-import importlib
 import warnings
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
-from callbacks.health import Health
-from callbacks.progress import StepProgress
-from callbacks.requeue import Requeue
-from callbacks.retrieval_panels import RetrievalPanels
-from callbacks.run_monitor import RunMonitor
-from callbacks.settings import (
-    SaveSettings,
-    check_data,
-    expand_paths,
-    keep_names,
-    listed,
-    match_launcher,
-    place_loggers,
-    stage_folder,
-)
-from callbacks.source_monitor import SourceMonitor
-from callbacks.sparsity_monitor import SparsityMonitor
-from callbacks.stage_transition import StageTransition, stage_before
-from callbacks.watchdog import Watchdog
 from datamodules.shards import ImageTextShards
-from lightning_modules.checkpoints import keep_whole
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.inputs import checkpoint_to_resume, is_complete, training_inputs
-from lightning_modules.run_folder import check_leftover, existing_checkpoint
-from lightning_modules.run_lock import training_lock
-from stair.errors import SettingError, StairError
-from stair.launch import fail, one_line_errors
+from stair.launch import one_line_errors
+from training.cli import Parser, StairCLI
+from training.settings import keep_names
 
-# said by the libraries to each other, once a run and rank; nothing a user could act on
-for notice in (
+BASE = Path(__file__).parent / "configs" / "base.yaml"
+# of the libraries to each other, once a run and rank; nothing a user could act on
+_NOTICES = (
     r".*treespec, LeafSpec.*is deprecated",
     r".*It is recommended to use `self.log\(.*sync_dist=True",  # ours are reduced over ranks before they are logged
     r"FSDP2-wrapped module .* returned a view tensor",  # nothing is written into hidden states
     r"Sparse CSR tensor support is in beta",
     r"Found \d+ module\(s\) in eval mode",  # the frozen side of stage 2, meant so
-):
-    warnings.filterwarnings("ignore", notice)
-
-BASE = Path(__file__).parent / "configs" / "base.yaml"
-ALWAYS_ON = {
-    "transition": StageTransition,
-    "sparsity": SparsityMonitor,
-    "panels": RetrievalPanels,
-    "monitor": RunMonitor,
-    "sources": SourceMonitor,
-    "health": Health,
-    "watchdog": Watchdog,
-    "rates": LearningRateMonitor,
-    "bar": StepProgress,
-    "requeue": Requeue,  # after those above: what it saves holds what they noted
-    "last": LastCheckpoint,
-    "best": BestCheckpoint,
-}
-
-
-class Parser(LightningArgumentParser):
-    """Lightning's parser; an error is one line that names the file, without the 200 of its usage."""
-
-    _reading = ""
-
-    def parse_path(self, path: Any, *args: Any, **options: Any) -> Any:
-        """Reads a file of settings."""
-        self._reading = f"{path}: "
-        config = super().parse_path(path, *args, **options)
-        self._reading = ""
-        return config
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends the process with status 2."""
-        fail(self._reading + message, 2)
-
-
-class StairCLI(LightningCLI):
-    """Lightning's command line with the project's callbacks, and `--run`."""
-
-    _home: Path  # the stage's folder
-    _complete = False  # the stage is trained, and there is nothing to do
-    _start_from: str | None = None  # by --run; not in the settings, as saved ones serve other commands too
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        self._inputs: dict[str, Any] = {}
-        with ExitStack() as self._held:
-            super().__init__(*args, **options)
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the always-on callbacks under keys of their own, the run's name, and the links."""
-        parser.add_argument(
-            "--run",
-            type=str,  # and not None, which `--run null` would be
-            default=None,
-            help="folder of a run. Stage k then works in RUN/stagek and starts from RUN/stage(k-1)/stair; "
-            "validate, test and predict load RUN/stagek/stair and log in RUN/stagek/validate, .../test and .../predict. "
-            "The dense baseline works in RUN/clip",
-        )
-        for key, callback in ALWAYS_ON.items():
-            parser.add_lightning_class_args(callback, key)
-        parser.set_defaults({"rates.logging_interval": "step"})
-        parser.link_arguments("model.init_args.stair.vocabulary", "data.vocabulary")
-        parser.link_arguments("model.init_args.stair.image.image_size", "data.image_size")
-        parser.link_arguments("model.init_args.stair.text.max_tokens", "data.max_tokens")
-
-    def before_instantiate_classes(self) -> None:
-        """Resolves paths and `--run`: the stage's folder, what it starts from, and the checkpoint to load."""
-        config = self.config[self.subcommand]
-        match_launcher(config.trainer)
-        expand_paths(config)
-        self._saved = config.clone()  # what follows from it may be otherwise where the folder has moved to
-        family = _family_of(config.model.class_path)
-        self._home = stage_folder(config, family.home())
-        if config.weights_only is None:
-            config.weights_only = True  # Lightning would unpickle, and so run, what comes over http
-        place_loggers(config.trainer, self._home, self.subcommand)
-        export = Path(config.transition.hand_over or self._home / family.hand_over)
-        if self.subcommand == "fit":
-            check_data(self.subcommand, config)
-            self._prepare_fit(config, family, export)
-            return
-        if config.ckpt_path in ("last", "best"):
-            config.ckpt_path = str(existing_checkpoint(self._home, config.ckpt_path))
-        elif config.ckpt_path is None:
-            check_leftover(self._home)
-            self._start_from = str(export) if config.run is not None else None
-        if (self._start_from or config.transition.start_from or config.ckpt_path) is None:
-            raise SettingError(
-                f"{self.subcommand} has no model, only weights as they start: give --run RUN, "
-                "--transition.start_from RUN/stage3/stair or --ckpt_path FILE",
-                "run",
-            )
-        check_data(self.subcommand, config)
-
-    def _prepare_fit(self, config: Any, family: type[ContrastiveModule], export: Path) -> None:
-        """What the stage starts from, and what it does in a folder where a training has been."""
-        if config.run is not None and (previous := stage_before(family, config.transition.after)) > 0:
-            self._start_from = str(Path(config.run) / f"stage{previous}" / family.hand_over)
-        if config.trainer.fast_dev_run:
-            return
-        self._inputs = training_inputs(config, config.transition.start_from or self._start_from)
-        if config.ckpt_path == "last" and is_complete(export, self._inputs):
-            rank_zero_info(f"{export} is finished, and came from the same inputs: there is nothing to do")
-            self._complete = True
-            return
-        self._held.enter_context(training_lock(self._home))
-        config.ckpt_path = checkpoint_to_resume(config.ckpt_path, self._home, export, self._inputs)
-
-    def instantiate_classes(self) -> None:
-        """Builds what the command needs, which is nothing for a stage that is complete."""
-        if not self._complete:
-            super().instantiate_classes()
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        if not self._complete:
-            super()._run_subcommand(subcommand)
-
-    def after_fit(self) -> None:
-        """Fails if the planned steps were not done: a later stage would find nothing to start from.
-
-        Raises:
-            StairError: with the step and the reason.
-        """
-        if reason := self._get(self.config_init, "transition").unfinished:
-            raise StairError(reason)
-
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """The trainer, whose checkpoints are whole or absent."""
-        transition = self._get(self.config_init, "transition")
-        transition.start_from, transition.inputs = transition.start_from or self._start_from, self._inputs
-        settings = SaveSettings(self._parser(self.subcommand), self._saved)
-        always_on = [each for each in [*callbacks, settings] if _applies(each, config)]
-        trainer = super()._instantiate_trainer({**config, "default_root_dir": str(self._home)}, always_on)
-        keep_whole(trainer)
-        return trainer
-
-    def _parse_ckpt_path(self) -> None:
-        """Takes no settings from a checkpoint: Lightning would let it name the class that is built."""
-
-
-def _applies(callback: Callback, trainer: dict[str, Any]) -> bool:
-    """Whether an always-on callback goes with the trainer's settings, which the user may have switched something off by."""
-    if isinstance(callback, LearningRateMonitor):
-        return trainer["logger"] is not False
-    if isinstance(callback, ModelCheckpoint):
-        return trainer["enable_checkpointing"] is not False
-    if isinstance(callback, ProgressBar):
-        theirs = any(isinstance(each, ProgressBar) for each in listed(trainer["callbacks"]))
-        return trainer["enable_progress_bar"] is not False and not theirs
-    return not (isinstance(callback, SaveSettings) and trainer["fast_dev_run"])
-
-
-def _family_of(class_path: str) -> type[ContrastiveModule]:
-    module, name = class_path.rsplit(".", 1)
-    family: type[ContrastiveModule] = getattr(importlib.import_module(module), name)
-    return family
+)
 
 
 def main(args: list[str] | None = None) -> StairCLI:
     """Runs the command line.
 
     Args:
-        args: the words after the command; those of the process if None.
+        args: the arguments after the command; those of the process if None.
     """
+    for notice in _NOTICES:
+        warnings.filterwarnings("ignore", notice)
     keep_names()
     return StairCLI(
         ContrastiveModule,
@@ -236,7 +53,7 @@ def main(args: list[str] | None = None) -> StairCLI:
         parser_kwargs={
             "parser_mode": "omegaconf+",
             "allow_abbrev": False,
-            **{word: {"default_config_files": [str(BASE)]} for word in ("fit", "validate", "test", "predict")},
+            **{name: {"default_config_files": [str(BASE)]} for name in ("fit", "validate", "test", "predict")},
         },
     )
 

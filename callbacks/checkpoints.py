@@ -7,18 +7,18 @@ spelling of the path have no influence.
 import os
 from datetime import timedelta
 from typing import Any, Literal
-from weakref import proxy
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_modules.run_folder import checkpoint, checkpoints, read_checkpoint
+from callbacks.lightning_private import validation_seconds
+from lightning_modules.run_folder import checkpoint, checkpoints, read_checkpoint, save_last
 from stair.errors import SettingError
 
 
 class _InPlace(ModelCheckpoint):
-    """A ModelCheckpoint whose folder is that of the stage."""
+    """A ModelCheckpoint in the stage's folder, of one fixed name."""
 
     @property
     def state_key(self) -> str:
@@ -26,14 +26,14 @@ class _InPlace(ModelCheckpoint):
         return type(self).__qualname__
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Takes the place from the trainer.
+        """Takes the folder from the trainer.
 
         Raises:
-            SettingError: if a callback of `trainer.callbacks` would write the same file.
+            SettingError: if a callback of `trainer.callbacks` has the same folder and name.
         """
         self.dirpath = str(checkpoints(trainer.default_root_dir))
         for other in trainer.callbacks:
-            if type(other) is ModelCheckpoint and other.filename == self.filename and not other._enable_version_counter:
+            if type(other) is ModelCheckpoint and other.filename == self.filename:
                 folder = other.dirpath or ("" if trainer.loggers else self.dirpath)
                 if os.path.realpath(folder) == os.path.realpath(self.dirpath):
                     raise SettingError(
@@ -44,13 +44,6 @@ class _InPlace(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores nothing: a path in a checkpoint may be another spelling of this one, or of another folder."""
-
-    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        trainer.save_checkpoint(filepath, weights_only=False)
-        self._last_global_step_saved = trainer.global_step
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(proxy(self))
 
 
 class LastCheckpoint(_InPlace):
@@ -64,8 +57,9 @@ class LastCheckpoint(_InPlace):
         super().__init__(filename="last", enable_version_counter=False)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Takes place and times from the trainer."""
-        times = {} if stage != "fit" or _validates(trainer) else _times(trainer)
+        """Takes folder and times from the trainer."""
+        validates = trainer.limit_val_batches != 0 and bool(getattr(trainer.datamodule, "val_names", True))
+        times = {} if stage != "fit" or validates else _times(trainer)
         ModelCheckpoint.__init__(self, filename="last", enable_version_counter=False, **times)
         super().setup(trainer, pl_module, stage)
         if times:
@@ -78,13 +72,13 @@ class LastCheckpoint(_InPlace):
         """Saves the beginning, so that a run that is ended at any later time can be resumed."""
         super().on_train_start(trainer, pl_module)
         if trainer.global_step == 0 and not trainer.fast_dev_run:
-            self._save_checkpoint(trainer, self.format_checkpoint_name({}))
+            save_last(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Saves where it is time to, and where a callback or `trainer.max_time` stops the training."""
         super().on_train_batch_end(trainer, pl_module, *args)
-        if trainer.should_stop and not self._should_skip_saving_checkpoint(trainer):
-            self._save_checkpoint(trainer, self.format_checkpoint_name({}))
+        if trainer.should_stop and not trainer.fast_dev_run:
+            save_last(trainer)
 
 
 class BestCheckpoint(_InPlace):
@@ -121,14 +115,10 @@ class BestCheckpoint(_InPlace):
             self.best_model_path = self.kth_best_model_path = name
 
 
-def _validates(trainer: L.Trainer) -> bool:
-    return trainer.limit_val_batches != 0 and bool(getattr(trainer.datamodule, "val_names", True))
-
-
 def _times(trainer: L.Trainer) -> dict[str, Any]:
     """When to save instead of at validations."""
-    if trainer._val_check_time_interval is not None:
-        return {"train_time_interval": timedelta(seconds=trainer._val_check_time_interval)}
+    if (seconds := validation_seconds(trainer)) is not None:
+        return {"train_time_interval": timedelta(seconds=seconds)}
     if isinstance(trainer.val_check_interval, int):
         return {"every_n_train_steps": trainer.val_check_interval}
     return {"every_n_epochs": 1, "save_on_train_epoch_end": True}  # a share of an epoch

@@ -1,15 +1,17 @@
-"""How fast the run goes, what it waits for, and what it leaves out. Loss, λ, scale and rates belong to the stage.
+"""How fast the run goes, what it waits for, and what it skips. Loss, λ, scale and rates belong to the stage.
 
 Figures are those of all ranks: ranks move in lock step, so the slowest one is the pace of all.
 """
 
 import resource
+import sys
 import time
 from datetime import timedelta
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_modules.contrastive import planned_steps
@@ -24,29 +26,38 @@ def logs_now(trainer: L.Trainer, batch_idx: int) -> bool:
     return stepped and trainer.log_every_n_steps > 0 and trainer.global_step % trainer.log_every_n_steps == 0
 
 
+class StepProgress(TQDMProgressBar):
+    """Lightning's bar, shown only on a terminal: in a log file each refresh would be a line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Disables the bar outside of a terminal."""
+        super().setup(trainer, pl_module, stage)
+        if not sys.stderr.isatty():
+            self.disable()
+
+
 class RunMonitor(L.Callback):
     """Logs the pace of training at every `trainer.log_every_n_steps`, over the steps since the last time.
 
-    - `run/pairs_per_second`: pairs of all ranks a second; validation is left out, a checkpoint written after it is not.
+    - `run/pairs_per_second`: pairs of all ranks a second, without validation.
     - `run/seconds_per_step`, `run/seconds_waiting`: a step, and the part of it between the end of one step and the
       start of the next, on the slowest rank: input that is not ready (and checkpoints, when one was written).
     - `run/max_memory_gib`: greatest memory PyTorch has held on a CUDA device since the start, largest over ranks.
-    - `run/skipped/<cause>`: samples left out since the start (`datamodule.skipped`), all ranks together.
-    - `run/converted/<kind>`: images that were CMYK, of 16 bits, turned by EXIF, ... (`datamodule.converted`), likewise.
-      Of a mixture, both also as `run/skipped/<source>/<cause>`.
+    - `run/skipped/<cause>`, `run/converted/<kind>`: samples skipped, and images that were CMYK, of 16 bits, turned by EXIF,
+      ..., since the start, all ranks together. Of a mixture also `run/skipped/<source>/<cause>`.
 
-    Where no progress bar is shown, as in a log file, each time is also a line there: step, loss, recall of the last
-    validation, pace, greatest memory of the process (of the device, if it is CUDA), time left.
+    Where no progress bar is shown, each time is also a line in the log: step, loss, recall of the last validation, pace,
+    greatest memory of the process (of the device, if it is CUDA), time left.
     """
 
     def __init__(self) -> None:
-        self._clear()
-
-    def _clear(self) -> None:
         self._pairs, self._steps, self._seconds, self._waiting = 0, 0, 0.0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock: loaders that take long to start count as waiting. (A resumed epoch has no start.)"""
+        """Starts the clock: the start of loaders counts as waiting."""
         self._last = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -71,7 +82,7 @@ class RunMonitor(L.Callback):
         if logs_now(trainer, batch_idx):
             figures = self._figures(trainer, pl_module.device)
             pl_module.log_dict(figures, batch_size=1)
-            self._clear()
+            self._pairs, self._steps, self._seconds, self._waiting = 0, 0, 0.0, 0.0
             if not getattr(trainer.progress_bar_callback, "is_enabled", False):
                 rank_zero_info(_line(trainer, float(outputs["loss"]), figures))
 

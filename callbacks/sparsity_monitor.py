@@ -1,9 +1,9 @@
-"""Are the embeddings sparse, do both sides light up the same words, and do the words mean what they say?
+"""Are the embeddings sparse, do both sides activate the same terms, and do the terms mean what they say?
 
-The three ways a sparse model goes wrong without the loss telling: too many words active, the same words always active
-on both sides, words that have nothing to do with the image. Everything is exact over ranks (stair/metrics.py).
+The three ways in which a sparse model goes wrong without a sign in the loss: too many terms active, the same terms always
+active on both sides, terms that have nothing to do with the image. Everything is exact over ranks (stair/metrics.py).
 
-V words.
+V terms.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def vocabulary_of(pl_module: L.LightningModule) -> Vocabulary | None:
 
 
 def words_of(pl_module: L.LightningModule, image_BV: Tensor) -> Vocabulary | None:
-    """The vocabulary whose words the columns of an embedding are; None if they are no words."""
+    """The vocabulary whose terms the columns of an embedding are; None if they are no terms."""
     vocabulary = vocabulary_of(pl_module)
     return vocabulary if vocabulary is not None and image_BV.shape[1] == len(vocabulary) else None
 
@@ -40,27 +40,21 @@ class SparsityMonitor(L.Callback):
       `train/text/active_words` of the text as in evaluation, `train/products_per_pair`; where the loss compares both
       forms of the text, `train/text_full/active_words` and `train/text_full/in_caption_share`, the share of in-caption
       terms in the squared length of the full text.
-    - Of each evaluation set: `val/<set>/sparsity/<figure>` (the figures of `SparsityStats`), `val/<set>/grounding@10`,
-      `grounding@1` and `grounding@10_frequent`, the same for the commonest caption words, which is the figure to beat;
-      `val/<set>/expansion/<figure>` (the figures of `Expansion`).
-      Under `test/` in a test run.
+    - Of each evaluation set, under `val/` or `test/`: `<set>/sparsity/<figure>` (the figures of `SparsityStats`),
+      `<set>/grounding@10`, `grounding@1` and `grounding@10_frequent`, the same for the commonest caption words, which is
+      the figure to beat; `<set>/expansion/<figure>` (the figures of `Expansion`).
 
     Args:
-        words: K of grounding@K, the words of an image that are compared with its captions; 1 to V.
+        words: K of grounding@K, the terms of an image that are compared with its captions; 1 to V.
     """
 
     def __init__(self, words: int = 10) -> None:
         self.words = words
         self._sets: dict[str, tuple[SparsityStats, Grounding, Expansion]] = {}
-        self._said = False
+        self._informed = False
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: dict[str, Any],
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: dict[str, Any], batch: Batch, batch_idx: int
     ) -> None:
         """Logs the sparsity of this step's batch, all ranks together."""
         if not logs_now(trainer, batch_idx) or (vocabulary := self._words(pl_module, outputs["image_BV"])) is None:
@@ -79,24 +73,21 @@ class SparsityMonitor(L.Callback):
         pl_module.log_dict(logged, batch_size=1)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins every validation set anew."""
+        """Makes the metrics of every validation set."""
         self._begin([] if trainer.sanity_checking else trainer.datamodule.val_names, pl_module)
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins every test set anew."""
+        """Makes the metrics of every test set."""
         self._begin(trainer.datamodule.test_names, pl_module)
 
     def _begin(self, names: list[str], pl_module: L.LightningModule) -> None:
         # on every rank for every set, before a batch is seen: a rank without a batch still has to take part in the sums
-        vocabulary = vocabulary_of(pl_module)
-        self._sets = {
-            name: (
-                SparsityStats(len(vocabulary)).to(pl_module.device),
-                Grounding(len(vocabulary), self.words).to(pl_module.device),
-                Expansion(len(vocabulary)).to(pl_module.device),
-            )
-            for name in (names if vocabulary is not None else [])
-        }
+        if (vocabulary := vocabulary_of(pl_module)) is None:
+            return
+        size, device = len(vocabulary), pl_module.device
+        for name in names:
+            metrics = SparsityStats(size).to(device), Grounding(size, self.words).to(device), Expansion(size).to(device)
+            self._sets[name] = metrics
 
     def on_validation_batch_end(
         self,
@@ -132,13 +123,13 @@ class SparsityMonitor(L.Callback):
         for name, (stats, grounding, expansion) in self._sets.items():
             figures = {f"sparsity/{key}": value for key, value in stats.compute().items()} | grounding.compute()
             figures |= {f"expansion/{key}": value for key, value in expansion.compute().items()}
-            if not figures["sparsity/image/active_words"].isnan():  # NaN: no rank had an embedding made of words
+            if not figures["sparsity/image/active_words"].isnan():  # NaN: no rank had an embedding made of terms
                 pl_module.log_dict({f"{prefix}/{name}/{key}": value for key, value in figures.items()}, batch_size=1)
         self._sets = {}
 
     def _words(self, pl_module: L.LightningModule, image_BV: Tensor) -> Vocabulary | None:
         vocabulary = words_of(pl_module, image_BV)
-        if vocabulary is None and not self._said:
-            self._said = True
-            rank_zero_info("SparsityMonitor: the embeddings have no vocabulary; nothing is measured of words")
+        if vocabulary is None and not self._informed:
+            self._informed = True
+            rank_zero_info("SparsityMonitor: the embeddings have no vocabulary; nothing is measured of terms")
         return vocabulary

@@ -26,19 +26,17 @@ from stair.regularisers import Flops, TargetWords
 
 
 @dataclass
-class Objective:
-    """The loss of a stage.
+class TextObjective:
+    """The loss of a stage that trains the text side alone.
 
     Args:
         similarity: `dot` of the weights, or `cosine`.
         scale_start: start of the learnable scale (inverse temperature): a number in (0, 100]; `measure` sets it so that
             the first batch's scaled logits, of the text form with the greater weight, have standard deviation 1; `keep`
             takes the scale of the previous stage.
-        regulariser: `flops`, the paper's, or `target`: FLOPs with λ adapted so that `target_image` and `target_text` terms
-            are active, where λ below is the start.
-        target_image: wanted active terms of an image, of the regulariser `target`; at least 1.
-        target_text: the same of a text.
-        flops_image: λ of the image embeddings. Without effect in stage 2, which freezes them.
+        regulariser: `flops`, the paper's, or `target`: FLOPs with λ adapted so that a wanted number of terms is active,
+            where λ below is the start.
+        target_text: wanted active terms of a text, of the regulariser `target`; at least 1.
         flops_text: λ of the text embeddings.
         flops_ramp_steps: optimiser steps over which λ grows quadratically from 0; 0 for none.
         flops_text_words: which terms of a text λ_text acts on: `own`, those of its caption, or `all`. None: `own` in
@@ -47,9 +45,6 @@ class Objective:
         own_words_share: w, the weight of the masked contrastive loss. None is the paper's form: 1 in stage 1, 0 in stages
             2 and 3. Below 1 in stage 1, in (0, 1], the mask is soft: images keep terms that no caption holds yet. Above 0
             in stages 2 and 3, in [0, 1), the grounding of stage 1 goes on (docs/paper.md).
-        own_words_leak: slope below zero of an image's in-caption terms, in training only, 0 (the paper's form) to 1. ReLU
-            has no gradient where a term is inactive: one that is inactive for every image never recovers. Without effect
-            in stage 2, which freezes the image side.
 
     Raises:
         SettingError: if a value is out of range.
@@ -58,14 +53,15 @@ class Objective:
     similarity: Literal["dot", "cosine"] = "dot"
     scale_start: float | Literal["measure", "keep"] = "measure"
     regulariser: Literal["flops", "target"] = "flops"
-    target_image: float = 64.0
     target_text: float = 32.0
-    flops_image: float = 1e-3
     flops_text: float = 1e-3
     flops_ramp_steps: int = 0
     flops_text_words: Literal["own", "all"] | None = None
     own_words_share: float | None = None
-    own_words_leak: float = 0.0
+
+    target_image: ClassVar[float] = 1.0
+    flops_image: ClassVar[float] = 0.0
+    own_words_leak: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -86,6 +82,24 @@ class Objective:
             "scale_start is a number in (0, 100], 'measure' or 'keep'; λ and steps are finite and at least 0, targets at "
             "least 1; own_words_share (or null) and own_words_leak are in [0, 1]",
         )
+
+
+@dataclass
+class Objective(TextObjective):
+    """The loss of a stage that trains both sides.
+
+    Args:
+        similarity, scale_start, regulariser, target_text, flops_text, flops_ramp_steps, flops_text_words,
+            own_words_share: as in `TextObjective`.
+        target_image: wanted active terms of an image, of the regulariser `target`; at least 1.
+        flops_image: λ of the image embeddings.
+        own_words_leak: slope below zero of an image's in-caption terms, in training only, 0 (the paper's form) to 1. ReLU
+            has no gradient where a term is inactive: one that is inactive for every image never recovers.
+    """
+
+    target_image: float = 64.0  # type: ignore[misc]
+    flops_image: float = 1e-3  # type: ignore[misc]
+    own_words_leak: float = 0.0  # type: ignore[misc]
 
 
 class StairStage(ContrastiveModule):

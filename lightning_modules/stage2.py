@@ -4,11 +4,18 @@ The text side learns to add words a caption leaves out (synonyms, consequences),
 no longer move.
 """
 
-from lightning_modules.stage import StairStage
+from typing import Any
+
+from lightning_modules.optimizer import Optimizer
+from lightning_modules.stage import StairStage, TextObjective
+from stair.model import StairDesign
 
 
 class Stage2(StairStage):
-    """Text side only; starts from stage 1 (STAIR, section 3, stage 2)."""
+    """Text side only; starts from stage 1 (STAIR, section 3, stage 2). Its objective has no settings of images."""
 
     stage = 2
     frozen = ("image",)
+
+    def __init__(self, stair: StairDesign, objective: TextObjective, optimizer: Optimizer, **more: Any) -> None:
+        super().__init__(stair, objective, optimizer, **more)

@@ -18,6 +18,7 @@ from callbacks.run_monitor import RunMonitor
 from callbacks.sparsity_monitor import SparsityMonitor
 from lightning_modules import Stage2
 from lightning_modules.stage import Objective
+from stair.errors import SettingError
 from stair.grounding import Expansion, Grounding
 from stair.metrics import SparsityStats
 from stair.vocabulary import Vocabulary
@@ -482,8 +483,9 @@ def test_a_dense_run_is_warned_of_once_and_the_alarm_is_logged_while_it_is_dense
 
 @pytest.mark.parametrize("wrong", [{"patience": 0}, {"every": 0}, {"dense_after": -1}, {"skip": -1}])
 def test_settings_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError, match="wanted patience"):
+    with pytest.raises(SettingError) as refused:
         Health(**wrong)
+    assert refused.value.setting == f"health.{next(iter(wrong))}"
     with pytest.raises(ValueError, match="wanted images"):
         RetrievalPanels(images=-1)
 

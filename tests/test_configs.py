@@ -98,10 +98,28 @@ def test_the_papers_form_is_an_overlay_of_each_stage(parsed, stage: int):
         return parsed(*files(f"stage{stage}", *more), SHARDS)["model"]["init_args"]["objective"]
 
     ours, papers = objective(), objective(f"paper/stage{stage}")
-    assert (ours["own_words_share"], ours["own_words_leak"], ours["similarity"]) == (0.25, 0.3, "cosine")
+    assert (ours["own_words_share"], ours["similarity"]) == (0.25, "cosine")
     # no share given: the text is masked in stage 1 and whole in stages 2 and 3
-    assert (papers["own_words_share"], papers["own_words_leak"], papers["flops_text_words"]) == (None, 0.0, "own")
+    assert papers["own_words_share"] is None and papers["flops_text_words"] == ("own" if stage == 1 else None)
     assert papers["similarity"] == ("cosine" if stage == 3 else "dot")
+    if stage != 2:
+        assert (ours["own_words_leak"], papers["own_words_leak"]) == (0.3, 0.0)
+
+
+@pytest.mark.parametrize("setting", ["flops_image", "target_image", "own_words_leak"])
+def test_stage_2_has_no_settings_of_the_image_side_that_it_freezes(setting, capsys):
+    with pytest.raises(SystemExit) as end:
+        main.main(["fit", *files("stage2"), f"--model.init_args.objective.{setting}=0.1", "--print_config"])
+    assert end.value.code == 2 and setting in capsys.readouterr().err
+
+
+def test_the_recipe_of_pretrained_towers_has_a_margin_and_what_trains_from_scratch_states_its_own(parsed):
+    for stage in STAGES:
+        margins = [
+            parsed(*files(f"stage{stage}", *more), SHARDS)["model"]["init_args"]["stair"]["own_word_lead"]
+            for more in ([], [f"paper/stage{stage}"], ["model/tiny"], ["model/tiny", f"small/stage{stage}"])
+        ]
+        assert margins == [3.0, 0.0, 0.0, 0.45]
 
 
 @pytest.mark.parametrize("form", ["", "paper/"])

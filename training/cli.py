@@ -1,0 +1,184 @@
+"""Lightning's command line with this project's callbacks, `--run`, and the checks of a stage's folder."""
+
+import importlib
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+
+from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from callbacks.health import Health
+from callbacks.requeue import Requeue
+from callbacks.retrieval_panels import RetrievalPanels
+from callbacks.run_monitor import RunMonitor, StepProgress
+from callbacks.settings import SaveSettings
+from callbacks.source_monitor import SourceMonitor
+from callbacks.sparsity_monitor import SparsityMonitor
+from callbacks.stage_transition import StageTransition, stage_before
+from callbacks.watchdog import Watchdog
+from lightning_modules.checkpoints import keep_whole
+from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.inputs import checkpoint_to_resume, is_complete, training_inputs
+from lightning_modules.run_folder import check_leftover, existing_checkpoint
+from lightning_modules.run_lock import training_lock
+from stair.errors import SettingError, StairError
+from stair.launch import fail
+from training.settings import check_data, expand_paths, listed, match_launcher, place_loggers, stage_folder
+
+ALWAYS_ON = {
+    "transition": StageTransition,
+    "sparsity": SparsityMonitor,
+    "panels": RetrievalPanels,
+    "monitor": RunMonitor,
+    "sources": SourceMonitor,
+    "health": Health,
+    "watchdog": Watchdog,
+    "rates": LearningRateMonitor,
+    "bar": StepProgress,
+    "requeue": Requeue,  # after those above: what it saves holds what they noted
+    "last": LastCheckpoint,
+    "best": BestCheckpoint,
+}
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser; an error is one line that names the file, without the 200 of its usage."""
+
+    _reading = ""
+
+    def parse_path(self, path: Any, *args: Any, **options: Any) -> Any:
+        """Reads a file of settings."""
+        self._reading = f"{path}: "
+        config = super().parse_path(path, *args, **options)
+        self._reading = ""
+        return config
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the process with status 2."""
+        fail(self._reading + message, 2)
+
+
+class StairCLI(LightningCLI):
+    """Lightning's command line with the project's callbacks, and `--run`."""
+
+    _home: Path  # the stage's folder
+    _complete = False  # the stage is trained, and there is nothing to do
+    _start_from: str | None = None  # by --run; not in the settings, as saved ones serve other commands too
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._inputs: dict[str, Any] = {}
+        with ExitStack() as self._held:
+            super().__init__(*args, **options)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the always-on callbacks under keys of their own, the run's name, and the links."""
+        parser.add_argument(
+            "--run",
+            type=str,  # and not None, which `--run null` would be
+            default=None,
+            help="folder of a run. Stage k then works in RUN/stagek and starts from RUN/stage(k-1)/stair; "
+            "validate, test and predict load RUN/stagek/stair and log in RUN/stagek/validate, .../test and .../predict. "
+            "The dense baseline works in RUN/clip",
+        )
+        for key, callback in ALWAYS_ON.items():
+            parser.add_lightning_class_args(callback, key)
+        parser.set_defaults({"rates.logging_interval": "step"})
+        parser.link_arguments("model.init_args.stair.vocabulary", "data.vocabulary")
+        parser.link_arguments("model.init_args.stair.image.image_size", "data.image_size")
+        parser.link_arguments("model.init_args.stair.text.max_tokens", "data.max_tokens")
+
+    def before_instantiate_classes(self) -> None:
+        """Resolves paths and `--run`: the stage's folder, what it starts from, and the checkpoint to load."""
+        config = self.config[self.subcommand]
+        match_launcher(config.trainer)
+        expand_paths(config)
+        self._saved = config.clone()  # what follows from it may be otherwise where the folder has moved to
+        family = _family_of(config.model.class_path)
+        self._home = stage_folder(config, family.home())
+        if config.weights_only is None:
+            config.weights_only = True  # Lightning would unpickle, and so run, what comes over http
+        place_loggers(config.trainer, self._home, self.subcommand)
+        export = Path(config.transition.hand_over or self._home / family.hand_over)
+        if self.subcommand == "fit":
+            check_data(self.subcommand, config)
+            self._prepare_fit(config, family, export)
+            return
+        if config.ckpt_path in ("last", "best"):
+            config.ckpt_path = str(existing_checkpoint(self._home, config.ckpt_path))
+        elif config.ckpt_path is None:
+            check_leftover(self._home)
+            self._start_from = str(export) if config.run is not None else None
+        if (self._start_from or config.transition.start_from or config.ckpt_path) is None:
+            raise SettingError(
+                f"{self.subcommand} has no model, only weights as they start: give --run RUN, "
+                "--transition.start_from RUN/stage3/stair or --ckpt_path FILE",
+                "run",
+            )
+        check_data(self.subcommand, config)
+
+    def _prepare_fit(self, config: Any, family: type[ContrastiveModule], export: Path) -> None:
+        """What the stage starts from, and what it does in a folder where a training has been."""
+        if config.run is not None and (previous := stage_before(family, config.transition.after)) > 0:
+            self._start_from = str(Path(config.run) / f"stage{previous}" / family.hand_over)
+        if config.trainer.fast_dev_run:
+            return
+        self._inputs = training_inputs(config, config.transition.start_from or self._start_from)
+        if config.ckpt_path == "last" and is_complete(export, self._inputs):
+            rank_zero_info(f"{export} is finished, and came from the same inputs: there is nothing to do")
+            self._complete = True
+            return
+        self._held.enter_context(training_lock(self._home))
+        config.ckpt_path = checkpoint_to_resume(config.ckpt_path, self._home, export, self._inputs)
+
+    def instantiate_classes(self) -> None:
+        """Builds what the command needs, which is nothing for a stage that is complete."""
+        if not self._complete:
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self._complete:
+            super()._run_subcommand(subcommand)
+
+    def after_fit(self) -> None:
+        """Fails if the planned steps were not done: a later stage would find nothing to start from.
+
+        Raises:
+            StairError: with the step and the reason.
+        """
+        if reason := self._get(self.config_init, "transition").unfinished:
+            raise StairError(reason)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """The trainer, whose checkpoints are whole or absent."""
+        transition = self._get(self.config_init, "transition")
+        transition.start_from, transition.inputs = transition.start_from or self._start_from, self._inputs
+        settings = SaveSettings(self._parser(self.subcommand), self._saved)
+        always_on = [each for each in [*callbacks, settings] if _applies(each, config)]
+        trainer = super()._instantiate_trainer({**config, "default_root_dir": str(self._home)}, always_on)
+        keep_whole(trainer)
+        return trainer
+
+    def _parse_ckpt_path(self) -> None:
+        """Takes no settings from a checkpoint: Lightning would let it name the class that is built."""
+
+
+def _applies(callback: Callback, trainer: dict[str, Any]) -> bool:
+    """Whether an always-on callback goes with the trainer's settings, which the user may have switched something off by."""
+    if isinstance(callback, LearningRateMonitor):
+        return trainer["logger"] is not False
+    if isinstance(callback, ModelCheckpoint):
+        return trainer["enable_checkpointing"] is not False
+    if isinstance(callback, ProgressBar):
+        theirs = any(isinstance(each, ProgressBar) for each in listed(trainer["callbacks"]))
+        return trainer["enable_progress_bar"] is not False and not theirs
+    return not (isinstance(callback, SaveSettings) and trainer["fast_dev_run"])
+
+
+def _family_of(class_path: str) -> type[ContrastiveModule]:
+    module, name = class_path.rsplit(".", 1)
+    family: type[ContrastiveModule] = getattr(importlib.import_module(module), name)
+    return family

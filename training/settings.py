@@ -1,0 +1,144 @@
+"""The settings of a command: what is checked and resolved before anything is built."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace, get_loader, set_loader
+from lightning.pytorch.utilities import rank_zero_warn
+
+from stair.errors import SettingError
+from stair.launch import launched_processes
+
+HOME = "runs/default"  # a stage's folder where neither --run nor trainer.default_root_dir is given
+_UNKNOWN = re.compile(r"\$(\w+|\{\w+\})")
+
+
+def keep_names() -> None:
+    """Keeps names in YAML mappings as typed: those of `{on: SPEC, 2024: SPEC}` are `on` and `2024`, not True and 2024."""
+    default = get_loader("yaml")
+
+    def load(text: str) -> Any:
+        value = default(text)
+        return _typed_names(value, yaml.load(text, yaml.BaseLoader)) if isinstance(value, dict | list) else value
+
+    set_loader("omegaconf+", load, exceptions=(yaml.YAMLError,))
+
+
+def _typed_names(value: Any, typed: Any) -> Any:
+    if isinstance(value, dict) and isinstance(typed, dict) and len(value) == len(typed):
+        pairs = zip(value.items(), typed.items(), strict=True)
+        return {key if isinstance(key, str) else name: _typed_names(v, t) for (key, v), (name, t) in pairs}
+    if isinstance(value, list) and isinstance(typed, list) and len(value) == len(typed):
+        return [_typed_names(v, t) for v, t in zip(value, typed, strict=True)]
+    return value
+
+
+def expand_paths(config: Namespace) -> None:
+    """Expands `~` and environment variables in every string of the settings. `pipe:` commands are left to their shell.
+
+    Raises:
+        SettingError: if `run` or `trainer.default_root_dir` names a variable that is not set.
+    """
+    for key, value in vars(config).items():
+        config[key] = _expanded(value)
+    for key in ("run", "trainer.default_root_dir"):
+        value = config.get(key)
+        if value and _UNKNOWN.search(str(value)):
+            raise SettingError(f"{key} is {value!r}: the environment has no such variable", key)
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, Namespace):
+        for key, inner in vars(value).items():
+            value[key] = _expanded(inner)
+        return value
+    if isinstance(value, dict):
+        return {key: _expanded(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_expanded(inner) for inner in value)
+    if isinstance(value, str) and not value.startswith("pipe:"):
+        return os.path.expandvars(os.path.expanduser(value))
+    return value
+
+
+def match_launcher(trainer: Any) -> None:
+    """Gives the trainer the processes that srun or torchrun started: others would each train alone, or wait for ever.
+
+    Raises:
+        SettingError: if settings name another number of them.
+    """
+    if (launched := launched_processes()) is None:
+        return
+    launcher, nodes, processes = launched
+    for name, unset, count in (("devices", ("auto", -1, "-1"), processes), ("num_nodes", (1,), nodes)):
+        value = trainer[name]
+        if value in unset:
+            trainer[name] = count
+        elif str(value) != str(count) and not (isinstance(value, list) and len(value) == count):
+            raise SettingError(
+                f"trainer.{name} is {value}, but {launcher} started {processes} processes on each of {nodes} nodes: leave "
+                f"the setting out, or start {value} of them",
+                f"trainer.{name}",
+            )
+
+
+def check_data(subcommand: str, config: Any) -> None:
+    """Refuses a command that would end with nothing done.
+
+    Raises:
+        SettingError: naming the setting that is missing, or that leaves no batch.
+    """
+    kind = {"fit": "train", "validate": "val"}.get(subcommand, "test")
+    if not config.data[kind]:
+        spec = "SHARDS" if kind == "train" else "'{NAME: SHARDS}'"
+        raise SettingError(f"{subcommand} has no data: give --data.{kind} {spec}", f"data.{kind}")
+    limit = f"limit_{ {'fit': 'train', 'validate': 'val'}.get(subcommand, subcommand) }_batches"
+    if config.trainer[limit] == 0:
+        raise SettingError(f"trainer.{limit} is 0: {subcommand} would do nothing", f"trainer.{limit}")
+    if subcommand == "predict" and not config.trainer.callbacks:
+        rank_zero_warn(
+            "predict writes no embeddings: trainer.callbacks has no callback that does. Give "
+            "--trainer.callbacks+=callbacks.embedding_writer.EmbeddingWriter --trainer.callbacks.folder FOLDER"
+        )
+
+
+def stage_folder(config: Any, name: str) -> Path:
+    """The folder that a command works in.
+
+    Args:
+        config: its settings.
+        name: of the stage, the folder's in a run.
+
+    Raises:
+        SettingError: if run is empty, or the folder is given twice.
+    """
+    given = config.trainer.default_root_dir
+    if config.run is None:
+        return Path(given or HOME)
+    if not config.run.strip():
+        raise SettingError(f"--run is {config.run!r}: give a folder", "run")
+    if given is not None:
+        raise SettingError(
+            f"--run {config.run} and --trainer.default_root_dir {given} both name the folder: give one of them",
+            "trainer.default_root_dir",
+        )
+    return Path(config.run) / name
+
+
+def place_loggers(trainer: Any, home: Path, subcommand: str) -> None:
+    """Has loggers write into the stage's folder, unless theirs is given; those of validate, test and predict apart."""
+    for logger in listed(trainer.logger):
+        options = getattr(logger, "init_args", {})
+        if options.get("save_dir", "") in (None, "."):
+            options["save_dir"] = str(home)
+        # that of base.yaml: its curves begin at step 0 too
+        if subcommand != "fit" and options.get("name") == "tensorboard":
+            options["name"] = subcommand
+
+
+def listed(value: Any) -> list[Any]:
+    """A setting that may be one value or a list of them, as a list."""
+    return value if isinstance(value, list) else [value]
