@@ -14,6 +14,7 @@ import lightning as L
 from scipy import sparse
 
 from stair.embeddings import PLAN, Embeddings, Space, to_csr
+from stair.errors import FileError, SettingError
 from stair.files import write_json
 from stair.model import Stair
 
@@ -40,13 +41,13 @@ class EmbeddingWriter(L.Callback):
         Here and not at the end, where embeddings could be lost for it; on all ranks, as a sharded model wants it.
 
         Raises:
-            ValueError: if the model is dense.
-            FileExistsError: if there are embeddings.
+            SettingError: if the model is dense.
+            FileError: if there are embeddings.
         """
         if not isinstance(getattr(pl_module, "stair", None), Stair):
-            raise ValueError("EmbeddingWriter writes sparse embeddings; this model's are dense")
+            raise SettingError("EmbeddingWriter writes sparse embeddings; this model's are dense", "model.class_path")
         if trainer.is_global_zero and any(self.folder.glob(f"*/*/{PLAN}")):
-            raise FileExistsError(f"{self.folder} holds embeddings; give another folder")
+            raise FileError(f"{self.folder} holds embeddings; give another folder", self.folder)
         self._space = pl_module.stair.space
 
     def on_predict_batch_end(

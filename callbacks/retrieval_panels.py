@@ -22,6 +22,7 @@ from torch import Tensor
 
 from callbacks.sparsity_monitor import words_of
 from stair.batch import Batch
+from stair.errors import check_settings
 from stair.plain import escape
 from stair.vocabulary import Vocabulary
 
@@ -49,15 +50,16 @@ class RetrievalPanels(L.Callback):
         words: K, how many words of each, strongest first; fewer where fewer are active. At least 1.
 
     Raises:
-        ValueError: if an argument is out of range.
+        SettingError: if an argument is out of range.
     """
 
     def __init__(self, images: int = 16, words: int = 10) -> None:
-        if images < 0 or words < 1:
-            raise ValueError(f"images={images}, words={words}: wanted images of at least 0 and words of at least 1")
         self.images, self.words = images, words
+        check_settings(
+            "panels", self, {"images": images >= 0, "words": words >= 1}, "images from 0 up, words from 1 up"
+        )
         self._panels: list[_Panel] = []
-        self._said = False
+        self._informed = False
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins anew."""
@@ -78,8 +80,8 @@ class RetrievalPanels(L.Callback):
             return
         vocabulary = words_of(pl_module, outputs["image_BV"])
         if vocabulary is None or not _tensorboards(trainer):
-            if not self._said:
-                self._said = True
+            if not self._informed:
+                self._informed = True
                 rank_zero_info("RetrievalPanels: no panels without a TensorBoard logger and a model with a vocabulary")
             return
         rows = (batch["image_id"] >= 0).nonzero().flatten().tolist()[:wanted]

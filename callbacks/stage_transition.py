@@ -1,12 +1,11 @@
-"""From one stage to the next: take over its weights, freeze what the stage freezes, hand over at the planned end.
+"""From one stage to the next: load the weights of the exported model, freeze what the stage freezes, export at the end.
 
-Taking over happens in `setup("fit")`: after the modules exist, before the strategy wraps them (DDP and FSDP read
+Loading happens in `setup("fit")`: after the modules exist, before the strategy wraps them (DDP and FSDP read
 `requires_grad` once), and before Lightning restores a checkpoint. So a resumed run ends up with its own checkpoint's
-weights, whatever was taken over first. The frozen set comes from the stage's class, never from a checkpoint.
+weights, whatever was loaded first. The frozen set comes from the stage's class, never from a checkpoint.
 """
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,18 +16,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_modules.contrastive import ContrastiveModule, planned_steps, refuse_other_model, sides
 from lightning_modules.parallel import gathered
 from lightning_modules.stage import StairStage
+from stair.errors import FileError, SettingError
 from stair.towers import load_weights, read_description
 
 log = logging.getLogger(__name__)
 
 
 class StageTransition(L.Callback):
-    """Takes over from the previous stage and hands over to the next. The dense baseline only hands over.
+    """Loads the previous stage's exported model, and exports this one's. The dense baseline only exports.
 
     Args:
-        start_from: the previous stage's hand-over, the folder `stair` in its run. Stage 1 has none; stages 2 and 3
+        start_from: exported model of the previous stage, the folder `stair` in its run. Stage 1 has none; stages 2 and 3
             need one.
-        hand_over: where the hand-over is written when the planned steps are done; if null, the folder `stair` (`clip` for
+        hand_over: where the model is exported when the planned steps are done; if null, the folder `stair` (`clip` for
             the dense baseline) in `default_root_dir`.
         after: which stage to start from instead of the one before, to measure what a stage is for: 1 lets stage 3
             follow stage 1, 0 lets any stage begin from nothing.
@@ -37,6 +37,7 @@ class StageTransition(L.Callback):
 
     Attributes:
         unfinished: why the fit ended without an export, None if it did not.
+        inputs: what the weights follow from (lightning_modules/inputs.py); recorded in checkpoints and the export.
     """
 
     unfinished: str | None = None
@@ -48,11 +49,8 @@ class StageTransition(L.Callback):
         after: int | None = None,
         on_early_stop: Literal["export", "fail"] = "export",
     ) -> None:
-        self.on_early_stop = on_early_stop
-        self.start_from = start_from
-        self.hand_over = hand_over
-        self.after = after
-        self.inputs: dict[str, Any] = {}  # what the weights follow from (lightning_modules/inputs.py)
+        self.start_from, self.hand_over, self.after, self.on_early_stop = start_from, hand_over, after, on_early_stop
+        self.inputs: dict[str, Any] = {}
         self._trained = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,83 +64,94 @@ class StageTransition(L.Callback):
                 state["patience"] = callback.patience
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Takes over and freezes.
+        """Loads weights and freezes.
 
         Raises:
-            FileNotFoundError: if there is no hand-over at `start_from`.
-            ValueError: if it is not the previous stage's, unfinished, of another model or vocabulary, naming both sides; if
-                its scale is to be kept and there is none, or one of another similarity; or if it is to be measured by
-                another similarity than it was trained with, or as another stage.
+            FileError: if `start_from` is missing, not of the previous stage, unfinished, or of another stage or model than
+                the one that is measured; names both sides.
+            SettingError: if a setting contradicts it, or a scale is to be kept and there is none of this similarity.
         """
         if not isinstance(pl_module, ContrastiveModule):
             return
         if stage == "fit":
-            self._take_over(pl_module)
+            self._start(pl_module)
         elif self.start_from is not None and trainer.ckpt_path is None:
-            # evaluating a hand-over: its own stage, not the one before
+            # evaluating an exported model: its own stage, not the one before
             folder = Path(self.start_from)
-            description = read_description(folder)
-            theirs = description["training"].get("stage")
+            theirs = read_description(folder)["training"].get("stage")
             if None not in (theirs, pl_module.stage) and theirs != pl_module.stage:
-                raise ValueError(
+                raise FileError(
                     f"{folder} was handed over by stage {theirs}, and this is stage {pl_module.stage}: measured as that it "
-                    f"would pass for it. Give configs/stage{theirs}.yaml, or another --transition.start_from"
+                    f"would pass for it. Give configs/stage{theirs}.yaml, or another --transition.start_from",
+                    folder,
                 )
-            _load(pl_module, folder, description)
+            _load(pl_module, folder)
         for side in pl_module.frozen:
             for module in sides(pl_module.towers)[side]:
                 module.requires_grad_(False).eval()
 
-    def _take_over(self, module: ContrastiveModule) -> None:
+    def _start(self, module: ContrastiveModule) -> None:
         previous = stage_before(module, self.after)
         if self.start_from is None:
             if previous > 0:
-                raise ValueError(
+                raise SettingError(
                     f"stage {module.stage} starts from stage {previous}: give --transition.start_from "
-                    f"RUN/stage{previous}/stair, or --run RUN where both stages live"
+                    f"RUN/stage{previous}/stair, or --run RUN where both stages live",
+                    "transition.start_from",
                 )
             _check_scale(module, None)
             return
         if previous == 0:
             what = "stage 1 is the first" if module.stage == 1 else f"{module.home()} begins from nothing"
-            raise ValueError(f"{what}, but --transition.start_from says it starts from {self.start_from}; leave it out")
+            raise SettingError(
+                f"{what}, but --transition.start_from says it starts from {self.start_from}; leave it out",
+                "transition.start_from",
+            )
         folder = Path(self.start_from)
         if not folder.is_dir():
-            raise FileNotFoundError(
+            raise FileError(
                 f"no hand-over of stage {previous} at {folder}: it is written when that stage has finished its "
-                "planned steps. Finish it, or correct --transition.start_from"
+                "planned steps. Finish it, or correct --transition.start_from",
+                folder,
             )
         description = read_description(folder)
-        _check_order(module, previous, folder, description["training"])
+        training = description["training"]
+        if training.get("stage") != previous:
+            raise FileError(
+                f"stage {module.stage} starts from stage {previous}, but {folder} was handed over by stage "
+                f"{training.get('stage')}; correct --transition.start_from",
+                folder,
+            )
+        if not training.get("finished"):
+            raise FileError(f"{folder} comes from a stage {previous} that did not finish; finish it first", folder)
         _check_scale(module, description["model"].get("similarity"))
-        free = ["similarity"]  # a stage has its own
-        if description["training"].get("masked_loss_weight") == 1:
-            # under the hard mask no text ever lit up another word: what own words lead by was of no account yet
-            free.append("own_word_lead")
-        _load(module, folder, description, free)
-        log.info("stage %d takes over from %s", module.stage, folder)
+        # a stage has its own similarity; under the hard mask no other term was active, and the margin had no effect yet
+        _load(module, folder, "similarity", *(["own_word_lead"] if training.get("masked_loss_weight") == 1 else []))
+        log.info("stage %d starts from %s", module.stage, folder)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hands over, if the planned steps are done: this is also called when a time limit stopped the run."""
+        """Exports, if the planned steps are done: this is also called when a time limit stopped the run."""
         self._trained = True
-        self._hand_over(trainer, pl_module)
+        self._export(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hands over in a run that was killed between its last checkpoint and the hand-over, and is resumed.
+        """Exports in a run that was killed between its last checkpoint and the export, and is resumed.
 
         It has no step left, and Lightning then calls nothing of training; the model is on the CPU again by now.
         """
         if not self._trained:
             pl_module.to(trainer.strategy.root_device)
-            self._hand_over(trainer, pl_module)
+            self._export(trainer, pl_module)
 
-    def _hand_over(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _export(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not isinstance(pl_module, ContrastiveModule):
             return
         if trainer.fast_dev_run:
-            log.warning("a dry run (trainer.fast_dev_run) hands nothing over")
+            log.warning("a dry run (trainer.fast_dev_run) exports nothing")
             return
         facts = {"stage": pl_module.stage, "steps": trainer.global_step, "finished": True, "inputs": self.inputs}
+        if isinstance(pl_module, StairStage):
+            facts["masked_loss_weight"] = pl_module.weights.get("text_masked", 0.0)
         planned = planned_steps(trainer)
         if trainer.global_step < planned:
             reason, deliberate = _stop_reason(trainer)
@@ -152,14 +161,12 @@ class StageTransition(L.Callback):
                 return
             rank_zero_info(f"the training ended at {reached}. What was reached is exported")
             facts |= {"planned_steps": planned, "stopped_by": reason}
-        target = Path(self.hand_over or Path(trainer.default_root_dir) / pl_module.hand_over)
         model = gathered(pl_module.towers)
         if trainer.is_global_zero and model is not None:
-            if isinstance(pl_module, StairStage):
-                facts["masked_loss_weight"] = pl_module.weights.get("text_masked", 0.0)
+            target = Path(self.hand_over or Path(trainer.default_root_dir) / pl_module.hand_over)
             model.save_pretrained(target, facts)
-            log.info("%s hands over at %s", pl_module.home(), target)
-        trainer.strategy.barrier("hand-over")
+            log.info("%s is exported to %s", pl_module.home(), target)
+        trainer.strategy.barrier("export")
 
 
 def _stop_reason(trainer: L.Trainer) -> tuple[str, bool]:
@@ -179,52 +186,43 @@ def stage_before(module: ContrastiveModule | type[ContrastiveModule], after: int
     """The stage that a module starts from, 0 for none.
 
     Raises:
-        ValueError: if `after` is no earlier stage.
+        SettingError: if `after` is no earlier stage.
     """
     if module.stage is None:
         return 0
     if after is not None and not 0 <= after < module.stage:
-        raise ValueError(
-            f"--transition.after is {after}: stage {module.stage} can start from 0 (nothing) to {module.stage - 1}"
-        )
+        allowed = f"stage {module.stage} can start from 0 (nothing) to {module.stage - 1}"
+        raise SettingError(f"--transition.after is {after}: {allowed}", "transition.after")
     return module.stage - 1 if after is None else after
 
 
-def _check_order(module: ContrastiveModule, previous: int, folder: Path, training: dict[str, Any]) -> None:
-    if training.get("stage") != previous:
-        raise ValueError(
-            f"stage {module.stage} starts from stage {previous}, but {folder} was handed over by stage "
-            f"{training.get('stage')}; correct --transition.start_from"
-        )
-    if not training.get("finished"):
-        raise ValueError(f"{folder} comes from a stage {training.get('stage')} that did not finish; finish it first")
-
-
 def _check_scale(module: ContrastiveModule, similarity: str | None) -> None:
-    """Refuses to keep a scale that means nothing here. `similarity` is that of the stage before, None if there is none."""
+    """Checks a scale that is to be kept. `similarity` is that of the stage before, None if there is none."""
     if not isinstance(module, StairStage) or module.objective.scale_start != "keep":
         return
     ours = module.stair.similarity
     if similarity != ours:
         before = "it begins from nothing" if similarity is None else f"the stage before compares by {similarity!r}"
-        start = "14.3" if ours == "cosine" else "'measure'"
-        raise ValueError(
+        raise SettingError(
             f"objective.scale_start is 'keep' in stage {module.stage}, but {before}: there is no scale for {ours!r} to "
-            f"keep. Give --model.init_args.objective.scale_start {start}"
+            f"keep. Give --model.init_args.objective.scale_start {'14.3' if ours == 'cosine' else 'measure'}",
+            "objective.scale_start",
         )
 
 
-def _load(module: ContrastiveModule, folder: Path, description: dict[str, Any], free: Sequence[str] = ()) -> None:
+def _load(module: ContrastiveModule, folder: Path, *free: str) -> None:
     """Strict: every weight must be there and fit, and both models must be one design over one vocabulary."""
-    if description["family"] != module.towers.family:
-        raise ValueError(
-            f"{folder} holds a model of family {description['family']!r}, this run is {module.towers.family!r}"
+    description, towers = read_description(folder), module.towers
+    if description["family"] != towers.family:
+        raise FileError(
+            f"{folder} holds a model of family {description['family']!r}, this run is {towers.family!r}", folder
         )
-    theirs, ours = description["vocabulary_fingerprint"], module.towers.vocabulary.fingerprint
+    theirs, ours = description["vocabulary_fingerprint"], towers.vocabulary.fingerprint
     if theirs != ours:
-        raise ValueError(
-            f"{folder} has vocabulary {theirs[:12]}…, this run has {ours[:12]}… ({module.towers.config.vocabulary}): every "
-            "dimension would mean another word. Use the same stair.vocabulary in all stages"
+        raise FileError(
+            f"{folder} has vocabulary {theirs[:12]}…, this run has {ours[:12]}… ({towers.config.vocabulary}): every "
+            "dimension would mean another word. Use the same stair.vocabulary in all stages",
+            folder,
         )
-    refuse_other_model(module.towers, str(folder), description["model"], free)
-    load_weights(module.towers, folder)
+    refuse_other_model(towers, str(folder), description["model"], free)
+    load_weights(towers, folder)

@@ -6,6 +6,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.optimizer import Optimizer
 from stair.batch import Batch
 from stair.clip import ClipConfig, DenseClip
+from stair.errors import SettingError
 from stair.losses import info_nce
 from stair.model import StairDesign
 
@@ -42,7 +43,9 @@ class Clip(ContrastiveModule):
         compile: str | None = None,
     ) -> None:
         if not 0 < scale_start <= 100:
-            raise ValueError(f"scale_start is {scale_start}; the scale lies in (0, 100]")
+            raise SettingError(
+                f"scale_start is {scale_start}; the scale lies in (0, 100]", "model.init_args.scale_start"
+            )
         super().__init__(optimizer, scale_start, micro_batch_size, recompute, compile)
         self.clip = DenseClip(ClipConfig(stair.vocabulary, stair.image, stair.text, width, pooling))
 

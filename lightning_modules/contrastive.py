@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_modules import parallel
 from lightning_modules.optimizer import Optimizer
 from stair.batch import Batch
+from stair.errors import SettingError
 from stair.exchange import ranks
 from stair.metrics import RetrievalRecall
 from stair.set_counts import SetCounts, image_hashes, sentences, token_captions
@@ -46,14 +47,11 @@ class ContrastiveModule(L.LightningModule):
         compile: backend of torch.compile for the towers' blocks, `inductor` for the usual one; None does not compile.
     """
 
-    #: place in the order of stages; None is no stage, and starts from nothing
-    stage: ClassVar[int | None] = None
-    #: folder in RUN/home that the finished model is handed over in
-    hand_over: ClassVar[str]
-    #: which sides stay as they are: their parameters get no gradient and their modules stay in eval mode
+    stage: ClassVar[int | None] = None  # place in the order of stages; None is no stage, and starts from nothing
+    hand_over: ClassVar[str]  # folder in RUN/home that the finished model is exported to
+    #: sides that stay as they are: their parameters get no gradient and their modules stay in eval mode
     frozen: ClassVar[tuple[Literal["image", "text"], ...]] = ()
-    #: whether the last step was left out, as its loss or its gradient is not finite
-    left_out = False
+    left_out = False  # whether the last step was skipped, as its loss or its gradient is not finite
 
     def __init__(
         self,
@@ -64,14 +62,14 @@ class ContrastiveModule(L.LightningModule):
         compile: str | None = None,
     ) -> None:
         super().__init__()
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError(
-                f"micro_batch_size is {micro_batch_size}; give a number of pairs from 1 up, or null for all"
-            )
-        if compile is not None and compile not in (known := torch.compiler.list_backends(exclude_tags=())):
-            raise ValueError(f"compile is {compile!r}; give one of {', '.join(known)}, or null for none")
         self.optimizer, self.scale_start, self.micro_batch_size = optimizer, scale_start, micro_batch_size
         self.recompute, self.compile_backend, self._laid_out = recompute, compile, False
+        if micro_batch_size is not None and micro_batch_size < 1:
+            what = f"micro_batch_size is {micro_batch_size}; give a number of pairs from 1 up, or null for all"
+            raise SettingError(what, "model.init_args.micro_batch_size")
+        if compile is not None and compile not in (known := torch.compiler.list_backends(exclude_tags=())):
+            what = f"compile is {compile!r}; give one of {', '.join(known)}, or null for none"
+            raise SettingError(what, "model.init_args.compile")
         self.retrieval, self.counts = torch.nn.ModuleList(), torch.nn.ModuleList()
         self._sets: list[str] = []
         self._stated: dict[str, str] = {}
@@ -99,7 +97,7 @@ class ContrastiveModule(L.LightningModule):
             parallel.shard(self.towers, self.device_mesh["data_parallel"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Says which model it is, so that `stair consolidate` needs nothing else."""
+        """Describes the model, so that `stair consolidate` needs nothing else."""
         checkpoint["towers"] = {
             "family": self.towers.family,
             "model": self.towers.portable_config(),
@@ -108,19 +106,19 @@ class ContrastiveModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Holds this run's model against the checkpoint's: what they differ in beside the weights would go unseen.
+        """Compares this run's model with the checkpoint's: differences beside the weights would have no effect.
 
         Raises:
             ValueError: if it is another model, or compares otherwise; names both sides.
         """
-        told = checkpoint.get("towers")
-        if told is not None and told["family"] == self.towers.family:
-            refuse_other_model(self.towers, "the checkpoint", told["model"])
+        described = checkpoint.get("towers")
+        if described is not None and described["family"] == self.towers.family:
+            refuse_other_model(self.towers, "the checkpoint", described["model"])
 
     # ------------------------------------------------------------------ training
 
     def train(self, mode: bool = True) -> "ContrastiveModule":
-        """As in torch, but frozen sides stay in eval mode: no dropout moves what they say."""
+        """As in torch, but frozen sides stay in eval mode, without dropout."""
         super().train(mode)
         for side in self.frozen:
             for module in sides(self.towers)[side]:
@@ -131,19 +129,21 @@ class ContrastiveModule(L.LightningModule):
         """Checks the trainer.
 
         Raises:
-            ValueError: if the trainer accumulates gradients, which would cut the contrastive batch into pieces, or its
-                strategy is one under which loss, clipping and hand-over would be wrong without a word.
+            SettingError: if the trainer accumulates gradients, which would cut the contrastive batch into pieces, or its
+                strategy is one under which loss, clipping and export would be wrong.
         """
         strategy = self.trainer.strategy
         if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | parallel.FullySharded):
-            raise ValueError(
+            raise SettingError(
                 f"trainer.strategy is {type(strategy).__name__}, with which this code has never trained. Give ddp "
-                "(configs/hardware/ddp.yaml) or FSDP2 (configs/hardware/fsdp2.yaml)"
+                "(configs/hardware/ddp.yaml) or FSDP2 (configs/hardware/fsdp2.yaml)",
+                "trainer.strategy",
             )
         if self.trainer.accumulate_grad_batches != 1:
-            raise ValueError(
+            raise SettingError(
                 f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}: each piece would be compared "
-                "with itself only. Set model.micro_batch_size instead, which keeps the whole batch in one loss"
+                "with itself only. Set model.micro_batch_size instead, which keeps the whole batch in one loss",
+                "trainer.accumulate_grad_batches",
             )
 
     def on_train_start(self) -> None:
@@ -271,19 +271,18 @@ class ContrastiveModule(L.LightningModule):
         """Makes a retrieval metric for every evaluation set.
 
         Raises:
-            ValueError: if the weights themselves are to be of 16 bits.
+            SettingError: if the weights themselves are to be of 16 bits.
         """
         if str(self.trainer.precision) in ("16-true", "bf16-true"):
-            raise ValueError(
+            raise SettingError(
                 f"trainer.precision is {self.trainer.precision}: in weights of 16 bits small updates vanish. Give "
-                "bf16-mixed, or 32-true"
+                "bf16-mixed, or 32-true",
+                "trainer.precision",
             )
-        self._sets = self._set_names("test" if stage == "test" else "val") if stage != "predict" else []
+        kind = "test" if stage == "test" else "val"
+        self._sets = list(getattr(self.trainer.datamodule, f"{kind}_names")) if stage != "predict" else []
         self.retrieval = torch.nn.ModuleList([RetrievalRecall(RECALL_AT) for _ in self._sets])
         self.counts = torch.nn.ModuleList([SetCounts() for _ in self._sets])
-
-    def _set_names(self, kind: str) -> list[str]:
-        return list(getattr(self.trainer.datamodule, f"{kind}_names"))
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Encodes a batch of an evaluation set and hands it to the set's metric."""
@@ -336,10 +335,8 @@ class ContrastiveModule(L.LightningModule):
 
 def sides(towers: TwoTowers) -> dict[str, tuple[torch.nn.Module, ...]]:
     """The modules of each side of a model, as stages freeze them."""
-    return {
-        side: tuple(module for name, module in towers.named_children() if name.startswith(side))
-        for side in ("image", "text")
-    }
+    parts = list(towers.named_children())
+    return {side: tuple(part for name, part in parts if name.startswith(side)) for side in ("image", "text")}
 
 
 #: settings of a model that no weight shows
@@ -347,7 +344,7 @@ _UNSEEN = ("own_word_lead", "similarity", "pooling", "width")
 
 
 def refuse_other_model(towers: TwoTowers, where: str, model: dict[str, Any], free: Sequence[str] = ()) -> None:
-    """Holds a model against the settings of saved weights.
+    """Compares a model with the settings of saved weights.
 
     Args:
         towers: the model.
@@ -384,9 +381,9 @@ def planned_steps(trainer: L.Trainer) -> int:
     """Optimiser steps the run is planned for.
 
     Raises:
-        ValueError: if nothing bounds the run.
+        SettingError: if nothing bounds the run.
     """
     steps = trainer.estimated_stepping_batches
     if math.isinf(steps):
-        raise ValueError("the run has no end: set trainer.max_steps (schedules and λ follow it)")
+        raise SettingError("the run has no end: set trainer.max_steps (schedules and λ follow it)", "trainer.max_steps")
     return int(steps)

@@ -10,6 +10,8 @@ from timm.optim import Lamb
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from stair.errors import check_settings
+
 # places and tokens of a ViT that are stored as matrices
 _SPARED = ("pos_embed", "cls_token", "reg_token", "dist_token")
 
@@ -39,19 +41,20 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         """Refuses values that cannot train: not finite, negative, decays of 1."""
-        ranges = {
-            "lr": 0 < self.lr < math.inf,
-            "weight_decay": 0 <= self.weight_decay < math.inf,
-            "betas": all(0 <= beta < 1 for beta in self.betas),
-            "eps": 0 < self.eps < math.inf,
-            "warmup_steps": self.warmup_steps >= 0,
-            "final_lr_share": 0 <= self.final_lr_share <= 1,
-        }
-        if wrong := [name for name, right in ranges.items() if not right]:
-            raise ValueError(
-                f"optimizer.{wrong[0]} is {getattr(self, wrong[0])}; wanted are finite numbers: lr and eps above 0, betas "
-                "in [0, 1), weight_decay and warmup_steps from 0 up, final_lr_share in [0, 1]"
-            )
+        check_settings(
+            "optimizer",
+            self,
+            {
+                "lr": 0 < self.lr < math.inf,
+                "weight_decay": 0 <= self.weight_decay < math.inf,
+                "betas": all(0 <= beta < 1 for beta in self.betas),
+                "eps": 0 < self.eps < math.inf,
+                "warmup_steps": self.warmup_steps >= 0,
+                "final_lr_share": 0 <= self.final_lr_share <= 1,
+            },
+            "finite numbers: lr and eps above 0, betas in [0, 1), weight_decay and warmup_steps from 0 up, final_lr_share "
+            "in [0, 1]",
+        )
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """An optimiser over the parameters that require a gradient."""

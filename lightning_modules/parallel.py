@@ -109,6 +109,7 @@ class FullySharded(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Connects the ranks; "auto" would have sharded over nodes and cut tensors within."""
+        # private: the constructor takes a number that is known only here (upstream pull request 19878)
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 

@@ -17,5 +17,12 @@ class Stage2(StairStage):
     stage = 2
     frozen = ("image",)
 
-    def __init__(self, stair: StairDesign, objective: TextObjective, optimizer: Optimizer, **more: Any) -> None:
-        super().__init__(stair, objective, optimizer, **more)
+    def __init__(
+        self,
+        stair: StairDesign,
+        objective: TextObjective,
+        optimizer: Optimizer,
+        micro_batch_size: int | None = None,
+        **more: Any,
+    ) -> None:
+        super().__init__(stair, objective, optimizer, micro_batch_size, **more)

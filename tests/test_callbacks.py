@@ -486,8 +486,9 @@ def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(SettingError) as refused:
         Health(**wrong)
     assert refused.value.setting == f"health.{next(iter(wrong))}"
-    with pytest.raises(ValueError, match="wanted images"):
+    with pytest.raises(SettingError) as refused:
         RetrievalPanels(images=-1)
+    assert refused.value.setting == "panels.images"
 
 
 def test_two_ranks_measure_one_set_and_stop_together(vocabulary, tmp_path):

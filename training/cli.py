@@ -1,4 +1,8 @@
-"""Lightning's command line with this project's callbacks, `--run`, and the checks of a stage's folder."""
+"""Lightning's command line with this project's callbacks, `--run`, and the checks of a stage's folder.
+
+It overrides or calls private methods of LightningCLI that have no public equivalent: `_instantiate_trainer`,
+`_run_subcommand`, `_parse_ckpt_path` (added for upstream issue 20801) and `_parser`.
+"""
 
 import importlib
 from contextlib import ExitStack
@@ -149,12 +153,12 @@ class StairCLI(LightningCLI):
         Raises:
             StairError: with the step and the reason.
         """
-        if reason := self._get(self.config_init, "transition").unfinished:
+        if reason := self.config_init[self.subcommand].transition.unfinished:
             raise StairError(reason)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """The trainer, whose checkpoints are whole or absent."""
-        transition = self._get(self.config_init, "transition")
+        transition = self.config_init[self.subcommand].transition
         transition.start_from, transition.inputs = transition.start_from or self._start_from, self._inputs
         settings = SaveSettings(self._parser(self.subcommand), self._saved)
         always_on = [each for each in [*callbacks, settings] if _applies(each, config)]
