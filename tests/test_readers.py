@@ -378,6 +378,18 @@ def test_a_column_that_cannot_be_kept_is_named(stair, model, tmp_path, column, i
         list_items(str(tmp_path / "t.parquet"), "texts")
 
 
+def test_a_column_of_32_bit_floats_has_the_values_that_were_written(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from stair.data.tables import open_table
+
+    values = pa.array([0.1, None, float("inf"), 16777216.0], pa.float32())
+    parquet.write_table(pa.table({"price": values}), tmp_path / "t.parquet")
+    rows = list(open_table(tmp_path / "t.parquet").rows())
+    assert [row.cells["price"] for row in rows] == [0.1, None, float("inf"), 16777216.0]
+
+
 def test_captions_mean_the_same_with_byte_order_marks_and_values_that_are_false(tmp_path):
     from stair.data.samples import captions
 

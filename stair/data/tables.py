@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import ArrowException, ipc, memory_map, parquet
 
 from stair.data.samples import printable
@@ -253,7 +254,10 @@ def _cells(file: parquet.ParquetFile, group: int, names: list[str], path: Path) 
         for batch in file.iter_batches(row_groups=[group], columns=names):
             columns = []
             for name in names:
-                columns.append(batch.column(name).to_pylist())
+                column = batch.column(name)
+                if pa.types.is_float32(column.type):  # 0.1 rather than 0.10000000149, which no filter names
+                    column = column.cast(pa.string()).cast(pa.float64())
+                columns.append(column.to_pylist())
             yield from (dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True))
     except (ArrowException, OSError, ValueError) as error:  # damaged, or values that Python has no type for
         raise FileError(f"{path}: column {name!r} cannot be read: {error}", path) from error
