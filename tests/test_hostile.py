@@ -38,7 +38,7 @@ from stair.index.storage import MANIFEST, read_arrays, read_manifest, record, wr
 from stair.plain import escape, one_line, plain
 from stair.report import write_html
 from stair.report.tables import Table
-from stair.serve.page import PAGE
+from stair.serve.app import PAGE
 from tests.test_index import SPACE, embeddings
 from tests.test_stages import SMALL, words
 

@@ -5,6 +5,8 @@ Errors are problem JSON (RFC 9457). Pictures are decoded and encoded anew, so th
 paths cannot leave the collection; uploads are limited in bytes before they are read and in pixels before they are decoded.
 """
 
+import base64
+import hashlib
 import io
 import json
 import threading
@@ -29,13 +31,21 @@ from stair.explain_page import overlay
 from stair.images import decode_image
 from stair.index import SparseIndex
 from stair.model import Stair
-from stair.serve.page import PAGE, POLICY
+from stair.pages import asset, render
 
 MAX_UPLOAD_BYTES = 10 << 20
 MAX_UPLOAD_PIXELS = 24_000_000
 _SIDE, _SHOWN_WORDS, _MOST_HITS, _MOST_BYTES = 320, 40, 200, 1 << 28
 _MOST_JSON = 1 << 21  # a query of every word of a vocabulary of 30,522 takes less than half
 _LARGEST = 1e6  # weight of a word in a query; those of models are below 100
+
+PAGE = render("search.html")
+_HASH = base64.b64encode(hashlib.sha256(asset("search.js").encode()).digest()).decode()
+#: nothing but this page's own script runs, and nothing is asked of any other host
+POLICY = (
+    f"default-src 'none'; script-src 'sha256-{_HASH}'; style-src 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+)
 
 
 class SearchPage:
