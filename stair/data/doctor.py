@@ -185,9 +185,7 @@ class _Count:
     sizes: dict[str, int] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     repeated: Counter[str] = field(default_factory=Counter)  # keys that come twice in the shard
-    copies: Counter[str] = field(
-        default_factory=Counter
-    )  # samples of an earlier shard, by key and sizes of all members
+    copies: Counter[str] = field(default_factory=Counter)  # samples of earlier shards, by key and sizes of members
     incomplete: int = 0  # samples without image or caption member
     walked: list[str] = field(default_factory=list)
     stale: dict[str, str] = field(default_factory=dict)  # another size than the index states; a run stops at these

@@ -9,7 +9,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -196,15 +195,7 @@ def captions(sample: Mapping[str, bytes], lines: bool = False) -> list[str]:
         ValueError: `caption unreadable: ...` or `caption too long: ...`.
     """
     try:
-        texts = _in_json(sample)[1]
-        if not texts and "txt" in sample:
-            text = sample["txt"].decode("utf-8-sig")
-            texts = [line for line in text.split("\n") if line.strip()] if lines else [text]
-        if wrong := [text for text in texts if not isinstance(text, str)]:
-            raise TypeError(f"a caption is {wrong[0]!r:.40}, wanted a string")
-        texts = [text.strip() for text in texts]
-        for text in texts:
-            text.encode()  # JSON can spell half a surrogate pair, which the tokenizer rejects
+        texts = _strings(_in_json(sample)[1] or _in_txt(sample, lines))
     except (ValueError, TypeError) as error:
         raise ValueError(f"caption unreadable: {error}") from error
     if not any(texts):
@@ -265,24 +256,35 @@ def caption_choices(
     """
     if not shares:
         return [(1.0, [text for text in captions(sample, lines) if text])]
+    found = {}
     try:
         fields = json_fields(sample)
-        values = {name: fields[name] for name in shares if fields.get(name)}
+        for name in sorted(shares, key=lambda name: name == "txt"):
+            value = _in_txt(sample, lines) if name == "txt" and "txt" in sample else fields.get(name)
+            found[name] = _strings(value if isinstance(value, list) else [value] if value else [])
     except (ValueError, TypeError) as error:
-        raise ValueError(f"caption unreadable: {type(error).__name__}: {error}") from error
-    parts = {
-        name: {"json": json.dumps({"captions": v if isinstance(v, list) else [v]}).encode()}
-        for name, v in values.items()
-    }
-    if "txt" in shares and "txt" in sample:
-        parts["txt"] = {"txt": sample["txt"]}
-    choices = []
-    for name, part in parts.items():
-        with suppress(NoCaptionError):
-            choices.append((shares[name], [text for text in captions(part, lines) if text]))
+        raise ValueError(f"caption unreadable: {error}") from error
+    choices = [(shares[name], list(filter(None, texts))) for name, texts in found.items() if any(texts)]
     if not choices:
         raise NoCaptionError(f"no caption: none of the fields {list(shares)} is there; members are {types_of(sample)}")
+    for _, texts in choices:
+        _check_length(max(texts, key=len))
     return choices
+
+
+def _strings(values: list[Any]) -> list[str]:
+    """Captions without white space around them; half a surrogate pair, which JSON can spell, is an error."""
+    if wrong := [value for value in values if not isinstance(value, str)]:
+        raise TypeError(f"a caption is {wrong[0]!r:.40}, wanted a string")
+    texts = [value.strip() for value in values]
+    for text in texts:
+        text.encode()
+    return texts
+
+
+def _in_txt(sample: Mapping[str, bytes], lines: bool) -> list[str]:
+    text = sample.get("txt", b"").decode("utf-8-sig")
+    return [line for line in text.split("\n") if line.strip()] if lines else [text]
 
 
 def _in_json(sample: Mapping[str, bytes]) -> tuple[str, list[str]]:
