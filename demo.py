@@ -88,8 +88,7 @@ def _train(stage: int, options: Sequence[str]) -> None:
 
 
 def _steps(stage: int) -> int:
-    steps: int = read_description(RUN / f"stage{stage}" / "stair")["training"]["steps"]
-    return steps
+    return int(read_description(RUN / f"stage{stage}" / "stair")["training"]["steps"])
 
 
 def _figures(stage: int) -> dict[str, float]:

@@ -8,16 +8,13 @@ B images and C captions of a batch, K words shown, V words.
 import math
 import re
 import textwrap
-import warnings
 from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from callbacks.sparsity_monitor import words_of
@@ -26,9 +23,9 @@ from stair.errors import check_settings
 from stair.plain import escape
 from stair.vocabulary import Vocabulary
 
-_COLUMNS, _DPI = 4, 80
+_COLUMNS = 4
 _WIDTH, _HEIGHT = 336, 192  # of a panel, in pixels
-_FOUND, _OTHER = "tab:green", "tab:gray"
+_FOUND, _OTHER = "#2ca02c", "#7f7f7f"
 
 
 class _Panel(NamedTuple):
@@ -122,36 +119,22 @@ def _panel(row: int, image_BV: Tensor, batch: Batch, vocabulary: Vocabulary, k: 
 
 def _draw(panels: list[_Panel]) -> np.ndarray:
     """(H, W, 3) uint8: for each image its picture under its first caption, and bars for its words with their weights."""
-    columns = min(_COLUMNS, len(panels))
-    size = columns * _WIDTH, math.ceil(len(panels) / columns) * _HEIGHT
-    figure = Figure(figsize=(size[0] / _DPI, size[1] / _DPI), dpi=_DPI)
-    # one pair of axes, in pixels: matplotlib takes longer to lay out a pair for each image than to draw them
-    axis = figure.add_axes((0, 0, 1, 1))
+    columns, font = min(_COLUMNS, len(panels)), ImageFont.load_default(10)
+    sheet = Image.new("RGB", (columns * _WIDTH, math.ceil(len(panels) / columns) * _HEIGHT), "white")
+    draw = ImageDraw.Draw(sheet)
     for place, panel in enumerate(panels):
-        _draw_panel(axis, panel, place % columns * _WIDTH, place // columns * _HEIGHT)
-    axis.set(xlim=(0, size[0]), ylim=(size[1], 0))
-    axis.set_axis_off()
-    canvas = FigureCanvasAgg(figure)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the vocabulary has Chinese, the font has not
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
-
-
-def _draw_panel(axis: Axes, panel: _Panel, x: int, y: int) -> None:
-    """Draws an image's panel with its upper left corner at (x, y)."""
-    # captions and words are anybody's text: a dollar sign must not start a formula
-    text: dict[str, Any] = {"parse_math": False, "fontsize": 7, "verticalalignment": "center"}
-    title = textwrap.fill(next(iter(panel.captions), ""), 32, max_lines=2, placeholder=" …")
-    axis.text(x + 10, y + 18, title, **text)
-    axis.imshow(panel.pixels, extent=(x + 10, x + 150, y + 178, y + 38), aspect="auto")
-    heaviest = max((weight for _, weight, _ in panel.words), default=1)
-    for place, (word, weight, found) in enumerate(panel.words):
-        colour, middle = _FOUND if found else _OTHER, y + 38 + 140 * (place + 0.5) / len(panel.words)
-        end = x + 225 + 75 * weight / heaviest
-        axis.barh(middle, end - (x + 225), 110 / len(panel.words), left=x + 225, color=colour)
-        axis.text(x + 221, middle, word, horizontalalignment="right", **text)
-        axis.text(end + 3, middle, f"{weight:.2f}", color="gray", **text)
+        x, y = place % columns * _WIDTH, place // columns * _HEIGHT
+        title = textwrap.fill(next(iter(panel.captions), ""), 50, max_lines=2, placeholder=" …")
+        draw.text((x + 10, y + 8), title, "black", font)
+        sheet.paste(Image.fromarray(panel.pixels).resize((140, 140)), (x + 10, y + 38))
+        heaviest = max((weight for _, weight, _ in panel.words), default=1)
+        for number, (word, weight, found) in enumerate(panel.words):
+            middle, half = y + 38 + 140 * (number + 0.5) / len(panel.words), 55 / len(panel.words)
+            end = x + 225 + 75 * weight / heaviest
+            draw.rectangle((x + 225, middle - half, end, middle + half), _FOUND if found else _OTHER)
+            draw.text((x + 221, middle), word, "black", font, anchor="rm")
+            draw.text((end + 3, middle), f"{weight:.2f}", "gray", font, anchor="lm")
+    return np.asarray(sheet)
 
 
 def _table(panels: list[_Panel]) -> str:
