@@ -184,7 +184,7 @@ def to_table(
     Raises:
         SettingError: if a key is no string, a text is no valid Unicode, or a value has no type here: with key and id.
     """
-    if wrong := [name for name in ids if not _is_unicode(name)]:
+    if wrong := [name for name in ids if not is_unicode(name)]:
         raise SettingError(f"id {wrong[0]!r} is not valid Unicode; rename it", "ids")
     columns: dict[str, list[Any]] = {ID: list(ids)}
     for owner, rows in (("user", metadata), ("stair", source)):
@@ -238,7 +238,8 @@ def _stored(value: Any) -> tuple[str, Any]:
     return "json", text
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: file names that are no UTF-8 hold halves of characters."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -289,7 +290,7 @@ class Documents:
 
     def find(self, name: str) -> int | None:
         """The document of an id."""
-        place = pc.index(self.ids, pa.scalar(name, _TEXT)).as_py() if _is_unicode(name) else -1
+        place = pc.index(self.ids, pa.scalar(name, _TEXT)).as_py() if is_unicode(name) else -1
         return place if place >= 0 else None
 
     @cached_property

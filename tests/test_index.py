@@ -445,6 +445,14 @@ def test_an_id_that_is_no_unicode_is_refused_by_name_and_leaves_nothing(tmp_path
     assert error.value.setting == "ids" and not (tmp_path / "i").exists()
 
 
+@pytest.mark.parametrize("name", ["d9", "caf\udce9", 3])
+def test_an_id_that_no_document_has_is_an_error_of_the_setting_delete(tmp_path, name):
+    index = SparseIndex.build(tmp_path / "i", embeddings(2))
+    with pytest.raises(SettingError) as error:
+        index.delete(["d0", name])
+    assert error.value.setting == "delete" and list(index.ids) == ["d0", "d1"]
+
+
 def test_the_source_is_kept_apart_from_metadata_of_the_same_names(tmp_path):
     both = [{"file": "user's", "n": n} for n in range(3)], [{"file": f"{n}.jpg", "offset": n} for n in range(3)]
     index = SparseIndex.build(tmp_path / "i", Embeddings(rows(3, density=1), ["d0", "d1", "d2"], SPACE, *both))

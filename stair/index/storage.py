@@ -27,7 +27,7 @@ from stair.embeddings import Embeddings, Space
 from stair.errors import FileError, SettingError
 from stair.files import lock, read_json, remove, removed_on_failure, sha256, sync, write_json, write_text
 from stair.index.postings import Arrays, checked, invert
-from stair.metadata import Documents, to_table
+from stair.metadata import Documents, is_unicode, to_table
 from stair.plain import plain
 
 FORMAT = 4
@@ -228,7 +228,7 @@ class Store:
 
     def present(self, names: Iterable[str]) -> set[str]:
         """Those of some ids that its documents have."""
-        wanted = pa.array([name for name in names if isinstance(name, str)], pa.large_string())
+        wanted = pa.array([name for name in names if isinstance(name, str) and is_unicode(name)], pa.large_string())
         ids = (documents.ids for documents in self.documents)
         return {name for each in ids for name in each.filter(pc.is_in(each, value_set=wanted)).to_pylist()}
 
