@@ -575,6 +575,31 @@ def test_folders_of_classes_become_labels_and_names(tmp_path):
         classes(tmp_path / "images", tmp_path / "x", names=tmp_path / "few.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("names.json", '["2", "1"]', ["2", "1"]),  # a list is in the order of the folders, whatever it says
+        ("names.json", '{"2": "dog", "1": "cat"}', ["cat", "dog"]),
+        ("names.json", '{"classes": ["cat", "dog"]}', ["cat", "dog"]),
+        ("names.txt", "2\tdog\n1 cat, puss\n\n", ["cat", "dog"]),
+        ("names.txt", "\ufeffcat\ndog\n", ["cat", "dog"]),
+        *[("names.json", content, None) for content in ("5", "null", '["", ""]', '{"1": "cat"}', "[", '["cat"]')],
+        *[("names.txt", content, None) for content in ("", "cat\n\ndog", "1 cat")],
+    ],
+)
+def test_names_of_classes_are_taken_in_every_form_or_the_file_is_named(tmp_path, name, content, named):
+    for number in "12":
+        write_images(tmp_path / "images" / number, 1)
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    if named is None:
+        with pytest.raises(FileError) as wrong:
+            classes(tmp_path / "images", tmp_path / "out", workers=1, names=tmp_path / name)
+        assert wrong.value.path == tmp_path / name
+    else:
+        classes(tmp_path / "images", tmp_path / "out", workers=1, names=tmp_path / name)
+        assert json.loads((tmp_path / "out" / "classnames.json").read_text())["classes"] == named
+
+
 # ---- emoji
 
 

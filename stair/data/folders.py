@@ -65,19 +65,16 @@ def class_names(folders: list[str], names: Path | None = None, key: str = "class
     if names is None:
         return [printable(_NUMBER.sub("", name).replace("_", " ").strip()) for name in folders]
     found = read_names(names, key)
-    if isinstance(found, list) and all(str(line).split(maxsplit=1)[0] in folders for line in found):
+    pairs = [line.split(maxsplit=1) for line in found] if names.suffix != ".json" else []
+    if pairs and all(folder in folders for folder, *_ in pairs):
         # ImageNet's LOC_synset_mapping.txt gives synonyms, the first one is the usual name
-        pairs = [line.split(maxsplit=1) for line in found]
         found = {folder: "".join(name).partition(",")[0].strip() or folder for folder, *name in pairs}
-    if isinstance(found, list) and len(found) == len(folders):
+    count = len(found) if isinstance(found, (list, dict)) else 0
+    if isinstance(found, list) and count == len(folders):
         found = dict(zip(folders, found, strict=True))
     missing = [folder for folder in folders if not isinstance(found, dict) or not found.get(folder)]
     if not isinstance(found, dict) or missing:
-        what = (
-            f"no name for {missing[:5]}"
-            if isinstance(found, dict)
-            else f"{len(found)} names for {len(folders)} folders"
-        )
+        what = f"{count} names for {len(folders)} folders, none for {missing[:5]}"
         raise FileError(f"{names}: {what}; give a name for each folder, as {{folder: name}} or in sorted order", names)
     return [str(found[folder]) for folder in folders]
 

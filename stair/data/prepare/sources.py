@@ -236,7 +236,8 @@ def datasets(
     schema = arrow_schema(files[0])
     if other := [file for file in files if arrow_schema(file).names != schema.names]:
         raise FileError(f"{other[0]} has other columns than {files[0]}, which has {schema.names}", other[0])
-    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features") or {}
+    stated = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    noted = (stated.get("info") or {}).get("features") or {}
     features = {name: kind for name, kind in noted.items() if isinstance(kind, dict)}
     columns = Table(files[0], dict.fromkeys(schema.names, ""), lambda: iter(()))
     image = _column(columns, _image_columns(schema, features), image_column, "image")
