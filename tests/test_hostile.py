@@ -320,7 +320,9 @@ def rewritten(folder, name, change):
     arrays = dict(read_arrays(path))
     changed = arrays[name].to_numpy().copy()
     change(changed)
-    write_arrays(path, {**arrays, name: pa.array(changed)})
+    new = path.with_name(f"new-{path.name}")  # the arrays are mapped from the file itself
+    write_arrays(new, {**arrays, name: pa.array(changed)})
+    new.replace(path)
     segment.update(record(path))
     write_manifest(folder / MANIFEST, manifest)
 
