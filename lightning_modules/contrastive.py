@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_modules import parallel
 from lightning_modules.optimizer import Optimizer
 from stair.batch import Batch
-from stair.errors import SettingError
+from stair.errors import SettingError, StairError
 from stair.exchange import ranks
 from stair.metrics import RetrievalRecall
 from stair.set_counts import SetCounts, image_hashes, sentences, token_captions
@@ -353,12 +353,12 @@ def refuse_other_model(towers: TwoTowers, where: str, model: dict[str, Any], fre
         free: settings that may differ.
 
     Raises:
-        ValueError: if others differ; names both sides.
+        StairError: if others differ; names both sides.
     """
     theirs, ours = (_design(towers.config_class, values) for values in (model, towers.portable_config()))
     keys = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key) and key not in free)
     if keys:
-        raise ValueError(
+        raise StairError(
             f"{where} is another model than this run's. "
             + "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in keys)
             + ". Use the settings it was trained with; those of stair are the same in all stages"
