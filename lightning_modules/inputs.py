@@ -26,12 +26,8 @@ _FREE_DATA = (
     *("eval_batch_size", "workers", "max_bad_share", "remote"),
 )
 _TRAINER = (
-    "max_steps",
-    "max_epochs",
-    "precision",
-    "gradient_clip_val",
-    "gradient_clip_algorithm",
-    "limit_train_batches",
+    *("max_steps", "max_epochs", "limit_train_batches"),
+    *("precision", "gradient_clip_val", "gradient_clip_algorithm"),
 )
 _STOPS = "trainer.callbacks"  # of it, EarlyStopping
 _LENGTH = ("trainer.max_steps", "trainer.max_epochs")
@@ -81,11 +77,8 @@ def _plain(value: Any) -> Any:
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     if isinstance(value, dict) and value:
-        return {
-            key: inner
-            for part, content in value.items()
-            for key, inner in _flat(content, f"{name}.{part}" if name else part).items()
-        }
+        parts = [_flat(content, f"{name}.{part}" if name else part) for part, content in value.items()]
+        return {key: inner for part in parts for key, inner in part.items()}
     if name.startswith("model.init_args.stair") and name.split(".")[-1] in _FILES and isinstance(value, str):
         value = _content(Path(value)) or value
     return {name: value}
@@ -105,12 +98,8 @@ def _data(train: Any) -> str | None:
         train = {name: Shards(**vars(spec)) if isinstance(spec, Namespace) else spec for name, spec in train.items()}
     try:
         with ThreadPoolExecutor(16) as readers:
-            return _digest(
-                [
-                    (name, source.weight, list(readers.map(_shard, expand(source.shards))))
-                    for name, source in mixture(train).items()
-                ]
-            )
+            sources = mixture(train).items()
+            return _digest([(n, each.weight, list(readers.map(_shard, expand(each.shards)))) for n, each in sources])
     except (OSError, ValueError):
         return None
 
@@ -189,11 +178,8 @@ def _longer(before: Any, now: Any) -> bool:
 
 
 def _other_inputs(path: Path, recorded: dict[str, Any], inputs: dict[str, Any], changed: list[str]) -> FileError:
-    listed = "; ".join(
-        f"{_FIXED.get(key, key)}: {_short(recorded.get(key))} there, {_short(inputs.get(key))} now"
-        for key in changed[:5]
-    )
-    more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+    shown = [f"{_FIXED.get(k, k)}: {_short(recorded.get(k))} there, {_short(inputs.get(k))} now" for k in changed[:5]]
+    listed, more = "; ".join(shown), f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
     return FileError(
         f"{path} was trained from other inputs. {listed}{more}. To train again: another --run, or remove that stage",
         path,

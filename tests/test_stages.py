@@ -462,6 +462,21 @@ def test_a_share_of_own_words_mixes_the_loss_of_the_whole_text_with_that_of_its_
     torch.testing.assert_close(loss(None)[1], compared(own_CV if cls is Stage1 else whole_CV))
 
 
+@pytest.mark.parametrize("cls", [Stage1, Stage3])
+def test_terms_of_the_loss_have_one_name_in_every_stage_and_one_of_weight_0_is_not_computed(vocab_file, batch, cls):
+    def step(share):
+        stage = module(vocab_file, None, cls, objective=Objective("dot", scale_start=2.0, own_words_share=share))
+        stage._trainer, stage.log_dict = SimpleNamespace(global_step=0), lambda *args, **kwargs: None
+        return stage.training_step(batch, 0)
+
+    both = step(0.25)
+    wanted = 0.25 * both["contrastive_masked"] + 0.75 * both["contrastive_full"]
+    torch.testing.assert_close(both["contrastive"], wanted)
+    one, (used, absent) = step(None), ("masked", "full") if cls is Stage1 else ("full", "masked")
+    assert one["contrastive"] == one[f"contrastive_{used}"] and f"text_{used}" in one
+    assert not {f"contrastive_{absent}", f"text_{absent}"} & one.keys()
+
+
 @pytest.mark.parametrize("cls", [Stage1, Stage2, Stage3])
 def test_a_leak_gives_words_that_are_off_a_gradient_and_is_seen_by_nothing_but_the_comparison(vocab_file, batch, cls):
     def step(leak):
