@@ -76,6 +76,8 @@ class Ranges(SimpleHTTPRequestHandler):
         size = path.stat().st_size
         first, last = (self.headers.get("Range", f"bytes=0-{size - 1}").removeprefix("bytes=")).split("-")
         start, stop = int(first), min(int(last or size) + 1, size)
+        if start >= size:
+            return self.send_error(416)
         with open(path, "rb") as file:
             data = os.pread(file.fileno(), stop - start, start)
         self.send_response(206)

@@ -114,6 +114,7 @@ class PairMaker:
         return pixels, rng.choice(texts)
 
 
+@dataclass(eq=False)
 class PairsByPlace(Dataset[Made | StairError]):
     """Training batches by the places of their rows.
 
@@ -124,10 +125,12 @@ class PairsByPlace(Dataset[Made | StairError]):
         remote: how shards that are not local files are read.
     """
 
-    def __init__(self, streams: Sequence[ShardTable], make: PairMaker, seed: int | str, remote: Remote) -> None:
-        self.streams, self.make, self.seed, self.remote = streams, make, seed, remote
-        self._indexes: OrderedDict[str, ShardIndex | OSError] = OrderedDict()
-        self._failed: set[str] = set()
+    streams: Sequence[ShardTable]
+    make: PairMaker
+    seed: int | str
+    remote: Remote
+    _indexes: OrderedDict[str, ShardIndex | OSError] = field(default_factory=OrderedDict, init=False)
+    _failed: set[str] = field(default_factory=set, init=False)
 
     def __getitems__(self, places: list[Place]) -> Made | StairError:
         """The batch of these rows. A bad sample is replaced by the next good one of its shard, or of the next shards.
@@ -318,6 +321,7 @@ def _changed(shard: str, key: str, what: str) -> FileError:
     )  # fmt: skip
 
 
+@dataclass(eq=False)
 class PairsByDraw(IterableDataset[Made]):
     """Training batches from shards that are only read forwards, drawn with replacement, without end.
 
@@ -332,24 +336,18 @@ class PairsByDraw(IterableDataset[Made]):
         ranks: processes that train.
         shuffle: samples that are shuffled among each other.
         remote: time-out of commands and connections.
-
-    Attributes:
         start: the first step, counted from the start of the run.
     """
 
-    def __init__(
-        self, streams: Sequence[ShardTable], shares: Shares, make: PairMaker, seed: int | str,
-        rank: int, ranks: int, shuffle: int, remote: Remote,
-    ) -> None:  # fmt: skip
-        self.streams, self.shares, self.make, self.seed, self.rank, self.ranks = (
-            streams,
-            shares,
-            make,
-            seed,
-            rank,
-            ranks,
-        )
-        self.shuffle, self.remote, self.start = shuffle, remote, 0
+    streams: Sequence[ShardTable]
+    shares: Shares
+    make: PairMaker
+    seed: int | str
+    rank: int
+    ranks: int
+    shuffle: int
+    remote: Remote
+    start: int = 0
 
     def __iter__(self) -> Iterator[Made]:
         info = get_worker_info()
@@ -359,9 +357,8 @@ class PairsByDraw(IterableDataset[Made]):
         for step in itertools.count(self.start + number, workers):
             taken, pairs = 0, list[Pair]()
             for samples, (_, count) in zip(streams, self.shares.spans(step), strict=True):
-                due = range(
-                    (self.rank - taken) % self.ranks, count, self.ranks
-                )  # a batch is dealt to the ranks in turn
+                # a batch is dealt to the ranks in turn
+                due = range((self.rank - taken) % self.ranks, count, self.ranks)
                 pairs += itertools.islice(samples, len(due))
                 taken += count
             yield self.make.collate([replace(pair, image_id=row) for row, pair in enumerate(pairs)]), seen[0], skips[:]

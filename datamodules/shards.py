@@ -42,24 +42,23 @@ class ImageTextShards(LightningDataModule):
     rank, each with other samples; it depends on `seed` and not on global random state, and resumes inside an epoch from
     Lightning's checkpoints on any number of ranks and workers, with the same batch size, shuffling and shards.
 
-    A shard spec is a path, a glob (`data/*.tar`), a brace pattern (`data/train-{0000..0004}.tar`), and for training also
-    a URL (http, https, or what fsspec opens) or a `pipe:` command, with brace patterns. docs/data.md says more.
+    A shard spec is a path, a glob (`data/*.tar`), a brace pattern (`data/train-{0000..0004}.tar`), a URL (http, https, or
+    what fsspec opens), and for training also a `pipe:` command. docs/data.md says more.
 
     Args:
-        train: shard spec, or a list of them, or a mixture: name of a source to its spec, or to `shards`, `weight` and
-            `samples`. Without weights an epoch sees every sample once; with weights (all or none) every batch holds the
+        train: shard spec, or a list of them, or a mixture: name of a source to its spec, or to `shards` and `weight`.
+            Without weights an epoch sees every sample once; with weights (all or none) every batch holds the
             sources in this proportion, each source going through its own samples before it repeats one. None: no
             training.
-        val: name to shard spec of the validation sets, the primary one first. Local and uncompressed.
-        test: name to shard spec of the test sets, which are also those of `predict`. Local and uncompressed.
+        val: name to shard spec of the validation sets, the primary one first. Uncompressed.
+        test: name to shard spec of the test sets, which are also those of `predict`. Uncompressed.
         vocabulary: a `vocab.txt`, a folder with one, or the name of a model on the hub.
         image_size: side of the square images, in pixels, at least 1.
         max_tokens: longest caption kept, in word pieces, [CLS] and [SEP] included; at least 3.
         global_batch_size: pairs a step over all ranks; a multiple of the number of ranks.
         eval_batch_size: images a batch on each rank in evaluation, all their captions with them.
         workers: reading processes a rank; 0 reads in the training process.
-        shuffle: pairs a worker shuffles among each other, held as they lie in the tar (memory: this times the size of
-            a compressed image); 0 keeps their order. Shards are permuted in any case.
+        shuffle: neighbours that are permuted among each other; 0 keeps their order. Shards are permuted in any case.
         resample: draw shards with replacement instead of going through all of them: for streams too large to finish, or
             whose sizes nobody knows. `train_samples` is then the length of an epoch.
         crop_scale: least and greatest share of an image's area that the training crop keeps, in (0, 1]; the crop's
@@ -233,19 +232,11 @@ class ImageTextShards(LightningDataModule):
 
     def _check_settings(self, ranks: int) -> None:
         if (batch := self.global_batch_size) % ranks:
-            sizes = " or ".join(
-                str(size) for size in (batch - batch % ranks, batch - batch % ranks + ranks) if size > 1
-            )
-            counts = [count for count in range(1, batch + 1) if batch % count == 0]
-            near = [
-                *[count for count in counts if count < ranks][-1:],
-                *[count for count in counts if count > ranks][:1],
-            ]
+            nearest = batch + ranks - batch % ranks
             raise SettingError(
-                f"data.global_batch_size={batch} cannot be shared by {ranks} ranks: wanted a multiple of {ranks}. Give "
-                f"--data.global_batch_size {sizes}, or start {' or '.join(map(str, near))} ranks",
-                "data.global_batch_size",
-            )
+                f"data.global_batch_size={batch} cannot be shared by {ranks} ranks: wanted a multiple of {ranks}, such as "
+                f"--data.global_batch_size {nearest}; or start another number of ranks", "data.global_batch_size",
+            )  # fmt: skip
         if self.train_samples and not self.resample:
             raise SettingError(
                 f"train_samples={self.train_samples} is the length of a resampled epoch: set data.resample: true, or leave "
@@ -265,8 +256,8 @@ class ImageTextShards(LightningDataModule):
         samples = self.train_samples or counted
         if samples < self.global_batch_size:
             raise SettingError(
-                f"{sum(len(s.shards) for s in sources)} shards hold {samples} pairs, fewer than global_batch_size="
-                f"{self.global_batch_size}: an epoch would have no step. Lower it or give more shards",
+                f"{sum(len(s.shards) for s in sources)} shards ({sources[0].shards[0]}, ...) hold {samples} pairs, "
+                f"fewer than global_batch_size={self.global_batch_size}: an epoch has no step. Lower it or give more shards",
                 "data.global_batch_size",
             )
         return samples
