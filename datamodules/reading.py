@@ -48,7 +48,7 @@ class TrainingLoader:
         workers: reading processes; 0 reads in this one.
         epoch_batches: batches after which an epoch counts as complete, where a trainer stops earlier than `len`.
         max_bad_share: greatest share of bad samples.
-        names: fingerprint of the shards' names and of settings besides the order's.
+        fingerprint: of the shards and settings under which a place means something.
 
     Attributes:
         counter: what this rank has skipped and converted so far.

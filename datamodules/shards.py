@@ -257,7 +257,7 @@ class ImageTextShards(LightningDataModule):
         if samples < self.global_batch_size:
             raise SettingError(
                 f"{sum(len(s.shards) for s in sources)} shards ({sources[0].shards[0]}, ...) hold {samples} pairs, "
-                f"fewer than global_batch_size={self.global_batch_size}: an epoch has no step. Lower it or give more shards",
+                f"fewer than global_batch_size={self.global_batch_size}: an epoch has no step. Lower it or add shards",
                 "data.global_batch_size",
             )
         return samples

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from stair.data.specs import require
 from stair.errors import SettingError
 from stair.files import lock
 
@@ -61,14 +62,9 @@ class Remote:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        for name, wrong in (
-            ("timeout", self.timeout <= 0),
-            ("retries", self.retries < 0),
-            ("cache_gib", self.cache_gib <= 0),
-        ):
-            if wrong:
-                least = "0 or more" if name == "retries" else "more than 0"
-                raise SettingError(f"remote.{name}={getattr(self, name)}: wanted {least}", f"data.remote.{name}")
+        require(self.timeout > 0, "data.remote.timeout", self.timeout, "more than 0")
+        require(self.retries >= 0, "data.remote.retries", self.retries, "0 or more")
+        require(self.cache_gib > 0, "data.remote.cache_gib", self.cache_gib, "more than 0")
 
     def at_first(self) -> "Remote":
         """For reading before the first step: gives up within a minute."""
@@ -172,10 +168,9 @@ def _system(url: str, remote: Remote) -> tuple[Any, str]:
         import fsspec
 
         files, path = fsspec.core.url_to_fs(url, **options)
-    except ImportError as error:
-        raise LastingError(f"{url} cannot be opened: {error}; `pip install 'stair-embeddings[remote]'`") from error
-    except ValueError as error:
-        raise LastingError(f"{url} cannot be opened: {error}") from error
+    except (ImportError, ValueError) as error:
+        remedy = "; `pip install 'stair-embeddings[remote]'`" if isinstance(error, ImportError) else ""
+        raise LastingError(f"{url} cannot be opened: {error}{remedy}") from error
     return files, path
 
 
