@@ -176,7 +176,8 @@ class ShardIndex:
         """
         if not 0 <= row < self._length:
             raise IndexError(row)
-        prefetch([(self, row)], self._remote)
+        if row // self._page not in self._pages:
+            prefetch([(self, row)], self._remote)
         records = self._pages[row // self._page]
         if isinstance(records, OSError):
             raise records
