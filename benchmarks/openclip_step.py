@@ -27,7 +27,7 @@ def open_clip_step(args, pixels):
     ids = torch.randint(1, TEXT["vocab_size"] - 1, (len(pixels), 77), device=pixels.device)
     ids[:, args.lengths[1] :] = 0
     ids[:, args.lengths[1]] = TEXT["vocab_size"] - 1  # where it pools
-    return training(model, lambda: loss_of(*model(pixels.float() / 255, ids)[:3]), pixels.device, args.half)
+    return model, training(model, lambda: loss_of(*model(pixels.float() / 255, ids)[:3]), pixels.device, args.half)
 
 
 def main():
@@ -48,7 +48,7 @@ def main():
     activate(stair, parts, 0.01)
     print(header(f"Pairs a second, base towers, B={args.batch}, {'bf16' if args.half else 'fp32'}", device))
     print(f"open_clip {open_clip.__version__}\n")
-    runs = {"STAIR": step(stair, parts, True, args.half), "open_clip": open_clip_step(args, parts[0])}
+    runs = {"STAIR": step(stair, parts, True, args.half), "open_clip": open_clip_step(args, parts[0])[1]}
     print("| | pairs a second, median (range) |\n|---|---|")
     for name, values in interleaved(runs, args.rounds, device).items():
         rate = sorted(args.batch / value for value in values)

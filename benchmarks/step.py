@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 from ratios import header, interleaved, table
+from torch.profiler import record_function
 
 from lightning_modules.optimizer import Optimizer
 from stair.clip import ClipConfig, DenseClip
@@ -72,9 +73,11 @@ def activate(stair, parts, share):
 
 def step(model, parts, sparse, half):
     def loss():
-        out = model(*parts)
-        contrastive = info_nce(out["image_BV"], out["text_CV"], model.scale, cosine=True).loss
-        return contrastive + 1e-3 * (flops(out["image_BV"]) + flops(out["text_CV"])) if sparse else contrastive
+        with record_function("towers and heads"):
+            out = model(*parts)
+        with record_function("loss"):
+            contrastive = info_nce(out["image_BV"], out["text_CV"], model.scale, cosine=True).loss
+            return contrastive + 1e-3 * (flops(out["image_BV"]) + flops(out["text_CV"])) if sparse else contrastive
 
     return training(model, loss, parts[0].device, half)
 
@@ -84,12 +87,15 @@ def training(model, loss_of, device, half):
     optimizer = Optimizer(lr=1e-12).build(model)
 
     def run():
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        with record_function("forward and loss"), torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss = loss_of()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        with record_function("backward"):
+            loss.backward()
+        with record_function("clipping"):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with record_function("optimiser"):
+            optimizer.step()
+            optimizer.zero_grad()
 
     return run
 

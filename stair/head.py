@@ -78,7 +78,7 @@ class VocabularyHead(nn.Module):
         Returns:
             (B, V) in fp32, not negative but for in-caption terms with a slope.
         """
-        hidden_BTE = self.norm(torch.nn.functional.gelu(self.dense(hidden)))
+        hidden_BTE = self._normalised(torch.nn.functional.gelu(self.dense(hidden)))
         if caption_ids is None or (margin == 0 and negative_slope == 0):
             return vocabulary_max(hidden_BTE, mask, self.words, self.bias - margin, self._active)
         in_caption_BV = self._in_caption(hidden_BTE, mask, caption_ids, negative_slope)
@@ -87,6 +87,12 @@ class VocabularyHead(nn.Module):
         others_BV = vocabulary_max(hidden_BTE, mask, self.words, self.bias - margin, self._active)
         # logits lowered for all, then in-caption terms written over: where one is zero, the lowered one is zero too
         return others_BV.scatter(1, caption_ids, 0.0) + in_caption_BV
+
+    def _normalised(self, hidden_BTE: Tensor) -> Tensor:
+        """LayerNorm in the type of what comes in, with statistics in fp32: autocast would double what is read and kept."""
+        with torch.autocast(hidden_BTE.device.type, enabled=False):
+            scale, shift = self.norm.weight.to(hidden_BTE.dtype), self.norm.bias.to(hidden_BTE.dtype)
+            return torch.nn.functional.layer_norm(hidden_BTE, self.norm.normalized_shape, scale, shift, self.norm.eps)
 
     def _in_caption(self, hidden_BTE: Tensor, mask_BT: Tensor, own_BW: Tensor, negative_slope: float) -> Tensor:
         own_BW = own_BW.sort(dim=1).values

@@ -44,19 +44,14 @@ class _Side:
             self.factor_B = torch.where(length_B > 0, 1 / length_B, 0)
         self.factor_G = gather(self.factor_B) if cosine else self.factor_B.repeat(ranks())
 
-    def own(self, columns_K: Tensor | None) -> Tensor:
-        """(B, K) of this rank."""
-        return (self.own_BV if columns_K is None else self.own_BV[:, columns_K]).to(self.exact)
-
-    def block(self, peer: int, columns_K: Tensor | None) -> Tensor:
-        """(B, K) of a rank."""
-        return self.gathered.block(peer, columns_K).to(self.exact)
-
     def scored(self, other: "_Side", scale: Tensor) -> Tensor:
         """(B, G) logits of this rank's rows with all of the other side's."""
         columns_K = min((self.columns_K, other.columns_K), key=lambda c: self.own_BV.shape[1] if c is None else len(c))
-        own_BK = self.own(columns_K) * (scale * self.factor_B)[:, None]
-        return torch.cat([own_BK @ other.block(peer, columns_K).T for peer in range(ranks())], 1) * other.factor_G
+        own_BK = self.own_BV if columns_K is None else self.own_BV[:, columns_K]
+        products_BG = torch.cat(
+            [_product(own_BK, other.gathered.block(peer, columns_K).T, self.exact) for peer in range(ranks())], 1
+        )
+        return products_BG.mul_((scale * self.factor_B)[:, None]).mul_(other.factor_G)
 
     def gradient(self, other: "_Side", A_BG: Tensor, logits_BG: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Of this rank's rows: (B, K) in the other side's columns, and (B,) what multiplies the rows themselves.
@@ -68,8 +63,32 @@ class _Side:
         K = other.own_BV.shape[1] if columns_K is None else len(columns_K)
         grad_BK = torch.zeros(B, K, dtype=self.exact, device=A_BG.device)
         for peer in range(ranks()):
-            grad_BK.addmm_(weight_BG[:, peer * B : (peer + 1) * B], other.block(peer, columns_K))
+            grad_BK += _product(
+                weight_BG[:, peer * B : (peer + 1) * B], other.gathered.block(peer, columns_K), self.exact
+            )
         return grad_BK, -self.factor_B.square() * (A_BG * logits_BG).sum(1)
+
+
+def _product(a: Tensor, b: Tensor, exact: torch.dtype) -> Tensor:
+    """The product of a matrix and one of embeddings, as exact as in `exact`.
+
+    Tensor cores multiply what was rounded to bf16 without a further loss, and add in fp32. An fp32 factor is the sum of
+    three numbers in bf16, of 8 bits each.
+    """
+    if not (b.is_cuda and b.dtype == torch.bfloat16 and exact == torch.float32):
+        return a.to(exact) @ b.to(exact)
+    if a.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=exact)
+    return torch.mm(torch.cat(_three_parts(a)), b, out_dtype=exact).view(3, len(a), -1).sum(0)
+
+
+def _three_parts(value: Tensor) -> list[Tensor]:
+    """Three matrices in bf16 whose sum is that in fp32."""
+    parts: list[Tensor] = []
+    for _ in range(3):
+        parts.append(value.bfloat16())
+        value = value - parts[-1]
+    return parts
 
 
 def _worthwhile(gathered: Gathered) -> Tensor | None:

@@ -14,6 +14,7 @@ from main import main
 from stair import Stair
 from stair.embeddings import Embeddings
 from stair.kernels import fused, vocabulary_max, vocabulary_max_reference
+from stair.losses import flops, info_nce
 from tests.conftest import tiny_config, write_small_scenes
 from tests.test_kernels_triton import SHAPES, gradients
 from tests.test_stages import SMALL, scalars, weights, words
@@ -63,7 +64,7 @@ def test_the_head_equals_the_plain_formula_in_double_precision(shape, dtype):
 
 def test_half_precision_takes_the_triton_form_and_single_does_not():
     assert fused._form(torch.device("cuda"), torch.bfloat16).__name__ == "stair.kernels.triton_head"
-    assert fused._form(torch.device("cuda"), torch.float32) is fused._Torch
+    assert fused._form(torch.device("cuda"), torch.float32) is fused._Padded
 
 
 def test_the_head_gives_the_same_bits_twice():
@@ -101,6 +102,39 @@ def test_no_tensor_of_positions_times_words_exists():
     gradients(vocabulary_max, inputs, mask)
     # 64 x 197 x 30,522 logits in bf16 have 770 MB; the plain form holds several of them
     assert torch.cuda.max_memory_allocated() - before < 770e6
+
+
+def test_the_head_and_the_loss_never_wait_for_the_host():
+    mask, inputs = head_inputs(8, 19, 64, 300, 0.5, torch.bfloat16)
+    inputs = [value.requires_grad_() for value in inputs]
+    scale = torch.ones(1, device="cuda")
+
+    def run():
+        with torch.autocast("cuda", torch.bfloat16):
+            image, text = (vocabulary_max(inputs[0], side, *inputs[1:]) for side in (mask, ~mask))
+            (info_nce(image, text, scale, cosine=True).loss + flops(image)).backward()
+
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_tensor_cores_take_nothing_from_the_loss_or_its_gradient(cosine):
+    g = torch.Generator().manual_seed(0)
+    sides = [torch.relu(torch.randn(64, 5000, generator=g) - 1).bfloat16() for _ in range(2)]
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        image, text = (side.to("cuda", dtype).requires_grad_() for side in sides)
+        scale = torch.full((1,), 3.0, device="cuda", dtype=dtype).requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.float32):
+            loss = info_nce(image / 8, text, scale, cosine).loss
+        results.append([loss.detach(), *torch.autograd.grad(loss, (image, text, scale))])
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got, want) < 2e-5
 
 
 # ------------------------------------------------------------------ training

@@ -19,23 +19,22 @@ TYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 FORMS = [
-    (sparse, look_up, reduce)
-    for sparse in (True, False)
-    for look_up, reduce in ((True, reduction.slot_by_slot), (False, reduction.slot_by_slot), (False, reduction.padded))
+    *((fused._Packed, sparse, look_up) for sparse in (True, False) for look_up in (True, False)),
+    (fused._Padded, False, False),
 ]
 
 
 @contextmanager
-def formed(sparse, look_up, reduce):
+def formed(form, sparse, look_up):
     """Fixes what the function else chooses from the numbers and the device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backward, "_GATHER_COST", dict.fromkeys(TYPES, 0 if sparse else 10**9))
         patch.setattr(reduction, "_LOOK_UP_BELOW", 0 if look_up else 10**9)
-        patch.setattr(fused, "_reduction", lambda device: reduce)
+        patch.setattr(fused, "_form", lambda device, compute: form)
         yield
 
 
-@pytest.fixture(params=FORMS, ids=lambda form: f"{'sparse' if form[0] else 'dense'}-{form[1]}-{form[2].__name__}")
+@pytest.fixture(params=FORMS, ids=lambda form: f"{form[0].__name__}-{form[1]}-{form[2]}")
 def form(request):
     with formed(*request.param):
         yield
@@ -167,9 +166,27 @@ def test_recomputed_or_compiled_around_the_gradients_are_the_same():
         return [out, *torch.autograd.grad(out.square().sum(), [hidden, weight, bias, *layer.parameters()])]
 
     want = results(tower)
-    for run in (lambda rows: checkpoint(tower, rows, use_reentrant=False), torch.compile(tower, backend="eager")):
+    # one graph: what is active is known from the numbers, and the head is one operator of torch
+    graph = torch.compile(tower, backend="aot_eager", fullgraph=True)
+    for run in (lambda rows: checkpoint(tower, rows, use_reentrant=False), graph):
         for a, b in zip(results(run), want, strict=True):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_the_operator_keeps_what_torch_asks_of_operators():
+    hidden, mask, weight, bias = inputs(3, 4, 6, 50)
+    torch.library.opcheck(fused._project, (hidden, mask, weight, weight.detach(), bias, [0, 20, 30, 50]))
+
+
+def test_the_norm_of_the_head_takes_its_statistics_in_fp32():
+    torch.manual_seed(0)
+    head = VocabularyHead(8, torch.nn.Parameter(torch.randn(20, 8)), [])
+    rows = (torch.randn(3, 5, 8) + 100).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = head._normalised(rows)
+    want = head.norm(rows.float())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, atol=0, rtol=2**-8)
 
 
 def bert(vocabulary_size=40):

@@ -16,9 +16,10 @@ import torch
 SHAPES = [
     # B, T, D, V, share of positions that count
     (3, 5, 16, 40, 1.0),
-    (5, 7, 24, 150, 0.5),  # blocks end inside rows, words and width
-    (2, 300, 16, 33, 0.9),  # more positions than a byte counts, several blocks a row
+    (5, 7, 24, 70, 0.5),  # blocks end inside rows, words and width
+    (2, 300, 16, 33, 0.9),  # more positions than a byte counts, several tiles a row
     (4, 3, 70, 20, 0.2),  # rows without positions
+    (20, 5, 16, 40, 0.6),  # several blocks of rows
     (1, 1, 16, 16, 0.0),  # nothing at all
 ]
 
@@ -48,6 +49,9 @@ def main():
     from stair.kernels import fused, triton_head, vocabulary_max, vocabulary_max_reference
 
     fused._form = lambda device, compute: triton_head
+    # small blocks: the interpreter is slow, and every loop has to turn more than once
+    triton_head.BLOCKS = {"BLOCK_V": 16, "BLOCK_D": 16, "FLATTEN": True}
+    triton_head.TILE, triton_head.ROWS, triton_head.LIST = 64, 16, {"BLOCK_V": 32}
 
     def compare(got, want, tolerance):
         for a, b in zip(got, want, strict=True):
@@ -108,36 +112,51 @@ def compiled(kernel, signature, constants, options, tmp_path):
     return code["ptx"], usage
 
 
+POINTERS = {
+    "bias_ptr": "*fp32", "row_ptr": "*i32", "tiles_ptr": "*i32", "place_ptr": "*i32", "embedding_ptr": "*fp32",
+    "position_ptr": "*u8", "grad_ptr": "*fp32", "begin_ptr": "*i64", "end_ptr": "*i64", "column_ptr": "*i32",
+    "value_ptr": "*fp32", "active_ptr": "*i32", "out_ptr": "*fp32",
+}  # fmt: skip
+
+
+def signature(kernel, constants, **kinds):
+    kinds = {**POINTERS, **dict.fromkeys(constants, "constexpr"), **kinds}
+    return {name: kinds.get(name, "i32") for name in kernel.arg_names}
+
+
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
-def test_the_forward_kernel_compiles_for_hopper_to_tensor_cores_without_spills(half, tmp_path):
+@pytest.mark.parametrize("rows", [8, 32])
+def test_the_forward_kernel_compiles_for_hopper_to_tensor_cores_and_copy_engine_without_spills(half, rows, tmp_path):
     pytest.importorskip("triton", reason="triton comes with torch for CUDA on Linux")
     from stair.kernels import triton_head as head
 
-    pointers = {
-        "packed_ptr": f"*{half}",
-        "weight_ptr": f"*{half}",
-        "row_ptr": "*i32",
-        "start_ptr": "*i64",
-        "key_ptr": "*i64",
+    constants = {**head.BLOCKS, "ROWS": rows, "SLOTS": head.TILE // rows}
+    width = head.BLOCKS["BLOCK_D"]
+    tiles = {
+        "packed": f"tensordesc<{half}[{head.TILE},{width}]>",
+        "weight": f"tensordesc<{half}[{head.BLOCKS['BLOCK_V']},{width}]>",
     }
-    sizes = dict.fromkeys(("N", "V", "D", "first_word", "end_word"), "i32")
-    constants = {**head.BLOCKS, "GROUP": 8}
-    signature = {**pointers, **sizes, **dict.fromkeys(constants, "constexpr")}
-    ptx, usage = compiled(head.project_max, signature, constants, head.OPTIONS, tmp_path)
-    assert "wgmma.mma_async" in ptx
+    kinds = signature(head.project_max, constants, **tiles)
+    ptx, usage = compiled(head.project_max, kinds, constants, head.OPTIONS, tmp_path)
+    assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx and "atom." not in ptx
     assert usage["STACK"] == usage["LOCAL"] == 0 < usage["REG"]
 
 
-@pytest.mark.parametrize("half", ["bf16", "fp32"])
-def test_the_backward_kernel_compiles_for_hopper_without_spills(half, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "constants", "options"),
+    [
+        ("list_by_word", {"BLOCK_B": 8, "BLOCK_V": 32}, {"num_warps": 1}),
+        ("list_by_position", {"BLOCK_V": 1024, "BINS": 256}, {"num_warps": 8}),
+        ("compressed_rows_product", {"BLOCK_A": 8, "BLOCK_D": 256}, {"num_warps": 1}),
+    ],
+)
+def test_the_backward_kernels_compile_for_hopper_without_spills_and_global_atomics(name, constants, options, tmp_path):
     pytest.importorskip("triton", reason="triton comes with torch for CUDA on Linux")
     from stair.kernels import triton_head as head
 
-    signature = {
-        "edge_ptr": "*i64", "column_ptr": "*i64", "value_ptr": "*fp32", "source_ptr": f"*{half}", "out_ptr": "*fp32",
-        "sum_ptr": "*fp32", "D": "i32", "BLOCK_A": "constexpr", "BLOCK_D": "constexpr",
-    }  # fmt: skip
-    _, usage = compiled(head.compressed_rows_product, signature, {"BLOCK_A": 16, "BLOCK_D": 256}, {}, tmp_path)
+    kernel = getattr(head, name)
+    ptx, usage = compiled(kernel, signature(kernel, constants, source_ptr="*bf16"), constants, options, tmp_path)
+    assert "atom.global" not in ptx
     assert usage["STACK"] == usage["LOCAL"] == 0 < usage["REG"]
 
 

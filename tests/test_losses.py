@@ -201,3 +201,10 @@ def test_images_travel_once_for_all_forms_of_the_texts(monkeypatch):
     assert len(sent) == 1 and [bool((one == image).all()) for one in sent[0]] == [True, False, False]
     for got, text in zip(both, texts, strict=True):
         assert torch.equal(got.loss, info_nce(image, text, torch.ones(1)).loss)
+
+
+def test_three_numbers_in_bf16_are_one_in_fp32():
+    value = torch.randn(1000) * torch.logspace(-20, 20, 1000)
+    parts = losses._three_parts(value)
+    assert all(part.dtype == torch.bfloat16 for part in parts)
+    torch.testing.assert_close(sum(part.double() for part in parts), value.double(), atol=0, rtol=2**-24)

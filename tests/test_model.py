@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer, DistilBertConfig, DistilBertForMaskedLM
 
 from stair import Stair, Vocabulary
-from stair.encoders import ImageTower, TextTower
+from stair.encoders import ImageTower, TextEncoder, TextTower
 from stair.errors import FileError
 from tests.conftest import TEXT_OPTIONS, WORDS, tiny_config, write_vocabulary
 
@@ -446,3 +446,16 @@ def test_a_folder_that_does_not_exist_is_said_to_be_none(name, vocab_file, monke
         with pytest.raises(FileError, match="no such folder") as refused:
             load()
         assert refused.value.path == Path(name)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "electra", "roberta"])
+def test_a_mask_of_pairs_gives_the_hidden_states_of_a_mask_of_positions(family):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    if family == "distilbert":
+        sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}
+    tower = TextTower(family, False, 12, options={**sizes, "max_position_embeddings": 16})
+    encoder = TextEncoder.build(tower, 50)[0].eval()
+    ids, mask = torch.randint(2, 50, (3, 7)), torch.arange(7) < torch.tensor([[7], [3], [5]])
+    assert encoder.attends_everywhere
+    got = encoder.bert(input_ids=ids, attention_mask=mask[:, None, None, :].expand(-1, 1, 7, -1)).last_hidden_state
+    torch.testing.assert_close(got[mask], encoder(ids, mask)[mask])

@@ -12,7 +12,7 @@ B rows, T positions, N = real positions of all rows, packed without padding, D w
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,64 +26,111 @@ _CHUNK_NUMBERS = 1 << 21  # logits alive at a time on the CPU (8 MB in fp32): a 
 _CHUNK_NUMBERS_GPU = 1 << 27  # on a GPU the matrix product wants a wide chunk
 
 
-def _chunks(words: Sequence[tuple[int, int]], positions: int, device: torch.device) -> Iterator[slice]:
-    numbers = _CHUNK_NUMBERS if device.type == "cpu" else _CHUNK_NUMBERS_GPU
+def _chunks(ranges: Sequence[tuple[int, int]], positions: int, numbers: int) -> Iterator[slice]:
     width = max(64, numbers // max(1, positions))
-    for first, end in words:
+    for first, end in ranges:
         for start in range(first, end, width):
             yield slice(start, min(start + width, end))
 
 
-class _Torch:
-    """The form in PyTorch operations, on any device."""
-
-    pack = staticmethod(packing.by_slot)
+class _Packed:
+    """The form in PyTorch operations for the CPU: positions packed without padding, a running maximum over slots."""
 
     @staticmethod
     def project(
-        packed_ND: Tensor,
-        packed: packing.Packing,
-        weight_VD: Tensor,
-        bias_V: Tensor,
-        words: Sequence[tuple[int, int]],
-        embedding_BV: Tensor,
-        slot_BV: Tensor,
-    ) -> None:
-        """As `triton_head.project`, by slot."""
-        reduce = _reduction(packed_ND.device)
-        for chunk in _chunks(words, len(packed_ND), packed_ND.device):
-            logits_NC = packed_ND @ weight_VD[chunk].to(packed_ND.dtype).T
-            reduce(logits_NC, packed, bias_V[chunk], embedding_BV[:, chunk], slot_BV[:, chunk])
+        hidden_BTD: Tensor, mask_BT: Tensor, weight_VD: Tensor, bias_V: Tensor, ranges: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings, and the slot of each row that reached the maximum."""
+        (B, T, _), V = hidden_BTD.shape, len(weight_VD)
+        packed = packing.by_slot(mask_BT)
+        packed_ND = hidden_BTD.flatten(0, 1)[packed.source_N]
+        embedding_BV = bias_V.new_zeros(B, V)
+        slot_BV = torch.zeros(B, V, dtype=packing.slot_type(T))
+        for chunk in _chunks(ranges, len(packed_ND), _CHUNK_NUMBERS) if len(packed_ND) else ():
+            logits_NC = packed_ND @ weight_VD[chunk].T
+            reduction.slot_by_slot(logits_NC, packed, bias_V[chunk], embedding_BV[:, chunk], slot_BV[:, chunk])
+        return embedding_BV, slot_BV
 
     @staticmethod
     def gradients(
-        won: backward.Won, packed_ND: Tensor, weight_VD: Tensor, words: Sequence[tuple[int, int]]
+        grad_BV: Tensor,
+        embedding_BV: Tensor,
+        slot_BV: Tensor,
+        hidden_BTD: Tensor,
+        mask_BT: Tensor,
+        weight_VD: Tensor,
+        ranges: Sequence[tuple[int, int]],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of packed positions, weight and bias."""
-        if backward.few_are_active(won.embedding_BV, len(packed_ND), packed_ND.dtype):
-            return backward.sparse_gradients(won, packed_ND, weight_VD)
-        chunks = list(_chunks(words, len(packed_ND), packed_ND.device))
-        return backward.dense_gradients(won, packed_ND, weight_VD, chunks)
+        """Gradients of hidden states, weight and bias."""
+        packed = packing.by_slot(mask_BT)
+        packed_ND = hidden_BTD.flatten(0, 1)[packed.source_N]
+        won = backward.Won(grad_BV, embedding_BV, slot_BV, packed)
+        if backward.few_are_active(embedding_BV, len(packed_ND), packed_ND.dtype):
+            grads = backward.sparse_gradients(won, packed_ND, weight_VD)
+        else:
+            chunks = list(_chunks(ranges, len(packed_ND), _CHUNK_NUMBERS))
+            grads = backward.dense_gradients(won, packed_ND, weight_VD, chunks)
+        grad_hidden_BTD = torch.zeros_like(hidden_BTD)
+        grad_hidden_BTD.flatten(0, 1)[packed.source_N] = grads[0].to(hidden_BTD.dtype)
+        return grad_hidden_BTD, *grads[1:]
 
 
-def _reduction(device: torch.device) -> Callable[..., None]:
-    return reduction.slot_by_slot if device.type == "cpu" else reduction.padded
+class _Padded:
+    """The form in PyTorch operations for other devices: nothing waits for the host, whatever the mask."""
+
+    @staticmethod
+    def project(
+        hidden_BTD: Tensor, mask_BT: Tensor, weight_VD: Tensor, bias_V: Tensor, ranges: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings, and positions that reached the maximum."""
+        (B, T, _), V = hidden_BTD.shape, len(weight_VD)
+        embedding_BV = bias_V.new_zeros(B, V)
+        position_BV = torch.zeros(B, V, dtype=packing.slot_type(T), device=hidden_BTD.device)
+        for chunk in _chunks(ranges, B * T, _CHUNK_NUMBERS_GPU):
+            logits_BTC = (hidden_BTD @ weight_VD[chunk].T).masked_fill_(~mask_BT[..., None], float("-inf"))
+            best_BC, position_BC = logits_BTC.max(dim=1)
+            embedding_BV[:, chunk] = torch.log1p(torch.relu(best_BC.to(bias_V.dtype) + bias_V[chunk]))
+            position_BV[:, chunk] = position_BC.to(position_BV.dtype)
+        return embedding_BV, position_BV
+
+    @staticmethod
+    def gradients(
+        grad_BV: Tensor,
+        embedding_BV: Tensor,
+        position_BV: Tensor,
+        hidden_BTD: Tensor,
+        mask_BT: Tensor,
+        weight_VD: Tensor,
+        ranges: Sequence[tuple[int, int]],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of hidden states, weight and bias."""
+        B, T, D = hidden_BTD.shape
+        value_BV = torch.where(embedding_BV == 0, 0, torch.exp(-embedding_BV) * grad_BV)
+        grad_hidden_ND = grad_BV.new_zeros(B * T, D)
+        grad_weight_VD = grad_BV.new_zeros(weight_VD.shape)
+        for chunk in _chunks(ranges, B * T, _CHUNK_NUMBERS_GPU):
+            value_BC = value_BV[:, chunk].to(weight_VD.dtype)
+            scattered_BTC = value_BC.new_zeros(B, T, value_BC.shape[1])
+            scattered_BTC.scatter_(1, position_BV[:, None, chunk].long(), value_BC[:, None])
+            grad_hidden_ND += scattered_BTC.flatten(0, 1) @ weight_VD[chunk]
+            grad_weight_VD[chunk] = (scattered_BTC.flatten(0, 1).T @ hidden_BTD.flatten(0, 1)).to(grad_BV.dtype)
+        return grad_hidden_ND.view(B, T, D), grad_weight_VD, value_BV.sum(0)
 
 
 def _form(device: torch.device, compute: torch.dtype) -> Any:
-    """Triton where tensor cores multiply what is asked; a rule rather than a race, so that a resumed run takes the same."""
+    """The form, by a rule rather than a race between forms, so that a resumed run takes the same one."""
     if device.type == "cuda" and compute in (torch.bfloat16, torch.float16) and _has_triton(device):
         import stair.kernels.triton_head as triton_head
 
         return triton_head
-    return _Torch
+    return _Packed if device.type == "cpu" else _Padded
 
 
 @functools.cache
 def _has_triton(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (9, 0)  # the copy engine
 
 
 def refuse_second_derivative() -> None:
@@ -95,48 +142,61 @@ def refuse_second_derivative() -> None:
         raise RuntimeError("a second derivative was asked of the vocabulary head or the loss, which have only a first")
 
 
-class _VocabularyMax(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_BTD: Tensor,
-        mask_BT: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor,
-        words: Sequence[tuple[int, int]],
-        compute: torch.dtype,
-    ) -> Tensor:
-        B, T, D = hidden_BTD.shape
-        V = weight_VD.shape[0]
-        form = _form(hidden_BTD.device, compute)
-        packed = form.pack(mask_BT)
-        packed_ND = hidden_BTD.reshape(B * T, D)[packed.source_N].to(compute)
-        result = torch.float64 if compute is torch.float64 else torch.float32
-        embedding_BV = torch.zeros(B, V, dtype=result, device=hidden_BTD.device)
-        slot_BV = torch.zeros(B, V, dtype=packing.slot_type(T), device=hidden_BTD.device)
-        if len(packed_ND):
-            form.project(packed_ND, packed, weight_VD, bias_V.to(result), words, embedding_BV, slot_BV)
-        ctx.save_for_backward(packed_ND, weight_VD, embedding_BV, slot_BV, *packed[:-1])
-        ctx.shape, ctx.dtypes = (B, T, D), (hidden_BTD.dtype, weight_VD.dtype, bias_V.dtype)
-        ctx.words, ctx.alive, ctx.form = words, packed.alive, form
-        return embedding_BV
-
-    @staticmethod
-    def backward(ctx: Any, grad_BV: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        packed_ND, weight_VD, embedding_BV, slot_BV, *places = ctx.saved_tensors
-        B, T, D = ctx.shape
-        packed = packing.Packing._make([*places, ctx.alive])
-        won = backward.Won(grad_BV, embedding_BV, slot_BV, packed)
-        grads = ctx.form.gradients(won, packed_ND, weight_VD, ctx.words)
-        hidden_type, weight_type, bias_type = ctx.dtypes
-        grad_hidden = torch.zeros(B * T, D, dtype=hidden_type, device=grad_BV.device)
-        grad_hidden[packed.source_N] = grads[0].to(hidden_type)
-        return grad_hidden.view(B, T, D), None, grads[1].to(weight_type), grads[2].to(bias_type), None, None
+# Operators of torch, so that a compiled model is one graph: what is active is known from the numbers only
+@torch.library.custom_op("stair::vocabulary_max", mutates_args=())
+def _project(
+    hidden: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, edges: list[int], compute: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    result = torch.float64 if compute is torch.float64 else torch.float32
+    form = _form(hidden.device, compute)
+    return form.project(hidden.to(compute), mask, weight.to(compute), bias.to(result), _pairs(edges))  # type: ignore[no-any-return]
 
 
-# compiled towers break here, cleanly: what is active is known from the numbers only
-_vocabulary_max: Callable[..., Tensor] = torch.compiler.disable(_VocabularyMax.apply)
+@_project.register_fake
+def _(
+    hidden: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, edges: list[int], compute: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    shape = len(hidden), len(weight)
+    result = torch.float64 if compute is torch.float64 else torch.float32
+    return hidden.new_empty(shape, dtype=result), hidden.new_empty(shape, dtype=packing.slot_type(hidden.shape[1]))
+
+
+@torch.library.custom_op("stair::vocabulary_max_backward", mutates_args=())
+def _gradients(
+    grad: Tensor, embedding: Tensor, at: Tensor, hidden: Tensor, mask: Tensor, weight: Tensor, edges: list[int],
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    form = _form(hidden.device, compute)
+    grads = form.gradients(grad, embedding, at, hidden.to(compute), mask, weight.to(compute), _pairs(edges))
+    return grads[0].to(hidden.dtype), grads[1].to(weight.dtype), grads[2]
+
+
+@_gradients.register_fake
+def _(
+    grad: Tensor, embedding: Tensor, at: Tensor, hidden: Tensor, mask: Tensor, weight: Tensor, edges: list[int],
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), grad.new_empty(len(weight))
+
+
+def _pairs(edges: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, mask, weight, bias, ctx.edges, ctx.compute = inputs
+    ctx.bias_type = bias.dtype
+    ctx.save_for_backward(*output, hidden, mask, weight)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative()
+    grads = _gradients(grad, *ctx.saved_tensors, ctx.edges, ctx.compute)
+    return grads[0], None, grads[1], grads[2].to(ctx.bias_type), None, None
+
+
+_project.register_autograd(_differentiate, setup_context=_save)
 
 
 def vocabulary_max(
@@ -173,4 +233,6 @@ def vocabulary_max(
     device = hidden.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _vocabulary_max(hidden, mask.bool(), weight, bias, tuple(words or ((0, len(weight)),)), compute)
+        edges = [edge for pair in words or ((0, len(weight)),) for edge in pair]
+        embedding: Tensor = _project(hidden, mask.bool(), weight, bias, edges, compute)[0]
+    return embedding

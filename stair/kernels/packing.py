@@ -49,7 +49,7 @@ def by_slot(mask: Tensor) -> Packing:
     B, T = mask.shape
     length_B = mask.sum(1)
     order_B = length_B.argsort(descending=True, stable=True)
-    flat_TB = (order_B[:, None] * T + _real_first(mask[order_B])).T
+    flat_TB = (order_B[:, None] * T + real_first(mask[order_B])).T
     alive_TB = torch.arange(T, device=mask.device)[:, None] < length_B[order_B][None, :]
     alive_T = alive_TB.sum(1)
     rank_B = torch.empty_like(order_B)
@@ -58,23 +58,8 @@ def by_slot(mask: Tensor) -> Packing:
     return Packing(flat_TB[alive_TB], alive_T.cumsum(0) - alive_T, rank_B, length_B, order_B, alive)
 
 
-def by_row(mask: Tensor) -> Packing:
-    """All slots of row 0, then all of row 1, …: a block of neighbouring positions belongs to few rows.
-
-    Args:
-        mask: (B, T) bool, True at positions that count; any pattern.
-    """
-    B, T = mask.shape
-    length_B = mask.sum(1)
-    rows = torch.arange(B, device=mask.device)
-    source_N = mask.flatten().nonzero()[:, 0]
-    return Packing(
-        source_N, torch.arange(T, device=mask.device), length_B.cumsum(0) - length_B, length_B, rows, [B] * bool(T)
-    )
-
-
-def _real_first(mask_BT: Tensor) -> Tensor:
-    # stable: real positions first and in their own order, so that ties go to the earliest
+def real_first(mask_BT: Tensor) -> Tensor:
+    """(B, T) positions of each row, those that count first: in their own order, so that ties go to the earliest."""
     return (~mask_BT).to(torch.uint8).argsort(dim=1, stable=True)
 
 

@@ -37,19 +37,6 @@ def slot_by_slot(logits: Tensor, packing: Packing, bias: Tensor, embedding: Tens
         slot[rows] = _winners(logits, best_RC, packing.alive)
 
 
-def padded(logits: Tensor, packing: Packing, bias: Tensor, embedding: Tensor, slot: Tensor) -> None:
-    """The same in one reduction, for devices where a loop of small operations is slow."""
-    device, T = logits.device, len(packing.alive)
-    slot_N = torch.repeat_interleave(torch.arange(T, device=device), torch.tensor(packing.alive, device=device))
-    row_N = torch.arange(len(logits), device=device) - packing.slot_offset_T[slot_N]
-    padded_TRC = logits.new_full((T, packing.alive[0], logits.shape[1]), float("-inf"))
-    padded_TRC[slot_N, row_N] = logits
-    best_RC, slot_RC = padded_TRC.max(dim=0)
-    rows_R = packing.order_B[: packing.alive[0]]
-    embedding[rows_R] = torch.log1p(torch.relu(best_RC.to(bias.dtype) + bias))
-    slot[rows_R] = slot_RC.to(slot.dtype)
-
-
 def _log1p(score: Tensor) -> Tensor:
     """As `torch.log1p` within a rounding error, for what is not negative: on the CPU that one is 10 times slower."""
     above = 1 + score

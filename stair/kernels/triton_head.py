@@ -1,180 +1,293 @@
-"""The vocabulary head's Triton form, for NVIDIA GPUs: logits never leave the chip.
+"""The vocabulary head's Triton form, for NVIDIA GPUs: logits never leave the chip, and nothing waits for the host.
 
-Forward: blocks of positions times words by tensor cores; the epilogue reduces each row's part of the block and merges it by
-an atomic maximum over 64 bits, the logit in the upper half (as an integer of the same order), what is left of the slots in
-the lower: of equal logits the first position wins, and the result does not depend on the order in which blocks finish.
-Backward: one program for every row of the compressed rows of gradients (stair/kernels/backward.py), without atomics, so it
-is deterministic, which cuSPARSE need not be.
+Forward: a program multiplies a block of words with all positions of a few rows, a tile of `SLOTS` positions of each row at
+a time. The columns of a tile are ordered position by position, so the maximum over positions is a maximum over registers
+of one thread: no atomics, no exchange between threads, and every embedding is written once.
+
+Backward: active entries are listed by word and, within each row, by position. Both gradients are then products of
+compressed rows with a dense matrix. Lists have room for all entries, so their sizes need not be known on the host, and
+their order is that of rows and of words, so the result is deterministic.
 
 This module needs triton, which comes with torch for CUDA on Linux; stair/kernels/fused.py imports it where it can be used.
 
-B rows, N packed positions, D width, V words, A active (row, word) pairs.
+B rows, T positions, D width, V words.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-import stair.kernels.backward as backward
-from stair.kernels.packing import Packing, by_row
+from stair.kernels.packing import real_first, slot_type
 
-# 128 x 128 sums stay in the registers of 8 warps where D is a multiple of 16 (tests/test_kernels_triton.py holds it)
-BLOCKS = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64}
+BLOCKS = {"BLOCK_V": 128, "BLOCK_D": 64, "FLATTEN": True}
+TILE = 256  # positions of a tile: SLOTS · ROWS
+ROWS = 32
 OPTIONS = {"num_warps": 8, "num_stages": 3}
-pack = by_row
-
-_GROUP = 8  # blocks of positions that share the words in the cache
+PRODUCT = {"BLOCK_A": 8, "num_warps": 1}
+LIST = {"BLOCK_V": 1024, "num_warps": 4}
 
 
 @triton.jit
-def _ordered(bits):  # type: ignore[no-untyped-def]  # the bits of a float as an integer of the same order; its own inverse
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def _maximum(a, b):  # type: ignore[no-untyped-def]  # what is no number stays so
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def project_max(  # type: ignore[no-untyped-def]
-    packed_ptr, weight_ptr, row_ptr, start_ptr, key_ptr, N, V, D, first_word, end_word,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    packed, weight, bias_ptr, row_ptr, tiles_ptr, place_ptr, embedding_ptr, position_ptr,
+    V, T, D, row_blocks, row_block_size,
+    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Merges the logits of one block of positions and words into the (B, V) keys."""
-    blocks_n, blocks_v = tl.cdiv(N, BLOCK_N), tl.cdiv(end_word - first_word, BLOCK_V)
-    program = tl.program_id(0)
-    group = program // (GROUP * blocks_v)
-    height = tl.minimum(blocks_n - group * GROUP, GROUP)
-    within = program % (GROUP * blocks_v)
-    first_n = (group * GROUP + within % height) * BLOCK_N
-    first_v = first_word + (within // height) * BLOCK_V
-    n, v = first_n + tl.arange(0, BLOCK_N), first_v + tl.arange(0, BLOCK_V)
-    d = tl.arange(0, BLOCK_D)
-    # long numbers for the block, short ones within it: long ones for each element would not leave registers enough
-    packed = packed_ptr + first_n.to(tl.int64) * D + (tl.arange(0, BLOCK_N)[:, None] * D + d[None, :])
-    weight = weight_ptr + first_v.to(tl.int64) * D + (tl.arange(0, BLOCK_V)[None, :] * D + d[:, None])
-    logits = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-    for start in range(0, D, BLOCK_D):
-        inside = d < D - start
-        a = tl.load(packed + start, mask=(n[:, None] < N) & inside[None, :], other=0.0)
-        b = tl.load(weight + start, mask=(v[None, :] < end_word) & inside[:, None], other=0.0)
-        logits = tl.dot(a, b, logits, input_precision="ieee")
-    # a maximum would swallow what is no number (here, and of the bias in `finish`); infinity gets through to the loss
-    logits = tl.where(logits != logits, float("inf"), logits)
-    row = tl.load(row_ptr + n, mask=n < N, other=-1)
-    first_row = tl.load(row_ptr + first_n)
-    last_row = tl.max(row, axis=0)
-    for current in range(first_row, last_row + 1):
-        own = tl.where(row[:, None] == current, logits, float("-inf"))
-        best, at = tl.max(own, axis=0, return_indices=True, return_indices_tie_break_left=True)
-        winner = tl.maximum(first_n + at - tl.load(start_ptr + current), 0)
-        upper = _ordered(best.to(tl.int32, bitcast=True)).to(tl.int64) << 32
-        key = upper | (0x7FFFFFFF - winner).to(tl.int64)
-        tl.atomic_max(key_ptr + tl.cast(current, tl.int64) * V + v, key, mask=v < end_word)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def finish(  # type: ignore[no-untyped-def]
-    key_ptr, bias_ptr, embedding_ptr, winner_ptr, V, first_word, end_word, BLOCK_V: tl.constexpr
-):  # fmt: skip
-    """From keys to embeddings and slots, for one row and block of words."""
-    v = first_word + tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    place = tl.program_id(0).to(tl.int64) * V + v
-    key = tl.load(key_ptr + place, mask=v < end_word, other=0)
-    best = _ordered((key >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
-    score = best + tl.load(bias_ptr + v, mask=v < end_word, other=0.0)
+    """Embeddings, and positions that reach the maximum, of one block of words and of rows."""
+    block = tl.program_id(0) % row_blocks
+    first_v = (tl.program_id(0) // row_blocks) * BLOCK_V
+    v = first_v + tl.arange(0, BLOCK_V)
+    bias = tl.load(bias_ptr + v, mask=v < V, other=float("-inf"))
+    if tl.sum((bias != float("-inf")).to(tl.int32), axis=0) == 0:
+        return
+    tiles = tl.load(tiles_ptr + block)
+    best = tl.full((BLOCK_V, ROWS), float("-inf"), dtype=tl.float32)
+    at = tl.zeros((BLOCK_V, ROWS), dtype=tl.int32)
+    for tile in tl.range(0, tiles, flatten=FLATTEN):
+        first_n = block * row_block_size + tile * (SLOTS * ROWS)
+        logits = tl.zeros((BLOCK_V, SLOTS * ROWS), dtype=tl.float32)
+        for d in tl.range(0, D, BLOCK_D):
+            logits = tl.dot(weight.load([first_v, d]), packed.load([first_n, d]).T, logits, input_precision="ieee")
+        by_slot = tl.reshape(logits, (BLOCK_V, SLOTS, ROWS))
+        highest = tl.reduce(by_slot, 1, _maximum)
+        slot = tl.arange(0, SLOTS)[None, :, None]
+        first = tl.min(tl.where(by_slot == highest[:, None, :], slot, SLOTS), axis=1)
+        at = tl.where(highest > best, tile * SLOTS + first, at)
+        best = _maximum(best, highest)
+    row = tl.load(row_ptr + block * ROWS + tl.arange(0, ROWS))
+    score = best + bias[:, None]
+    # a maximum would swallow what is no number; infinity gets through to the loss
     score = tl.where(score != score, float("inf"), tl.maximum(score, 0.0))
     above = 1.0 + score
     lost = tl.where(score < 1.0, (score - (above - 1.0)) / above, 0.0)  # what the sum lost of a small score
-    tl.store(embedding_ptr + place, tl.log(above) + lost, mask=v < end_word)
-    winner = 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
-    winner = tl.where(score > 0.0, winner, 0)
-    tl.store(winner_ptr + place, winner.to(winner_ptr.dtype.element_ty), mask=v < end_word)
+    entry = row.to(tl.int64)[None, :] * V + v[:, None]
+    written = (row >= 0)[None, :] & (bias != float("-inf"))[:, None]
+    tl.store(embedding_ptr + entry, tl.log(above) + lost, mask=written)
+    position = tl.load(place_ptr + row[None, :] * T + at, mask=written, other=0)
+    tl.store(position_ptr + entry, position.to(position_ptr.dtype.element_ty), mask=written)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def list_by_word(  # type: ignore[no-untyped-def]
+    grad_ptr, embedding_ptr, position_ptr, begin_ptr, end_ptr, column_ptr, value_ptr, bias_ptr,
+    B, T, V, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Active entries of each word, row by row: which position, and its gradient; and the sums of the gradients."""
+    v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    begin = v.to(tl.int64) * B
+    count = tl.zeros((BLOCK_V,), dtype=tl.int32)
+    total = tl.zeros((BLOCK_V,), dtype=tl.float32)
+    for start in range(0, B, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)
+        entry = b.to(tl.int64)[:, None] * V + v[None, :]
+        inside = (b < B)[:, None] & (v < V)[None, :]
+        z = tl.load(embedding_ptr + entry, mask=inside, other=0.0)
+        active = z > 0
+        value = tl.load(grad_ptr + entry, mask=active, other=0.0) * tl.exp(-z)
+        position = tl.load(position_ptr + entry, mask=active, other=0).to(tl.int32)
+        place = (begin + count)[None, :] + tl.cumsum(active.to(tl.int32), axis=0) - 1
+        tl.store(column_ptr + place, b[:, None] * T + position, mask=active)
+        tl.store(value_ptr + place, value, mask=active)
+        count += tl.sum(active.to(tl.int32), axis=0)
+        total += tl.sum(tl.where(active, value, 0.0), axis=0)
+    tl.store(begin_ptr + v, begin, mask=v < V)
+    tl.store(end_ptr + v, begin + count, mask=v < V)
+    tl.store(bias_ptr + v, total, mask=v < V)
+
+
+@triton.jit
+def _positions(embedding_ptr, position_ptr, entry, inside, none):  # type: ignore[no-untyped-def]
+    active = tl.load(embedding_ptr + entry, mask=inside, other=0.0) > 0
+    return tl.load(position_ptr + entry, mask=active, other=none).to(tl.int32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def list_by_position(  # type: ignore[no-untyped-def]
+    grad_ptr, embedding_ptr, position_ptr, begin_ptr, end_ptr, column_ptr, value_ptr,
+    T, V, BLOCK_V: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Active entries of each position of a row, word by word: which word, and its gradient. BINS is above T."""
+    row = tl.program_id(0).to(tl.int64) * V
+    none: tl.constexpr = BINS - 1
+    i, t = tl.arange(0, BLOCK_V), tl.arange(0, BINS)
+    count = tl.zeros((BINS,), dtype=tl.int32)
+    for start in range(0, V, BLOCK_V):
+        position = _positions(embedding_ptr, position_ptr, row + start + i, start + i < V, none)
+        count += tl.histogram(position, BINS)
+    begin = tl.cumsum(count, axis=0) - count
+    tl.store(begin_ptr + tl.program_id(0) * T + t, row + begin, mask=t < T)
+    tl.store(end_ptr + tl.program_id(0) * T + t, row + begin + count, mask=t < T)
+    for start in range(0, V, BLOCK_V):
+        position = _positions(embedding_ptr, position_ptr, row + start + i, start + i < V, none)
+        # by position, and of a position by word: where those of a position begin, here and in the row, says where each goes
+        order = tl.sort(position * BLOCK_V + i)
+        count = tl.histogram(position, BINS)
+        place = row + tl.gather(begin - (tl.cumsum(count, axis=0) - count), order // BLOCK_V, axis=0) + i
+        v = start + order % BLOCK_V
+        active = order // BLOCK_V < none
+        z = tl.load(embedding_ptr + row + v, mask=active, other=0.0)
+        tl.store(column_ptr + place, v, mask=active)
+        tl.store(value_ptr + place, tl.load(grad_ptr + row + v, mask=active, other=0.0) * tl.exp(-z), mask=active)
+        begin += count
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def compressed_rows_product(  # type: ignore[no-untyped-def]
-    edge_ptr, column_ptr, value_ptr, source_ptr, out_ptr, sum_ptr, D,
-    BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr,
+    begin_ptr, end_ptr, column_ptr, value_ptr, source_ptr, out_ptr, D, BLOCK_A: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """One row of (compressed rows) @ source, and the sum of its values."""
+    """One row of (compressed rows) @ source."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    begin, end = tl.load(edge_ptr + row), tl.load(edge_ptr + row + 1)
+    begin, end = tl.load(begin_ptr + row), tl.load(end_ptr + row)
     out = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    values = tl.zeros((BLOCK_A,), dtype=tl.float32)
     for start in range(begin, end, BLOCK_A):
         a = start + tl.arange(0, BLOCK_A)
-        column = tl.load(column_ptr + a, mask=a < end, other=0)
+        column = tl.load(column_ptr + a, mask=a < end, other=0).to(tl.int64)
         value = tl.load(value_ptr + a, mask=a < end, other=0.0)
-        inside = (a[:, None] < end) & (d[None, :] < D)
-        source = tl.load(source_ptr + column[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        out += tl.sum(value[:, None] * source, axis=0)
-        values += value
-    tl.store(out_ptr + row * D + d, out, mask=d < D)
-    if tl.program_id(1) == 0:
-        tl.store(sum_ptr + row, tl.sum(values, axis=0))
+        inside = (a < end)[:, None] & (d < D)[None, :]
+        source = tl.load(source_ptr + column[:, None] * D + d[None, :], mask=inside, other=0.0)
+        out += tl.sum(value[:, None] * source.to(tl.float32), axis=0)
+    tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+class _Packed(NamedTuple):
+    """Positions in the order of the tiles: of each block of rows slot 0 of all its rows, then slot 1, …
+
+    Attributes:
+        packed_ND: rows of a block have as many slots as T, rounded up to tiles; past a row's end its first position again.
+        rows: (blocks · ROWS,) which row; -1 past the last one, and for rows without positions.
+        tiles: (blocks,) tiles that the longest row of a block fills.
+        place_BT: the position that is slot t of row b.
+    """
+
+    packed_ND: Tensor
+    rows: Tensor
+    tiles: Tensor
+    place_BT: Tensor
+
+
+def _pack(hidden_BTD: Tensor, mask_BT: Tensor, rows: int, slots: int) -> _Packed:
+    B, T, D = hidden_BTD.shape
+    device = hidden_BTD.device
+    blocks, T_filled = triton.cdiv(B, rows), triton.cdiv(T, slots) * slots
+    # longest first, so that the rows of a block have about the same length
+    length_B, order_B = mask_BT.sum(1).sort(descending=True, stable=True)
+    place_BT = real_first(mask_BT)
+    spare = blocks * rows - B
+    order_R = torch.cat([order_B, order_B[-1:].expand(spare)])
+    length_R = torch.cat([length_B, length_B.new_zeros(spare)])
+    slot_T = torch.arange(T_filled, device=device)
+    slot_RT = torch.where(slot_T < length_R[:, None], slot_T, 0)
+    source_RT = order_R[:, None] * T + place_BT[order_R[:, None], slot_RT]
+    source_N = source_RT.view(blocks, rows, T_filled).transpose(1, 2).flatten()
+    packed_ND = hidden_BTD.reshape(B * T, D).index_select(0, source_N)
+    tiles = (length_R[::rows] + (slots - 1)) // slots
+    return _Packed(packed_ND, torch.where(length_R > 0, order_R, -1).int(), tiles.int(), place_BT.int().contiguous())
+
+
+def _widened(matrix: Tensor) -> Tensor:
+    """A matrix whose rows begin at multiples of 16 bytes, as the copy engine wants them."""
+    missing = -matrix.shape[1] % 16
+    return torch.nn.functional.pad(matrix, (0, missing)).contiguous() if missing else matrix.contiguous()
 
 
 def project(
-    packed_ND: Tensor,
-    packing: Packing,
-    weight_VD: Tensor,
-    bias_V: Tensor,
-    words: Sequence[tuple[int, int]],
-    embedding_BV: Tensor,
-    slot_BV: Tensor,
-) -> None:
-    """Fills in `log(1 + ReLU(max over positions + bias))` of the given words, and the first slots that won.
+    hidden_BTD: Tensor, mask_BT: Tensor, weight_VD: Tensor, bias_V: Tensor, ranges: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """Computes `log(1 + ReLU(max over positions + bias))`, and the first positions that reach the maximum.
 
     Args:
-        packed_ND: (N, D) in half precision or fp32, contiguous.
-        packing: by row, not empty.
-        weight_VD: (V, D).
+        hidden_BTD: (B, T, D) in half precision.
+        mask_BT: (B, T) bool, True at positions that count.
+        weight_VD: (V, D) of the same type.
         bias_V: (V,) fp32.
-        words: ranges `[first, end)`.
-        embedding_BV: (B, V) fp32 of zeros, filled in.
-        slot_BV: (B, V) of zeros, filled in.
+        ranges: `[first, end)` of the words that can be active.
+
+    Returns:
+        (B, V) fp32, and (B, V) positions in T, meaningful where the embedding is positive.
     """
-    (N, D), (B, V) = packed_ND.shape, embedding_BV.shape
-    device = packed_ND.device
-    row_N = torch.repeat_interleave(torch.arange(B, device=device), packing.length_B, output_size=N)
-    key_BV = torch.full((B, V), torch.iinfo(torch.int64).min, device=device)
-    # minus infinity, for rows without positions
-    key_BV[packing.length_B == 0] = -0x7F800001 << 32
-    weight_VD, bias_V = weight_VD.to(packed_ND.dtype).contiguous(), bias_V.contiguous()
-    for first, end in words:
-        blocks = triton.cdiv(N, BLOCKS["BLOCK_N"]) * triton.cdiv(end - first, BLOCKS["BLOCK_V"])
-        project_max[(blocks,)](
-            *(packed_ND, weight_VD, row_N.int(), packing.row_offset_B, key_BV),
-            *(N, V, D, first, end),
-            **BLOCKS,
-            GROUP=_GROUP,
-            **OPTIONS,
-        )
-        finish[(B, triton.cdiv(end - first, 1024))](key_BV, bias_V, embedding_BV, slot_BV, V, first, end, BLOCK_V=1024)
-
-
-def _product(index_A: Tensor, rows: int, column_A: Tensor, value_A: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, D) product with a (columns, D) source, and (rows,) sums of the values; index_A is sorted."""
-    D = source.shape[1]
-    out = torch.empty(rows, D, device=source.device)
-    sums = torch.empty(rows, device=source.device)
-    block: Any = min(256, triton.next_power_of_2(D))
-    compressed_rows_product[(rows, triton.cdiv(D, block))](
-        backward.edges(index_A, rows), column_A, value_A, source.contiguous(), out, sums, D, BLOCK_A=16, BLOCK_D=block
+    (B, T, _), V = hidden_BTD.shape, len(weight_VD)
+    rows = min(ROWS, max(8, triton.next_power_of_2(B)))
+    slots = TILE // rows
+    packed = _pack(hidden_BTD, mask_BT, rows, slots)
+    packed_ND, weight_VD = _widened(packed.packed_ND), _widened(weight_VD)
+    embedding_BV = torch.zeros(B, V, device=hidden_BTD.device)
+    position_BV = torch.empty(B, V, dtype=slot_type(T), device=hidden_BTD.device)
+    possible_V = torch.full_like(bias_V, float("-inf"))
+    for first, end in ranges:
+        possible_V[first:end] = bias_V[first:end]
+    row_blocks: Any = len(packed.tiles)
+    project_max[(row_blocks * triton.cdiv(V, BLOCKS["BLOCK_V"]),)](
+        TensorDescriptor.from_tensor(packed_ND, [TILE, BLOCKS["BLOCK_D"]]),
+        TensorDescriptor.from_tensor(weight_VD, [BLOCKS["BLOCK_V"], BLOCKS["BLOCK_D"]]),
+        *(possible_V, packed.rows, packed.tiles, packed.place_BT, embedding_BV, position_BV),
+        *(V, T, weight_VD.shape[1], row_blocks, len(packed_ND) // row_blocks),
+        **BLOCKS,
+        ROWS=rows,
+        SLOTS=slots,
+        **OPTIONS,
     )
-    return out, sums
+    return embedding_BV, position_BV
+
+
+class _Rows(NamedTuple):
+    """Compressed rows: of each the entries from `begin` to `end`, their columns and values."""
+
+    begin: Tensor
+    end: Tensor
+    column: Tensor
+    value: Tensor
+
+
+def _rows(rows: int, entries: int, device: torch.device) -> _Rows:
+    begin, end = torch.empty(2, rows, dtype=torch.int64, device=device)
+    column = torch.empty(entries, dtype=torch.int32, device=device)
+    return _Rows(begin, end, column, torch.empty(entries, device=device))
+
+
+def _product(rows: _Rows, source: Tensor, dtype: torch.dtype) -> Tensor:
+    """(rows, D) product with a (columns, D) matrix."""
+    D = source.shape[1]
+    out = torch.empty(len(rows.begin), D, dtype=dtype, device=source.device)
+    block: Any = min(256, triton.next_power_of_2(D))
+    compressed_rows_product[(len(out), triton.cdiv(D, block))](
+        *rows, source.contiguous(), out, D, BLOCK_D=block, **PRODUCT
+    )
+    return out
 
 
 def gradients(
-    won: backward.Won, packed_ND: Tensor, weight_VD: Tensor, words: Sequence[tuple[int, int]]
+    grad_BV: Tensor,
+    embedding_BV: Tensor,
+    position_BV: Tensor,
+    hidden_BTD: Tensor,
+    mask_BT: Tensor,
+    weight_VD: Tensor,
+    ranges: Sequence[tuple[int, int]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of packed positions (N, D), weight (V, D) and bias (V,), in fp32; `words` are of no use here."""
-    position_A, word_A, value_A = backward.entries(won)
-    grad_weight_VD, grad_bias_V = _product(word_A, len(weight_VD), position_A, value_A, packed_ND)
-    order_A = position_A.argsort(stable=True)
-    grad_packed_ND, _ = _product(
-        position_A[order_A], len(packed_ND), word_A[order_A], value_A[order_A], weight_VD.to(packed_ND.dtype)
-    )
-    return grad_packed_ND, grad_weight_VD, grad_bias_V
+    """Gradients of hidden states (B, T, D), in their type, and of weight (V, D) and bias (V,), in fp32.
+
+    Neither the mask nor the ranges are read: a position or a word that does not count has no active entry.
+    """
+    (B, T, D), V = hidden_BTD.shape, len(weight_VD)
+    device = hidden_BTD.device
+    entries = grad_BV.contiguous(), embedding_BV, position_BV
+    by_word, grad_bias_V = _rows(V, B * V, device), torch.empty(V, device=device)
+    list_by_word[(triton.cdiv(V, 32),)](*entries, *by_word, grad_bias_V, B, T, V, BLOCK_B=8, BLOCK_V=32, num_warps=1)
+    grad_weight_VD = _product(by_word, hidden_BTD.reshape(B * T, D), torch.float32)
+    # what was listed by word is used up
+    by_position = _rows(B * T, 0, device)._replace(column=by_word.column, value=by_word.value)
+    bins = triton.next_power_of_2(T + 1)
+    list_by_position[(B,)](*entries, *by_position, T, V, BINS=bins, **LIST)
+    grad_hidden_ND = _product(by_position, weight_VD, hidden_BTD.dtype)
+    return grad_hidden_ND.view(B, T, D), grad_weight_VD, grad_bias_V
