@@ -9,6 +9,8 @@ Each section runs in a process of its own, so that a fault in one leaves the oth
 import argparse
 import collections
 import datetime
+import importlib.util
+import itertools
 import json
 import statistics
 import subprocess
@@ -26,9 +28,9 @@ from ratios import header
 from lightning_modules.parallel import blocks, compile_blocks
 from stair.kernels import vocabulary_max
 
-SECTIONS = ("correctness", "head", "profile", "step", "openclip", "tests")
+SECTIONS = ("tests", "step", "openclip", "profile", "head")
 FULL = {"batch": 256, "positions": 196, "width": 768, "words": 30_522, "towers": "base", "repeats": 10, "steps": 5}
-TINY = {"batch": 4, "positions": 5, "width": 32, "words": 200, "towers": "demo", "repeats": 1, "steps": 1}
+TINY = {"batch": 4, "positions": 5, "width": 32, "words": 200, "towers": "demo", "repeats": 2, "steps": 1}
 # words, positions, rows of a tile; warps and stages
 TILES = [(128, 256, 32, 8, 3), (128, 256, 32, 8, 4), (128, 256, 16, 8, 3), (128, 128, 16, 4, 3)]
 # entries read at a time and warps of the products of compressed rows; words sorted at a time and warps of the list
@@ -70,16 +72,9 @@ def rows_head(*names):
 # ------------------------------------------------------------------ the head
 
 
-def correctness(args):
-    """The tests of the head and the loss that need a device."""
-    run_tests(
-        args, ["tests/test_gpu.py", "-k", "head or equal_positions or words_that or number_that or no_tensor or loss_"]
-    )
-
-
 def tests(args):
-    """All tests that need a device: stages in bf16 and fp16, ranks, resuming, serving."""
-    run_tests(args, ["-m", "gpu"])
+    """All tests that need a device: exactness of head and loss, stages in bf16 and fp16, ranks, resuming, serving."""
+    run_tests(args, ["-m", "gpu", *(["-n", "8"] if importlib.util.find_spec("xdist") else [])])
 
 
 def run_tests(args, words):
@@ -246,6 +241,7 @@ def profile(args):
     device = torch.device(args.device)
     stair, clip = step.models(args, device)
     parts = step.batch(args, stair, device)
+    time_by_part(args, stair, clip, parts)
     kernels = {}
     traced(step.step(clip, parts, False, True), args)  # the first trace also measures how the profiler starts
     for share in (0.01, 1.0):
@@ -265,9 +261,6 @@ def profile(args):
             print(
                 f"in two steps: {calls['cudaLaunchKernel']} launches; host waits and copies {waits}, {dict(copies)}\n"
             )
-            rows_head("ms a step on the device")
-            for part, ms in annotated(events).items():
-                row(part, f"{ms:.2f}")
     for name in [name for name in kernels if name != "dense CLIP"]:
         more = collections.Counter(kernels[name])
         more.subtract(kernels["dense CLIP"])
@@ -277,18 +270,58 @@ def profile(args):
             row(f"`{kernel[:110]}`", f"{kernels[name][kernel]:.3f}", f"{ms:+.3f}")
 
 
-def annotated(events):
-    total = collections.Counter()
-    for event in events:
-        if event.get("cat") == "gpu_user_annotation":
-            total[event["name"]] += event["ms"]
-    return total
+def time_by_part(args, stair, clip, parts):
+    """Milliseconds of the parts of a step, as a table and as a picture."""
+    shares = {}
+    for share in (0.01, 1.0):
+        step.activate(stair, parts, share)
+        shares[f"STAIR, {share:.0%} active"] = marked(lambda mark: step.step(stair, parts, True, True, mark), args)
+    shares["dense CLIP"] = marked(lambda mark: step.step(clip, parts, False, True, mark), args)
+    names = list(shares["dense CLIP"])
+    print("\n## Time by part\n")
+    rows_head(*(f"{name}, ms" for name in names))
+    for model, spent in shares.items():
+        row(model, *(f"{spent[name]:.1f}" for name in names))
+    if args.output:
+        draw(shares, names, args.output / f"gpu_parts_{datetime.date.today()}.png")
+
+
+def marked(build, args):
+    """Median milliseconds between marks."""
+    marks, spent = [], collections.defaultdict(list)
+
+    def mark(part):
+        marks.append((part, torch.cuda.Event(enable_timing=True) if args.device == "cuda" else time.perf_counter()))
+        if args.device == "cuda":
+            marks[-1][1].record()
+
+    run = build(mark)
+    for _ in range(args.steps + 3):
+        run()
+    synchronize(args)
+    for (_, before), (part, after) in itertools.pairwise(marks[3 * 5 - 1 :]):
+        ms = before.elapsed_time(after) if args.device == "cuda" else (after - before) * 1e3
+        spent[part].append(ms)
+    return {part: statistics.median(values) for part, values in spent.items()}
+
+
+def draw(shares, names, path):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 2.2), layout="constrained")
+    begin = dict.fromkeys(shares, 0.0)
+    for name in names:
+        axes.barh(list(shares), [spent[name] for spent in shares.values()], left=list(begin.values()), label=name)
+        begin = {model: begin[model] + spent[name] for model, spent in shares.items()}
+    axes.set_xlabel("ms of a training step")
+    axes.legend(ncols=len(names), loc="lower center", bbox_to_anchor=(0.4, 1), frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def timed_steps(runs, args):
     """Seconds of a step of each variant in each round: several steps without a wait between them."""
     seconds = collections.defaultdict(list)
-    for at in range(args.repeats // 2 + 2):
+    for at in range(args.repeats // 2 + 1):
         for name, run in runs.items():
             synchronize(args)
             started = time.perf_counter()
@@ -308,9 +341,9 @@ def synchronize(args):
 def step_section(args):
     """STAIR against dense CLIP, eager and compiled."""
     device = torch.device(args.device)
+    stair, clip = step.models(args, device)
+    parts = step.batch(args, stair, device)
     for compiled in (False, True):
-        stair, clip = step.models(args, device)
-        parts = step.batch(args, stair, device)
         if compiled:
             for model in (stair, clip):
                 compile_blocks(model, "inductor" if args.device == "cuda" else "eager")
@@ -336,11 +369,14 @@ def openclip_section(args):
     import openclip_step
 
     device = torch.device(args.device)
+    stair, _ = step.models(args, device)
+    parts = step.batch(args, stair, device)
+    step.activate(stair, parts, 0.01)
+    if args.rehearse:
+        openclip_step.VISION.update(image_size=parts[0].shape[-1], layers=1, width=64, patch_size=8)
+        openclip_step.TEXT.update(layers=1, width=64, heads=1)
+    model, run = openclip_step.open_clip_step(args, parts[0])
     for compiled in (False, True):
-        stair, _ = step.models(args, device)
-        parts = step.batch(args, stair, device)
-        step.activate(stair, parts, 0.01)
-        model, run = openclip_step.open_clip_step(args, parts[0])
         if compiled:
             backend = "inductor" if args.device == "cuda" else "eager"
             compile_blocks(stair, backend)
@@ -356,7 +392,6 @@ def openclip_section(args):
 
 
 RUN = {
-    "correctness": correctness,
     "head": head_section,
     "profile": profile,
     "step": step_section,
@@ -367,8 +402,9 @@ RUN = {
 
 def section(args):
     vars(args).update(TINY if args.rehearse else FULL)
-    args.half, args.lengths, args.threads = True, (8, 37), 1
-    torch.set_num_threads(1)
+    args.half, args.lengths = True, (8, 37)
+    if args.device == "cpu":
+        torch.set_num_threads(1)
     title = f"{args.section}, B={args.batch} T={args.positions} D={args.width} V={args.words}, bf16"
     print(header(title, torch.device(args.device)), flush=True)
     RUN[args.section](args)
@@ -386,17 +422,13 @@ def main():
     args.device = "cpu" if args.rehearse else "cuda"
     if args.section:
         return section(args)
-    failed = []
+    failed, options = [], ["--rehearse"] * args.rehearse + ["--forms"] * args.forms
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        options += ["--output", str(args.output)]
     for name in args.sections:
         started = time.perf_counter()
-        command = [
-            sys.executable,
-            __file__,
-            "--section",
-            name,
-            *(["--rehearse"] * args.rehearse),
-            *["--forms"] * args.forms,
-        ]
+        command = [sys.executable, __file__, "--section", name, *options]
         with tempfile.TemporaryFile("w+") as printed:
             try:
                 code = subprocess.run(command, stdout=printed, text=True, timeout=args.seconds).returncode
@@ -408,7 +440,6 @@ def main():
         failed += [name] if code else []
         if args.output:
             chip = "cpu" if args.rehearse else torch.cuda.get_device_name().split()[-1].lower()
-            args.output.mkdir(parents=True, exist_ok=True)
             (args.output / f"gpu_{name}_{chip}_{datetime.date.today()}.md").write_text(text)
     return f"failed: {', '.join(failed)}" if failed else None
 

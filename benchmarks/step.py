@@ -13,7 +13,6 @@ from unittest.mock import patch
 
 import torch
 from ratios import header, interleaved, table
-from torch.profiler import record_function
 
 from lightning_modules.optimizer import Optimizer
 from stair.clip import ClipConfig, DenseClip
@@ -71,31 +70,33 @@ def activate(stair, parts, share):
         )
 
 
-def step(model, parts, sparse, half):
+def step(model, parts, sparse, half, mark=lambda part: None):
+    """A step; `mark` is called with the name of each part when it ends."""
+
     def loss():
-        with record_function("towers and heads"):
-            out = model(*parts)
-        with record_function("loss"):
-            contrastive = info_nce(out["image_BV"], out["text_CV"], model.scale, cosine=True).loss
-            return contrastive + 1e-3 * (flops(out["image_BV"]) + flops(out["text_CV"])) if sparse else contrastive
+        out = model(*parts)
+        mark("towers and heads")
+        contrastive = info_nce(out["image_BV"], out["text_CV"], model.scale, cosine=True).loss
+        return contrastive + 1e-3 * (flops(out["image_BV"]) + flops(out["text_CV"])) if sparse else contrastive
 
-    return training(model, loss, parts[0].device, half)
+    return training(model, loss, parts[0].device, half, mark)
 
 
-def training(model, loss_of, device, half):
+def training(model, loss_of, device, half, mark=lambda part: None):
     """A step of training, to be run again and again: forward, backward, clipping, optimiser at a rate of next to 0."""
     optimizer = Optimizer(lr=1e-12).build(model)
 
     def run():
-        with record_function("forward and loss"), torch.autocast(device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss = loss_of()
-        with record_function("backward"):
-            loss.backward()
-        with record_function("clipping"):
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        with record_function("optimiser"):
-            optimizer.step()
-            optimizer.zero_grad()
+        mark("loss")
+        loss.backward()
+        mark("backward")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        mark("clipping")
+        optimizer.step()
+        optimizer.zero_grad()
+        mark("optimiser")
 
     return run
 

@@ -21,6 +21,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, Pretrained
 from stair.errors import FileError
 from stair.files import folder_or_hub_name
 
+# Families whose layers all take one mask
+_FULL_ATTENTION = ("bert", "distilbert", "electra", "roberta")
+
 
 @dataclass
 class ImageTower:
@@ -275,9 +278,18 @@ class TextEncoder(nn.Module):
         Returns:
             (B, T, D) hidden states; those at padding mean nothing.
         """
+        attention_mask = mask.long()
+        if ids.is_cuda and self.attends_everywhere:
+            # of a mask per position transformers asks on the host whether it is needed, and the device runs dry
+            attention_mask = mask[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
         with attention_on(ids.device):
-            hidden_BTD: Tensor = self.bert(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+            hidden_BTD: Tensor = self.bert(input_ids=ids, attention_mask=attention_mask).last_hidden_state
         return hidden_BTD
+
+    @property
+    def attends_everywhere(self) -> bool:
+        """Whether every layer attends to every real position, by torch's fused attention."""
+        return self.config.model_type in _FULL_ATTENTION and self.config._attn_implementation == "sdpa"
 
 
 def _text_config(tower: TextTower, vocabulary_size: int) -> PretrainedConfig:

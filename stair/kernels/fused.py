@@ -145,38 +145,44 @@ def refuse_second_derivative() -> None:
 # Operators of torch, so that a compiled model is one graph: what is active is known from the numbers only
 @torch.library.custom_op("stair::vocabulary_max", mutates_args=())
 def _project(
-    hidden: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, edges: list[int], compute: torch.dtype
+    hidden: Tensor, mask: Tensor, weight: Tensor, rounded: Tensor, bias: Tensor, edges: list[int]
 ) -> tuple[Tensor, Tensor]:
-    result = torch.float64 if compute is torch.float64 else torch.float32
-    form = _form(hidden.device, compute)
-    return form.project(hidden.to(compute), mask, weight.to(compute), bias.to(result), _pairs(edges))  # type: ignore[no-any-return]
+    """Weights are multiplied as they are `rounded`; the gradient is that of `weight`."""
+    form = _form(hidden.device, rounded.dtype)
+    return form.project(hidden.to(rounded.dtype), mask, rounded, bias.to(_result(rounded)), _pairs(edges))  # type: ignore[no-any-return]
 
 
 @_project.register_fake
 def _(
-    hidden: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, edges: list[int], compute: torch.dtype
+    hidden: Tensor, mask: Tensor, weight: Tensor, rounded: Tensor, bias: Tensor, edges: list[int]
 ) -> tuple[Tensor, Tensor]:
     shape = len(hidden), len(weight)
-    result = torch.float64 if compute is torch.float64 else torch.float32
-    return hidden.new_empty(shape, dtype=result), hidden.new_empty(shape, dtype=packing.slot_type(hidden.shape[1]))
+    return hidden.new_empty(shape, dtype=_result(rounded)), hidden.new_empty(
+        shape, dtype=packing.slot_type(hidden.shape[1])
+    )
 
 
 @torch.library.custom_op("stair::vocabulary_max_backward", mutates_args=())
 def _gradients(
-    grad: Tensor, embedding: Tensor, at: Tensor, hidden: Tensor, mask: Tensor, weight: Tensor, edges: list[int],
-    compute: torch.dtype,
+    grad: Tensor, embedding: Tensor, at: Tensor, hidden: Tensor, mask: Tensor, rounded: Tensor, edges: list[int],
+    weight_type: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    form = _form(hidden.device, compute)
-    grads = form.gradients(grad, embedding, at, hidden.to(compute), mask, weight.to(compute), _pairs(edges))
-    return grads[0].to(hidden.dtype), grads[1].to(weight.dtype), grads[2]
+    form = _form(hidden.device, rounded.dtype)
+    grads = form.gradients(grad, embedding, at, hidden.to(rounded.dtype), mask, rounded, _pairs(edges))
+    return grads[0].to(hidden.dtype), grads[1].to(weight_type), grads[2]
 
 
 @_gradients.register_fake
 def _(
-    grad: Tensor, embedding: Tensor, at: Tensor, hidden: Tensor, mask: Tensor, weight: Tensor, edges: list[int],
-    compute: torch.dtype,
+    grad: Tensor, embedding: Tensor, at: Tensor, hidden: Tensor, mask: Tensor, rounded: Tensor, edges: list[int],
+    weight_type: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), grad.new_empty(len(weight))
+    grad_weight = rounded.new_empty(rounded.shape, dtype=weight_type)
+    return hidden.new_empty(hidden.shape), grad_weight, grad.new_empty(len(rounded))
+
+
+def _result(rounded: Tensor) -> torch.dtype:
+    return torch.float64 if rounded.dtype is torch.float64 else torch.float32
 
 
 def _pairs(edges: Sequence[int]) -> list[tuple[int, int]]:
@@ -184,16 +190,17 @@ def _pairs(edges: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    hidden, mask, weight, bias, ctx.edges, ctx.compute = inputs
-    ctx.bias_type = bias.dtype
-    ctx.save_for_backward(*output, hidden, mask, weight)
+    hidden, mask, weight, rounded, bias, ctx.edges = inputs
+    ctx.types = weight.dtype, bias.dtype
+    ctx.save_for_backward(*output, hidden, mask, rounded)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivative()
-    grads = _gradients(grad, *ctx.saved_tensors, ctx.edges, ctx.compute)
-    return grads[0], None, grads[1], grads[2].to(ctx.bias_type), None, None
+    weight_type, bias_type = ctx.types
+    grads = _gradients(grad, *ctx.saved_tensors, ctx.edges, weight_type)
+    return grads[0], None, grads[1], None, grads[2].to(bias_type), None
 
 
 _project.register_autograd(_differentiate, setup_context=_save)
@@ -234,5 +241,5 @@ def vocabulary_max(
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
         edges = [edge for pair in words or ((0, len(weight)),) for edge in pair]
-        embedding: Tensor = _project(hidden, mask.bool(), weight, bias, edges, compute)[0]
+        embedding: Tensor = _project(hidden, mask.bool(), weight, weight.detach().to(compute), bias, edges)[0]
     return embedding

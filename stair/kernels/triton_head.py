@@ -29,7 +29,7 @@ TILE = 256  # positions of a tile: SLOTS · ROWS
 ROWS = 32
 OPTIONS = {"num_warps": 8, "num_stages": 3}
 PRODUCT = {"BLOCK_A": 8, "num_warps": 1}
-LIST = {"BLOCK_V": 1024, "num_warps": 4}
+LIST = {"BLOCK_V": 1024, "num_warps": 8}
 
 
 @triton.jit
@@ -105,40 +105,43 @@ def list_by_word(  # type: ignore[no-untyped-def]
     tl.store(bias_ptr + v, total, mask=v < V)
 
 
-@triton.jit
-def _positions(embedding_ptr, position_ptr, entry, inside, none):  # type: ignore[no-untyped-def]
-    active = tl.load(embedding_ptr + entry, mask=inside, other=0.0) > 0
-    return tl.load(position_ptr + entry, mask=active, other=none).to(tl.int32)
-
-
 @triton.jit  # type: ignore[untyped-decorator]
 def list_by_position(  # type: ignore[no-untyped-def]
-    grad_ptr, embedding_ptr, position_ptr, begin_ptr, end_ptr, column_ptr, value_ptr,
+    grad_ptr, embedding_ptr, position_ptr, begin_ptr, end_ptr, column_ptr, value_ptr, active_ptr,
     T, V, BLOCK_V: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """Active entries of each position of a row, word by word: which word, and its gradient. BINS is above T."""
     row = tl.program_id(0).to(tl.int64) * V
     none: tl.constexpr = BINS - 1
     i, t = tl.arange(0, BLOCK_V), tl.arange(0, BINS)
-    count = tl.zeros((BINS,), dtype=tl.int32)
+    counts = tl.zeros((BINS,), dtype=tl.int32)
+    total = 0
     for start in range(0, V, BLOCK_V):
-        position = _positions(embedding_ptr, position_ptr, row + start + i, start + i < V, none)
-        count += tl.histogram(position, BINS)
-    begin = tl.cumsum(count, axis=0) - count
+        v = start + i
+        active = tl.load(embedding_ptr + row + v, mask=v < V, other=0.0) > 0
+        position = tl.load(position_ptr + row + v, mask=active, other=0).to(tl.int32)
+        counts += tl.histogram(tl.where(active, position, none), BINS)
+        tl.store(active_ptr + row + total + tl.cumsum(active.to(tl.int32), axis=0) - 1, v, mask=active)
+        total += tl.sum(active.to(tl.int32), axis=0)
+    counts = tl.where(t < none, counts, 0)
+    begin = tl.cumsum(counts, axis=0) - counts
     tl.store(begin_ptr + tl.program_id(0) * T + t, row + begin, mask=t < T)
-    tl.store(end_ptr + tl.program_id(0) * T + t, row + begin + count, mask=t < T)
-    for start in range(0, V, BLOCK_V):
-        position = _positions(embedding_ptr, position_ptr, row + start + i, start + i < V, none)
-        # by position, and of a position by word: where those of a position begin, here and in the row, says where each goes
+    tl.store(end_ptr + tl.program_id(0) * T + t, row + begin + counts, mask=t < T)
+    tl.debug_barrier()  # other threads of the program read what was stored
+    for start in range(0, total, BLOCK_V):
+        inside = start + i < total
+        v = tl.load(active_ptr + row + start + i, mask=inside, other=0)
+        position = tl.where(inside, tl.load(position_ptr + row + v).to(tl.int32), none)
+        # by position, and of a position by word; each goes where its position's begin in the row, less where they do here
         order = tl.sort(position * BLOCK_V + i)
-        count = tl.histogram(position, BINS)
-        place = row + tl.gather(begin - (tl.cumsum(count, axis=0) - count), order // BLOCK_V, axis=0) + i
-        v = start + order % BLOCK_V
-        active = order // BLOCK_V < none
-        z = tl.load(embedding_ptr + row + v, mask=active, other=0.0)
-        tl.store(column_ptr + place, v, mask=active)
-        tl.store(value_ptr + place, tl.load(grad_ptr + row + v, mask=active, other=0.0) * tl.exp(-z), mask=active)
-        begin += count
+        counts = tl.histogram(position, BINS)
+        place = row + i + tl.gather(begin - (tl.cumsum(counts, axis=0) - counts), order // BLOCK_V, axis=0)
+        inside = order // BLOCK_V < none
+        v = tl.load(active_ptr + row + start + order % BLOCK_V, mask=inside, other=0)
+        value = tl.load(grad_ptr + row + v) * tl.exp(-tl.load(embedding_ptr + row + v))
+        tl.store(column_ptr + place, v, mask=inside)
+        tl.store(value_ptr + place, value, mask=inside)
+        begin += counts
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -288,6 +291,7 @@ def gradients(
     # what was listed by word is used up
     by_position = _rows(B * T, 0, device)._replace(column=by_word.column, value=by_word.value)
     bins = triton.next_power_of_2(T + 1)
-    list_by_position[(B,)](*entries, *by_position, T, V, BINS=bins, **LIST)
+    active_BV = torch.empty(B, V, dtype=torch.int32, device=device)
+    list_by_position[(B,)](*entries, *by_position, active_BV, T, V, BINS=bins, **LIST)
     grad_hidden_ND = _product(by_position, weight_VD, hidden_BTD.dtype)
     return grad_hidden_ND.view(B, T, D), grad_weight_VD, grad_bias_V
