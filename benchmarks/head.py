@@ -134,13 +134,11 @@ def limits(args):
 
 def limit_runs(args, kind, share):
     hidden, mask, weight, bias = (value.detach() for value in inputs(args, share))
-    packed, words = packing.by_slot(mask), [(0, args.words)]
+    packed, ranges = packing.by_slot(mask), [(0, args.words)]
     rows = hidden.flatten(0, 1)[packed.source_N].to(kind)
-    embedding = torch.zeros(args.batch, args.words)
-    slot = torch.zeros(embedding.shape, dtype=packing.slot_type(args.positions))
-    fused._Torch.project(rows, packed, weight, bias, words, embedding, slot)
+    embedding, slot = fused._Packed.project(hidden.to(kind), mask, weight.to(kind), bias, ranges)
     won = backward.Won(torch.ones_like(embedding), embedding, slot, packed)
-    chunks = list(fused._chunks(words, len(rows), rows.device))
+    chunks = list(fused._chunks(ranges, len(rows), fused._CHUNK_NUMBERS))
     first = chunks[0]
     logits = rows @ weight[first].to(kind).T
 
