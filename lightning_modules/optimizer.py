@@ -87,6 +87,10 @@ class Optimizer:
         for group, wanted, factor in zip(optimizer.param_groups, asked, scheduler.lr_lambdas, strict=True):
             group |= {name: value for name, value in wanted.items() if name != "params"}
             group |= {"initial_lr": self.lr, "lr": self.lr * factor(scheduler.last_epoch)}
+            for parameter in group["params"] if group.get("fused") else ():
+                # of a run on the CPU the step counts lie there, where the fused kernel does not read them
+                if "step" in (state := optimizer.state.get(parameter, {})):
+                    state["step"] = state["step"].to(parameter.device)
         scheduler.base_lrs = [self.lr for _ in asked]
 
     def schedule(self, total_steps: int) -> Callable[[int], float]:
