@@ -3,7 +3,7 @@
 python benchmarks/head.py                      images at 1 % and 100 % active words; minutes. --batch 16 for a quick look
 python benchmarks/head.py --captions 'train-*.tar' --vocabulary vocab.txt      packed against padded, real captions
 python benchmarks/head.py --limits             where the forms it chooses between take equal time
-Append `> benchmarks/results/head_CHIP_DATE.md` to keep a record. --device cuda measures the Triton form against a product.
+Append `> benchmarks/results/head_CHIP_DATE.md` to keep a record. On a GPU: benchmarks/gpu_check.py.
 """
 
 import argparse
@@ -71,14 +71,6 @@ def images(args):
         del given
         peaks = {name: in_fresh_process("--peak", f"{share},{name}") for name in forms}
         print(f"{share:.0%} of words active\n\n{table(seconds, 'plain', peaks)}")
-    if device.type == "cuda":
-        hidden, mask, weight, bias = (value.detach() for value in inputs(args, 0.01))
-        hidden, weight = hidden.bfloat16(), weight.bfloat16()
-        parts = {
-            "product": lambda: hidden.flatten(0, 1) @ weight.T,
-            "fused forward": lambda: vocabulary_max(hidden, mask, weight, bias),
-        }
-        print(f"fused forward against a bare product\n\n{table(interleaved(parts, args.rounds, device), 'product')}")
 
 
 def lengths(args):
