@@ -3,7 +3,9 @@
 The real recipe is only parsed: building it would fetch published weights. The same road builds the small towers.
 """
 
+import itertools
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -188,6 +190,13 @@ def test_data_files_follow_the_folder_named_by_the_environment(parsed, monkeypat
 def test_no_settings_file_names_a_place_on_one_machine():
     for path in CONFIGS.rglob("*.yaml"):
         assert not any(word in path.read_text() for word in ("/home/", "/mnt/", "/data/stair")), path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_a_settings_file_opens_with_its_command_and_what_was_measured(path: Path):
+    opening = " ".join(itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines()))
+    assert re.search("lightning fit|make demo|small_runs.sh|Command", opening)
+    assert path.stem == "base" or re.search(r"not measured|R@1|[Rr]ecall", opening)
 
 
 @pytest.mark.parametrize("stage", STAGES)
