@@ -31,7 +31,7 @@ from stair.data.samples import caption_choices, caption_lines, image_bytes
 from stair.data.shard_index import Entry, ShardIndex, open_indexes, prefetch
 from stair.errors import FileError, StairError
 
-_OPEN = 512  # indexes that a process keeps open
+_OPEN = 128  # indexes that a process keeps, at least: their pages take up to 42 MB
 _TRIES, _BROKEN = 200, 3  # samples, and shards that cannot be read, that are tried in the place of a bad one
 _GAP = 1 << 16  # bytes between members that are read along rather than by a second request
 _BLOCK = 512  # bytes of a tar's header

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from stair.data.remote import LastingError, Remote, is_remote, local_copy, read_ranges, read_small
 from stair.data.samples import is_wanted
@@ -359,13 +360,8 @@ def _made(shards: list[str], processes: int) -> dict[str, tuple[int, str]]:
     if processes < 2 or sum(map(os.path.getsize, shards)) < _IN_PARALLEL:
         return {shard: _index_length(shard) for shard in shards}
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool, without_main():
-        return dict(zip(shards, _shown(pool.map(_index_length, shards), len(shards)), strict=True))
-
-
-def _shown(results: Iterable[Any], total: int) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    yield from tqdm(results, "indexing shards", total, unit="shard")
+        found = pool.map(_index_length, shards)
+        return dict(zip(shards, tqdm(found, "indexing shards", len(shards), unit="shard"), strict=True))
 
 
 # ------------------------------------------------------------------ index.json
