@@ -28,7 +28,7 @@ from ratios import header
 from lightning_modules.parallel import blocks, compile_blocks
 from stair.kernels import vocabulary_max
 
-SECTIONS = ("tests", "step", "openclip", "profile", "head")
+SECTIONS = ("step", "openclip", "head", "profile", "tests")
 FULL = {"batch": 256, "positions": 196, "width": 768, "words": 30_522, "towers": "base", "repeats": 10, "steps": 5}
 TINY = {"batch": 4, "positions": 5, "width": 32, "words": 200, "towers": "demo", "repeats": 2, "steps": 1}
 # words, positions, rows of a tile; warps and stages
@@ -391,13 +391,7 @@ def openclip_section(args):
             row(name, f"{statistics.median(rate):.0f} ({rate[0]:.0f}–{rate[-1]:.0f})", f"{ratio:.3f}")
 
 
-RUN = {
-    "head": head_section,
-    "profile": profile,
-    "step": step_section,
-    "openclip": openclip_section,
-    "tests": tests,
-}
+RUN = dict(zip(SECTIONS, (step_section, openclip_section, head_section, profile, tests), strict=True))
 
 
 def section(args):
@@ -414,7 +408,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--output", type=Path, help="folder of the records")
-    parser.add_argument("--seconds", type=float, default=240, help="longest time of a section")
+    parser.add_argument("--seconds", type=float, default=200, help="longest time of a section")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--forms", action="store_true", help="the head's kernels in other sizes of their tiles as well")
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)

@@ -48,10 +48,9 @@ class _Side:
         """(B, G) logits of this rank's rows with all of the other side's."""
         columns_K = min((self.columns_K, other.columns_K), key=lambda c: self.own_BV.shape[1] if c is None else len(c))
         own_BK = self.own_BV if columns_K is None else self.own_BV[:, columns_K]
-        products_BG = torch.cat(
-            [_product(own_BK, other.gathered.block(peer, columns_K).T, self.exact) for peer in range(ranks())], 1
-        )
-        return products_BG.mul_((scale * self.factor_B)[:, None]).mul_(other.factor_G)
+        factor_B1 = (scale * self.factor_B)[:, None]
+        blocks = (other.gathered.block(peer, columns_K).T for peer in range(ranks()))
+        return torch.cat([_product(own_BK, block, self.exact, factor_B1) for block in blocks], 1) * other.factor_G
 
     def gradient(self, other: "_Side", A_BG: Tensor, logits_BG: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Of this rank's rows: (B, K) in the other side's columns, and (B,) what multiplies the rows themselves.
@@ -69,16 +68,16 @@ class _Side:
         return grad_BK, -self.factor_B.square() * (A_BG * logits_BG).sum(1)
 
 
-def _product(a: Tensor, b: Tensor, exact: torch.dtype) -> Tensor:
-    """The product of a matrix and one of embeddings, as exact as in `exact`.
+def _product(a: Tensor, b: Tensor, exact: torch.dtype, factor: Tensor | None = None) -> Tensor:
+    """The product of a matrix, its rows times a factor, and one of embeddings, as exact as in `exact`.
 
     Tensor cores multiply what was rounded to bf16 without a further loss, and add in fp32. An fp32 factor is the sum of
     three numbers in bf16, of 8 bits each.
     """
     if not (b.is_cuda and b.dtype == torch.bfloat16 and exact == torch.float32):
-        return a.to(exact) @ b.to(exact)
-    if a.dtype == torch.bfloat16:
-        return torch.mm(a, b, out_dtype=exact)
+        return (a.to(exact) if factor is None else a.to(exact) * factor) @ b.to(exact)
+    if factor is not None:
+        return torch.mm(a, b, out_dtype=exact).mul_(factor)
     return torch.mm(torch.cat(_three_parts(a)), b, out_dtype=exact).view(3, len(a), -1).sum(0)
 
 
