@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(1)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -90,6 +91,16 @@ def captions():
 @pytest.fixture
 def pixels():
     return torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def photos(tmp_path, pixels):
+    """The images of `pixels` as files in `photos/`, in their order."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for n, image in enumerate(pixels):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"p{n}.png")
+    return sorted(folder.glob("*.png"))
 
 
 @pytest.fixture(scope="session")

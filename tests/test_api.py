@@ -12,19 +12,10 @@ from stair.evaluate import EvaluationSet, Sample, evaluate, open_model
 from stair.images import decode_image
 
 
-@pytest.fixture
-def pictures(tmp_path, pixels):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for n, image in enumerate(pixels):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"p{n}.png")
-    return sorted(folder.glob("*.png"))
-
-
-def test_encode_gives_the_rows_of_the_encoders(tiny_stair, pictures, captions):
-    opened = [Image.open(path) for path in pictures]
+def test_encode_gives_the_rows_of_the_encoders(tiny_stair, photos, captions):
+    opened = [Image.open(path) for path in photos]
     wanted = tiny_stair.encode_image(opened).numpy()
-    np.testing.assert_allclose(tiny_stair.encode(images=pictures, batch_size=3).toarray(), wanted, atol=1e-6)
+    np.testing.assert_allclose(tiny_stair.encode(images=photos, batch_size=3).toarray(), wanted, atol=1e-6)
     np.testing.assert_allclose(tiny_stair.encode(images=iter(opened)).toarray(), wanted, atol=1e-6)
     wanted = tiny_stair.encode_text(captions).numpy()
     np.testing.assert_allclose(tiny_stair.encode(texts=captions, batch_size=1).toarray(), wanted, atol=1e-6)

@@ -10,7 +10,6 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from stair import SparseIndex
 from tests.conftest import write_small_scenes
@@ -29,15 +28,6 @@ def commands(*programs):
     """The README's lines of these programs, without their comments."""
     lines = "".join(blocks("sh")).splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.split()[0] in programs]
-
-
-@pytest.fixture
-def photos(tmp_path, pixels):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for n, image in enumerate(pixels):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"p{n}.png")
-    return sorted(folder.glob("*.png"))
 
 
 def test_the_python_runs_and_prints_lines_as_shown(tiny_stair, photos, tmp_path, monkeypatch, capsys):
