@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from stair.errors import install
 from stair.launch import prepare
 from stair.plain import plain
 
@@ -32,6 +33,7 @@ class _Word(NamedTuple):
     does: str
     module: str
     function: str
+    extra: str = "search"  # what installs the packages that the module imports
 
 
 _FUNCTIONS: dict[str, _Word] = {
@@ -42,8 +44,10 @@ _FUNCTIONS: dict[str, _Word] = {
     "serve": _Word("a search page in the browser", "stair.serve.app", "serve"),
     "push": _Word("upload a model with its card to the hub", "stair.hub", "push"),
     "search": _Word("find documents by text, picture or weighted words", "stair.index.commands", "search"),
-    "evaluate": _Word("measure a model: retrieval, classification, words, cost", "stair.evaluate.open_set", "evaluate"),
-    "consolidate": _Word("a model of a training's checkpoint", "lightning_modules.consolidate", "consolidate"),
+    "evaluate": _Word(
+        "measure a model: retrieval, classification, words, cost", "stair.evaluate.open_set", "evaluate", "evaluate"
+    ),
+    "consolidate": _Word("a model of a training's checkpoint", "lightning_modules.consolidate", "consolidate", "train"),
     "doctor": _Word("what is wrong with shards, and the setting that mends it", "stair.data.doctor", "doctor"),
     "prepare": _Word(
         "make shards of images and captions, COCO, Flickr, Hugging Face data, ...", "stair.data.prepare", "SOURCES"
@@ -116,7 +120,10 @@ def _call(word: _Word, name: str, arguments: list[str]) -> None:
     from yaml import YAMLError
 
     set_loader("yaml", _as_typed(get_loader("yaml")), exceptions=(YAMLError,))
-    function = getattr(importlib.import_module(word.module), word.function)
+    try:
+        function = getattr(importlib.import_module(word.module), word.function)
+    except ModuleNotFoundError as error:
+        sys.exit(f"stair {name}: package {error.name} is missing; {install(word.extra)}")
     description = word.does if isinstance(function, dict) else None  # a function's docstring describes it
     words = _null_as_typed(function, _spelled_out(function, arguments))
     typed: Any = {key: _as_given(each) for key, each in function.items()} if description else _as_given(function)

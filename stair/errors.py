@@ -97,8 +97,13 @@ class MissingPackageError(StairError):
     """
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"package {package} is missing; install it with: pip install 'stair-embeddings[{extra}]'")
+        super().__init__(f"package {package} is missing; {install(extra)}")
         self.package, self.extra = package, extra
+
+
+def install(extra: str) -> str:
+    """What to do where packages of an extra are missing. The project is on no package index."""
+    return f"run `pip install '.[{extra}]'` in the checkout"
 
 
 def import_extra(module: str, package: str, extra: str) -> Any:

@@ -119,3 +119,9 @@ def test_lightning_without_another_owner_refuses_unknown_words():
         pytest.skip("lightning-sdk is installed here")
     done = run(LIGHTNING, "login")
     assert done.returncode == 1 and "no word 'login'" in done.stderr
+
+
+def test_a_command_without_its_packages_names_the_extra_that_installs_them():
+    result = run("sys.modules['starlette'] = None; " + STAIR, "serve", "index", "model")
+    assert result.returncode == 1 and "starlette" in result.stderr and "[search]" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from stair.data.specs import require
-from stair.errors import SettingError
+from stair.errors import SettingError, install
 from stair.files import lock
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def _system(url: str, remote: Remote) -> tuple[Any, str]:
 
         files, path = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
-        remedy = "; `pip install 'stair-embeddings[remote]'`" if isinstance(error, ImportError) else ""
+        remedy = f"; {install('remote')}" if isinstance(error, ImportError) else ""
         raise LastingError(f"{url} cannot be opened: {error}{remedy}") from error
     return files, path
 

@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -257,10 +258,6 @@ def serve(index: Path, model: str, pictures: Path | None = None, host: str = "12
         host: address to listen on. There is no log-in: whoever reaches it can search and see all pictures.
         port: to listen on.
     """
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise ValueError("needs starlette and uvicorn: `pip install 'stair-embeddings[search]'`") from error
     if pictures is not None and not pictures.is_dir():
         raise FileNotFoundError(f"{pictures}: no such folder of pictures")
     hosts = ["127.0.0.1", "localhost", "[::1]"] if host in ("127.0.0.1", "localhost", "::1") else ["*"]
