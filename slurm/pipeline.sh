@@ -30,9 +30,12 @@ for option in "${options[@]}"; do
 done
 
 export RUN RESTARTS STRATEGY
+stamp="$(date +%Y%m%d-%H%M%S)-$$"
+for STAGE in $(seq "$from" "$to"); do # all of them before the first job is queued
+    resolve "$RUN/jobs/stage$STAGE-$stamp.yaml" "$@"
+done
 for STAGE in $(seq "$from" "$to"); do
-    export STAIR_SETTINGS="$RUN/jobs/stage$STAGE-$(date +%Y%m%d-%H%M%S)-$$.yaml"
-    resolve "$STAIR_SETTINGS" "$@"
+    export STAIR_SETTINGS="$RUN/jobs/stage$STAGE-$stamp.yaml"
     # a stage whose predecessor failed is cancelled; SLURM would let it wait for ever
     job="$(sbatch --parsable --kill-on-invalid-dep=yes "${options[@]}" ${after:+"--dependency=afterok:$after"} \
         "$STAIR_HOME/slurm/stage$STAGE.sh" "$@")" || exit
