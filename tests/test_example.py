@@ -74,6 +74,7 @@ def test_the_losses_and_their_gradients_equal_the_plain_losses():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a minute on an idle core
 def test_the_plain_file_learns_to_retrieve():
     done = subprocess.run(
         [sys.executable, FILE], cwd=FILE.parents[1], env={"PYTHONPATH": "."}, capture_output=True, text=True, check=True
