@@ -1,6 +1,7 @@
 """The whole method in one plain file, and the project's own head and losses against it."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 import tokenize
@@ -77,7 +78,12 @@ def test_the_losses_and_their_gradients_equal_the_plain_losses():
 @pytest.mark.timeout(900)  # a minute on an idle core
 def test_the_plain_file_learns_to_retrieve():
     done = subprocess.run(
-        [sys.executable, FILE], cwd=FILE.parents[1], env={"PYTHONPATH": "."}, capture_output=True, text=True, check=True
+        [sys.executable, FILE],
+        cwd=FILE.parents[1],
+        env={**os.environ, "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     recall = [float(line.split("R@1 ")[1].split()[0]) for line in done.stdout.splitlines() if "R@1" in line]
     assert len(recall) == 3
