@@ -196,8 +196,8 @@ class Store:
                 return
             except (KeyError, TypeError, AttributeError) as error:
                 raise FileError(f"{path} is no manifest of an index: {type(error).__name__}: {error}", path) from error
-            except FileError:
-                # a writer may have removed segments since the manifest was read
+            except (FileError, FileNotFoundError):
+                # a writer may have removed segments since the manifest was read, or since their length was
                 newer = read_manifest(path)
                 if newer == self.manifest:
                     raise
