@@ -94,6 +94,7 @@ def test_a_run_is_resumed_whatever_loggers_and_callbacks_there_are(scenes, tmp_p
         assert len(list((tmp_path / "r").rglob("epoch=*.ckpt"))) == 2
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_whatever_the_spelling_of_its_folder(scenes, copy, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RUNS", str(tmp_path))

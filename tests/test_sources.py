@@ -137,7 +137,9 @@ def indexed(folder: Path, counts: list[int], bad=None) -> str:
 # ---- bytes over a bad connection
 
 
-@pytest.mark.parametrize("manner", ["good", "busy", "drops", "stuck", "slow", "rangeless"])
+@pytest.mark.parametrize(
+    "manner", ["good", "busy", "drops", pytest.param("stuck", marks=pytest.mark.slow), "slow", "rangeless"]
+)
 def test_what_is_read_over_a_bad_connection_is_the_file_to_the_byte(tmp_path, server, manner):
     write_shards(tmp_path / "served", [16])
     data = (tmp_path / "served" / "train-0000.tar").read_bytes()

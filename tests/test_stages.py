@@ -336,6 +336,7 @@ def test_a_log_file_shows_the_progress_of_a_run(scenes, tmp_path):
     assert all(part in lines[1] for part in ("loss ", "val/recall ", " pairs/s", "waiting ", " GiB", " left"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_resume(scenes, tmp_path):
     more = ("--trainer.max_steps", "5000", "--trainer.val_check_interval", "5000", "--data.workers", "1")
     process = start(words(scenes, 1, tmp_path / "r", *more), start_new_session=True)
@@ -629,6 +630,7 @@ def start(arguments, **more):
     )
 
 
+@pytest.mark.slow
 def test_a_run_killed_hard_resumes_to_the_same_weights_as_one_never_interrupted(scenes, tmp_path):
     # a scale whose start is set, which a resumed run must not do again
     more = [
@@ -680,7 +682,7 @@ def test_a_resumed_run_moves_as_it_is_told_now(scenes, tmp_path):
     assert {int(moment["step"]) for moment in moments} == {4}
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_two_ranks_run_all_three_stages(scenes, tmp_path, precision):
     for stage in (1, 2, 3):
         # forked: a launched rank would import everything again
@@ -693,6 +695,7 @@ def test_two_ranks_run_all_three_stages(scenes, tmp_path, precision):
     assert not torch.equal(before["text_head.dense.weight"], after["text_head.dense.weight"])
 
 
+@pytest.mark.slow
 def test_the_command_starts_its_second_rank_itself(scenes, tmp_path):
     ranks = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.workers", "1")
     process = start(words(scenes, 1, tmp_path / "r", *ranks, "--trainer.max_steps", "2"))
