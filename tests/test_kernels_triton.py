@@ -24,6 +24,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow
 def test_interpreted_triton_equals_the_plain_formula():
     pytest.importorskip("triton", reason="triton comes with torch for CUDA on Linux")
     result = subprocess.run(
