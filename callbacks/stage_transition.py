@@ -81,7 +81,7 @@ class StageTransition(L.Callback):
             theirs = read_description(folder)["training"].get("stage")
             if None not in (theirs, pl_module.stage) and theirs != pl_module.stage:
                 raise FileError(
-                    f"{folder} was handed over by stage {theirs}, and this is stage {pl_module.stage}: measured as that it "
+                    f"{folder} was exported by stage {theirs}, and this is stage {pl_module.stage}: measured as that it "
                     f"would pass for it. Give configs/stage{theirs}.yaml, or another --transition.start_from",
                     folder,
                 )
@@ -110,7 +110,7 @@ class StageTransition(L.Callback):
         folder = Path(self.start_from)
         if not folder.is_dir():
             raise FileError(
-                f"no hand-over of stage {previous} at {folder}: it is written when that stage has finished its "
+                f"no exported model of stage {previous} at {folder}: it is written when that stage has finished its "
                 "planned steps. Finish it, or correct --transition.start_from",
                 folder,
             )
@@ -118,7 +118,7 @@ class StageTransition(L.Callback):
         training = description["training"]
         if training.get("stage") != previous:
             raise FileError(
-                f"stage {module.stage} starts from stage {previous}, but {folder} was handed over by stage "
+                f"stage {module.stage} starts from stage {previous}, but {folder} was exported by stage "
                 f"{training.get('stage')}; correct --transition.start_from",
                 folder,
             )

@@ -1,4 +1,4 @@
-"""Stage 3, fine-tuning: both sides train together, unmasked. Its hand-over is the release."""
+"""Stage 3, fine-tuning: both sides train together, unmasked. Its exported model is the release."""
 
 from lightning_modules.stage import StairStage
 

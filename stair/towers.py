@@ -61,7 +61,7 @@ class TwoTowers(nn.Module):
     """What models of images and texts share.
 
     Attributes:
-        family: what `config.json` calls the kind of model; also the name of a run's hand-over folder.
+        family: what `config.json` calls the kind of model; also the name of the folder of a run's exported model.
         config_class: what the model is built from.
         log_scale: (1,), logarithm of the similarity's scale (inverse temperature). Not a scalar: FSDP2 refuses those.
         recorded: what a loaded model's files say of its training; it is saved with it again.

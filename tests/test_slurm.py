@@ -352,4 +352,4 @@ def test_a_failed_stage_does_not_start_the_next(submit, cluster, tmp_path):
 def test_stage_2_alone_fails_with_what_is_missing(submit, cluster, tmp_path):
     job = submit("sbatch", "--parsable", *SHAPE, ROOT / "slurm" / "stage2.sh", run=tmp_path / "r").strip()
     assert wait(cluster, job) == "FAILED"
-    assert f"no hand-over of stage 1 at {tmp_path}/r/stage1/stair" in log_of(tmp_path, job)
+    assert f"no exported model of stage 1 at {tmp_path}/r/stage1/stair" in log_of(tmp_path, job)

@@ -141,7 +141,7 @@ def test_the_settings_that_a_training_saved_measure_its_own_stage(finished, scen
     got = main(["validate", "--config", str(saved)]).trainer.callback_metrics
     assert float(got["val/recall"]) == pytest.approx(scalars(finished, 3)["val/recall"][-1])
     other = ("--transition.start_from", str(finished / "stage2" / "stair"))  # as settings saved before say
-    with pytest.raises(ValueError, match=r"handed over by stage 2, and this is stage 3.*configs/stage2\.yaml"):
+    with pytest.raises(ValueError, match=r"exported by stage 2, and this is stage 3.*configs/stage2\.yaml"):
         main(["validate", "--config", str(saved), *other])
 
 
@@ -159,7 +159,7 @@ def test_predict_gives_the_embeddings_of_every_test_image_once(finished, scenes)
     ("stage", "more", "message"),
     [
         (3, ["--transition.start_from", "{run}/stage1/stair"], "stage 3 starts from stage 2.*by stage 1"),
-        (2, ["--transition.start_from", "{run}/nowhere"], "no hand-over of stage 1 at"),
+        (2, ["--transition.start_from", "{run}/nowhere"], "no exported model of stage 1 at"),
         (1, ["--transition.start_from", "{run}/stage1/stair"], "stage 1 .*starts from"),
         (
             2,

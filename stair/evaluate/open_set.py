@@ -57,7 +57,7 @@ def evaluate(
     train and a val part lie beside (`train-*.tar` and `val-*.tar`, or folders train/ and val/).
 
     Args:
-        model: a folder that training handed over, or `open_clip:ARCHITECTURE:CHECKPOINT`,
+        model: the folder of an exported model, or `open_clip:ARCHITECTURE:CHECKPOINT`,
             `sentence_transformers:FOLDER` (extra `openclip`).
         data: the sets.
         output: folder for the results; `MODEL-evaluation` if null, beside the model, or here for one of another project.
