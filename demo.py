@@ -34,8 +34,8 @@ STAGES = {1: "stage 1, grounding", 2: "stage 2, expansion", 3: "stage 3, fine-tu
 # the metrics shown, without `val/scenes/` and `sparsity/`, and their columns in a terminal of 80 columns
 METRICS = {
     **{f"{way}/recall@{k}": f"{arrow}\n@{k}" for way, arrow in (("t2i", "t→i"), ("i2t", "i→t")) for k in (1, 5, 10)},
-    "image/active_words": "image\nwords",
-    "text/active_words": "text\nwords",
+    "image/active_terms": "image\nterms",
+    "text/active_terms": "text\nterms",
     "grounding@10": "gr.\n@10",
 }
 # typed, not drawn: rarer names of things, so that expansions have something to do
@@ -110,18 +110,18 @@ def _baseline(held_out: EvaluationPairs, figures: dict[str, float]) -> StageRow:
     captions = own * images
     metrics = {f"t2i/recall@{k}": k / images for k in (1, 5, 10)}
     metrics |= {f"i2t/recall@{k}": 1 - math.comb(captions - own, k) / math.comb(captions, k) for k in (1, 5, 10)}
-    return StageRow("frequency baseline", metrics | {"grounding@10": figures["grounding@10_frequent"]})
+    return StageRow("frequency baseline", metrics | {"grounding@10": figures["grounding@10_baseline"]})
 
 
 def _table(rows: Sequence[StageRow]) -> Table:
     table = Table(
-        title="Held-out scenes: recall and grounding in %, active words", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title="Held-out scenes: recall and grounding in %, active terms", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     table.add_column("", no_wrap=True)
     for head in METRICS.values():
         table.add_column(head, justify="right")
     for row in rows:
-        figures = {m: row.metrics.get(m, math.nan) * (1 if "words" in m else 100) for m in METRICS}
+        figures = {m: row.metrics.get(m, math.nan) * (1 if "terms" in m else 100) for m in METRICS}
         table.add_row(row.name, *("–" if math.isnan(figure) else f"{figure:.1f}" for figure in figures.values()))
     return table
 

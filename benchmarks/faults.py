@@ -3,7 +3,7 @@
 python -m benchmarks.faults FOLDER --kills 100 --seed 0          # a table by moment and signal, and FOLDER/faults.json
 
 A kill happens inside the process that is meant, at a moment of its own choice: while it starts, in a step, in a
-validation, with part of a checkpoint or of a hand-over written, before it is renamed, at a wait for the disk while an index
+validation, with part of a checkpoint or of a export written, before it is renamed, at a wait for the disk while an index
 is written; or from outside, at any time. Runs are forked from one process that has everything imported.
 """
 
@@ -51,7 +51,7 @@ trainer: {max_steps: 8, val_check_interval: 2, log_every_n_steps: 4, enable_prog
 """
 STEPS, LONGEST = 8, 600  # steps of a stage; seconds an attempt may take before it counts as hanging
 STRUCK = multiprocessing.get_context("fork").Value("b", 0, lock=False)  # shared with the processes that are killed
-MOMENTS = ("start", "step", "validation", "checkpoint", "rename", "hand-over", "index", "any")
+MOMENTS = ("start", "step", "validation", "checkpoint", "rename", "export", "index", "any")
 SIGNALS = ("KILL all", "KILL one rank", "KILL a worker", "TERM", "USR1")
 
 
@@ -87,7 +87,7 @@ def chosen(rng: random.Random, ranks: int) -> Kill:
     count = rng.randrange(1, STEPS) if moment == "step" else rng.randrange(1, 4) if moment != "start" else 1
     stage = 0 if moment == "index" else rng.randrange(1, 4)
     # rank 0 alone writes
-    writes = moment in ("checkpoint", "rename", "hand-over", "index")
+    writes = moment in ("checkpoint", "rename", "export", "index")
     return Kill(moment, asked, stage, count, rng.random(), 0 if writes else rng.randrange(ranks))
 
 
@@ -134,13 +134,13 @@ def _half_written(kill: Kill) -> Callable[..., None]:
     return act
 
 
-def _half_handed_over(model: Any, path: str) -> None:
+def _half_exported(model: Any, path: str) -> None:
     Path(path).write_bytes(bytes(1000))
 
 
 def arm(kill: Kill) -> None:
     """Puts the kill in its place, in the process that is to suffer it."""
-    if kill.moment in ("checkpoint", "rename", "hand-over") and kill.signal == "KILL one rank":
+    if kill.moment in ("checkpoint", "rename", "export") and kill.signal == "KILL one rank":
         kill.rank = 0
     owners: dict[str, tuple[Any, str]] = {
         "start": (ContrastiveModule, "configure_optimizers"),
@@ -148,14 +148,14 @@ def arm(kill: Kill) -> None:
         "validation": (ContrastiveModule, "validation_step"),
         "checkpoint": (checkpoints.torch, "save"),
         "rename": (checkpoints, "put"),
-        "hand-over": (towers, "save_model"),
+        "export": (towers, "save_model"),
         "index": (files.os, "fsync"),
     }
     if kill.moment == "any":
         return
-    if kill.moment == "hand-over":
+    if kill.moment == "export":
         kill.count = 1
-    acts = {"checkpoint": _half_written(kill), "hand-over": _half_handed_over}
+    acts = {"checkpoint": _half_written(kill), "export": _half_exported}
     _when(*owners[kill.moment], kill, acts.get(kill.moment))
 
 

@@ -116,7 +116,7 @@ def forward(args):
 
 
 def backward(args):
-    """The backward pass at several shares of active words, in all sizes of its product."""
+    """The backward pass at several shares of active terms, in all sizes of its product."""
     forms = [None]
     if args.device == "cuda" and args.forms:
         import stair.kernels.triton_head as triton_head

@@ -1,6 +1,6 @@
 """The vocabulary head, forward and backward: fused against plain, max-first and compiled, in time and peak memory.
 
-python benchmarks/head.py                      images at 1 % and 100 % active words; minutes. --batch 16 for a quick look
+python benchmarks/head.py                      images at 1 % and 100 % active terms; minutes. --batch 16 for a quick look
 python benchmarks/head.py --captions 'train-*.tar' --vocabulary vocab.txt      packed against padded, real captions
 python benchmarks/head.py --limits             where the forms it chooses between take equal time
 Append `> benchmarks/results/head_CHIP_DATE.md` to keep a record. On a GPU: benchmarks/gpu_check.py.

@@ -12,10 +12,10 @@ COLUMNS = {
     "i→t R@1/5/10": ("i2t/recall@1", "i2t/recall@5", "i2t/recall@10"),
     "t→i R@1/5/10": ("t2i/recall@1", "t2i/recall@5", "t2i/recall@10"),
     "median rank i→t / t→i": ("i2t/median_rank", "t2i/median_rank"),
-    "active words image / text": ("sparsity/image/active_words", "sparsity/text/active_words"),
-    "products a pair": ("sparsity/products_per_pair",),
+    "active terms image / text": ("sparsity/image/active_terms", "sparsity/text/active_terms"),
+    "FLOPs a pair": ("sparsity/flops_per_pair",),
     "grounding @10, @1": ("grounding@10", "grounding@1"),
-    "the commonest 10": ("grounding@10_frequent",),
+    "the commonest 10": ("grounding@10_baseline",),
 }
 PERCENT = ("recall", "grounding")
 

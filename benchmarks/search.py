@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from stair.embeddings import Embeddings, Space
+from stair.embeddings import Embeddings, EmbeddingSpace
 from stair.index import SparseIndex
 
 WORDS, DENSE = 30_522, 512
@@ -59,7 +59,7 @@ def synthetic(documents: int, queries: int, nnz: int, query_nnz: int, seed: int 
     )
 
 
-def engines(vectors: Any, space: Space, k: int, folder: Path, wanted: list[str]) -> dict[str, dict[str, Any]]:
+def engines(vectors: Any, space: EmbeddingSpace, k: int, folder: Path, wanted: list[str]) -> dict[str, dict[str, Any]]:
     """For each engine `search` (a prepared query to ids and scores), `prepare`, seconds to build, bytes a document."""
     count, made = vectors.shape[0], dict[str, dict[str, Any]]()
     projection_VD = np.random.default_rng(1).normal(0, DENSE**-0.5, (vectors.shape[1], DENSE)).astype(np.float32)
@@ -115,7 +115,7 @@ def engines(vectors: Any, space: Space, k: int, folder: Path, wanted: list[str])
     return made
 
 
-def _warm_up(folder: Path, space: Space) -> None:
+def _warm_up(folder: Path, space: EmbeddingSpace) -> None:
     """Imports and compiles what the first index and search of a process import and compile: up to two seconds."""
     index = SparseIndex.build(
         folder / "first", Embeddings(sparse.eye(2, len(space.tokens), format="csr"), ["0", "1"], space)
@@ -224,13 +224,13 @@ def main() -> None:
         loaded = Embeddings.load(options.embeddings)
         asked = Embeddings.load(options.queries_from) if options.queries_from else loaded
         # compared by dot product here, so that every engine gets the same comparable rows
-        space = Space(loaded.space.model, "dot", loaded.space.tokens)
+        space = EmbeddingSpace(loaded.space.model, "dot", loaded.space.tokens)
         vectors, queries = (sparse.csr_matrix(e.space.comparable(e.vectors)) for e in (loaded, asked))
         repeat = -(-options.documents // vectors.shape[0])
         vectors = sparse.vstack([vectors] * repeat, "csr")[: options.documents]
         print(f"real embeddings, {len(loaded)} of them, repeated {repeat} times")
     else:
-        space = Space("synthetic", "dot", tuple(f"w{v}" for v in range(WORDS)))
+        space = EmbeddingSpace("synthetic", "dot", tuple(f"w{v}" for v in range(WORDS)))
         vectors, queries = synthetic(options.documents, options.queries, options.nnz, options.query_nnz)
     queries = queries[: options.queries]
     folder = Path(tempfile.mkdtemp(prefix="search-"))

@@ -1,6 +1,6 @@
 """A whole training step of STAIR against one of dense CLIP: same towers, batch, loss over pairs, clipping and optimiser.
 
-python benchmarks/step.py                          ViT-B/16 and BERT-base from scratch, B=8, 1 % and 100 % active words
+python benchmarks/step.py                          ViT-B/16 and BERT-base from scratch, B=8, 1 % and 100 % active terms
 python benchmarks/step.py --towers small --batch 256 --half      the towers of configs/small
 python benchmarks/step.py --towers demo --batch 128 --words 244 --plain  make demo's, and with a plain head
 Pixels are random, captions have the lengths of --lengths. Append `> benchmarks/results/step_CHIP_DATE.md` to keep a record.
@@ -140,7 +140,7 @@ def main():
         if args.plain:
             runs["STAIR, plain head"] = with_plain_head(runs["STAIR"])
         seconds = interleaved(runs, args.rounds, device)
-        print(f"{share:.0%} asked for; active words {active}\n\n{table(seconds, 'dense CLIP')}")
+        print(f"{share:.0%} asked for; active terms {active}\n\n{table(seconds, 'dense CLIP')}")
 
 
 if __name__ == "__main__":

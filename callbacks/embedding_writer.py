@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 from scipy import sparse
 
-from stair.embeddings import PLAN, Embeddings, Space, to_csr
+from stair.embeddings import PLAN, Embeddings, EmbeddingSpace, to_csr
 from stair.errors import FileError, SettingError
 from stair.files import write_json
 from stair.model import Stair
@@ -32,7 +32,7 @@ class EmbeddingWriter(L.Callback):
 
     def __init__(self, folder: str, top: int | None = None, threshold: float = 0.0) -> None:
         self.folder, self.top, self.threshold = Path(folder), top, threshold
-        self._space: Space | None = None
+        self._space: EmbeddingSpace | None = None
         self._rows: dict[tuple[str, str], tuple[list[sparse.csr_matrix], list[str]]] = {}
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -76,7 +76,7 @@ def bf16_cost() -> float:
 class Health(L.Callback):
     """Watches the training steps.
 
-    - Loss or gradient not finite: warns with the batch's keys. The stages skip such a step (`health/left_out` counts them);
+    - Loss or gradient not finite: warns with the batch's keys. Such a step is skipped (counted by `health/skipped_steps`);
       after more than `skip` in a row the run stops, and saves the state from before them if the weights are finite.
     - Weights not finite: no checkpoint is written, the last one stays, and the run stops.
     - Dead, `patience` steps in a row (contrastive loss within 0.01 of log N, and on either side less than one active term
@@ -106,15 +106,15 @@ class Health(L.Callback):
         valid = {"patience": patience >= 1, "every": every >= 1, "dense_after": dense_after >= 0, "skip": skip >= 0}
         check_settings("health", self, valid, "patience and every of at least 1, dense_after and skip of at least 0")
         self._warned_dense = self._warned_chance = False
-        self._left_out: Tensor | int = 0
+        self._skipped: Tensor | int = 0
 
     def state_dict(self) -> dict[str, int]:
         """What a resumed run continues to count."""
-        return {"left_out": int(self._left_out)}
+        return {"skipped_steps": int(self._skipped)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continues to count."""
-        self._left_out = state_dict["left_out"]
+        self._skipped = state_dict["skipped_steps"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Compares bf16 with fp32, where a CPU computes in it."""
@@ -132,7 +132,7 @@ class Health(L.Callback):
         self._dead_steps = self._chance_steps = self._broken_steps = zero  # in a row
         self._most_broken = zero  # in a row, since the last reading
         self._share = zero  # of V, active in the last step; 0 for dense models
-        self._left_out = zero + self._left_out
+        self._skipped = zero + self._skipped
         self._alarm = 0.0
         self._recent: deque[_Step] = deque()  # since the last reading
 
@@ -145,10 +145,10 @@ class Health(L.Callback):
             TrainingError: if too many steps in a row were not finite, or the run is dead.
         """
         loss_finite = outputs["loss"].detach().isfinite()
-        finite = loss_finite & (not (isinstance(pl_module, ContrastiveModule) and pl_module.left_out))
+        finite = loss_finite & (not (isinstance(pl_module, ContrastiveModule) and pl_module.skipped))
         sound_B = (outputs["image_BV"].sum(1) + outputs["text_CV"].sum(1)).isfinite()
         self._recent.append(_Step(finite, loss_finite, sound_B, trainer.global_step, batch["key"]))
-        self._left_out = self._left_out + ~finite
+        self._skipped = self._skipped + ~finite
         self._broken_steps = (self._broken_steps + 1) * ~finite
         self._most_broken = torch.maximum(self._most_broken, self._broken_steps)
         sparse = words_of(pl_module, outputs["image_BV"]) is not None
@@ -166,7 +166,7 @@ class Health(L.Callback):
         if len(self._recent) == self.every:
             self._read(trainer)
         if logs_now(trainer, batch_idx):
-            pl_module.log_dict({"health/alarm": self._alarm, "health/left_out": self._left_out}, batch_size=1)
+            pl_module.log_dict({"health/alarm": self._alarm, "health/skipped_steps": self._skipped}, batch_size=1)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reads the last steps too: a broken run must not be exported."""
@@ -263,7 +263,7 @@ class Health(L.Callback):
         elif pl_module.stair.similarity == "dot":
             advice = (
                 "and texts may come over dense from the stage before. Where recall does not come back within 100 steps, "
-                "give all stages a higher stair.own_word_lead"
+                "give all stages a higher stair.in_caption_margin"
             )
         else:  # a learned scale of directions is wide as it should be
             return

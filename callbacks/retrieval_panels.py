@@ -102,7 +102,7 @@ def _tensorboards(trainer: L.Trainer) -> list[Any]:
 def _panel(row: int, image_BV: Tensor, batch: Batch, vocabulary: Vocabulary, k: int) -> _Panel:
     own_C = batch["caption_image"] == batch["image_id"][row]
     ids, mask = batch["ids"][own_C], batch["mask"][own_C]
-    held_V = vocabulary.own_words(ids, mask).any(0)
+    held_V = vocabulary.in_caption_terms(ids, mask).any(0)
     top_K = image_BV[row].float().topk(min(k, image_BV.shape[1]))
     words = [
         (vocabulary.tokens[v], weight, bool(held_V[v]))

@@ -57,11 +57,11 @@ class SourceMonitor(L.Callback):
         sums_4S = torch.cat([torch.stack([own_SB @ loss_B, own_SB.sum(1)]), apart_2S])
         sums_4S = trainer.strategy.reduce(sums_4S, reduce_op="sum")
         figures = {}
-        for name, pairs, (loss, count, left_out, converted) in zip(
+        for name, pairs, (loss, count, skipped, converted) in zip(
             self._names, self._counts().values(), sums_4S.T.tolist(), strict=True
         ):
             figures[f"source/{name}/pairs"] = float(pairs)
-            figures[f"source/{name}/skipped"] = left_out
+            figures[f"source/{name}/skipped"] = skipped
             figures[f"source/{name}/converted"] = converted
             if count:
                 figures[f"source/{name}/loss"] = loss / count

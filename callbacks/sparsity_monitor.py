@@ -19,7 +19,7 @@ from stair.grounding import Expansion, Grounding
 from stair.metrics import SparsityStats
 from stair.vocabulary import Vocabulary
 
-_TRAIN = ("image/active_words", "text/active_words", "products_per_pair")
+_TRAIN = ("image/active_terms", "text/active_terms", "flops_per_pair")
 
 
 def vocabulary_of(pl_module: L.LightningModule) -> Vocabulary | None:
@@ -36,12 +36,12 @@ def words_of(pl_module: L.LightningModule, image_BV: Tensor) -> Vocabulary | Non
 class SparsityMonitor(L.Callback):
     """Logs sparsity in training, sparsity and grounding at each validation and test. Does nothing for dense models.
 
-    - At every `trainer.log_every_n_steps`, of the global batch: `train/image/active_words`,
-      `train/text/active_words` of the text as in evaluation, `train/products_per_pair`; where the loss compares both
-      forms of the text, `train/text_full/active_words` and `train/text_full/in_caption_share`, the share of in-caption
+    - At every `trainer.log_every_n_steps`, of the global batch: `train/image/active_terms`,
+      `train/text/active_terms` of the text as in evaluation, `train/flops_per_pair`; where the loss compares both
+      forms of the text, `train/text_full/active_terms` and `train/text_full/in_caption_share`, the share of in-caption
       terms in the squared length of the full text.
     - Of each evaluation set, under `val/` or `test/`: `<set>/sparsity/<figure>` (the figures of `SparsityStats`),
-      `<set>/grounding@10`, `grounding@1` and `grounding@10_frequent`, the same for the commonest caption words, which is
+      `<set>/grounding@10`, `grounding@1` and `grounding@10_baseline`, the same for the commonest caption words, which is
       the figure to beat; `<set>/expansion/<figure>` (the figures of `Expansion`).
 
     Args:
@@ -66,7 +66,7 @@ class SparsityMonitor(L.Callback):
         if "text_full" in outputs and "text_masked" in outputs:
             stats.reset()
             stats.update(outputs["image_BV"], outputs["text_full"])
-            logged["train/text_full/active_words"] = stats.compute()["text/active_words"]
+            logged["train/text_full/active_terms"] = stats.compute()["text/active_terms"]
             sums = torch.stack([outputs[form].square().sum() for form in ("text_masked", "text_full")])
             masked, full = trainer.strategy.reduce(sums, reduce_op="sum")
             logged["train/text_full/in_caption_share"] = masked / full
@@ -105,9 +105,9 @@ class SparsityMonitor(L.Callback):
         stats, grounding, expansion = list(self._sets.values())[dataloader_idx]
         ids = batch["image_id"], batch["caption_image"]
         stats.update(outputs["image_BV"], outputs["text_CV"], *ids)
-        own_words_CV = vocabulary.own_words(batch["ids"], batch["mask"])
-        grounding.update(outputs["image_BV"], own_words_CV, *ids)
-        expansion.update(outputs["text_CV"], own_words_CV, *ids)
+        in_caption_CV = vocabulary.in_caption_terms(batch["ids"], batch["mask"])
+        grounding.update(outputs["image_BV"], in_caption_CV, *ids)
+        expansion.update(outputs["text_CV"], in_caption_CV, *ids)
 
     on_test_batch_end = on_validation_batch_end
 
@@ -123,7 +123,7 @@ class SparsityMonitor(L.Callback):
         for name, (stats, grounding, expansion) in self._sets.items():
             figures = {f"sparsity/{key}": value for key, value in stats.compute().items()} | grounding.compute()
             figures |= {f"expansion/{key}": value for key, value in expansion.compute().items()}
-            if not figures["sparsity/image/active_words"].isnan():  # NaN: no rank had an embedding made of terms
+            if not figures["sparsity/image/active_terms"].isnan():  # NaN: no rank had an embedding made of terms
                 pl_module.log_dict({f"{prefix}/{name}/{key}": value for key, value in figures.items()}, batch_size=1)
         self._sets = {}
 

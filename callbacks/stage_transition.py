@@ -26,12 +26,12 @@ class StageTransition(L.Callback):
     """Loads the previous stage's exported model, and exports this one's. The dense baseline only exports.
 
     Args:
-        start_from: exported model of the previous stage, the folder `stair` in its run. Stage 1 has none; stages 2 and 3
+        init_from: exported model of the previous stage, the folder `stair` in its run. Stage 1 has none; stages 2 and 3
             need one.
-        hand_over: where the model is exported when the planned steps are done; if null, the folder `stair` (`clip` for
-            the dense baseline) in `default_root_dir`.
-        after: which stage to start from instead of the one before, to measure what a stage is for: 1 lets stage 3
-            follow stage 1, 0 lets any stage begin from nothing.
+        export_to: folder that the model is exported to after the planned steps. Null: the folder `stair` (`clip` for the
+            dense baseline) in `default_root_dir`.
+        init_stage: stage to start from instead of the previous one. 1 lets stage 3 follow stage 1; 0 starts any stage from
+            random weights.
         on_early_stop: what follows when a callback such as EarlyStopping ends the training before its planned steps:
             `export` what was reached, or `fail`, so that the command ends with an error and no later stage starts.
 
@@ -44,12 +44,13 @@ class StageTransition(L.Callback):
 
     def __init__(
         self,
-        start_from: str | None = None,
-        hand_over: str | None = None,
-        after: int | None = None,
+        init_from: str | None = None,
+        export_to: str | None = None,
+        init_stage: int | None = None,
         on_early_stop: Literal["export", "fail"] = "export",
     ) -> None:
-        self.start_from, self.hand_over, self.after, self.on_early_stop = start_from, hand_over, after, on_early_stop
+        self.init_from, self.export_to, self.init_stage = init_from, export_to, init_stage
+        self.on_early_stop = on_early_stop
         self.inputs: dict[str, Any] = {}
         self._trained = False
 
@@ -67,7 +68,7 @@ class StageTransition(L.Callback):
         """Loads weights and freezes.
 
         Raises:
-            FileError: if `start_from` is missing, not of the previous stage, unfinished, or of another stage or model than
+            FileError: if `init_from` is missing, not of the previous stage, unfinished, or of another stage or model than
                 the one that is measured; names both sides.
             SettingError: if a setting contradicts it, or a scale is to be kept and there is none of this similarity.
         """
@@ -75,14 +76,14 @@ class StageTransition(L.Callback):
             return
         if stage == "fit":
             self._start(pl_module)
-        elif self.start_from is not None and trainer.ckpt_path is None:
+        elif self.init_from is not None and trainer.ckpt_path is None:
             # evaluating an exported model: its own stage, not the one before
-            folder = Path(self.start_from)
+            folder = Path(self.init_from)
             theirs = read_description(folder)["training"].get("stage")
             if None not in (theirs, pl_module.stage) and theirs != pl_module.stage:
                 raise FileError(
                     f"{folder} was exported by stage {theirs}, and this is stage {pl_module.stage}: measured as that it "
-                    f"would pass for it. Give configs/stage{theirs}.yaml, or another --transition.start_from",
+                    f"would pass for it. Give configs/stage{theirs}.yaml, or another --transition.init_from",
                     folder,
                 )
             _load(pl_module, folder)
@@ -91,27 +92,27 @@ class StageTransition(L.Callback):
                 module.requires_grad_(False).eval()
 
     def _start(self, module: ContrastiveModule) -> None:
-        previous = stage_before(module, self.after)
-        if self.start_from is None:
+        previous = stage_before(module, self.init_stage)
+        if self.init_from is None:
             if previous > 0:
                 raise SettingError(
-                    f"stage {module.stage} starts from stage {previous}: give --transition.start_from "
+                    f"stage {module.stage} starts from stage {previous}: give --transition.init_from "
                     f"RUN/stage{previous}/stair, or --run RUN where both stages live",
-                    "transition.start_from",
+                    "transition.init_from",
                 )
             _check_scale(module, None)
             return
         if previous == 0:
             what = "stage 1 is the first" if module.stage == 1 else f"{module.home()} begins from nothing"
             raise SettingError(
-                f"{what}, but --transition.start_from says it starts from {self.start_from}; leave it out",
-                "transition.start_from",
+                f"{what}, but --transition.init_from says it starts from {self.init_from}; leave it out",
+                "transition.init_from",
             )
-        folder = Path(self.start_from)
+        folder = Path(self.init_from)
         if not folder.is_dir():
             raise FileError(
                 f"no exported model of stage {previous} at {folder}: it is written when that stage has finished its "
-                "planned steps. Finish it, or correct --transition.start_from",
+                "planned steps. Finish it, or correct --transition.init_from",
                 folder,
             )
         description = read_description(folder)
@@ -119,14 +120,14 @@ class StageTransition(L.Callback):
         if training.get("stage") != previous:
             raise FileError(
                 f"stage {module.stage} starts from stage {previous}, but {folder} was exported by stage "
-                f"{training.get('stage')}; correct --transition.start_from",
+                f"{training.get('stage')}; correct --transition.init_from",
                 folder,
             )
         if not training.get("finished"):
             raise FileError(f"{folder} comes from a stage {previous} that did not finish; finish it first", folder)
         _check_scale(module, description["model"].get("similarity"))
         # a stage has its own similarity; under the hard mask no other term was active, and the margin had no effect yet
-        _load(module, folder, "similarity", *(["own_word_lead"] if training.get("masked_loss_weight") == 1 else []))
+        _load(module, folder, "similarity", *(["in_caption_margin"] if training.get("masked_loss_weight") == 1 else []))
         log.info("stage %d starts from %s", module.stage, folder)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -163,7 +164,7 @@ class StageTransition(L.Callback):
             facts |= {"planned_steps": planned, "stopped_by": reason}
         model = gathered(pl_module.towers)
         if trainer.is_global_zero and model is not None:
-            target = Path(self.hand_over or Path(trainer.default_root_dir) / pl_module.hand_over)
+            target = Path(self.export_to or Path(trainer.default_root_dir) / pl_module.export_name)
             model.save_pretrained(target, facts)
             log.info("%s is exported to %s", pl_module.home(), target)
         trainer.strategy.barrier("export")
@@ -182,18 +183,18 @@ def _stop_reason(trainer: L.Trainer) -> tuple[str, bool]:
     return "no batch was left to train on (trainer.limit_train_batches?)", False
 
 
-def stage_before(module: ContrastiveModule | type[ContrastiveModule], after: int | None) -> int:
+def stage_before(module: ContrastiveModule | type[ContrastiveModule], init_stage: int | None) -> int:
     """The stage that a module starts from, 0 for none.
 
     Raises:
-        SettingError: if `after` is no earlier stage.
+        SettingError: if `init_stage` is no earlier stage.
     """
     if module.stage is None:
         return 0
-    if after is not None and not 0 <= after < module.stage:
+    if init_stage is not None and not 0 <= init_stage < module.stage:
         allowed = f"stage {module.stage} can start from 0 (nothing) to {module.stage - 1}"
-        raise SettingError(f"--transition.after is {after}: {allowed}", "transition.after")
-    return module.stage - 1 if after is None else after
+        raise SettingError(f"--transition.init_stage is {init_stage}: {allowed}", "transition.init_stage")
+    return module.stage - 1 if init_stage is None else init_stage
 
 
 def _check_scale(module: ContrastiveModule, similarity: str | None) -> None:

@@ -16,7 +16,7 @@ class Clip(ContrastiveModule):
 
     Args:
         stair: the towers and the vocabulary, read from the same files as those of the stages; what it says of words
-            (start of biases, `own_word_lead`) does not concern a dense model.
+            (start of biases, `in_caption_margin`) does not concern a dense model.
         optimizer: how parameters move.
         width: numbers in an embedding.
         pooling: `mean` of the positions, or the `class` token.
@@ -29,7 +29,7 @@ class Clip(ContrastiveModule):
         ValueError: if an argument is out of range, or a tower cannot be built so.
     """
 
-    hand_over = "clip"
+    export_name = "clip"
 
     def __init__(
         self,

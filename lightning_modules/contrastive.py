@@ -48,10 +48,10 @@ class ContrastiveModule(L.LightningModule):
     """
 
     stage: ClassVar[int | None] = None  # place in the order of stages; None is no stage, and starts from nothing
-    hand_over: ClassVar[str]  # folder in RUN/home that the finished model is exported to
+    export_name: ClassVar[str]  # folder of the exported model in RUN/home
     #: sides that stay as they are: their parameters get no gradient and their modules stay in eval mode
     frozen: ClassVar[tuple[Literal["image", "text"], ...]] = ()
-    left_out = False  # whether the last step was skipped, as its loss or its gradient is not finite
+    skipped = False  # whether the last step was skipped: its loss or its gradient is not finite
 
     def __init__(
         self,
@@ -247,7 +247,7 @@ class ContrastiveModule(L.LightningModule):
             norm = norm.full_tensor()
         finite = bool(norm.isfinite() & self._loss.isfinite().all())
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        self.left_out = not finite and (scaler is None or scaler.get_scale() < 1)
+        self.skipped = not finite and (scaler is None or scaler.get_scale() < 1)
         if not finite:
             optimizer.zero_grad(set_to_none=True)
         elif gradient_clip_algorithm == "value":
@@ -340,7 +340,7 @@ def sides(towers: TwoTowers) -> dict[str, tuple[torch.nn.Module, ...]]:
 
 
 #: settings of a model that no weight shows
-_UNSEEN = ("own_word_lead", "similarity", "pooling", "width")
+_UNSEEN = ("in_caption_margin", "similarity", "pooling", "width")
 
 
 def refuse_other_model(towers: TwoTowers, where: str, model: dict[str, Any], free: Sequence[str] = ()) -> None:

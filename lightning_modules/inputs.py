@@ -32,7 +32,7 @@ _TRAINER = (
 _STOPS = "trainer.callbacks"  # of it, EarlyStopping
 _LENGTH = ("trainer.max_steps", "trainer.max_epochs")
 #: what no resumed run can change: name in the record, and the setting it follows from
-_FIXED = {"init_from": "transition.start_from", "data": "data.train"}
+_FIXED = {"init_from": "transition.init_from", "data": "data.train"}
 _HEAD = 2**16  # bytes
 _FILES = ("vocabulary", "name", "checkpoint_path")  # settings of a model that may be paths
 

@@ -22,7 +22,7 @@ from stair.batch import Batch
 from stair.errors import SettingError, check_settings
 from stair.losses import info_nce, info_nces, ramp
 from stair.model import Stair, StairConfig, StairDesign
-from stair.regularisers import Flops, TargetWords
+from stair.regularisers import Flops, TargetTerms
 
 
 @dataclass
@@ -39,12 +39,12 @@ class TextObjective:
         target_text: wanted active terms of a text, of the regulariser `target`; at least 1.
         flops_text: λ of the text embeddings.
         flops_ramp_steps: optimiser steps over which λ grows quadratically from 0; 0 for none.
-        flops_text_words: which terms of a text λ_text acts on: `own`, those of its caption, or `all`. None: `own` in
-            stage 1, as in the paper, `all` in stages 2 and 3. In stage 1 `all` gives terms outside the caption a gradient
+        flops_text_form: the text form that λ_text acts on: `masked` (in-caption terms) or `full`. None: `masked` in
+            stage 1, as in the paper, `full` in stages 2 and 3. In stage 1 `full` gives terms outside the caption a gradient
             and costs a full text head; with a hard mask it learned sentences far more slowly (docs/experiments.md).
-        own_words_share: w, the weight of the masked contrastive loss. None is the paper's form: 1 in stage 1, 0 in stages
-            2 and 3. Below 1 in stage 1, in (0, 1], the mask is soft: images keep terms that no caption holds yet. Above 0
-            in stages 2 and 3, in [0, 1), the grounding of stage 1 goes on (docs/paper.md).
+        masked_loss_weight: w, the weight of the masked contrastive loss. None is the paper's form: 1 in stage 1, 0 in
+            stages 2 and 3. Stage 1 allows (0, 1]; below 1 the mask is soft, and images keep terms outside their captions.
+            Stages 2 and 3 allow [0, 1); above 0 the grounding of stage 1 goes on (docs/paper.md).
 
     Raises:
         SettingError: if a value is out of range.
@@ -56,16 +56,16 @@ class TextObjective:
     target_text: float = 32.0
     flops_text: float = 1e-3
     flops_ramp_steps: int = 0
-    flops_text_words: Literal["own", "all"] | None = None
-    own_words_share: float | None = None
+    flops_text_form: Literal["masked", "full"] | None = None
+    masked_loss_weight: float | None = None
 
     target_image: ClassVar[float] = 1.0
     flops_image: ClassVar[float] = 0.0
-    own_words_leak: ClassVar[float] = 0.0
+    negative_slope: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        start, weight = self.scale_start, self.own_words_share
+        start, weight = self.scale_start, self.masked_loss_weight
         check_settings(
             "objective",
             self,
@@ -76,11 +76,11 @@ class TextObjective:
                 "flops_ramp_steps": self.flops_ramp_steps >= 0,
                 "target_image": self.target_image >= 1,
                 "target_text": self.target_text >= 1,
-                "own_words_share": weight is None or 0 <= weight <= 1,
-                "own_words_leak": 0 <= self.own_words_leak <= 1,
+                "masked_loss_weight": weight is None or 0 <= weight <= 1,
+                "negative_slope": 0 <= self.negative_slope <= 1,
             },
             "scale_start is a number in (0, 100], 'measure' or 'keep'; λ and steps are finite and at least 0, targets at "
-            "least 1; own_words_share (or null) and own_words_leak are in [0, 1]",
+            "least 1; masked_loss_weight (or null) and negative_slope are in [0, 1]",
         )
 
 
@@ -89,17 +89,17 @@ class Objective(TextObjective):
     """The loss of a stage that trains both sides.
 
     Args:
-        similarity, scale_start, regulariser, target_text, flops_text, flops_ramp_steps, flops_text_words,
-            own_words_share: as in `TextObjective`.
+        similarity, scale_start, regulariser, target_text, flops_text, flops_ramp_steps, flops_text_form,
+            masked_loss_weight: as in `TextObjective`.
         target_image: wanted active terms of an image, of the regulariser `target`; at least 1.
         flops_image: λ of the image embeddings.
-        own_words_leak: slope below zero of an image's in-caption terms, in training only, 0 (the paper's form) to 1. ReLU
+        negative_slope: slope below zero of an image's in-caption terms, in training only, 0 (the paper's form) to 1. ReLU
             has no gradient where a term is inactive: one that is inactive for every image never recovers.
     """
 
     target_image: float = 64.0  # type: ignore[misc]
     flops_image: float = 1e-3  # type: ignore[misc]
-    own_words_leak: float = 0.0  # type: ignore[misc]
+    negative_slope: float = 0.0  # type: ignore[misc]
 
 
 class StairStage(ContrastiveModule):
@@ -117,12 +117,12 @@ class StairStage(ContrastiveModule):
         weights: weight of each contrastive term by the text form it compares, greatest first; terms of weight 0 are absent.
 
     Raises:
-        SettingError: if `objective.own_words_share` turns the stage into another one.
+        SettingError: if `objective.masked_loss_weight` turns the stage into another one.
     """
 
     stage: ClassVar[int]
-    hand_over = "stair"
-    text_words: ClassVar[Literal["own", "all"]] = "all"
+    export_name = "stair"
+    text_form: ClassVar[Literal["masked", "full"]] = "full"
 
     def __init__(
         self,
@@ -136,26 +136,26 @@ class StairStage(ContrastiveModule):
         start = None if isinstance(objective.scale_start, str) else objective.scale_start
         super().__init__(optimizer, start, micro_batch_size, recompute, compile)
         # set by the stage, so the settings of `stair` do not have them
-        trained = {"similarity": objective.similarity, "text_words": self.text_words}
+        trained = {"similarity": objective.similarity, "text_form": self.text_form}
         self.stair = Stair(StairConfig(**{**vars(stair), **trained}))
         self.objective = objective
-        masked = self.text_words == "own"
-        weight = float(masked) if objective.own_words_share is None else objective.own_words_share
+        masked = self.text_form == "masked"
+        weight = float(masked) if objective.masked_loss_weight is None else objective.masked_loss_weight
         if weight == float(not masked):
             instead = "above 0, or leave the mask out and begin with stage 3" if masked else "below 1, or run stage 1"
             raise SettingError(
-                f"objective.own_words_share is {weight} in stage {self.stage}: give a share {instead}; null is the "
+                f"objective.masked_loss_weight is {weight} in stage {self.stage}: give a share {instead}; null is the "
                 "paper's form",
-                "objective.own_words_share",
+                "objective.masked_loss_weight",
             )
         weights = {"text_masked": weight, "text_full": 1 - weight}
         self.weights = {name: w for name, w in sorted(weights.items(), key=lambda item: -item[1]) if w > 0}
         self._text = "text_masked" if masked else "text_full"
-        own = masked if objective.flops_text_words is None else objective.flops_text_words == "own"
-        self._regularised_text = "text_masked" if own else "text_full"
+        regularised = objective.flops_text_form or self.text_form
+        self._regularised_text = f"text_{regularised}"
         target = objective.regulariser == "target"
-        self.regulariser_image = TargetWords(objective.target_image) if target else Flops()
-        self.regulariser_text = TargetWords(objective.target_text) if target else Flops()
+        self.regulariser_image = TargetTerms(objective.target_image) if target else Flops()
+        self.regulariser_text = TargetTerms(objective.target_text) if target else Flops()
 
     @classmethod
     def home(cls) -> str:
@@ -173,7 +173,7 @@ class StairStage(ContrastiveModule):
             encoded: dict[str, Tensor] = self.stair(pixels, ids, mask)
             return encoded
         texts = {*self.weights, self._text, self._regularised_text}
-        slope = 0.0 if "image" in self.frozen else self.objective.own_words_leak
+        slope = 0.0 if "image" in self.frozen else self.objective.negative_slope
         encoded = self.stair(pixels, ids, mask, texts, slope)
         return encoded
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from stair.data.items import COLUMNS, Item, Listing, Side, list_items
 from stair.data.samples import Skipped, count_causes, skipped_lines
 from stair.data.specs import require
-from stair.embeddings import PLAN, Embeddings, Space, read_header, to_csr
+from stair.embeddings import PLAN, Embeddings, EmbeddingSpace, read_header, to_csr
 from stair.errors import FileError, SettingError
 from stair.files import read_json, write_json
 from stair.images import decode_image, eval_pixels
@@ -120,7 +120,7 @@ def _report(out: Path, paths: list[Path], side: Side, listing: Listing) -> None:
     print(f"{out}: {len(paths)} parts, {counts['taken']} {side} taken, {len(skipped)} skipped{why}")
 
 
-def _plan(space: Space, items: Sequence[Item], settings: dict[str, Any]) -> dict[str, Any]:
+def _plan(space: EmbeddingSpace, items: Sequence[Item], settings: dict[str, Any]) -> dict[str, Any]:
     """What all parts of a folder have in common: another plan would mix vectors that are not comparable."""
     about = {"model": space.model, "similarity": space.similarity, "items": len(items), "content": _digest(items)}
     return about | settings

@@ -1,6 +1,6 @@
 """Sparse embeddings with whose they are and which model made them: what `stair embed` writes and an index takes.
 
-A weight means something only to the model that gave it, so vectors never travel without their `Space`.
+A weight means something only to the model that gave it, so vectors never travel without their `EmbeddingSpace`.
 
 N rows, V words. CSR: `indptr` (N+1,), `indices` and `data` (non-zeros,).
 """
@@ -29,7 +29,7 @@ PLAN = "embeddings.json"  # what `stair embed` meant to do, beside its parts
 
 
 @dataclass(frozen=True)
-class Space:
+class EmbeddingSpace:
     """What makes two embeddings comparable.
 
     Attributes:
@@ -52,7 +52,7 @@ class Space:
         """The dimension of each word."""
         return {token: v for v, token in enumerate(self.tokens)}
 
-    def demand(self, other: "Space", what: str) -> None:
+    def demand(self, other: "EmbeddingSpace", what: str) -> None:
         """Refuses embeddings of another space.
 
         Args:
@@ -96,7 +96,7 @@ class Embeddings:
 
     vectors: sparse.csr_matrix
     ids: Sequence[str]
-    space: Space
+    space: EmbeddingSpace
     metadata: Sequence[dict[str, Any]] = ()
     source: Sequence[dict[str, Any]] = ()
 
@@ -168,7 +168,7 @@ class Embeddings:
     @classmethod
     def _read(cls, path: Path) -> "Embeddings":
         header = read_header(path)
-        space = Space(header["model"], header["similarity"], tuple(header["tokens"].split("\n")))  # type: ignore[arg-type]
+        space = EmbeddingSpace(header["model"], header["similarity"], tuple(header["tokens"].split("\n")))  # type: ignore[arg-type]
         try:
             vectors, ids, metadata, source = _READERS[path.suffix](path, len(space.tokens))
             vectors.check_format(full_check=True)  # else a number out of range is read out of memory later

@@ -34,7 +34,7 @@ class ImageTower:
         pretrained: start from the published weights; False starts from scratch.
         image_size: side of the square input in pixels.
         positions: which hidden states may light up words. `patches` leaves class and register tokens out, so that every
-            active word has the patch that won it; `all` keeps them.
+            active term has the patch that won it; `all` keeps them.
         options: further arguments of the timm model, for example `{embed_dim: 192, depth: 4}`.
     """
 

@@ -3,7 +3,7 @@
 A score is a sum over shared words, and a weight is a maximum over positions. So each shared word names the patch and the
 token that made it, and giving each word's contribution to the patch that won it divides the whole score over the picture.
 
-T positions, W active words, E width of the word embeddings, R × C patches.
+T positions, W active terms, E width of the word embeddings, R × C patches.
 """
 
 from collections.abc import Mapping, Sequence
@@ -134,7 +134,9 @@ def read_text(model: Stair, text: str) -> SentenceReading:
     device = model.log_scale.device
     hidden_1TD = model.text_encoder(ids_1T.to(device), mask_1T.to(device))
     # where other words may be active, they lie behind by the model's lead
-    behind_V = model.config.own_word_lead * (~model.vocabulary.own_words(ids_1T, mask_1T)[0]).float().to(device)
+    behind_V = model.config.in_caption_margin * (~model.vocabulary.in_caption_terms(ids_1T, mask_1T)[0]).float().to(
+        device
+    )
     parts = _read(model, model.text_head, hidden_1TD[0], mask_1T[0], model.encode_text([text])[0], behind_V)
     return SentenceReading(*parts, model.vocabulary.words(ids_1T[0].tolist()))
 

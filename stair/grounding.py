@@ -20,7 +20,7 @@ class Grounding(Metric):
     words of greatest weight, only active ones (> 0): with fewer than k active the share is of those there are, with
     none it is 0. Ties in weight are broken arbitrarily. Images without a caption do not count.
 
-    grounding@k_frequent is what an answer that never looks at the image gets: always the k words that occur in the
+    grounding@k_baseline is what an answer that never looks at the image gets: always the k words that occur in the
     captions of most images of this set. With n(v) the images whose captions hold v, it is the sum of the k largest
     n(v) over k times the number of images.
 
@@ -49,12 +49,12 @@ class Grounding(Metric):
         self.add_state("held_V", torch.zeros(vocabulary_size, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, image_BV: Tensor, own_words_CV: Tensor, image_id: Tensor, caption_image: Tensor) -> None:
+    def update(self, image_BV: Tensor, in_caption_CV: Tensor, image_id: Tensor, caption_image: Tensor) -> None:
         """Adds images with the words of their captions.
 
         Args:
             image_BV: (B, V) image embeddings, at least 0.
-            own_words_CV: (C, V) bool, the words of each caption (`Vocabulary.own_words`).
+            in_caption_CV: (C, V) bool, the words of each caption (`Vocabulary.in_caption_terms`).
             image_id: (B,) int64, -1 for padding.
             caption_image: (C,) int64, the `image_id` of a caption's image, which must be in the same update; -1 for
                 padding.
@@ -64,7 +64,7 @@ class Grounding(Metric):
         """
         row_C = row_of_caption(image_id, caption_image)
         real_C = row_C >= 0
-        held_BV = _captions_with(own_words_CV[real_C], row_C[real_C], len(image_id))
+        held_BV = _captions_with(in_caption_CV[real_C], row_C[real_C], len(image_id))
         captioned_B = torch.bincount(row_C[real_C], minlength=len(image_id)) > 0
         held_BV = held_BV[captioned_B] > 0
 
@@ -77,24 +77,24 @@ class Grounding(Metric):
         self.images += len(held_BV)
 
     def compute(self) -> dict[str, Tensor]:
-        """`grounding@k`, `grounding@1` and `grounding@k_frequent`, in 0 to 1; NaN without images."""
+        """`grounding@k`, `grounding@1` and `grounding@k_baseline`, in 0 to 1; NaN without images."""
         return {
             f"grounding@{self.k}": self.share / self.images,
             "grounding@1": self.share_first / self.images,
-            f"grounding@{self.k}_frequent": self.held_V.topk(self.k).values.sum() / (self.k * self.images),
+            f"grounding@{self.k}_baseline": self.held_V.topk(self.k).values.sum() / (self.k * self.images),
         }
 
 
 class Expansion(Metric):
-    """What does a text say beyond its own words, and is it true of the image?
+    """What does a text say beyond its in-caption terms, and is it true of the image?
 
-    A text's added words are its active words that are not pieces of the text itself.
+    A text's added words are its active terms that are not pieces of the text itself.
 
-    - added_words: mean number of added words of a text;
-    - added_share: their share of all active words, over all texts together;
+    - added_terms: mean number of added words of a text;
+    - added_share: their share of all active terms, over all texts together;
     - added_confirmed: the share of added words that occur in *other* captions of the same image, over all texts whose
       image has another caption. NaN where none has;
-    - added_confirmed_any: what the same words get beside another image, the mean over all images of the set: the share
+    - added_confirmed_baseline: what the same words get beside another image, the mean over all images of the set: the share
       that a model reaches whose added words do not depend on the text.
 
     Args:
@@ -118,12 +118,12 @@ class Expansion(Metric):
         for name in ("added_V", "held_V"):
             self.add_state(name, torch.zeros(vocabulary_size, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, text_CV: Tensor, own_words_CV: Tensor, image_id: Tensor, caption_image: Tensor) -> None:
+    def update(self, text_CV: Tensor, in_caption_CV: Tensor, image_id: Tensor, caption_image: Tensor) -> None:
         """Adds texts; all captions of an image come in one update.
 
         Args:
             text_CV: (C, V) text embeddings, at least 0.
-            own_words_CV: (C, V) bool, the words of each caption (`Vocabulary.own_words`).
+            in_caption_CV: (C, V) bool, the words of each caption (`Vocabulary.in_caption_terms`).
             image_id: (B,) int64, -1 for padding.
             caption_image: (C,) int64, the `image_id` of a caption's image, which must be in the same update; -1 for
                 padding.
@@ -133,7 +133,7 @@ class Expansion(Metric):
         """
         row_C = row_of_caption(image_id, caption_image)
         real_C = row_C >= 0
-        row_C, own_CV, active_CV = row_C[real_C], own_words_CV[real_C], text_CV[real_C] > 0
+        row_C, own_CV, active_CV = row_C[real_C], in_caption_CV[real_C], text_CV[real_C] > 0
         added_CV = active_CV & ~own_CV
         held_BV = _captions_with(own_CV, row_C, len(image_id))
         has_other_C = torch.bincount(row_C, minlength=len(image_id))[row_C] > 1
@@ -151,14 +151,14 @@ class Expansion(Metric):
         """The figures of the class docstring; NaN without texts."""
         by_chance = (self.added_V.double() @ self.held_V.double() / (self.tested * self.images)).float()
         return {
-            "added_words": self.added / self.texts,
+            "added_terms": self.added / self.texts,
             "added_share": self.added / self.active,
             "added_confirmed": self.confirmed / self.tested,
-            "added_confirmed_any": by_chance,
+            "added_confirmed_baseline": by_chance,
         }
 
 
-def _captions_with(own_words_CV: Tensor, row_C: Tensor, images: int) -> Tensor:
+def _captions_with(in_caption_CV: Tensor, row_C: Tensor, images: int) -> Tensor:
     """(B, V) int32: how many captions of each image hold a word."""
-    count_BV = torch.zeros(images, own_words_CV.shape[1], dtype=torch.int32, device=own_words_CV.device)
-    return count_BV.index_add_(0, row_C, own_words_CV.int())
+    count_BV = torch.zeros(images, in_caption_CV.shape[1], dtype=torch.int32, device=in_caption_CV.device)
+    return count_BV.index_add_(0, row_C, in_caption_CV.int())

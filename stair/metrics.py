@@ -105,8 +105,8 @@ class RetrievalRecall(ImageRows):
     twice (a sampler that evens out ranks by repeating) counts once, with the captions it came with first. With no query
     at all every figure is NaN.
 
-    Embeddings are kept without their zeros, 8 bytes an active word, in CPU memory: a set of 30,000 rows takes 25 MB at
-    100 active words but 7 GB when a run has gone dense, which must not take the GPU down. Gathering and ranking happen
+    Embeddings are kept without their zeros, 8 bytes an active term, in CPU memory: a set of 30,000 rows takes 25 MB at
+    100 active terms but 7 GB when a run has gone dense, which must not take the GPU down. Gathering and ranking happen
     on the metric's device, so that both gloo and nccl can gather; call `.to(device)` before the first update.
 
     Args:
@@ -185,11 +185,11 @@ class SparsityStats(Metric):
 
     With P(v) the share of rows in which word v is active (non-zero), over all rows of all ranks:
 
-    - active_words = Σ_v P(v), the mean number of active words of a row, 0 to V; active_words_p50 and active_words_p95,
+    - active_terms = Σ_v P(v), the mean number of active terms of a row, 0 to V; active_terms_p50 and active_terms_p95,
       the smallest number that 50 % and 95 % of the rows do not exceed;
-    - dead_words = words with P(v) = 0, those that can never be active included; always_on_words = words with
+    - dead_terms = words with P(v) = 0, those that can never be active included; always_on_terms = words with
       P(v) > 0.9; max_share = max_v P(v);
-    - products_per_pair = Σ_v P_image(v) · P_text(v), the multiplications a pair of rows costs an inverted index, and
+    - flops_per_pair = Σ_v P_image(v) · P_text(v), the multiplications a pair of rows costs an inverted index, and
       the sign of co-activation: it nears V when both sides light up the same words always.
 
     Repeated images are not recognised: mark padding with -1. A side without rows has NaN figures.
@@ -210,7 +210,7 @@ class SparsityStats(Metric):
         super().__init__()
         for side in ("image", "text"):
             self.add_state(f"{side}_active_V", torch.zeros(vocabulary_size, dtype=torch.int64), dist_reduce_fx="sum")
-            # how many rows have 0, 1, … V active words: percentiles that are exact over ranks
+            # how many rows have 0, 1, … V active terms: percentiles that are exact over ranks
             self.add_state(f"{side}_rows", torch.zeros(vocabulary_size + 1, dtype=torch.int64), dist_reduce_fx="sum")
             self.add_state(f"{side}s", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -241,17 +241,17 @@ class SparsityStats(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The figures of the class docstring, those of a side as `image/...` and `text/...`."""
         share_V = {"image": self.image_active_V / self.images, "text": self.text_active_V / self.texts}
-        figures = {"products_per_pair": share_V["image"] @ share_V["text"]}
+        figures = {"flops_per_pair": share_V["image"] @ share_V["text"]}
         for side, active_V, rows, counts in (
             ("image", self.image_active_V, self.images, self.image_rows),
             ("text", self.text_active_V, self.texts, self.text_rows),
         ):
             figures |= {
-                f"{side}/active_words": active_V.sum() / rows,
-                f"{side}/active_words_p50": _percentile(counts, rows, 0.5),
-                f"{side}/active_words_p95": _percentile(counts, rows, 0.95),
-                f"{side}/dead_words": _counted(active_V == 0, rows),
-                f"{side}/always_on_words": _counted(share_V[side] > _ALWAYS_ON, rows),
+                f"{side}/active_terms": active_V.sum() / rows,
+                f"{side}/active_terms_p50": _percentile(counts, rows, 0.5),
+                f"{side}/active_terms_p95": _percentile(counts, rows, 0.95),
+                f"{side}/dead_terms": _counted(active_V == 0, rows),
+                f"{side}/always_on_terms": _counted(share_V[side] > _ALWAYS_ON, rows),
                 f"{side}/max_share": share_V[side].max(),
             }
         return figures

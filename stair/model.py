@@ -31,7 +31,7 @@ from stair.towers import TowersConfig, TwoTowers
 from stair.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from stair.embeddings import Space
+    from stair.embeddings import EmbeddingSpace
 
 
 @dataclass
@@ -42,26 +42,28 @@ class StairDesign(TowersConfig):
         vocabulary: a BERT `vocab.txt`, a folder with one, or a hub name; every word piece of it is a dimension.
         image: the image tower.
         text: the text tower.
-        text_bias_start: start of the text head's bias, where no published head gives one. Above 0 keeps a caption's own
-            words on while training starts from scratch.
-        own_word_lead: what a text's own words have in front of all others, in logits, where others may be active; a fixed
-            part of the model. Under a soft mask so much that own words make about a twentieth of a text's squared length
-            as training starts (`train/text_full/in_caption_share`): 0.45 from scratch, where 1.5 starves texts; 3 from a
-            masked-LM head taught on captions, whose logits are larger (docs/experiments.md). Under the hard mask a text
-            side from scratch wants about 3: its other words have no gradient in stage 1, all of them would be active in
-            stage 2, and what stage 1 learned would be lost. No published head was measured.
+        text_bias_start: initial bias of the text head, where no pretrained head gives one. Above 0 keeps in-caption terms
+            active at the start of training from scratch.
+        in_caption_margin: logits by which all other terms of a text are lowered, at least 0; a fixed part of the model.
+            With a soft mask choose it so that in-caption terms make about 1/20 of a text's squared norm at the start
+            (`train/text_full/in_caption_share`): 0.45 from scratch, 3 with a masked-LM head pretrained on captions, whose
+            logits are larger. With a hard mask a text encoder from scratch needs about 3: its other terms get no gradient
+            in stage 1 and would all be active in stage 2 (docs/experiments.md). No published head was measured.
 
     Raises:
-        SettingError: if `own_word_lead` is negative or not finite.
+        SettingError: if `in_caption_margin` is negative or not finite.
     """
 
     text_bias_start: float = 0.0
-    own_word_lead: float = 0.0
+    in_caption_margin: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
         check_settings(
-            "stair", self, {"own_word_lead": 0 <= self.own_word_lead < math.inf}, "finite, at least 0, in logits"
+            "stair",
+            self,
+            {"in_caption_margin": 0 <= self.in_caption_margin < math.inf},
+            "finite, at least 0, in logits",
         )
 
 
@@ -70,13 +72,13 @@ class StairConfig(StairDesign):
     """A STAIR model: its design, and what the stage that trained it sets.
 
     Args:
-        vocabulary, image, text, text_bias_start, own_word_lead: as in `StairDesign`.
+        vocabulary, image, text, text_bias_start, in_caption_margin: as in `StairDesign`.
         similarity: how images and texts are compared: `dot` of the weights, or `cosine`.
-        text_words: which words a text may light up: its `own` (stage 1) or `all`.
+        text_form: which terms of a text may be active: in-caption terms (`masked`, stage 1) or all (`full`).
     """
 
     similarity: Literal["dot", "cosine"] = "dot"
-    text_words: Literal["own", "all"] = "all"
+    text_form: Literal["masked", "full"] = "full"
 
 
 class Stair(TwoTowers):
@@ -86,7 +88,7 @@ class Stair(TwoTowers):
         config: what to build.
 
     Attributes:
-        config: the same; `config.similarity` and `config.text_words` are set by the stage that trains the model.
+        config: the same; `config.similarity` and `config.text_form` are set by the stage that trains the model.
         vocabulary: V words.
         image_encoder, image_head: the image side; its head has a word matrix of its own, a copy of the text side's.
         text_encoder, text_head: the text side; its head is tied to the tower's input embeddings.
@@ -112,12 +114,14 @@ class Stair(TwoTowers):
                 "its word embeddings, and their other layers from scratch",
                 stacklevel=2,
             )
-        text_words: nn.Parameter = self.text_encoder.words.weight  # type: ignore[assignment]
+        text_embeddings: nn.Parameter = self.text_encoder.words.weight  # type: ignore[assignment]
         never = self.vocabulary.never_active
-        self.text_head = VocabularyHead(self.text_encoder.width, text_words, never, masked_lm, config.text_bias_start)
+        self.text_head = VocabularyHead(
+            self.text_encoder.width, text_embeddings, never, masked_lm, config.text_bias_start
+        )
         # A shared matrix would let stage 2 move the image embeddings although the image tower is frozen
-        image_words = nn.Parameter(text_words.detach().clone())
-        self.image_head = VocabularyHead(self.image_encoder.width, image_words, never, masked_lm)
+        image_embeddings = nn.Parameter(text_embeddings.detach().clone())
+        self.image_head = VocabularyHead(self.image_encoder.width, image_embeddings, never, masked_lm)
         self.log_scale = nn.Parameter(torch.zeros(1))
 
     def forward(
@@ -151,10 +155,10 @@ class Stair(TwoTowers):
     def _texts(self, ids_CT: Tensor, mask_CT: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
         if "text_full" not in wanted:
             return {"text_masked": self._text(ids_CT, mask_CT, math.inf)}
-        full_CV = self._text(ids_CT, mask_CT, self.config.own_word_lead)
+        full_CV = self._text(ids_CT, mask_CT, self.config.in_caption_margin)
         if "text_masked" not in wanted:
             return {"text_full": full_CV}
-        return {"text_full": full_CV, "text_masked": full_CV * self.vocabulary.own_words(ids_CT, mask_CT)}
+        return {"text_full": full_CV, "text_masked": full_CV * self.vocabulary.in_caption_terms(ids_CT, mask_CT)}
 
     @property
     def similarity(self) -> Literal["dot", "cosine"]:
@@ -170,7 +174,7 @@ class Stair(TwoTowers):
 
     def embed_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Computes the term weights of texts, with gradients; see `TwoTowers`."""
-        return self._text(ids, mask, math.inf if self.config.text_words == "own" else self.config.own_word_lead)
+        return self._text(ids, mask, math.inf if self.config.text_form == "masked" else self.config.in_caption_margin)
 
     def _text(self, ids_CT: Tensor, mask_CT: Tensor, margin: float) -> Tensor:
         # padding's id is never active, so it needs no mask
@@ -250,7 +254,13 @@ class Stair(TwoTowers):
         Reads every weight: keep the value rather than asking for it again. Of a sharded model all ranks must ask.
         """
         image, text = self.config.image, self.config.text
-        sizes = [image.image_size, image.positions, text.max_tokens, self.config.text_words, self.config.own_word_lead]
+        sizes = [
+            image.image_size,
+            image.positions,
+            text.max_tokens,
+            self.config.text_form,
+            self.config.in_caption_margin,
+        ]
         digest = hashlib.sha256(json.dumps([self.vocabulary.fingerprint, *sizes]).encode())
         for name, value in sorted(self.state_dict().items()):
             if name != "log_scale":  # scales scores, not embeddings
@@ -260,11 +270,11 @@ class Stair(TwoTowers):
         return digest.hexdigest()
 
     @property
-    def space(self) -> "Space":
+    def space(self) -> "EmbeddingSpace":
         """What this model's embeddings are comparable with; see `fingerprint`, also for when to ask."""
-        from stair.embeddings import Space
+        from stair.embeddings import EmbeddingSpace
 
-        return Space(self.fingerprint, self.similarity, tuple(self.vocabulary.tokens))
+        return EmbeddingSpace(self.fingerprint, self.similarity, tuple(self.vocabulary.tokens))
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[Sequence[Any]]:

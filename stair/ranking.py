@@ -1,6 +1,6 @@
 """Ranking by sparse rows: who comes before whom, without ever holding all scores or all weights at once.
 
-What is held: each row without its zeros (8 bytes an active word), and one block of `QUERIES` queries: their rows stood
+What is held: each row without its zeros (8 bytes an active term), and one block of `QUERIES` queries: their rows stood
 upright (V × 256 fp32, 31 MB at V = 30,522) and their scores (M × 256 fp32, 100 MB for 100,000 rows). The full score
 matrix of 100,000 images and 500,000 captions would take 200 GB, a dense (N, V) matrix of the images 12 GB.
 

@@ -42,7 +42,7 @@ class Flops(nn.Module):
         return 1.0
 
 
-class TargetWords(Flops):
+class TargetTerms(Flops):
     """FLOPs with λ adapted so that embeddings have `target` active terms on average.
 
     After each step `factor ← factor · (active / target)^(rate · rising)`, active being the mean number of active terms of

@@ -127,7 +127,7 @@ class TwoTowers(nn.Module):
         """Embeds texts. Put the model in `eval()` mode first; `from_pretrained` returns it so.
 
         Returns:
-            (C, V) fp32; of a `Stair` not negative, and after stage 1 only a text's own words are non-zero, as it was
+            (C, V) fp32; of a `Stair` not negative, and after stage 1 only the in-caption terms are non-zero, as it was
             trained.
 
         Raises:

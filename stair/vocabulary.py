@@ -162,7 +162,7 @@ class Vocabulary:
         never = set(self.never_active)
         return [i for i in ids if i not in never]
 
-    def own_words(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def in_caption_terms(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The stage-1 mask: which dimensions are words of the caption itself.
 
         Args:

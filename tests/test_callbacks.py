@@ -154,10 +154,10 @@ def wanted_of(module, batches, k=10):
     stats, grounding, expansion = SparsityStats(module.width), Grounding(module.width, k), Expansion(module.width)
     for batch in batches:
         out, ids = module.encode(batch), (batch["image_id"], batch["caption_image"])
-        own_words = module.stair.vocabulary.own_words(batch["ids"], batch["mask"])
+        in_caption_terms = module.stair.vocabulary.in_caption_terms(batch["ids"], batch["mask"])
         stats.update(out["image_BV"], out["text_CV"], *ids)
-        grounding.update(out["image_BV"], own_words, *ids)
-        expansion.update(out["text_CV"], own_words, *ids)
+        grounding.update(out["image_BV"], in_caption_terms, *ids)
+        expansion.update(out["text_CV"], in_caption_terms, *ids)
     figures = {"sparsity/": stats, "": grounding, "expansion/": expansion}
     return {f"{kind}{k}": float(v) for kind, metric in figures.items() for k, v in metric.compute().items()}
 
@@ -184,12 +184,12 @@ def run(vocabulary, tmp_path_factory):
 def test_training_sparsity_is_that_of_the_logged_step(run, vocabulary):
     module, folder = run
     logged = scalars(folder)
-    assert sorted(logged["train/image/active_words"]) == [1, 3, 5]
+    assert sorted(logged["train/image/active_terms"]) == [1, 3, 5]
     out = module.encode(make_batch(vocabulary, 3))
-    assert logged["train/image/active_words"][3] == pytest.approx(float((out["image_BV"] != 0).sum(1).float().mean()))
+    assert logged["train/image/active_terms"][3] == pytest.approx(float((out["image_BV"] != 0).sum(1).float().mean()))
     pairs = [(i * t != 0).sum() for i in out["image_BV"] for t in out["text_CV"][:PAIRS]]
-    assert logged["train/products_per_pair"][3] == pytest.approx(float(sum(pairs)) / len(pairs), rel=1e-5)
-    assert "train/text/active_words" in logged
+    assert logged["train/flops_per_pair"][3] == pytest.approx(float(sum(pairs)) / len(pairs), rel=1e-5)
+    assert "train/text/active_terms" in logged
 
 
 def test_each_validation_set_is_measured_anew_each_time_and_not_in_the_sanity_check(run):
@@ -227,7 +227,7 @@ def test_dense_models_are_left_alone_and_that_is_said_once(vocabulary, tmp_path,
         trainer(tmp_path, SparsityMonitor(), RetrievalPanels(), Health(dense_after=0, every=1)).fit(
             module, datamodule=Data(vocabulary)
         )
-    assert set(scalars(tmp_path)) == {"epoch", "health/alarm", "health/left_out"}
+    assert set(scalars(tmp_path)) == {"epoch", "health/alarm", "health/skipped_steps"}
     assert set(scalars(tmp_path)["health/alarm"].values()) == {0}
     assert caplog.text.count("SparsityMonitor: the embeddings have no vocabulary") == 1
     assert caplog.text.count("RetrievalPanels: no panels") == 1
@@ -353,7 +353,7 @@ def not_a_number(step):
 def test_steps_whose_loss_is_not_finite_are_forgiven_so_many_times_on_end(vocabulary, tmp_path):
     with pytest.warns(UserWarning, match=r"not finite at step 2; .*more than health.skip=2 on end") as seen:
         logged = fit(vocabulary, tmp_path / "a", Health(every=1, skip=2), not_a_number)
-    assert logged["health/left_out"] == {1: 1, 3: 2, 5: 3}
+    assert logged["health/skipped_steps"] == {1: 1, 3: 2, 5: 3}
     assert len([w for w in seen if "not finite" in str(w.message)]) == 3
     judge = trainer(tmp_path / "b", Health(every=1, skip=1))
     with pytest.raises(RuntimeError, match=r"and 2 steps on end were so; the state without these steps is saved in "):
@@ -442,7 +442,7 @@ def test_wide_first_logits_at_a_kept_scale_are_warned_of_only_where_they_are_dot
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         Health()._warn_of_wide_logits(stage, 11.0)
-    assert bool([w for w in seen if "higher stair.own_word_lead" in str(w.message)]) == warned
+    assert bool([w for w in seen if "higher stair.in_caption_margin" in str(w.message)]) == warned
     assert not [w for w in seen if "'measure'" in str(w.message)]
 
 
@@ -457,18 +457,18 @@ def test_texts_that_are_dense_without_their_mask_are_seen_under_a_soft_one(vocab
         logged = fit(vocabulary, tmp_path, Health(dense_after=2, every=1), says)
     assert logged["health/alarm"][5] == 1
     logged = fit(vocabulary, tmp_path / "b", SparsityMonitor(), says)
-    assert set(logged["train/text_full/active_words"].values()) == {len(vocabulary)}
-    assert set(logged["train/text/active_words"].values()) == {4}
+    assert set(logged["train/text_full/active_terms"].values()) == {len(vocabulary)}
+    assert set(logged["train/text/active_terms"].values()) == {4}
     share = 16 / (16 + len(vocabulary) - 4)
     assert list(logged["train/text_full/in_caption_share"].values()) == pytest.approx([share] * 3)
 
 
-def test_what_was_left_out_before_goes_on_being_counted(vocabulary, tmp_path):
+def test_skipped_steps_go_on_being_counted(vocabulary, tmp_path):
     before = Health(every=1, skip=2)
     fit(vocabulary, tmp_path / "a", before, not_a_number)
     again = Health(every=1, skip=2)
     again.load_state_dict(before.state_dict())
-    assert fit(vocabulary, tmp_path / "b", again, lambda step: {})["health/left_out"] == {1: 3, 3: 3, 5: 3}
+    assert fit(vocabulary, tmp_path / "b", again, lambda step: {})["health/skipped_steps"] == {1: 3, 3: 3, 5: 3}
 
 
 def test_a_dense_run_is_warned_of_once_and_the_alarm_is_logged_while_it_is_dense(vocabulary, tmp_path):

@@ -78,7 +78,7 @@ def test_a_dense_run_logs_its_recall_and_nothing_of_words(finished):
     assert seen["train/scale"][0] == pytest.approx(1 / 0.07)
 
 
-def test_the_hand_over_is_loaded_measured_and_refused_as_what_it_is(finished, scenes):
+def test_the_export_is_loaded_measured_and_refused_as_what_it_is(finished, scenes):
     folder = finished / "clip" / "clip"
     model = DenseClip.from_pretrained(folder)
     assert model.encode_text(["a red circle", "two boats"]).shape == (2, 24) and model.similarity == "cosine"
@@ -92,7 +92,7 @@ def test_the_hand_over_is_loaded_measured_and_refused_as_what_it_is(finished, sc
 
 def test_a_dense_run_starts_from_nothing_and_says_so(finished, scenes, tmp_path):
     with pytest.raises(ValueError, match="clip begins from nothing"):
-        main(words(scenes, tmp_path / "r", "--transition.start_from", str(finished / "clip" / "clip")))
+        main(words(scenes, tmp_path / "r", "--transition.init_from", str(finished / "clip" / "clip")))
 
 
 def test_the_loss_of_a_step_is_clips(vocab_file, captions, pixels, monkeypatch):
@@ -160,11 +160,11 @@ def test_a_stage_can_start_after_another_than_the_one_before(scenes, tmp_path):
     for stage, after in ((3, 0), (1, None), (3, 1)):
         line = words(scenes, tmp_path / "r", "--trainer.max_steps", "2")
         line[2], line[6] = str(ROOT / f"configs/stage{stage}.yaml"), str(small)
-        line += ["--transition.after", str(after)] if after is not None else []
+        line += ["--transition.init_stage", str(after)] if after is not None else []
         line += ["--model.init_args.objective.scale_start", "14.3"] if after == 0 else []  # there is none to keep
         cli = main(line)
         assert cli.trainer.global_step == 2
         if after == 0:
             shutil.rmtree(tmp_path / "r" / "stage3")
     with pytest.raises(ValueError, match="stage 3 can start from 0"):
-        main([*line, "--transition.after", "3"])
+        main([*line, "--transition.init_stage", "3"])

@@ -100,15 +100,15 @@ def test_the_papers_form_is_an_overlay_of_each_stage(parsed, stage: int):
         return parsed(*files(f"stage{stage}", *more), SHARDS)["model"]["init_args"]["objective"]
 
     ours, papers = objective(), objective(f"paper/stage{stage}")
-    assert (ours["own_words_share"], ours["similarity"]) == (0.25, "cosine")
+    assert (ours["masked_loss_weight"], ours["similarity"]) == (0.25, "cosine")
     # no share given: the text is masked in stage 1 and whole in stages 2 and 3
-    assert papers["own_words_share"] is None and papers["flops_text_words"] == ("own" if stage == 1 else None)
+    assert papers["masked_loss_weight"] is None and papers["flops_text_form"] == ("masked" if stage == 1 else None)
     assert papers["similarity"] == ("cosine" if stage == 3 else "dot")
     if stage != 2:
-        assert (ours["own_words_leak"], papers["own_words_leak"]) == (0.3, 0.0)
+        assert (ours["negative_slope"], papers["negative_slope"]) == (0.3, 0.0)
 
 
-@pytest.mark.parametrize("setting", ["flops_image", "target_image", "own_words_leak"])
+@pytest.mark.parametrize("setting", ["flops_image", "target_image", "negative_slope"])
 def test_stage_2_has_no_settings_of_the_image_side_that_it_freezes(setting, capsys):
     with pytest.raises(SystemExit) as end:
         main.main(["fit", *files("stage2"), f"--model.init_args.objective.{setting}=0.1", "--print_config"])
@@ -118,7 +118,7 @@ def test_stage_2_has_no_settings_of_the_image_side_that_it_freezes(setting, caps
 def test_the_recipe_of_pretrained_towers_has_a_margin_and_what_trains_from_scratch_states_its_own(parsed):
     for stage in STAGES:
         margins = [
-            parsed(*files(f"stage{stage}", *more), SHARDS)["model"]["init_args"]["stair"]["own_word_lead"]
+            parsed(*files(f"stage{stage}", *more), SHARDS)["model"]["init_args"]["stair"]["in_caption_margin"]
             for more in ([], [f"paper/stage{stage}"], ["model/tiny"], ["model/tiny", f"small/stage{stage}"])
         ]
         assert margins == [3.0, 0.0, 0.0, 0.45]
@@ -154,7 +154,7 @@ def test_a_run_has_a_folder_for_each_stage_and_starts_from_the_one_before(built,
     assert cli.trainer.default_root_dir == f"runs/x/stage{stage}"
     assert Path(cli.trainer.logger.log_dir) == Path(f"runs/x/stage{stage}/tensorboard")
     transition = next(c for c in cli.trainer.callbacks if type(c).__name__ == "StageTransition")
-    assert transition.start_from == (None if stage == 1 else f"runs/x/stage{stage - 1}/stair")
+    assert transition.init_from == (None if stage == 1 else f"runs/x/stage{stage - 1}/stair")
 
 
 @pytest.mark.parametrize(

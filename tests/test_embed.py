@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from stair.data.items import list_items
-from stair.embeddings import Embeddings, Space
+from stair.embeddings import Embeddings, EmbeddingSpace
 from stair.index import SparseIndex
 from tests.support.files import members_of, noise_png, write_tar
 
@@ -321,7 +321,7 @@ def test_values_that_json_has_no_word_for_are_refused_before_anything_is_encoded
 def test_embeddings_are_not_saved_with_metadata_that_strict_readers_refuse(tmp_path, ending):
     from scipy import sparse
 
-    space, vectors = Space("m", "dot", ("a", "b")), sparse.csr_matrix(np.eye(2, dtype="float32"))
+    space, vectors = EmbeddingSpace("m", "dot", ("a", "b")), sparse.csr_matrix(np.eye(2, dtype="float32"))
     for value in (math.nan, [math.inf], datetime.date(2026, 1, 2)):
         with pytest.raises(ValueError, match="metadata of 'second': "):
             Embeddings(vectors, ["first", "second"], space, [{"n": 1}, {"n": value}]).save(tmp_path / f"e.{ending}")

@@ -12,11 +12,11 @@ from PIL import Image
 from datamodules.synthetic import write_scenes
 from stair import Stair, Vocabulary, cli
 from stair.clip import ClipConfig, DenseClip
-from stair.evaluate import EvaluationSet, Sample, Scored, evaluate, open_model
+from stair.evaluate import EvaluatedModel, EvaluationSet, Sample, evaluate, open_model
 from stair.evaluate.classify import class_rows, linear_probe, zero_shot
-from stair.evaluate.naming import naming, right_words, word_rows
 from stair.evaluate.open_set import open_set
 from stair.evaluate.prune import cost, curve, index_bytes
+from stair.evaluate.vocabulary_probe import right_words, vocabulary_probe, word_rows
 from stair.ranking import SparseRows
 from stair.report.tables import tables
 from tests.conftest import tiny_config, write_vocabulary
@@ -80,7 +80,7 @@ def test_the_command_measures_shards_and_classes_and_writes_what_it_found(
     assert {"i2t/recall@1", "t2i/recall@3", "t2i/mrr", "i2t/ndcg@10", "t2i/median_rank"} <= scenes["retrieval"].keys()
     # captions that only name the class tell no images apart
     assert "retrieval" not in pets and pets["protocol"]["images_with_the_captions_of_another"] == 6
-    assert pets["words"]["sparsity/image/active_words"] > 0
+    assert pets["words"]["sparsity/image/active_terms"] > 0
     assert not any("text" in name or name.startswith(("grounding", "expansion")) for name in pets["words"])
     assert [one["name"] for one in pets["zero_shot"]["per_class"]] == ["dog", "cat"] and pets["linear_probe"]["images"][
         "test"
@@ -111,7 +111,7 @@ def test_a_dense_model_takes_the_same_road(models, shards):
     assert result["model"]["kind"] == "dense" and "words" not in scenes and "pruned" not in scenes
     # what is held of it: 12 images of 12 numbers
     assert scenes["cost"]["index_bytes"] == 12 * 12 * 4
-    assert result["sets"]["pets"]["naming"]["class"]["images"] == 6
+    assert result["sets"]["pets"]["vocabulary_probe"]["class"]["images"] == 6
     assert {table.title for table in tables(result)} == {"Retrieval", "Classification", "Vocabulary test", "Cost"}
 
 
@@ -290,8 +290,8 @@ class Spoken:
 
 def test_a_class_is_the_mean_of_its_templates_word_by_word():
     texts = {"dog": [2.0, 0, 0], "a dog": [0.0, 5, 0], "cat": [0.0, 0, 1], "a cat": [0.0, 0, 3]}
-    scored = Scored(Spoken(texts), "m", "sparse", None, None, "", {})
-    rows = class_rows(scored, ["dog", "cat"], ["{}", "a {}"])
+    evaluated = EvaluatedModel(Spoken(texts), "m", "sparse", None, None, "", {})
+    rows = class_rows(evaluated, ["dog", "cat"], ["{}", "a {}"])
     # each template has length 1 before the mean, whatever its weights
     torch.testing.assert_close(rows.columns(0, 2, 3).T, torch.tensor([[0.5**0.5, 0.5**0.5, 0], [0, 0, 1]]))
     images = SparseRows.of(torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 0]]))
@@ -300,7 +300,7 @@ def test_a_class_is_the_mean_of_its_templates_word_by_word():
     assert found["top1"] == pytest.approx(2 / 3) and {"name": "cat", "top1": 0.5, "images": 2} in found["per_class"]
     assert found["mean_class_top1"] == pytest.approx(0.75) and found["top5"] == 1
     with pytest.raises(ValueError, match="each with"):
-        class_rows(scored, ["dog"], ["a dog"])
+        class_rows(evaluated, ["dog"], ["a dog"])
 
 
 def test_the_probe_learns_on_train_and_chooses_on_val():
@@ -323,38 +323,38 @@ def test_right_words_are_whole_and_name_something(vocabulary):
 def test_the_vocabulary_test_reads_sparse_weights_off_and_ties_count_against():
     weights = torch.tensor([[0.0, 3, 2, 1], [0, 0, 5, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
     right = [[2, 3], [1], [0], []]
-    found = naming(SparseRows.of(weights), right, 4)
+    found = vocabulary_probe(SparseRows.of(weights), right, 4)
     # ranks: word 2 behind word 1: 2 · word 1 is inactive, ties with two others behind word 2: 4 · ties with word 1: 2
     assert found["top1"] == 0 and found["median_rank"] == 2 and found["top5"] == 1
-    assert (found["images"], found["left_out"]) == (3, 1)
+    assert (found["images"], found["skipped"]) == (3, 1)
     # one with two of them: the middle is between
-    assert naming(SparseRows.of(weights), [[2, 3], [], [0], []], 4)["median_rank"] == 2
-    assert naming(SparseRows.of(weights), [[2, 3], [1], [], []], 4)["median_rank"] == 3
+    assert vocabulary_probe(SparseRows.of(weights), [[2, 3], [], [0], []], 4)["median_rank"] == 2
+    assert vocabulary_probe(SparseRows.of(weights), [[2, 3], [1], [], []], 4)["median_rank"] == 3
 
 
 def test_the_vocabulary_test_gives_nothing_for_what_is_no_number():
     broken = torch.tensor([[float("nan")] * 4, [0, float("nan"), 2, 1]])
-    found = naming(SparseRows.of(broken), [[1], [2]], 4)
+    found = vocabulary_probe(SparseRows.of(broken), [[1], [2]], 4)
     assert found["top1"] == 0 and found["median_rank"] == 3  # ranks 4, and 2: behind what is no number
 
 
 def test_the_vocabulary_test_says_what_naming_the_commonest_words_would_get():
     right = [[7, 3], [7], [7, 5], [3, 5], [9], []]
-    found = naming(SparseRows.of(torch.rand(6, 12)), right, 12)
+    found = vocabulary_probe(SparseRows.of(torch.rand(6, 12)), right, 12)
     # said of every image: 7 (right for three), then 3 and 5 (two each, tied), then 9: ranks 1, 1, 1, 2 (behind 7), 4
-    assert found["commonest/top1"] == 3 / 5 and found["commonest/top5"] == 1
-    alone = naming(SparseRows.of(torch.rand(12, 12)), [[i] for i in range(12)], 12)
+    assert found["frequency_baseline/top1"] == 3 / 5 and found["frequency_baseline/top5"] == 1
+    alone = vocabulary_probe(SparseRows.of(torch.rand(12, 12)), [[i] for i in range(12)], 12)
     # each right once: all tied, and ties count against
-    assert alone["commonest/top10"] == 0
+    assert alone["frequency_baseline/top10"] == 0
 
 
 def test_the_vocabulary_test_of_a_dense_model_embeds_every_whole_word(models, vocabulary):
-    scored = open_model(str(models / "clip"))
-    rows, ids = word_rows(scored)
+    evaluated = open_model(str(models / "clip"))
+    rows, ids = word_rows(evaluated)
     assert not [v for v in ids.tolist() if vocabulary.tokens[v].startswith(("##", "["))]
     dog = vocabulary.tokens.index("dog")
-    image = scored.encoder.encode_text(["dog"])
-    found = naming(SparseRows.of(image).unit(), [[dog]], 12, (rows, ids))
+    image = evaluated.encoder.encode_text(["dog"])
+    found = vocabulary_probe(SparseRows.of(image).unit(), [[dog]], 12, (rows, ids))
     assert found["top1"] == 1
 
 
@@ -437,14 +437,14 @@ def open_clip_model(tmp_path_factory):
 
 def test_an_open_clip_checkpoint_takes_the_same_road(open_clip_model, models, shards):
     model, weights = open_clip_model
-    scored = open_model(f"open_clip:tiny-open-clip:{weights}", str(models / "vocab.txt"))
+    evaluated = open_model(f"open_clip:tiny-open-clip:{weights}", str(models / "vocab.txt"))
     import open_clip
 
     tokens = open_clip.get_tokenizer("tiny-open-clip")(["two dogs"])
-    torch.testing.assert_close(scored.encoder.encode_text(["two dogs"]), model.encode_text(tokens).detach())
-    result, _ = evaluate(scored, [open_set(str(shards / "pets"))])
+    torch.testing.assert_close(evaluated.encoder.encode_text(["two dogs"]), model.encode_text(tokens).detach())
+    result, _ = evaluate(evaluated, [open_set(str(shards / "pets"))])
     pets = result["sets"]["pets"]
-    assert "77 tokens" in pets["protocol"]["truncation"] and pets["naming"]["class"]["images"] == 6
+    assert "77 tokens" in pets["protocol"]["truncation"] and pets["vocabulary_probe"]["class"]["images"] == 6
     with pytest.raises(ValueError, match="open_clip cannot open"):
         open_model(f"open_clip:tiny-open-clip:{weights}x")
 
@@ -470,12 +470,12 @@ def test_sentence_transformers_models_are_opened_as_what_they_are(monkeypatch, t
         settings = json.dumps({"model_type": family})
         (tmp_path / family / "config_sentence_transformers.json").write_text(settings)
         monkeypatch.setattr(library, family, type(family, (SentenceDouble,), {}))
-        scored = open_model(f"sentence_transformers:{tmp_path / family}")
-        assert type(scored.encoder.model).__name__ == family
-        assert scored.kind == {"SparseEncoder": "sparse"}.get(family, "dense")
-        assert scored.words is None
-        assert scored.encoder.similarity == "dot" and "9 tokens" in scored.truncation
-        assert scored.encoder.encode_image([picture("red")]).tolist() == [[0, 0, 3]]
+        evaluated = open_model(f"sentence_transformers:{tmp_path / family}")
+        assert type(evaluated.encoder.model).__name__ == family
+        assert evaluated.kind == {"SparseEncoder": "sparse"}.get(family, "dense")
+        assert evaluated.words is None
+        assert evaluated.encoder.similarity == "dot" and "9 tokens" in evaluated.truncation
+        assert evaluated.encoder.encode_image([picture("red")]).tolist() == [[0, 0, 3]]
     # its dimensions have names where its tokenizer has the words that are given, in their order
     source = f"sentence_transformers:{tmp_path / 'SparseEncoder'}"
     for tokens, named in ((vocabulary.tokens, True), (vocabulary.tokens[::-1], False)):

@@ -88,7 +88,7 @@ def test_a_sentence_tells_its_tokens_and_its_expansions(tiny_stair):
 def test_what_a_tokens_evidence_for_a_word_is_at_most_is_the_words_weight(tiny_stair):
     with torch.no_grad():
         tiny_stair.text_head.bias += 0.7
-    tiny_stair.config.own_word_lead = 0.7
+    tiny_stair.config.in_caption_margin = 0.7
     reading = read_text(tiny_stair, "two dogs")
     assert any(reading.expands(n) for n in range(len(reading.words))), "the test would say nothing"
     np.testing.assert_allclose(reading.evidence.max(axis=1), reading.weights, rtol=1e-5, atol=1e-6)

@@ -15,7 +15,7 @@ from scipy import sparse
 from examples.anserini import anserini
 from examples.search_engines import duckdb_search, milvus_search, qdrant_search, seismic_search, sqlite_search
 from stair.cli import main
-from stair.embeddings import Embeddings, Space
+from stair.embeddings import Embeddings, EmbeddingSpace
 from stair.errors import MissingPackageError, SettingError, StairError
 from stair.export import FORMATS, target
 from stair.export.lucene import elasticsearch_query, lucene_weights, opensearch_query, query_scale
@@ -53,7 +53,9 @@ def index(request, tmp_path_factory):
     ids = [f"d/{n} é'\"" for n in range(120)]
     metadata = [{"n": n, "caption": f"<{n}>"} for n in range(120)]
     folder = tmp_path_factory.mktemp("index") / "i"
-    return SparseIndex.build(folder, Embeddings(rows(120, 1), ids, Space("m" * 64, request.param, TOKENS), metadata))
+    return SparseIndex.build(
+        folder, Embeddings(rows(120, 1), ids, EmbeddingSpace("m" * 64, request.param, TOKENS), metadata)
+    )
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def test_an_export_that_fails_leaves_nothing_in_its_place(index, export, tmp_pat
 
 def small(folder, ids=("d0", "d1", "d2"), **extra):
     """The folder of a new index."""
-    vectors = Embeddings(rows(len(ids), 2, 0.5), list(ids), Space("m" * 64, "dot", TOKENS), **extra)
+    vectors = Embeddings(rows(len(ids), 2, 0.5), list(ids), EmbeddingSpace("m" * 64, "dot", TOKENS), **extra)
     return SparseIndex.build(folder, vectors).folder
 
 
@@ -340,11 +342,11 @@ def saved(tiny_stair, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("words", "lead"), [("all", 0.0), ("all", 0.05), ("own", 0.0)])
-def test_onnx_graphs_give_the_non_zero_words(tiny_stair, captions, pixels, export, tmp_path, words, lead):
+@pytest.mark.parametrize(("form", "margin"), [("full", 0.0), ("full", 0.05), ("masked", 0.0)])
+def test_onnx_graphs_give_the_non_zero_terms(tiny_stair, captions, pixels, export, tmp_path, form, margin):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    tiny_stair.config.text_words, tiny_stair.config.own_word_lead = words, lead
+    tiny_stair.config.text_form, tiny_stair.config.in_caption_margin = form, margin
     tiny_stair.save_pretrained(tmp_path / "model")
     export("onnx", tmp_path / "model", tmp_path / "o")
 

@@ -70,7 +70,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_old_one(full):
     assert contents(full) == before and torch.load(target, weights_only=True)["weights"].sum() == 10_000
 
 
-def test_a_hand_over_that_finds_no_room_leaves_the_old_one(full, tiny_stair):
+def test_a_export_that_finds_no_room_leaves_the_old_one(full, tiny_stair):
     tiny_stair.save_pretrained(full / "stair")
     before = contents(full)
     tiny_stair.register_parameter("more", torch.nn.Parameter(torch.rand(2_000_000)))

@@ -175,7 +175,7 @@ def train_stages(case):
 
 
 @pytest.mark.slow
-def test_stages_hand_over_from_any_strategy_to_any(case, tmp_path):
+def test_exported_models_load_from_any_strategy_to_any(case, tmp_path):
     write_scenes(tmp_path, train=64, val=12, image_size=32)
     (tmp_path / "small.yaml").write_text(SMALL)
     run(case(Stage1, settings={"stages": {1: "ddp", 2: "fsdp2", 3: "ddp"}}), train_stages)

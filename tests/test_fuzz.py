@@ -76,7 +76,7 @@ def test_captions_become_pieces_or_are_refused(vocabulary, slow):
         ids, mask = vocabulary.tokenize(found, 12)
         assert ids.shape == mask.shape and ids.shape[1] <= 12 and int(ids.max()) < len(vocabulary)
         assert ((ids == vocabulary.pad_id) | mask).all()
-        own = vocabulary.own_words(ids, mask)
+        own = vocabulary.in_caption_terms(ids, mask)
         assert not own[:, vocabulary.never_active].any()
         for caption in found:
             assert not UNSEEN.search(escape(caption)) and "\n" not in one_line(caption)

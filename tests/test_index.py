@@ -20,7 +20,7 @@ from scipy import sparse
 
 import stair.index.scoring as scoring
 import stair.index.storage as storage
-from stair.embeddings import Embeddings, Space, to_csr
+from stair.embeddings import Embeddings, EmbeddingSpace, to_csr
 from stair.errors import FileError, SettingError
 from stair.files import lock
 from stair.index import SparseIndex
@@ -29,7 +29,7 @@ from stair.index.query import parse_words
 
 V = 300
 TOKENS = tuple(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "dog", "beach", "people", "##s", *(f"w{v}" for v in range(8, V))])
-SPACE = Space("m" * 64, "dot", TOKENS)
+SPACE = EmbeddingSpace("m" * 64, "dot", TOKENS)
 
 
 def rows(count, seed=0, density=0.05, words=V):
@@ -648,7 +648,7 @@ def test_one_writer_at_a_time(tmp_path):
 def test_vectors_of_another_model_are_refused(tmp_path, field):
     index = SparseIndex.build(tmp_path / "i", embeddings(4))
     other = {"model": "n" * 64, "similarity": "cosine", "tokens": tuple(reversed(TOKENS))}[field]
-    space = Space(**{**{"model": SPACE.model, "similarity": "dot", "tokens": TOKENS}, field: other})
+    space = EmbeddingSpace(**{**{"model": SPACE.model, "similarity": "dot", "tokens": TOKENS}, field: other})
     with pytest.raises(ValueError, match="vocabulary" if field == "tokens" else field):
         index.add(embeddings(2, prefix="x", space=space))
 
@@ -771,7 +771,7 @@ def test_pruning_keeps_the_heaviest_words():
 
 def test_cosine_rows_have_length_one():
     vectors = sparse.csr_matrix(np.float32([[3, 4, 0], [0, 0, 0], [0, 0, 2]]))
-    scaled = Space("m", "cosine", ("a", "b", "c")).comparable(vectors).toarray()
+    scaled = EmbeddingSpace("m", "cosine", ("a", "b", "c")).comparable(vectors).toarray()
     np.testing.assert_allclose(
         scaled, torch.nn.functional.normalize(torch.tensor(vectors.toarray())).numpy(), rtol=1e-6
     )

@@ -98,7 +98,7 @@ def test_without_a_run_a_validation_has_a_folder_of_its_own_too(scenes, monkeypa
     monkeypatch.setattr(main.StairCLI, "_run_subcommand", lambda self, subcommand: None)
     line = words(scenes, 1, "", subcommand="validate")
     at = line.index("--run")
-    cli = main.main([*line[:at], *line[at + 2 :], "--transition.start_from", "mine/stage1/stair"])
+    cli = main.main([*line[:at], *line[at + 2 :], "--transition.init_from", "mine/stage1/stair"])
     assert Path(cli.trainer.log_dir) == Path("runs/default/validate")
     assert cli.trainer.default_root_dir == "runs/default"
 

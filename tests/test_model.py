@@ -30,7 +30,7 @@ def test_vocabulary_keeps_special_and_unused_pieces_out(vocab_file):
 def test_own_words_are_the_captions_pieces_and_no_others(vocab_file):
     vocabulary = Vocabulary(vocab_file)
     ids, mask = vocabulary.tokenize(["Red DOGS dog", "zzz"], 12)
-    own = [vocabulary.words(row.nonzero().flatten().tolist()) for row in vocabulary.own_words(ids, mask)]
+    own = [vocabulary.words(row.nonzero().flatten().tolist()) for row in vocabulary.in_caption_terms(ids, mask)]
     assert [sorted(words) for words in own] == [["##s", "dog", "red"], []]
 
 
@@ -189,7 +189,7 @@ def test_a_normaliser_that_is_not_berts_is_refused_unless_the_settings_say_what_
         Vocabulary(tmp_path)
 
 
-def test_padding_and_never_active_words_never_fire(tiny_stair, captions, pixels):
+def test_padding_and_never_active_terms_never_fire(tiny_stair, captions, pixels):
     ids, mask = tiny_stair.vocabulary.tokenize(captions, 12)
     with torch.no_grad():
         for head in (tiny_stair.text_head, tiny_stair.image_head):
@@ -203,13 +203,13 @@ def test_padding_and_never_active_words_never_fire(tiny_stair, captions, pixels)
 
 
 def test_the_stage_1_mask_lets_only_own_words_through(tiny_stair, captions, pixels):
-    tiny_stair.config.text_words = "own"
+    tiny_stair.config.text_form = "masked"
     ids, mask = tiny_stair.vocabulary.tokenize(captions, 12)
     with torch.no_grad():
         tiny_stair.text_head.bias.fill_(5.0)
         fast = tiny_stair(pixels, ids, mask)
         both = tiny_stair(pixels, ids, mask, {"text_full", "text_masked"})
-    own = tiny_stair.vocabulary.own_words(ids, mask)
+    own = tiny_stair.vocabulary.in_caption_terms(ids, mask)
     assert ((fast["text_CV"] > 0) == own).all()
     torch.testing.assert_close(fast["text_CV"], both["text_masked"])
     assert (both["text_full"] > 0).sum() > own.sum()
@@ -218,7 +218,7 @@ def test_the_stage_1_mask_lets_only_own_words_through(tiny_stair, captions, pixe
 def test_patches_only_are_read_from_the_image(vocab_file):
     config = tiny_config(vocab_file)
     patches = Stair(config).image_encoder(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    config.image.positions = "all"
+    config.image.positions = "full"
     assert (patches.shape[1], Stair(config).image_encoder(torch.zeros(1, 3, 32, 32)).shape[1]) == (16, 17)
 
 
@@ -422,9 +422,12 @@ def test_towers_that_cannot_be_built_are_named(vocab_file, image, text, message)
 def test_own_words_lead_by_what_others_are_lowered(vocab_file, captions):
     torch.manual_seed(0)
     plain = Stair(tiny_config(vocab_file, text_bias_start=0.7)).eval()
-    leading = Stair(tiny_config(vocab_file, text_bias_start=0.7, own_word_lead=0.7)).eval()
+    leading = Stair(tiny_config(vocab_file, text_bias_start=0.7, in_caption_margin=0.7)).eval()
     leading.load_state_dict(plain.state_dict())
-    whole_CV, own_CV = plain.encode_text(captions), plain.vocabulary.own_words(*plain.vocabulary.tokenize(captions, 12))
+    whole_CV, own_CV = (
+        plain.encode_text(captions),
+        plain.vocabulary.in_caption_terms(*plain.vocabulary.tokenize(captions, 12)),
+    )
     with torch.no_grad():
         plain.text_head.bias -= 0.7
     lowered_CV = plain.encode_text(captions)
@@ -433,8 +436,8 @@ def test_own_words_lead_by_what_others_are_lowered(vocab_file, captions):
 
 
 def test_a_negative_lead_of_own_words_is_refused(vocab_file):
-    with pytest.raises(ValueError, match="own_word_lead is -1"):
-        tiny_config(vocab_file, own_word_lead=-1.0)
+    with pytest.raises(ValueError, match="in_caption_margin is -1"):
+        tiny_config(vocab_file, in_caption_margin=-1.0)
 
 
 @pytest.mark.parametrize("name", ["no/such", "./no/such", "/no/such/folder"])

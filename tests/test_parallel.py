@@ -228,7 +228,7 @@ def test_two_ranks_by_micro_batches_train_as_one_process_does(case, cls):
 
 @pytest.mark.parametrize("cls", [Stage1, Stage3])
 def test_ranks_share_the_loss_of_own_words_and_that_of_all(case, cls):
-    half = {"objective": {"own_words_share": 0.5}}
+    half = {"objective": {"masked_loss_weight": 0.5}}
     want = run(case(cls, **half))
     # two losses, twice the rounding
     assert same(run(case(cls, ranks=2, micro=4, **half)), want) < 3e-5
@@ -238,7 +238,7 @@ def test_ranks_share_the_loss_of_own_words_and_that_of_all(case, cls):
 @pytest.mark.parametrize("cls", [Stage1, Stage3])
 def test_ranks_share_what_leaks_below_zero(case, cls):
     quiet = {"image_bias": -0.2}  # some words are off
-    leaky = {"objective": {"own_words_leak": 0.5}, **quiet}
+    leaky = {"objective": {"negative_slope": 0.5}, **quiet}
     want = run(case(cls, **leaky))
     assert same(run(case(cls, ranks=2, micro=4, **leaky)), want) < 3e-5
     assert same(run(case(cls, **quiet)), want) > 1e-3

@@ -10,10 +10,10 @@ import torch.multiprocessing as mp
 from lightning_modules import Stage3
 from lightning_modules.optimizer import Optimizer
 from lightning_modules.stage import Objective
-from stair.regularisers import Flops, TargetWords
+from stair.regularisers import Flops, TargetTerms
 from tests.conftest import tiny_config
 
-KINDS = {"flops": Flops, "target": lambda: TargetWords(5.0)}
+KINDS = {"flops": Flops, "target": lambda: TargetTerms(5.0)}
 NAMES = tuple(KINDS)
 
 
@@ -59,7 +59,7 @@ def test_an_empty_batch_of_words_costs_nothing_and_has_a_gradient_without_nan(na
 
 def test_lambda_is_held_so_that_the_wanted_number_of_words_is_active():
     # a made-up side: the weight that λ asks for decides how many of 100 words stay on
-    control, words = TargetWords(20.0, rate=0.05), torch.linspace(0, 1, 100)
+    control, words = TargetTerms(20.0, rate=0.05), torch.linspace(0, 1, 100)
     for _ in range(600):
         on = (words > float(control.factor) * 0.01).float()
         control(on.repeat(3, 1).requires_grad_())
@@ -67,7 +67,7 @@ def test_lambda_is_held_so_that_the_wanted_number_of_words_is_active():
 
 
 def test_lambda_rests_for_a_frozen_side_and_while_it_has_not_risen():
-    control = TargetWords(2.0)
+    control = TargetTerms(2.0)
     control(batch())
     control(batch().requires_grad_(), 0.0)
     assert float(control.factor) == 1
@@ -76,7 +76,7 @@ def test_lambda_rests_for_a_frozen_side_and_while_it_has_not_risen():
 
 
 def test_what_a_regulariser_remembers_is_in_its_state():
-    one, two = TargetWords(2.0), TargetWords(2.0)
+    one, two = TargetTerms(2.0), TargetTerms(2.0)
     one(batch().requires_grad_())
     two.load_state_dict(one.state_dict())
     rows = batch(seed=3).requires_grad_()

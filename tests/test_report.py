@@ -129,9 +129,9 @@ def test_a_page_of_nothing_but_a_title_is_a_page(tmp_path: Path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
 
 
-def test_an_image_without_active_words_is_shown_all_the_same(tmp_path: Path):
+def test_an_image_without_active_terms_is_shown_all_the_same(tmp_path: Path):
     write_page(tmp_path / "page.html", title="dead", pictures=[Picture(IMAGE, [], [], frozenset())])
-    assert "no active words" in (tmp_path / "page.html").read_text()
+    assert "no active terms" in (tmp_path / "page.html").read_text()
 
 
 def test_bytes_that_are_no_image_are_refused_and_leave_no_file(tmp_path: Path):

@@ -239,7 +239,7 @@ def test_a_stage_whose_stage_before_was_trained_anew_is_refused(scenes, two_stag
     if not finished:
         shutil.rmtree(run / "stage2" / "stair")
     before = content(run)
-    with pytest.raises(FileError, match=r"transition\.start_from") as refused:
+    with pytest.raises(FileError, match=r"transition\.init_from") as refused:
         main(words(scenes, 2, run, *TWO, *LAST))
     assert refused.value.path == run / "stage2" / ("stair" if finished else "checkpoints/last.ckpt")
     assert content(run) == before

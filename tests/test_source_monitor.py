@@ -13,8 +13,8 @@ def test_with_a_soft_mask_and_two_ranks_sources_losses_add_up_to_that_of_the_tex
     write_scenes(tmp_path, train=64, val=12, image_size=32)
     (tmp_path / "small.yaml").write_text(SMALL)
     mixed = f"{{a: {{shards: '{tmp_path}/train-*.tar', weight: 3}}, b: {{shards: '{tmp_path}/val-*.tar', weight: 1}}}}"
-    soft = ("--model.init_args.objective.own_words_share", str(share), "--trainer.max_steps", "2")
-    soft += ("--model.init_args.objective.own_words_leak", "0.5")
+    soft = ("--model.init_args.objective.masked_loss_weight", str(share), "--trainer.max_steps", "2")
+    soft += ("--model.init_args.objective.negative_slope", "0.5")
     ranks = ("--trainer.devices", "2", "--trainer.strategy", "ddp_fork")
     main(words(tmp_path, 1, tmp_path / "run", "--data.train", mixed, *soft, *ranks))
     seen = scalars(tmp_path / "run", 1)

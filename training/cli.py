@@ -106,7 +106,7 @@ class StairCLI(LightningCLI):
         if config.weights_only is None:
             config.weights_only = True  # Lightning would unpickle, and so run, what comes over http
         place_loggers(config.trainer, self._home, self.subcommand)
-        export = Path(config.transition.hand_over or self._home / family.hand_over)
+        export = Path(config.transition.export_to or self._home / family.export_name)
         if self.subcommand == "fit":
             check_data(self.subcommand, config)
             self._prepare_fit(config, family, export)
@@ -116,21 +116,21 @@ class StairCLI(LightningCLI):
         elif config.ckpt_path is None:
             check_leftover(self._home)
             self._start_from = str(export) if config.run is not None else None
-        if (self._start_from or config.transition.start_from or config.ckpt_path) is None:
+        if (self._start_from or config.transition.init_from or config.ckpt_path) is None:
             raise SettingError(
                 f"{self.subcommand} has no model, only weights as they start: give --run RUN, "
-                "--transition.start_from RUN/stage3/stair or --ckpt_path FILE",
+                "--transition.init_from RUN/stage3/stair or --ckpt_path FILE",
                 "run",
             )
         check_data(self.subcommand, config)
 
     def _prepare_fit(self, config: Any, family: type[ContrastiveModule], export: Path) -> None:
         """What the stage starts from, and what it does in a folder where a training has been."""
-        if config.run is not None and (previous := stage_before(family, config.transition.after)) > 0:
-            self._start_from = str(Path(config.run) / f"stage{previous}" / family.hand_over)
+        if config.run is not None and (previous := stage_before(family, config.transition.init_stage)) > 0:
+            self._start_from = str(Path(config.run) / f"stage{previous}" / family.export_name)
         if config.trainer.fast_dev_run:
             return
-        self._inputs = training_inputs(config, config.transition.start_from or self._start_from)
+        self._inputs = training_inputs(config, config.transition.init_from or self._start_from)
         if config.ckpt_path == "last" and is_complete(export, self._inputs):
             rank_zero_info(f"{export} is finished, and came from the same inputs: there is nothing to do")
             self._complete = True
@@ -159,7 +159,7 @@ class StairCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """The trainer, whose checkpoints are whole or absent."""
         transition = self.config_init[self.subcommand].transition
-        transition.start_from, transition.inputs = transition.start_from or self._start_from, self._inputs
+        transition.init_from, transition.inputs = transition.init_from or self._start_from, self._inputs
         settings = SaveSettings(self._parser(self.subcommand), self._saved)
         always_on = [each for each in [*callbacks, settings] if _applies(each, config)]
         trainer = super()._instantiate_trainer({**config, "default_root_dir": str(self._home)}, always_on)

@@ -144,7 +144,7 @@ def _train(
     before: Path | None,
     further: Sequence[str],
 ) -> Path | None:
-    """Trains one stage in a folder of its own, unless it has been. Returns its hand-over, None if it failed."""
+    """Trains one stage in a folder of its own, unless it has been. Returns its export, None if it failed."""
     config, steps = stage["config"], str(stage["steps"])
     model = home / config / ("clip" if config == "clip" else "stair")
     if model.is_dir() and (home / "record.json").is_file():  # else this script was killed before it had written it
@@ -162,7 +162,7 @@ def _train(
     command += ["--seed_everything", str(seed), "--data.seed", str(seed), "--data.train", plan["train"]]
     command += ["--data.val", json.dumps(plan["val"]), "--model.init_args.stair.vocabulary", str(vocabulary)]
     if before is not None:
-        command += ["--transition.start_from", str(before)]
+        command += ["--transition.init_from", str(before)]
     command += further
     started = time.perf_counter()
     if not _call(command, home / "train.log"):

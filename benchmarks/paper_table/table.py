@@ -18,15 +18,15 @@ COLUMNS = {
     "i→t R@1": ("retrieval", "i2t/recall@1"),
     "t→i R@10": ("retrieval", "t2i/recall@10"),
     "i→t R@10": ("retrieval", "i2t/recall@10"),
-    "words an image": ("words", "sparsity/image/active_words"),
-    "words a text": ("words", "sparsity/text/active_words"),
-    "products a pair": ("words", "sparsity/products_per_pair"),
+    "terms an image": ("words", "sparsity/image/active_terms"),
+    "terms a text": ("words", "sparsity/text/active_terms"),
+    "FLOPs a pair": ("words", "sparsity/flops_per_pair"),
     "grounding@10": ("words", "grounding/grounding@10"),
-    "caption word 1st": ("naming", "captions", "top1"),
-    "class word 1st": ("naming", "class", "top1"),
+    "caption word 1st": ("vocabulary_probe", "captions", "top1"),
+    "class word 1st": ("vocabulary_probe", "class", "top1"),
     "zero-shot": ("zero_shot", "top1"),
 }
-_PLAIN = ("words an image", "words a text", "products a pair")
+_PLAIN = ("terms an image", "terms a text", "FLOPs a pair")
 #: how many times that of dense CLIP a measure should be: the paper's ratios
 WANTED = {"t→i R@1": 1.13, "i→t R@1": 1.08, "class word 1st": 2.4, "caption word 1st": 2.4}
 WAYS = {"t→i R@1": "t2i", "i→t R@1": "i2t"}
@@ -93,8 +93,9 @@ def _records(folder: Path, seeds: Sequence[str]) -> list[dict[str, Any]]:
 def _commonest(found: dict[str, list[dict[str, Any]]], name: str) -> list[str]:
     """What the vocabulary test gives to one who looks at no image: the same for every run."""
     sets = [record["sets"].get(name, {}) for records in found.values() for record in records]
-    naming = [item for figures in sets for item in figures.get("naming", {}).items()]
-    said = {kind: f"{kind} {100 * of['commonest/top1']:.1f}" for kind, of in naming if "commonest/top1" in of}
+    naming = [item for figures in sets for item in figures.get("vocabulary_probe", {}).items()]
+    key = "frequency_baseline/top1"
+    said = {kind: f"{kind} {100 * of[key]:.1f}" for kind, of in naming if key in of}
     return ["", f"Saying the commonest word of every image, no model: {', '.join(said.values())}."] if said else []
 
 
@@ -192,7 +193,7 @@ def _at_64(records: list[dict[str, Any]], name: str, way: str, side: str) -> tup
 
 
 def _plot(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]], out: Path, baseline: str | None) -> None:
-    """Recall of every run against its active words, on the first validation set; the best dense run as a line."""
+    """Recall of every run against its active terms, on the first validation set; the best dense run as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
@@ -203,7 +204,7 @@ def _plot(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]], out: Pat
     for axis, head in zip(figure.subplots(1, 2), ("t→i R@1", "i→t R@1"), strict=True):
         for place, (name, records) in enumerate(found.items()):
             recall = [100 * value for value in _values(records, first, head)]
-            words = _values(records, first, "words an image")
+            words = _values(records, first, "terms an image")
             if name == baseline:
                 axis.axhline(
                     statistics.mean(recall), linestyle="--", color="gray", label=plan["variants"][name]["title"]
@@ -215,7 +216,7 @@ def _plot(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]], out: Pat
                 axis.errorbar(statistics.mean(words), statistics.mean(recall), spread, fmt=shape, label=title)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(ScalarFormatter())
-        axis.set(xlabel="active words an image", ylabel=f"{head}, %", title=first)
+        axis.set(xlabel="active terms an image", ylabel=f"{head}, %", title=first)
         axis.grid(alpha=0.3)
     figure.axes[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(out / "recall_against_words.png")

@@ -27,7 +27,7 @@ NAMES = {
     "λ adapted to 64 and 16 words": "`target`: 64 and 16 terms",
     " of (images|texts)": r" \1",
 }
-PAIRS = {"terms": ("words an image", "words a text"), "times": ("t→i R@1, wanted 1.13", "i→t R@1, wanted 1.08")}
+PAIRS = {"terms": ("terms an image", "terms a text"), "times": ("t→i R@1, wanted 1.13", "i→t R@1, wanted 1.08")}
 #: of the summary: what was trained, record, run, validation set
 SUMMARY = (
     ("Emoji, λ 1e-4", "paper_table_emoji_2026-11-28", "three stages", "emoji"),
@@ -102,7 +102,7 @@ def _read(record: str) -> dict[str, dict[str, str]]:
         if line.startswith("## "):
             part, heads = line[3:].split(" (")[0], [""]
         elif line.startswith("| ") and "run (seeds)" in cells:
-            heads = cells
+            heads = [re.sub("^words a", "terms a", cell) for cell in cells]
         elif line.startswith("| "):
             at = heads.index("run (seeds)")
             name, seeds = re.fullmatch(r"(.*?)(?: ←)? \((\d+)\)", cells[at]).groups()  # type: ignore[union-attr]

@@ -8,9 +8,9 @@ The command `stair evaluate` reads shards and folders (stair/evaluate/open_set.p
     result, _ = evaluate(open_model("runs/mine/stage3/stair"), [mine])
 """
 
-from stair.evaluate.models import Scored, open_model
+from stair.evaluate.models import EvaluatedModel, open_model
 from stair.evaluate.output import model_card, show, write
 from stair.evaluate.run import evaluate
 from stair.evaluate.sets import EvaluationSet, Sample
 
-__all__ = ["EvaluationSet", "Sample", "Scored", "evaluate", "model_card", "open_model", "show", "write"]
+__all__ = ["EvaluatedModel", "EvaluationSet", "Sample", "evaluate", "model_card", "open_model", "show", "write"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stair.errors import import_extra
-from stair.evaluate.models import Scored
+from stair.evaluate.models import EvaluatedModel
 from stair.ranking import SparseRows, rank
 
 #: our own; `{}` is the class name
@@ -31,7 +31,7 @@ _TEXTS = 256  # encoded at a time
 _INVERSE_PENALTIES = tuple(10.0**power for power in range(-3, 5))
 
 
-def class_rows(scored: Scored, classes: Sequence[str], templates: Sequence[str] = TEMPLATES) -> SparseRows:
+def class_rows(evaluated: EvaluatedModel, classes: Sequence[str], templates: Sequence[str] = TEMPLATES) -> SparseRows:
     """One comparable embedding a class: the mean over its templates, of rows of length 1 where the model compares by
     cosine, brought back to length 1 there. For a sparse model the mean is taken word by word: a word that one template of
     T lights up keeps 1/T of its weight, and nothing else becomes active.
@@ -41,12 +41,12 @@ def class_rows(scored: Scored, classes: Sequence[str], templates: Sequence[str] 
     """
     if not templates or any("{}" not in template for template in templates):
         raise ValueError(f"templates are {list(templates)}; give some, each with {{}} where the class name goes")
-    cosine = scored.encoder.similarity == "cosine"
+    cosine = evaluated.encoder.similarity == "cosine"
     rows = []
     at_once = max(1, _TEXTS // len(templates))
     for first in range(0, len(classes), at_once):
         names = classes[first : first + at_once]
-        text_TV = scored.encoder.encode_text([template.format(name) for name in names for template in templates])
+        text_TV = evaluated.encoder.encode_text([template.format(name) for name in names for template in templates])
         text_TV = nn.functional.normalize(text_TV.float().cpu(), dim=1) if cosine else text_TV.float().cpu()
         rows.append(SparseRows.of(text_TV.view(len(names), len(templates), -1).mean(1)))
     found = SparseRows.cat(rows)

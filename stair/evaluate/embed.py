@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stair.evaluate.models import Cutting, Scored
+from stair.evaluate.models import Cutting, EvaluatedModel
 from stair.evaluate.sets import EvaluationSet, Sample, batches
 from stair.grounding import Expansion, Grounding
 from stair.metrics import SparsityStats
@@ -39,11 +39,11 @@ class Embedded:
         return (self.images.unit(), self.texts.unit()) if similarity == "cosine" else (self.images, self.texts)
 
 
-def embed(scored: Scored, what: EvaluationSet, batch_size: int = 64, words: int = 10) -> Embedded:
+def embed(evaluated: EvaluatedModel, what: EvaluationSet, batch_size: int = 64, words: int = 10) -> Embedded:
     """Embeds a set.
 
     Args:
-        scored: the model.
+        evaluated: the model.
         what: the set.
         batch_size: images at a time, with all their captions.
         words: K of grounding@K.
@@ -51,7 +51,7 @@ def embed(scored: Scored, what: EvaluationSet, batch_size: int = 64, words: int 
     start = time.perf_counter()
     images: list[SparseRows] = []
     texts: list[SparseRows] = []
-    metrics, counts = _Words(scored, words), SetCounts()
+    metrics, counts = _Words(evaluated, words), SetCounts()
     hashes: list[Tensor] = []
     captions: list[list[str]] = []
     labels: list[int] = []
@@ -60,13 +60,13 @@ def embed(scored: Scored, what: EvaluationSet, batch_size: int = 64, words: int 
         for batch in batches(what.samples, batch_size):
             own = [list(sample.captions) if what.retrieval else [] for sample in batch]
             flat = [text for texts_of_image in own for text in texts_of_image]
-            image_BV = scored.encoder.encode_image([sample.image for sample in batch]).float().cpu()
-            text_CV = scored.encoder.encode_text(flat).float().cpu() if flat else image_BV[:0]
+            image_BV = evaluated.encoder.encode_image([sample.image for sample in batch]).float().cpu()
+            text_CV = evaluated.encoder.encode_text(flat).float().cpu() if flat else image_BV[:0]
             images.append(SparseRows.of(image_BV))
             texts.append(SparseRows.of(text_CV))
             metrics.add(image_BV, text_CV, flat, [len(texts_of_image) for texts_of_image in own])
             hashes.append(image_hashes([sample.image for sample in batch]))
-            _count(counts, scored, batch, hashes[-1], len(captions))
+            _count(counts, evaluated, batch, hashes[-1], len(captions))
             captions += [list(sample.captions) for sample in batch]
             labels += [-1 if sample.label is None else sample.label for sample in batch]
             width = image_BV.shape[1]
@@ -80,14 +80,14 @@ def embed(scored: Scored, what: EvaluationSet, batch_size: int = 64, words: int 
         width=width,
         figures=metrics.figures(),
         image_hash=torch.cat(hashes),
-        counts=_known(counts.compute(), scored),
+        counts=_known(counts.compute(), evaluated),
         seconds=time.perf_counter() - start,
     )
 
 
-def _count(counts: SetCounts, scored: Scored, batch: list[Sample], image_hash: Tensor, first: int) -> None:
+def _count(counts: SetCounts, evaluated: EvaluatedModel, batch: list[Sample], image_hash: Tensor, first: int) -> None:
     texts = [text for sample in batch for text in sample.captions]
-    encoder = scored.encoder
+    encoder = evaluated.encoder
     if isinstance(encoder, TwoTowers):
         longest, encoded = encoder.config.text.max_tokens, encoder.vocabulary.encode(texts)
         cut = torch.tensor([len(ids) > longest for ids in encoded], dtype=torch.bool)
@@ -99,11 +99,11 @@ def _count(counts: SetCounts, scored: Scored, batch: list[Sample], image_hash: T
     counts.update(image_hash, read, image_id, owner)
 
 
-def _known(counts: dict[str, int], scored: Scored) -> dict[str, int]:
+def _known(counts: dict[str, int], evaluated: EvaluatedModel) -> dict[str, int]:
     """Without counts that a model with another tokenizer does not state."""
-    if not isinstance(scored.encoder, TwoTowers):
+    if not isinstance(evaluated.encoder, TwoTowers):
         del counts["captions_with_unknown_tokens"]
-        if not isinstance(scored.encoder, Cutting):
+        if not isinstance(evaluated.encoder, Cutting):
             del counts["cut_captions"]
     return counts
 
@@ -111,8 +111,8 @@ def _known(counts: dict[str, int], scored: Scored) -> dict[str, int]:
 class _Words:
     """The metrics of words, fed batch by batch; nothing for models whose dimensions have no names."""
 
-    def __init__(self, scored: Scored, words: int) -> None:
-        self.vocabulary, self.seen = scored.words, 0
+    def __init__(self, evaluated: EvaluatedModel, words: int) -> None:
+        self.vocabulary, self.seen = evaluated.words, 0
         self.metrics: dict[str, Any] = {}
         if self.vocabulary is not None:
             size = len(self.vocabulary)
@@ -131,7 +131,7 @@ class _Words:
         self.metrics["sparsity"].update(image_BV, text_CV)
         if captions:
             ids_CT, mask_CT = self.vocabulary.tokenize(captions, 10_000)
-            own_CV = self.vocabulary.own_words(ids_CT, mask_CT)
+            own_CV = self.vocabulary.in_caption_terms(ids_CT, mask_CT)
             self.metrics["grounding"].update(image_BV, own_CV, image_id, caption_image)
             self.metrics["expansion"].update(text_CV, own_CV, image_id, caption_image)
 

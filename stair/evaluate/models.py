@@ -51,7 +51,7 @@ class Cutting(Protocol):
 
 
 @dataclass(frozen=True)
-class Scored:
+class EvaluatedModel:
     """A model with what tables say of it.
 
     Attributes:
@@ -73,7 +73,7 @@ class Scored:
     facts: dict[str, object]
 
 
-def open_model(source: str, vocabulary: str | None = None) -> Scored:
+def open_model(source: str, vocabulary: str | None = None) -> EvaluatedModel:
     """Opens a model to evaluate.
 
     Args:
@@ -106,10 +106,10 @@ def open_model(source: str, vocabulary: str | None = None) -> Scored:
     truncation = f"{cut}, images centre-cropped to {config['image']['image_size']} px"
     facts = dict(description["training"])
     if not isinstance(model, Stair):
-        return Scored(model, name, "dense", None, extra or model.vocabulary, truncation, facts)
+        return EvaluatedModel(model, name, "dense", None, extra or model.vocabulary, truncation, facts)
     if extra and extra.tokens != model.vocabulary.tokens:
         raise SettingError(f"{source} has words of its own: leave --vocabulary out", "vocabulary")
-    return Scored(model, name, "sparse", model.vocabulary, model.vocabulary, truncation, facts)
+    return EvaluatedModel(model, name, "sparse", model.vocabulary, model.vocabulary, truncation, facts)
 
 
 def _device() -> torch.device:
@@ -168,7 +168,7 @@ class OpenClip:
         return ids
 
 
-def _open_clip(place: str, vocabulary: Vocabulary | None) -> Scored:
+def _open_clip(place: str, vocabulary: Vocabulary | None) -> EvaluatedModel:
     architecture, _, checkpoint = place.partition(":")
     if not checkpoint:
         wanted = "open_clip:ARCHITECTURE:CHECKPOINT, a file or the tag of published weights"
@@ -176,7 +176,7 @@ def _open_clip(place: str, vocabulary: Vocabulary | None) -> Scored:
     model = OpenClip(architecture, checkpoint)
     cut = f"texts cut at {model.context} tokens, images by open_clip's own preprocessing"
     name = f"{architecture} {Path(checkpoint).name}"
-    return Scored(model, name, "dense", None, vocabulary, cut, {"source": "open_clip"})
+    return EvaluatedModel(model, name, "dense", None, vocabulary, cut, {"source": "open_clip"})
 
 
 class SentenceModel:
@@ -224,10 +224,10 @@ class SentenceModel:
         return found.to_dense() if found.is_sparse or found.is_sparse_csr else found
 
 
-def _sentence_transformers(place: str, vocabulary: Vocabulary | None) -> Scored:
+def _sentence_transformers(place: str, vocabulary: Vocabulary | None) -> EvaluatedModel:
     model = SentenceModel(place)
     cut = f"texts cut at {model.model.max_seq_length} tokens, images by the model's own preprocessing"
     # a sparse model of another tokenizer has other words: its dimensions stay nameless here
     words = vocabulary if model.sparse and vocabulary is not None and model.tokens == vocabulary.tokens else None
     kind: Literal["sparse", "dense"] = "sparse" if model.sparse else "dense"
-    return Scored(model, Path(place).name, kind, words, vocabulary, cut, {"source": "sentence-transformers"})
+    return EvaluatedModel(model, Path(place).name, kind, words, vocabulary, cut, {"source": "sentence-transformers"})

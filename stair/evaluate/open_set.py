@@ -82,12 +82,12 @@ def evaluate(
     sets = [_cut(open_set(word, split, classnames, captions), limit) for word in data]
     if no_probe:
         sets = [replace(what, train=[], val=[]) for what in sets]
-    scored = open_model(model, vocabulary)
+    evaluated = open_model(model, vocabulary)
     folder = Path(output).resolve() if output else _beside(model)
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before hours of measuring
-    result, embedded = measure(scored, sets, ks, batch_size=batch_size, say=lambda text: print(text, flush=True))
+    result, embedded = measure(evaluated, sets, ks, batch_size=batch_size, say=lambda text: print(text, flush=True))
     show(result)
-    write(folder, result, scored, sets, embedded)
+    write(folder, result, evaluated, sets, embedded)
     print(f"Written: {folder}/report.html, evaluation.json, model_card.md")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from stair import __version__
 from stair.evaluate.embed import Embedded
-from stair.evaluate.models import Scored
+from stair.evaluate.models import EvaluatedModel
 from stair.evaluate.sets import EvaluationSet
 from stair.files import write_text
 from stair.pages import render
@@ -40,21 +40,21 @@ def show(result: Mapping[str, Any]) -> None:
 def write(
     folder: Path,
     result: Mapping[str, Any],
-    scored: Scored,
+    evaluated: EvaluatedModel,
     sets: Sequence[EvaluationSet],
     embedded: Mapping[str, Embedded],
 ) -> None:
     """Writes `evaluation.json`, `report.html` and `model_card.md` into a folder, each whole or not at all."""
     write_text(folder / "evaluation.json", json.dumps(_without_nan(result), indent=2, ensure_ascii=False) + "\n")
     write_text(folder / "model_card.md", model_card(result))
-    examples = [pictures for what in sets if (pictures := _examples(scored, what, embedded[what.name]))]
+    examples = [pictures for what in sets if (pictures := _examples(evaluated, what, embedded[what.name]))]
     content = render(
         "evaluation.html", tables=list(tables(result)), plots=_plots(result), pictures=(examples or [[]])[0]
     )
     notes = [protocol(name, figures) for name, figures in result["sets"].items()]
     model = result["model"]
     head = f"{model['kind']} model, compared by {model['similarity']}, evaluated by stair {__version__}"
-    write_html(folder / "report.html", f"Evaluation of {scored.name}", [head, *notes], [content])
+    write_html(folder / "report.html", f"Evaluation of {evaluated.name}", [head, *notes], [content])
 
 
 def model_card(result: Mapping[str, Any]) -> str:
@@ -68,7 +68,7 @@ def model_card(result: Mapping[str, Any]) -> str:
 
 
 def _plots(result: Mapping[str, Any]) -> list[tuple[str, bytes]]:
-    """Recall against active words of each set that was pruned, and accuracy of each class."""
+    """Recall against active terms of each set that was pruned, and accuracy of each class."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -94,10 +94,10 @@ def _plots(result: Mapping[str, Any]) -> list[tuple[str, bytes]]:
                         axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:g}")
-            axis.set(xlabel="active words an image", ylabel="R@1, %")
+            axis.set(xlabel="active terms an image", ylabel="R@1, %")
             axis.legend(fontsize=8)
             axis.grid(alpha=0.3)
-            plots.append((f"Recall against active words: {name}", png(figure)))
+            plots.append((f"Recall against active terms: {name}", png(figure)))
         per_class = [found for found in figures.get("zero_shot", {}).get("per_class", []) if found["images"]]
         if 1 < len(per_class) <= 50:
             figure = Figure(figsize=(7, 0.6 + 0.22 * len(per_class)), dpi=110, layout="constrained")
@@ -110,9 +110,9 @@ def _plots(result: Mapping[str, Any]) -> list[tuple[str, bytes]]:
     return plots
 
 
-def _examples(scored: Scored, what: EvaluationSet, embedded: Embedded) -> list[Picture]:
+def _examples(evaluated: EvaluatedModel, what: EvaluationSet, embedded: Embedded) -> list[Picture]:
     """The first images of a set, not chosen, with their words; nothing for dense models."""
-    vocabulary = scored.words
+    vocabulary = evaluated.words
     if vocabulary is None:
         return []
     pictures = []

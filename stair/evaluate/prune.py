@@ -35,7 +35,7 @@ def curve(
         shares: keep words of at least this share of the embedding's heaviest.
 
     Returns:
-        A line each: `kept`, whose words were cut (`side`: `both` or `images`), mean active words of `images` and `texts`,
+        A line each: `kept`, whose words were cut (`side`: `both` or `images`), mean active terms of `images` and `texts`,
         `i2t` and `t2i` recall@1, `index_bytes` of the images. The first line is of everything.
     """
     longest, longest_text = (int(rows.entries.max()) if len(rows.entries) else 0 for rows in (images, texts))

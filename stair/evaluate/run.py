@@ -12,10 +12,10 @@ import torch
 
 from stair.evaluate.classify import TEMPLATES, class_rows, linear_probe, zero_shot
 from stair.evaluate.embed import Embedded, embed
-from stair.evaluate.models import Scored
-from stair.evaluate.naming import naming, right_words, word_rows
+from stair.evaluate.models import EvaluatedModel
 from stair.evaluate.prune import cost, curve
 from stair.evaluate.sets import EvaluationSet
+from stair.evaluate.vocabulary_probe import right_words, vocabulary_probe, word_rows
 from stair.ranking import QUERIES, SparseRows, rank_figures, retrieval_ranks
 from stair.set_counts import class_counts
 
@@ -26,7 +26,7 @@ TIES = "ties count against: an answer ranks behind all wrong ones that score the
 
 
 def evaluate(
-    scored: Scored,
+    evaluated: EvaluatedModel,
     sets: Sequence[EvaluationSet],
     ks: Sequence[int] = KS,
     batch_size: int = 64,
@@ -35,7 +35,7 @@ def evaluate(
     """Measures a model.
 
     Args:
-        scored: the model.
+        evaluated: the model.
         sets: what on.
         ks: the K of recall@K.
         batch_size: images at a time.
@@ -53,10 +53,10 @@ def evaluate(
 
     @cache
     def dense_words() -> tuple[SparseRows, torch.Tensor] | None:
-        if scored.words is not None:
+        if evaluated.words is not None:
             return None
         say("embedding every word of the vocabulary")
-        return word_rows(scored)
+        return word_rows(evaluated)
 
     results: dict[str, Any] = {}
     embedded: dict[str, Embedded] = {}
@@ -68,32 +68,32 @@ def evaluate(
                 f"set {what.name!r} has neither captions that tell images apart nor class names: nothing to measure it by"
             )
         say(f"embedding {what.name}: {len(what.samples)} images")
-        found = embedded[what.name] = embed(scored, what, batch_size)
+        found = embedded[what.name] = embed(evaluated, what, batch_size)
         result: dict[str, Any] = {}
         if what.retrieval:
             say(f"ranking {what.name}")
-            result |= _retrieval(scored, found, ks)
+            result |= _retrieval(evaluated, found, ks)
         if found.figures:
             result["words"] = {k: v for k, v in found.figures.items() if v == v}
         if what.classes:
             say(f"classifying {what.name}")
-            result |= _classification(scored, what, found, batch_size, say)
-        if scored.vocabulary is not None:
-            result["naming"] = _naming(scored, what, found, dense_words)
-        results[what.name] = {"protocol": _protocol(scored, what, found, ks), **result}
-    model = {"name": scored.name, "kind": scored.kind, "similarity": scored.encoder.similarity}
-    return {"model": model | {"training": scored.facts}, "sets": results}, embedded
+            result |= _classification(evaluated, what, found, batch_size, say)
+        if evaluated.vocabulary is not None:
+            result["vocabulary_probe"] = _vocabulary_probe(evaluated, what, found, dense_words)
+        results[what.name] = {"protocol": _protocol(evaluated, what, found, ks), **result}
+    model = {"name": evaluated.name, "kind": evaluated.kind, "similarity": evaluated.encoder.similarity}
+    return {"model": model | {"training": evaluated.facts}, "sets": results}, embedded
 
 
-def _protocol(scored: Scored, what: EvaluationSet, found: Embedded, ks: Sequence[int]) -> dict[str, Any]:
+def _protocol(evaluated: EvaluatedModel, what: EvaluationSet, found: Embedded, ks: Sequence[int]) -> dict[str, Any]:
     counts = [len(captions) for captions in found.captions]
     score_block = 4 * QUERIES * max(len(found.texts.entries), len(found.images.entries))
     return {
         "split": what.split,
         **found.counts,
         "captions_an_image": {"least": min(counts, default=0), "most": max(counts, default=0)},
-        "similarity": scored.encoder.similarity,
-        "truncation": scored.truncation,
+        "similarity": evaluated.encoder.similarity,
+        "truncation": evaluated.truncation,
         "ties": TIES,
         "recall_at": list(ks),
         "queries": "image → text: a hit is any caption of the image; text → image: its one image",
@@ -105,13 +105,13 @@ def _protocol(scored: Scored, what: EvaluationSet, found: Embedded, ks: Sequence
     }
 
 
-def _retrieval(scored: Scored, found: Embedded, ks: Sequence[int]) -> dict[str, Any]:
-    similarity = scored.encoder.similarity
+def _retrieval(evaluated: EvaluatedModel, found: Embedded, ks: Sequence[int]) -> dict[str, Any]:
+    similarity = evaluated.encoder.similarity
     images, texts = found.comparable(similarity)
     ranks = retrieval_ranks(images, texts, found.owner)
     found.counts.update({f"tied_{way}": int(each.tied.sum()) for way, each in ranks.items()})
     result: dict[str, Any] = {"retrieval": {name: float(value) for name, value in rank_figures(ranks, ks).items()}}
-    sparse = scored.kind == "sparse"
+    sparse = evaluated.kind == "sparse"
     result["cost"] = cost(images, texts, found.width, sparse)
     if sparse:
         result["pruned"] = curve(found.images, found.texts, found.owner, similarity, MOST, SHARES)
@@ -119,9 +119,9 @@ def _retrieval(scored: Scored, found: Embedded, ks: Sequence[int]) -> dict[str, 
 
 
 def _classification(
-    scored: Scored, what: EvaluationSet, found: Embedded, batch_size: int, say: Callable[[str], None]
+    evaluated: EvaluatedModel, what: EvaluationSet, found: Embedded, batch_size: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    images, _ = found.comparable(scored.encoder.similarity)
+    images, _ = found.comparable(evaluated.encoder.similarity)
     known = found.labels >= 0
     if int(found.labels.max()) >= len(what.classes):
         raise ValueError(f"set {what.name!r} has label {int(found.labels.max())} and {len(what.classes)} classes")
@@ -129,16 +129,16 @@ def _classification(
         raise ValueError(f"set {what.name!r} has class names but no image with a class")
     test = images.only(known), found.labels[known]
     found.counts.update(class_counts(what.classes, found.labels.tolist(), found.image_hash.tolist()))
-    classes = class_rows(scored, what.classes)
+    classes = class_rows(evaluated, what.classes)
     result: dict[str, Any] = {"zero_shot": zero_shot(*test, classes, what.classes, found.width)}
     result["zero_shot"]["templates"] = list(TEMPLATES)
     found.counts["tied_classes"] = result["zero_shot"]["tied"]
     if len(what.train) and len(what.val):
         learned: list[tuple[SparseRows, torch.Tensor]] = []
         for part, samples in (("train", what.train), ("val", what.val)):
-            own = embed(scored, EvaluationSet(part, samples, retrieval=False), batch_size)
+            own = embed(evaluated, EvaluationSet(part, samples, retrieval=False), batch_size)
             labelled = own.labels >= 0
-            rows, _ = own.comparable(scored.encoder.similarity)
+            rows, _ = own.comparable(evaluated.encoder.similarity)
             learned.append((rows.only(labelled), own.labels[labelled]))
             seen = torch.isin(found.image_hash, own.image_hash[labelled])
             found.counts[f"images_also_in_{part}"] = int(seen.sum())
@@ -152,20 +152,20 @@ def _classification(
     return result
 
 
-def _naming(
-    scored: Scored,
+def _vocabulary_probe(
+    evaluated: EvaluatedModel,
     what: EvaluationSet,
     found: Embedded,
     dense_words: Callable[[], tuple[SparseRows, torch.Tensor] | None],
 ) -> dict[str, Any]:
-    assert scored.vocabulary is not None
-    images, _ = found.comparable(scored.encoder.similarity)
+    assert evaluated.vocabulary is not None
+    images, _ = found.comparable(evaluated.encoder.similarity)
     result = {}
     if what.classes:
-        of_class = [right_words(scored.vocabulary, [name]) for name in what.classes]
+        of_class = [right_words(evaluated.vocabulary, [name]) for name in what.classes]
         right = [of_class[label] if label >= 0 else [] for label in found.labels.tolist()]
-        result["class"] = naming(images, right, found.width, dense_words())
+        result["class"] = vocabulary_probe(images, right, found.width, dense_words())
     if what.retrieval:
-        right = [right_words(scored.vocabulary, captions) for captions in found.captions]
-        result["captions"] = naming(images, right, found.width, dense_words())
+        right = [right_words(evaluated.vocabulary, captions) for captions in found.captions]
+        result["captions"] = vocabulary_probe(images, right, found.width, dense_words())
     return result

@@ -77,7 +77,7 @@ class TextGraph(nn.Module):
 
     def __init__(self, model: Stair) -> None:
         super().__init__()
-        behind = None if model.config.text_words == "own" else model.config.own_word_lead
+        behind = None if model.config.text_form == "masked" else model.config.in_caption_margin
         self.encoder, self.words = model.text_encoder, _Words(model.text_head, _never(model), behind)
         self.size = len(model.vocabulary)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from stair.embeddings import Space
+from stair.embeddings import EmbeddingSpace
 from stair.index.scoring import Query
 
 _LARGEST = 1e30  # products with weights of documents stay within float32
@@ -34,7 +34,9 @@ def parse_words(text: str) -> dict[str, float]:
     return weights
 
 
-def words_query(words: str | Mapping[str, float], space: Space, pieces_of: Callable[[str], list[int]]) -> Query:
+def words_query(
+    words: str | Mapping[str, float], space: EmbeddingSpace, pieces_of: Callable[[str], list[int]]
+) -> Query:
     """The query of weighted words.
 
     Args:
@@ -58,7 +60,7 @@ def words_query(words: str | Mapping[str, float], space: Space, pieces_of: Calla
     return weights_query(list(weights), list(weights.values()), space)
 
 
-def weights_query(words: Sequence[int], weights: Sequence[float], space: Space) -> Query:
+def weights_query(words: Sequence[int], weights: Sequence[float], space: EmbeddingSpace) -> Query:
     """A query of words by id, scaled to length 1 where the space compares by cosine; weights of 0 are left out."""
     word_Q, weight_Q = np.asarray(words, np.int64), np.asarray(weights, np.float32)
     word_Q, weight_Q = word_Q[weight_Q != 0], weight_Q[weight_Q != 0]

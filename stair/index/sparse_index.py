@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
-from stair.embeddings import Embeddings, Space, to_csr
+from stair.embeddings import Embeddings, EmbeddingSpace, to_csr
 from stair.errors import SettingError
 from stair.index.hits import Hit, Hits
 from stair.index.query import weights_query, words_query
@@ -104,7 +104,7 @@ class SparseIndex:
         self._model = model
 
     @property
-    def space(self) -> Space:
+    def space(self) -> EmbeddingSpace:
         """What its vectors are comparable with."""
         return self._store.space
 
@@ -306,7 +306,9 @@ def _hit(store: Store, number: int, score: float, query: Query) -> Hit:
     return Hit(segment.documents.id(n), score, segment, n, query, store.space.tokens)
 
 
-def _parts(vectors: Any, ids: Sequence[str] | None, metadata: Rows, space: Space | None) -> Iterable[Embeddings]:
+def _parts(
+    vectors: Any, ids: Sequence[str] | None, metadata: Rows, space: EmbeddingSpace | None
+) -> Iterable[Embeddings]:
     if isinstance(vectors, Embeddings):
         return [vectors]
     if not hasattr(vectors, "shape"):

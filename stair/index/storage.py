@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import sparse
 
-from stair.embeddings import Embeddings, Space
+from stair.embeddings import Embeddings, EmbeddingSpace
 from stair.errors import FileError, SettingError
 from stair.files import lock, read_json, remove, removed_on_failure, sha256, sync, write_json, write_text
 from stair.index.postings import Arrays, checked, invert
@@ -212,7 +212,9 @@ class Store:
             )
         check(folder / WORDS, self.manifest["words"], content=True)
         tokens = (folder / WORDS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        self.space = Space(self.manifest["space"]["model"], self.manifest["space"]["similarity"], tuple(tokens))
+        self.space = EmbeddingSpace(
+            self.manifest["space"]["model"], self.manifest["space"]["similarity"], tuple(tokens)
+        )
         self.segments: list[Segment] = []
         for written in self.manifest["segments"]:
             self.segments.append(Segment(folder, written, len(self), content=self.bytes <= SMALL))
@@ -233,7 +235,7 @@ class Store:
         return {name for each in ids for name in each.filter(pc.is_in(each, value_set=wanted)).to_pylist()}
 
 
-def build(folder: Path, parts: Iterable[Embeddings], space: Space) -> None:
+def build(folder: Path, parts: Iterable[Embeddings], space: EmbeddingSpace) -> None:
     """Makes an index of some embeddings.
 
     Raises:
@@ -304,7 +306,7 @@ def _remove_unnamed(folder: Path) -> None:
         remove(folder / WORDS)
 
 
-def _new_rows(folder: Path, space: Space, parts: Iterable[Embeddings], ids: dict[str, None]) -> Iterator[Rows]:
+def _new_rows(folder: Path, space: EmbeddingSpace, parts: Iterable[Embeddings], ids: dict[str, None]) -> Iterator[Rows]:
     """Rows of embeddings, checked; `ids` grows by theirs."""
     for part in parts:
         space.demand(part.space, f"vectors for {folder}")

@@ -51,7 +51,7 @@ class Entries(NamedTuple):
 
 
 def entries(won: Won) -> Entries:
-    """Entries of the active words."""
+    """Entries of the active terms."""
     word_A, row_A = won.embedding_BV.T.nonzero(as_tuple=True)
     value_A = won.grad_BV[row_A, word_A] * torch.exp(-won.embedding_BV[row_A, word_A])
     return Entries(won.packing.position(row_A, won.slot_BV[row_A, word_A]), word_A, value_A)

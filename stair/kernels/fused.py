@@ -5,7 +5,7 @@ Done plainly, 256 images of 197 patches against 30,522 words are 1.5 billion num
 * log(1 + ReLU(·)) is monotone, so the max over positions is taken first and the activation applied to B × V numbers;
 * the vocabulary is walked in chunks (reduction.py), so at most N × chunk numbers exist at a time, and padding is left
   out beforehand (packing.py);
-* backwards only the winners of active words count (backward.py).
+* backwards only the winners of active terms count (backward.py).
 
 B rows, T positions, N = real positions of all rows, packed without padding, D width, V words, C words of a chunk.
 """

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stair.kernels.packing import Packing, slot_type
 
-# Looking up the winners of the active words alone beats a pass over all logits below one active word in so many:
+# Looking up the winners of the active terms alone beats a pass over all logits below one active term in so many:
 # benchmarks/head.py --limits
 _LOOK_UP_BELOW = 10
 

@@ -33,7 +33,7 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
         result: of `stair.evaluate.run.evaluate`.
     """
     sets: Mapping[str, Any] = result["sets"]
-    makers = (_retrieval, _classification, _naming, _words, _cost)
+    makers = (_retrieval, _classification, _vocabulary_probe, _words, _cost)
     yield from (table for maker in makers if (table := maker(sets)).lines)
     for name, figures in sets.items():
         if "pruned" in figures:
@@ -117,14 +117,14 @@ def _classification(sets: Mapping[str, Any]) -> Table:
     return Table("Classification", heads, lines, [note])
 
 
-def _naming(sets: Mapping[str, Any]) -> Table:
+def _vocabulary_probe(sets: Mapping[str, Any]) -> Table:
     lines = []
     for name, figures in sets.items():
-        for kind, found in figures.get("naming", {}).items():
+        for kind, found in figures.get("vocabulary_probe", {}).items():
             what = f"{name}, {'class name' if kind == 'class' else 'caption words'}"
-            size = [f"{found['images']:.0f}", f"{found['left_out']:.0f}"]
+            size = [f"{found['images']:.0f}", f"{found['skipped']:.0f}"]
             lines.append([what, *_tops(found, ""), _number(found["median_rank"]), *size])
-            lines.append([f"{what}: the commonest", *_tops(found, "commonest/"), "", *size])
+            lines.append([f"{what}: the commonest", *_tops(found, "frequency_baseline/"), "", *size])
     heads = ["right word among all, %", "top-1", "top-5", "top-10", "median rank", "images", "left out"]
     note = (
         "Every word of the vocabulary competes: a sparse model's weights are read straight off, a dense one embeds each "
@@ -153,7 +153,7 @@ def _words(sets: Mapping[str, Any]) -> Table:
     ]
     note = (
         "Words are word pieces. grounding@K: share of an image's K heaviest words that its captions hold; `frequent` is "
-        "what the K commonest caption words get. added: active words of a text that are not its own; confirmed: held by "
+        "what the K commonest caption words get. added: active terms of a text that are not its own; confirmed: held by "
         "another caption of its image (`any`: by those of any image of the set)."
     )
     return Table("Words", ["", *found], lines if found else [], [note])

@@ -15,7 +15,7 @@ Words = Sequence[tuple[str, float]]
 
 
 def top_words(embedding: Tensor, vocabulary: Vocabulary, k: int) -> list[tuple[str, float]]:
-    """The active words of an embedding with their weights.
+    """The active terms of an embedding with their weights.
 
     Args:
         embedding: (V,), any floating type.

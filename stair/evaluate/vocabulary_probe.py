@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from stair.errors import import_extra
-from stair.evaluate.models import Scored
+from stair.evaluate.models import EvaluatedModel
 from stair.ranking import QUERIES, SparseRows
 from stair.vocabulary import Vocabulary
 
@@ -51,20 +51,20 @@ def _stop_words() -> frozenset[str]:
     return frozenset(text.ENGLISH_STOP_WORDS)
 
 
-def word_rows(scored: Scored, batch_size: int = 256) -> tuple[SparseRows, Tensor]:
+def word_rows(evaluated: EvaluatedModel, batch_size: int = 256) -> tuple[SparseRows, Tensor]:
     """Every whole word of the vocabulary embedded as a text: comparable rows, and (W,) int64 which words they are."""
-    vocabulary = scored.vocabulary
+    vocabulary = evaluated.vocabulary
     assert vocabulary is not None
     never = set(vocabulary.never_active)
     ids = [v for v, token in enumerate(vocabulary.tokens) if v not in never and not token.startswith("##")]
     rows = []
     for first in range(0, len(ids), batch_size):
         words = vocabulary.words(ids[first : first + batch_size])
-        rows.append(SparseRows.of(scored.encoder.encode_text(words).float().cpu()).unit())
+        rows.append(SparseRows.of(evaluated.encoder.encode_text(words).float().cpu()).unit())
     return SparseRows.cat(rows), torch.tensor(ids)
 
 
-def naming(
+def vocabulary_probe(
     images: SparseRows, right: Sequence[Sequence[int]], width: int, words: tuple[SparseRows, Tensor] | None = None
 ) -> dict[str, float]:
     """Ranks each image's right words.
@@ -76,8 +76,8 @@ def naming(
         words: of a dense model (`word_rows`); None: the columns of `images` are the words.
 
     Returns:
-        `top1`, `top5`, `top10`, in 0 to 1, `median_rank`; `images` ranked, and `left_out`; and under `commonest/` the same
-        shares for one who looks at no image and names these images' right words by how many of them have each.
+        `top1`, `top5`, `top10`, in 0 to 1, `median_rank`; numbers of `images` ranked and `skipped`; under
+        `frequency_baseline/` the same shares if every image had the same words, the most frequent right ones first.
     """
     place = {} if words is None else {int(v): row for row, v in enumerate(words[1])}
     word_WV = None if words is None else words[0].matrix(width)
@@ -94,9 +94,9 @@ def naming(
                 ranks.append(1 + int((~(score_W < best)).sum()) - int((~(score_W[at] < best)).sum()))
     found = torch.tensor(ranks, dtype=torch.float64)
     median = statistics.median(ranks) if ranks else float("nan")
-    figures = {"median_rank": median, "images": float(len(found)), "left_out": float(len(right) - len(found))}
+    figures = {"median_rank": median, "images": float(len(found)), "skipped": float(len(right) - len(found))}
     guessed = torch.tensor(_commonest(right), dtype=torch.float64)
-    return _shares(found) | {f"commonest/{key}": share for key, share in _shares(guessed).items()} | figures
+    return _shares(found) | {f"frequency_baseline/{key}": share for key, share in _shares(guessed).items()} | figures
 
 
 def _shares(rank_N: Tensor) -> dict[str, float]:
