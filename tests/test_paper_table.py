@@ -36,7 +36,7 @@ def record(kind: str, t2i: float, test: float) -> dict:
     if kind == "sparse":
         at_64 = round(t2i - 0.1, 3) if t2i == 0.40 else t2i
         cuts = [("all", "both", t2i), ("top 64", "both", at_64), ("top 64", "images", (t2i + at_64) / 2)]
-        cuts.append(("top 128", "both", t2i + 0.05))  # better than all words
+        cuts.append(("top 128", "both", t2i + 0.05))  # better than all terms
         words["pruned"] = [{"kept": kept, "side": side, "t2i": r, "i2t": r} for kept, side, r in cuts]
     naming = {"vocabulary_probe": {"captions": {"top1": t2i, "frequency_baseline/top1": 0.324}}}
     return {"model": {"kind": kind}, "sets": {"v": figures(t2i) | words | naming, "t": figures(test) | words}}
@@ -96,13 +96,13 @@ def test_the_table_means_over_seeds_and_chooses_on_validation(scripts, tmp_path)
     assert f"v, t→i R@1: {0.45 / 0.32:.2f} × dense, wanted 1.13: met" in text
     assert f"t, i→t R@1: {0.1 / 0.4:.2f} × dense, wanted 1.08: not met" in text
     assert f"| v | b (2) | {0.40 / 0.32:.2f} | " in text and "lucky ←" not in text
-    assert text.count("Saying the commonest word of every image, no model: captions 32.4.") == 1
+    assert text.count("Frequency baseline (the most frequent term for every image): captions 32.4.") == 1
     assert (tmp_path / "recall_against_words.png").stat().st_size > 1000
     chosen = json.loads((tmp_path / "table.json").read_text())
     assert (chosen["selected"], chosen["baseline"]) == ("a", "dense")
     # (0.3 + 0.5) / 2 of the best, 0.05 above (0.4 + 0.5) / 2, and of that; of images alone (0.35 + 0.5) / 2
-    assert "v, t→i R@1 at 64 words on both sides: 0.800 of its best cut, 0.889 of all words" in text
-    assert "v, t→i R@1 at 64 terms an image: 0.850 of its best cut, 0.944 of all words" in text
+    assert "v, t→i R@1 at 64 terms on both sides: 0.800 of its best cut, 0.889 of all terms" in text
+    assert "v, t→i R@1 at 64 terms an image: 0.850 of its best cut, 0.944 of all terms" in text
     assert f"| v | b (2) | 1.25 | 1.25 | – | 1.25 | {0.4 / 0.45:.3f} / 1.000 |" in text
     scripts[1].write_table(plan, tmp_path, ["1"])
     assert "| a ← (1) | 50.0 |" in (tmp_path / "table.md").read_text()

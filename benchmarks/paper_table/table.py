@@ -57,7 +57,7 @@ def write_table(plan: dict[str, Any], out: Path, seeds: Sequence[str] = ("*",)) 
             cells = [_cell(head, _values(records, name, head)) for head in heads]
             lines.append(f"| {plan['variants'][variant]['title']}{mark} ({len(records)}) | {' | '.join(cells)} |")
             numbers.setdefault(name, {})[variant] = {head: _values(records, name, head) for head in heads}
-        lines += [*_commonest(found, name), ""]
+        lines += [*_frequency_baseline(found, name), ""]
     if selected and baseline:
         lines += _targets(plan, found, selected, baseline)
     (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -90,13 +90,17 @@ def _records(folder: Path, seeds: Sequence[str]) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-def _commonest(found: dict[str, list[dict[str, Any]]], name: str) -> list[str]:
+def _frequency_baseline(found: dict[str, list[dict[str, Any]]], name: str) -> list[str]:
     """What the vocabulary test gives to one who looks at no image: the same for every run."""
     sets = [record["sets"].get(name, {}) for records in found.values() for record in records]
     naming = [item for figures in sets for item in figures.get("vocabulary_probe", {}).items()]
     key = "frequency_baseline/top1"
     said = {kind: f"{kind} {100 * of[key]:.1f}" for kind, of in naming if key in of}
-    return ["", f"Saying the commonest word of every image, no model: {', '.join(said.values())}."] if said else []
+    return (
+        ["", f"Frequency baseline (the most frequent term for every image): {', '.join(said.values())}."]
+        if said
+        else []
+    )
 
 
 def _values(records: list[dict[str, Any]], name: str, head: str) -> list[float]:
@@ -144,17 +148,17 @@ def _targets(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]], selec
             for side, spoken in SIDES.items():
                 if (left := _at_64(found[selected], name, way, side)) is not None:
                     lines.append(
-                        f"- {name}, {head} at 64 words {spoken}: {left[0]:.3f} of its best cut, {left[1]:.3f} of all "
+                        f"- {name}, {head} at 64 terms {spoken}: {left[0]:.3f} of its best cut, {left[1]:.3f} of all "
                         f"words, wanted {WANTED_AT_64}"
                     )
     lines += [
         "",
-        "All runs, as multiples of dense; and what is left at 64 words of a run's R@1 at its best cut / of all words. The "
+        "All runs, as multiples of dense; and what is left at 64 terms of a run's R@1 at its best cut / of all terms. The "
         "best of a dozen cuts lies above the truth where few images make them differ.",
         "",
     ]
     heads = [f"{head}, wanted {ratio}" for head, ratio in WANTED.items()]
-    heads += [f"{head} at 64 words {spoken}, wanted {WANTED_AT_64}" for spoken in SIDES.values() for head in WAYS]
+    heads += [f"{head} at 64 terms {spoken}, wanted {WANTED_AT_64}" for spoken in SIDES.values() for head in WAYS]
     lines += [f"| set | run (seeds) | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
     for name in [*plan["val"], *plan.get("test", {})]:
         for variant, records in found.items():
@@ -178,7 +182,7 @@ def _of_dense(
 
 
 def _at_64(records: list[dict[str, Any]], name: str, way: str, side: str) -> tuple[float, float] | None:
-    """R@1 with 64 words over the best R@1 of any cut, and over that of all words, means over seeds; None if not cut."""
+    """R@1 with 64 terms over the best R@1 of any cut, and over that of all terms, means over seeds; None if not cut."""
     cuts = [
         # before 2026-11-28 both sides alone were cut
         {(line.get("side", "both"), line["kept"]): line[way] for line in record["sets"].get(name, {}).get("pruned", [])}
@@ -188,8 +192,8 @@ def _at_64(records: list[dict[str, Any]], name: str, way: str, side: str) -> tup
     if not all({wanted, whole} <= of.keys() for of in cuts):
         return None
     means = {cut: statistics.mean(of[cut] for of in cuts) for cut in cuts[0] if all(cut in of for of in cuts)}
-    best, all_words = (means[wanted] / than if than else 0.0 for than in (max(means.values()), means[whole]))
-    return best, all_words
+    best, all_terms = (means[wanted] / than if than else 0.0 for than in (max(means.values()), means[whole]))
+    return best, all_terms
 
 
 def _plot(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]], out: Path, baseline: str | None) -> None:
