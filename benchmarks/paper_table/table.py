@@ -149,7 +149,7 @@ def _targets(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]], selec
                 if (left := _at_64(found[selected], name, way, side)) is not None:
                     lines.append(
                         f"- {name}, {head} at 64 terms {spoken}: {left[0]:.3f} of its best cut, {left[1]:.3f} of all "
-                        f"words, wanted {WANTED_AT_64}"
+                        f"terms, wanted {WANTED_AT_64}"
                     )
     lines += [
         "",
