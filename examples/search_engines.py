@@ -14,13 +14,13 @@ Found = list[tuple[str, float]]
 
 def sqlite_search(database: Any, query: Any, k: int) -> Found:
     """A file of `stair export sqlite`; the statement that scores is in the table `facts`."""
-    weights = {str(word): float(weight) for word, weight in zip(query.words, query.weights, strict=True)}
+    weights = {str(word): float(weight) for word, weight in zip(query.terms, query.weights, strict=True)}
     return database.execute(_statement(database), (json.dumps(weights), k)).fetchall()
 
 
 def duckdb_search(database: Any, query: Any, k: int) -> Found:
     """A file of `stair export duckdb`."""
-    parameters = [query.words.tolist(), [float(weight) for weight in query.weights], k]
+    parameters = [query.terms.tolist(), [float(weight) for weight in query.weights], k]
     return database.execute(_statement(database), parameters).fetchall()
 
 
@@ -32,7 +32,7 @@ def qdrant_search(client: Any, query: Any, k: int, collection: str = "stair") ->
     """A collection of `stair export qdrant`."""
     from qdrant_client import models
 
-    vector = models.SparseVector(indices=query.words.tolist(), values=query.weights.tolist())
+    vector = models.SparseVector(indices=query.terms.tolist(), values=query.weights.tolist())
     points = client.query_points(collection, query=vector, using="words", limit=k).points
     return [(point.payload["id"], point.score) for point in points]
 
@@ -40,7 +40,7 @@ def qdrant_search(client: Any, query: Any, k: int, collection: str = "stair") ->
 def milvus_search(client: Any, query: Any, k: int, collection: str = "stair") -> Found:
     """A collection of `stair export milvus`."""
     client.load_collection(collection)
-    vector = dict(zip(query.words.tolist(), query.weights.tolist(), strict=True))
+    vector = dict(zip(query.terms.tolist(), query.weights.tolist(), strict=True))
     hits = client.search(collection, [vector], anns_field="words", limit=k, search_params={"metric_type": "IP"})[0]
     return [(hit["id"], hit["distance"]) for hit in hits]
 
@@ -49,6 +49,6 @@ def seismic_search(index: Any, query: Any, k: int) -> Found:
     """An index of `stair export seismic`, with settings that favour recall over speed."""
     from seismic import get_seismic_string
 
-    words = query.words.astype(get_seismic_string())
+    words = query.terms.astype(get_seismic_string())
     hits = index.search("", words, query.weights, k, query_cut=len(words), heap_factor=0.0)
     return [(name, score) for _, score, name in hits]

@@ -1,8 +1,7 @@
-"""Sparse embeddings with whose they are and which model made them: what `stair embed` writes and an index takes.
+"""Sparse embeddings with their ids, metadata and model: what `stair embed` writes and an index takes.
 
-A weight means something only to the model that gave it, so vectors never travel without their `EmbeddingSpace`.
-
-N rows, V words. CSR: `indptr` (N+1,), `indices` and `data` (non-zeros,).
+A weight has a meaning only for the model that gave it, so vectors never travel without their `EmbeddingSpace`.
+N rows, V terms. CSR: `indptr` (N+1,), `indices` and `data` (non-zeros,).
 """
 
 import hashlib
@@ -11,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +24,8 @@ from torch import Tensor
 from stair.files import atomic_write, read_json
 
 FORMAT = "stair-embeddings-2"
-PLAN = "embeddings.json"  # what `stair embed` meant to do, beside its parts
+PLAN = "embeddings.json"  # the settings of `stair embed`, beside its parts
+_SUFFIXES = (".safetensors", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -35,29 +35,25 @@ class EmbeddingSpace:
     Attributes:
         model: fingerprint of the weights that made them (`Stair.fingerprint`).
         similarity: `dot`, or `cosine`: then the dot product is taken of rows of length 1.
-        tokens: the V words.
+        tokens: the V terms.
     """
 
     model: str
-    similarity: Literal["dot", "cosine"]
+    similarity: str
     tokens: tuple[str, ...] = field(repr=False)
 
     @cached_property
     def vocabulary(self) -> str:
-        """Fingerprint of the words, as `Vocabulary.fingerprint`."""
+        """Fingerprint of the terms, as `Vocabulary.fingerprint`."""
         return hashlib.sha256("\n".join(self.tokens).encode()).hexdigest()
 
     @cached_property
-    def place(self) -> dict[str, int]:
-        """The dimension of each word."""
+    def term_ids(self) -> dict[str, int]:
+        """The dimension of each term."""
         return {token: v for v, token in enumerate(self.tokens)}
 
-    def demand(self, other: "EmbeddingSpace", what: str) -> None:
-        """Refuses embeddings of another space.
-
-        Args:
-            other: the space of what is to be added or compared.
-            what: how to call it in the message.
+    def check_same(self, other: "EmbeddingSpace", what: str) -> None:
+        """Checks that embeddings of another space, called `what` in the message, are comparable.
 
         Raises:
             ValueError: if model, vocabulary or similarity differ.
@@ -66,7 +62,7 @@ class EmbeddingSpace:
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 raise ValueError(
-                    f"{what}: {name} is {theirs[:12]}, wanted {ours[:12]}. Weights of different models cannot be "
+                    f"{what}: {name} is {theirs[:12]}, it must be {ours[:12]}. Weights of different models cannot be "
                     "compared: embed everything, queries too, with one model"
                 )
 
@@ -90,8 +86,10 @@ class Embeddings:
         ids: N strings.
         space: what they are comparable with.
         metadata: N dictionaries of plain values that the user gave (columns of a table), or none at all.
-        source: N dictionaries that say where each item came from (see `stair.data.items.Item.source`), or none at all.
-            They are stored apart from `metadata`, so that a column of the user's may have any name.
+        source: N dictionaries that state where each item came from (`stair.data.items.Item.source`), or none at all.
+
+    Raises:
+        ValueError: if lengths differ.
     """
 
     vectors: sparse.csr_matrix
@@ -101,17 +99,12 @@ class Embeddings:
     source: Sequence[dict[str, Any]] = ()
 
     def __post_init__(self) -> None:
-        """Refuses parts of different lengths.
-
-        Raises:
-            ValueError: naming the lengths.
-        """
         count = len(self.ids)
         lengths = {len(self.metadata) or count, len(self.source) or count, count}
         if self.vectors.shape != (count, len(self.space.tokens)) or len(lengths) > 1:
             raise ValueError(
                 f"{self.vectors.shape} vectors, {count} ids, {len(self.metadata)} metadata, {len(self.source)} source, "
-                f"{len(self.space.tokens)} words do not fit together"
+                f"{len(self.space.tokens)} terms do not fit together"
             )
 
     def __len__(self) -> int:
@@ -128,17 +121,35 @@ class Embeddings:
             ValueError: for another ending, or metadata that are no plain values.
         """
         path = Path(path)
-        if path.suffix not in _WRITERS:
-            raise ValueError(f"{path} ends in {path.suffix!r}; wanted one of {sorted(_WRITERS)}")
-        header = {
-            "format": FORMAT,
-            "model": self.space.model,
-            "similarity": self.space.similarity,
-            "tokens": "\n".join(self.space.tokens),
-            "facts": json.dumps(facts or {}),
-        }
+        if path.suffix not in _SUFFIXES:
+            raise ValueError(f"{path} ends in {path.suffix!r}; allowed: {', '.join(_SUFFIXES)}")
+        header = {"format": FORMAT, "model": self.space.model, "similarity": self.space.similarity}
+        header |= {"tokens": "\n".join(self.space.tokens), "facts": json.dumps(facts or {})}
+        rows = {"metadata": self._json_rows(self.metadata), "source": self._json_rows(self.source)}
+        indptr, indices = self.vectors.indptr.astype(np.int64), self.vectors.indices.astype(np.int32)
+        data = self.vectors.data.astype(np.float32)
         with atomic_write(path) as part:
-            _WRITERS[path.suffix](self, header, part)
+            if path.suffix == ".safetensors":
+                texts = {"ids": json.dumps(list(self.ids))} | {n: f"[{', '.join(each)}]" for n, each in rows.items()}
+                coded = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
+                save_file({"indptr": indptr, "indices": indices, "data": data, **coded}, str(part), header)
+            else:
+                lists = {"words": indices, "weights": data}
+                columns = {name: pa.LargeListArray.from_arrays(indptr, values) for name, values in lists.items()}
+                table = pa.table({"id": pa.array(list(self.ids), pa.string()), **columns, **rows})
+                parquet.write_table(table.replace_schema_metadata(header), part, compression="zstd")
+
+    def _json_rows(self, records: Sequence[dict[str, Any]]) -> list[str]:
+        """NaN is an error: strict JSON readers reject it."""
+        rows = []
+        for name, row in zip(self.ids, records or [{}] * len(self), strict=True):
+            try:
+                rows.append(json.dumps(row, allow_nan=False))
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"metadata of {name!r}: {error}; give texts, finite numbers, true or false, or lists of these"
+                ) from error
+        return rows
 
     @classmethod
     def load(cls, path: str | Path) -> "Embeddings":
@@ -150,7 +161,7 @@ class Embeddings:
         """
         parts = list(cls.parts(path))
         for part in parts[1:]:
-            parts[0].space.demand(part.space, f"{path} mixes models")
+            parts[0].space.check_same(part.space, f"{path} mixes models")
         return cls(
             sparse.vstack([part.vectors for part in parts], format="csr"),
             [name for part in parts for name in part.ids],
@@ -163,20 +174,33 @@ class Embeddings:
     def parts(cls, path: str | Path) -> Iterator["Embeddings"]:
         """The parts of a folder one after another (or the one file), so that not all need be in memory."""
         for file in part_files(path):
-            yield cls._read(file)
+            header = read_header(file)
+            space = EmbeddingSpace(header["model"], header["similarity"], tuple(header["tokens"].split("\n")))
+            try:
+                columns, ids, metadata, source = (_read_safetensors if file.suffix == _SUFFIXES[0] else _read_parquet)(
+                    file
+                )
+                vectors = sparse.csr_matrix(columns, shape=(len(ids), len(space.tokens)))
+                vectors.check_format(full_check=True)  # else a number out of range is read out of memory later
+            except OSError:
+                raise
+            except Exception as error:  # each format has errors of its own
+                raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+            yield cls(vectors, ids, space, metadata, source)
 
-    @classmethod
-    def _read(cls, path: Path) -> "Embeddings":
-        header = read_header(path)
-        space = EmbeddingSpace(header["model"], header["similarity"], tuple(header["tokens"].split("\n")))  # type: ignore[arg-type]
-        try:
-            vectors, ids, metadata, source = _READERS[path.suffix](path, len(space.tokens))
-            vectors.check_format(full_check=True)  # else a number out of range is read out of memory later
-        except OSError:
-            raise
-        except Exception as error:  # each format has errors of its own
-            raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-        return cls(vectors, ids, space, metadata, source)
+
+def _read_safetensors(path: Path) -> tuple[tuple[Any, Any, Any], list[str], list[dict[str, Any]], list[dict[str, Any]]]:
+    part = load_file(str(path))
+    ids, metadata, source = (json.loads(part[name].tobytes()) for name in ("ids", "metadata", "source"))
+    return (part["data"], part["indices"], part["indptr"]), ids, metadata, source
+
+
+def _read_parquet(path: Path) -> tuple[tuple[Any, Any, Any], list[str], list[dict[str, Any]], list[dict[str, Any]]]:
+    table = parquet.read_table(path).combine_chunks()
+    lists = [table[name].combine_chunks() for name in ("weights", "words")]
+    indptr = lists[0].offsets.to_numpy() - lists[0].offsets[0].as_py()
+    metadata, source = ([json.loads(row) for row in table[name].to_pylist()] for name in ("metadata", "source"))
+    return (*(column.flatten().to_numpy() for column in lists), indptr), table["id"].to_pylist(), metadata, source
 
 
 def part_files(path: str | Path) -> list[Path]:
@@ -187,7 +211,7 @@ def part_files(path: str | Path) -> list[Path]:
         ValueError: if parts are missing.
     """
     path = Path(path)
-    files = [path] if path.is_file() else sorted(f for f in path.glob("part-*") if f.suffix in _READERS)
+    files = [path] if path.is_file() else sorted(f for f in path.glob("part-*") if f.suffix in _SUFFIXES)
     if not files:
         raise FileNotFoundError(f"{path}: no embeddings there; `stair embed` writes them")
     if (path / PLAN).is_file() and len(files) < (parts := read_json(path / PLAN)["parts"]):
@@ -196,7 +220,7 @@ def part_files(path: str | Path) -> list[Path]:
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """What a file of embeddings says of itself: keys `model`, `similarity`, `tokens`, `facts` (json).
+    """The header of a file of embeddings: keys `model`, `similarity`, `tokens`, `facts` (json).
 
     Raises:
         ValueError: if it is not ours.
@@ -215,7 +239,7 @@ def read_header(path: Path) -> dict[str, str]:
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} holds no STAIR embeddings ({header.get('format')!r}); `stair embed` writes them")
     if missing := {"model", "similarity", "tokens", "facts"} - header.keys():
-        raise ValueError(f"{path} is damaged: it does not say its {', '.join(sorted(missing))}; embed again")
+        raise ValueError(f"{path} is damaged: it does not state its {', '.join(sorted(missing))}; embed again")
     return header
 
 
@@ -224,85 +248,19 @@ def to_csr(embedding: Tensor, top: int | None = None, threshold: float = 0.0) ->
 
     Args:
         embedding: (N, V), not negative.
-        top: keep only so many words of a row, the heaviest; equal ones in the order of the vocabulary.
+        top: keep at most this many terms of a row, the heaviest; equal ones in the order of the vocabulary.
         threshold: keep only weights above it.
 
     Returns:
-        (N, V) CSR, float32, words in ascending order.
+        (N, V) CSR, float32, terms in ascending order.
     """
     embedding = embedding.detach().float()
     keep = embedding > threshold
     if top is not None and top < embedding.shape[1]:
         heaviest = embedding.sort(dim=1, descending=True, stable=True).indices[:, :top]
         keep &= torch.zeros_like(keep).scatter_(1, heaviest, True)
-    row, word = keep.nonzero(as_tuple=True)
+    row, term = keep.nonzero(as_tuple=True)
     indptr = torch.zeros(len(embedding) + 1, dtype=torch.int64)
     indptr[1:] = keep.sum(dim=1).cumsum(0).cpu()
-    parts = embedding[row, word].cpu().numpy(), word.cpu().numpy().astype(np.int32), indptr.numpy()
+    parts = embedding[row, term].cpu().numpy(), term.cpu().numpy().astype(np.int32), indptr.numpy()
     return sparse.csr_matrix(parts, shape=tuple(embedding.shape))
-
-
-def _json_rows(embeddings: Embeddings, records: Sequence[dict[str, Any]]) -> list[str]:
-    """Metadata or source of each row, `{}` if there is none. NaN is an error: strict JSON readers reject it."""
-    encode = json.JSONEncoder(allow_nan=False).encode
-    rows = []
-    for name, row in zip(embeddings.ids, records or [{}] * len(embeddings), strict=True):
-        try:
-            rows.append(encode(row))
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"metadata of {name!r}: {error}; give texts, finite numbers, true or false, or lists of these"
-            ) from error
-    return rows
-
-
-def _write_safetensors(embeddings: Embeddings, header: dict[str, str], path: Path) -> None:
-    vectors = embeddings.vectors
-    tensors = {
-        "indptr": vectors.indptr.astype(np.int64),
-        "indices": vectors.indices.astype(np.int32),
-        "data": vectors.data.astype(np.float32),
-        "ids": np.frombuffer(json.dumps(list(embeddings.ids)).encode(), np.uint8),
-        **{
-            name: np.frombuffer(f"[{', '.join(_json_rows(embeddings, records))}]".encode(), np.uint8)
-            for name, records in (("metadata", embeddings.metadata), ("source", embeddings.source))
-        },
-    }
-    save_file(tensors, str(path), header)
-
-
-Read = tuple[sparse.csr_matrix, list[str], list[dict[str, Any]], list[dict[str, Any]]]
-
-
-def _read_safetensors(path: Path, words: int) -> Read:
-    part = load_file(str(path))
-    ids, metadata, source = (json.loads(part[name].tobytes()) for name in ("ids", "metadata", "source"))
-    vectors = sparse.csr_matrix((part["data"], part["indices"], part["indptr"]), shape=(len(ids), words))
-    return vectors, ids, metadata, source
-
-
-def _write_parquet(embeddings: Embeddings, header: dict[str, str], path: Path) -> None:
-    vectors, offsets = embeddings.vectors, pa.array(embeddings.vectors.indptr.astype(np.int64))
-    columns: dict[str, Any] = {
-        "id": pa.array(list(embeddings.ids), pa.string()),
-        "words": pa.LargeListArray.from_arrays(offsets, pa.array(vectors.indices.astype(np.int32))),
-        "weights": pa.LargeListArray.from_arrays(offsets, pa.array(vectors.data.astype(np.float32))),
-        "metadata": pa.array(_json_rows(embeddings, embeddings.metadata), pa.string()),
-        "source": pa.array(_json_rows(embeddings, embeddings.source), pa.string()),
-    }
-    table = pa.table(columns).replace_schema_metadata(header)
-    parquet.write_table(table, path, compression="zstd")
-
-
-def _read_parquet(path: Path, words: int) -> Read:
-    table = parquet.read_table(path).combine_chunks()
-    lists = [table[name].combine_chunks() for name in ("words", "weights")]
-    offsets = lists[0].offsets.to_numpy() - lists[0].offsets[0].as_py()
-    indices, data = (column.flatten().to_numpy() for column in lists)
-    vectors = sparse.csr_matrix((data, indices, offsets), shape=(len(table), words))
-    metadata, source = ([json.loads(row) for row in table[name].to_pylist()] for name in ("metadata", "source"))
-    return vectors, table["id"].to_pylist(), metadata, source
-
-
-_WRITERS = {".safetensors": _write_safetensors, ".parquet": _write_parquet}
-_READERS = {".safetensors": _read_safetensors, ".parquet": _read_parquet}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stair.head import VocabularyHead
 from stair.images import as_rgb, eval_pixels
-from stair.index.hits import SharedWord
+from stair.index import SharedTerm
 from stair.model import Stair
 
 
@@ -90,7 +90,7 @@ class Explanation:
     """
 
     score: float
-    shared: Sequence[SharedWord]
+    shared: Sequence[SharedTerm]
     query: Reading
     document: Reading
 
@@ -99,7 +99,7 @@ class Explanation:
 
         Words that no patch won are left out; where only patches speak, as by default, the patches sum to the score.
         """
-        return shares_on_patches(side, {word.word: word.contribution for word in self.shared})
+        return shares_on_patches(side, {term.token: term.contribution for term in self.shared})
 
 
 def shares_on_patches(side: PictureReading, shares: Mapping[str, float]) -> NDArray[np.float64]:
@@ -182,7 +182,7 @@ def explain(model: Stair, query: Image | str, document: Image | str) -> Explanat
     in_order = sorted(
         a.keys() & b.keys(), key={token: v for v, token in enumerate(model.vocabulary.tokens)}.__getitem__
     )
-    shared = [SharedWord(word, float(a[word]), float(b[word])) for word in in_order]
+    shared = [SharedTerm(word, float(a[word]), float(b[word])) for word in in_order]
     score = 0.0
     for word in shared:
         score += word.contribution

@@ -60,7 +60,7 @@ def explain_command(
             part.write_text(page(subject, words), encoding="utf-8")
     shared = subject.shared if isinstance(subject, Explanation) else ()
     for word in shared[:words]:
-        print(f"{word.contribution:9.4f}  {one_line(word.word)}  ({word.query:.4f} x {word.document:.4f})")
+        print(f"{word.contribution:9.4f}  {one_line(word.token)}  ({word.query:.4f} x {word.document:.4f})")
     if isinstance(subject, Explanation):
         print(f"{subject.score:9.4f}  score, of {len(shared)} shared words")
     print(out)
@@ -110,7 +110,7 @@ def _tiles(subject: Explanation | Reading, words: int) -> list[tuple[str, Image.
 
 def _values(subject: Explanation | Reading) -> list[tuple[str, float]]:
     if isinstance(subject, Explanation):
-        return [(word.word, word.contribution) for word in subject.shared]
+        return [(term.token, term.contribution) for term in subject.shared]
     return list(zip(subject.words, subject.weights.tolist(), strict=True))
 
 
@@ -178,7 +178,7 @@ def _rows(subject: Explanation, words: int) -> list[tuple[str, str, str, str, fl
     """Shared words with both weights, their product, and the length of its bar; the lighter ones in one row."""
     most = max((word.contribution for word in subject.shared), default=1.0)
     shown, rest = subject.shared[:words], subject.shared[words:]
-    rows = [(w.word, f"{w.query:.4f}", f"{w.document:.4f}", w.contribution) for w in shown]
+    rows = [(w.token, f"{w.query:.4f}", f"{w.document:.4f}", w.contribution) for w in shown]
     if rest:
         rows.append((f"{len(rest)} more", "", "", sum(word.contribution for word in rest)))
     return [(w, q, d, f"{value:.4f}", max(0.0, min(1.0, value / most))) for w, q, d, value in rows]

@@ -32,11 +32,11 @@ def test_contributions_sum_to_the_score_of_the_model_and_of_the_index(model, pic
     wanted = float(model.score(model.encode_image([picture]), model.encode_text([text])))
     assert why.score == pytest.approx(wanted, rel=1e-5)
     place = {token: v for v, token in enumerate(model.vocabulary.tokens)}
-    assert sum(w.contribution for w in sorted(why.shared, key=lambda w: place[w.word])) == why.score
+    assert sum(w.contribution for w in sorted(why.shared, key=lambda w: place[w.token])) == why.score
     index = SparseIndex.build(tmp_path / "i", model.encode(images=[picture]), ["p"], model=model)
     hit = index.search(text)[0]
     assert hit.score == pytest.approx(why.score, rel=1e-6)
-    assert [w.word for w in hit.words] == [w.word for w in why.shared]
+    assert [t.token for t in hit.terms] == [t.token for t in why.shared]
     # patches are the only positions that speak, so the score lies wholly on the picture
     assert why.heat(why.document).sum() == pytest.approx(why.score, rel=1e-9)
 

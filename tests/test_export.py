@@ -218,7 +218,7 @@ def test_sqlite_scores_exactly(index, export, tmp_path):
     assert json.loads(metadata) == {"n": 0, "caption": "<0>"}
     statement = database.execute("SELECT value FROM facts WHERE name = 'score'").fetchone()[0]
     negative = index.query(words={"us": 1.0, "u.s": -2.0})
-    weights = json.dumps(dict(zip(map(str, negative.words.tolist()), negative.weights.tolist(), strict=True)))
+    weights = json.dumps(dict(zip(map(str, negative.terms.tolist()), negative.weights.tolist(), strict=True)))
     wanted = [(hit.id, pytest.approx(hit.score)) for hit in index.top(negative, 10)]
     assert database.execute(statement, (weights, 10)).fetchall() == wanted
     with pytest.raises(SystemExit, match="exists"):

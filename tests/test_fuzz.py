@@ -18,9 +18,9 @@ from PIL import Image
 from stair import Embeddings, SparseIndex, Vocabulary
 from stair.data.samples import captions
 from stair.errors import FileError
+from stair.index.metadata import conditions
 from stair.index.query import parse_words
-from stair.index.storage import MANIFEST, read_manifest, write_manifest
-from stair.metadata import conditions
+from stair.index.storage import FILE, State
 from stair.plain import escape, one_line
 from stair.towers import read_description
 from tests.conftest import write_vocabulary
@@ -118,33 +118,24 @@ def test_descriptions_of_models_are_read_or_refused(tiny_stair, tmp_path, slow):
 # ------------------------------------------------------------------ indices
 
 
-@pytest.mark.parametrize("broken", [b"", b"ARROW1", b"x" * 5000])
-def test_a_file_that_is_no_table_is_a_damaged_index(tmp_path, monkeypatch, broken):
+@pytest.mark.parametrize("broken", [b"", b"ARROW1", b"x" * 5000, b"{}", b"[]"])
+def test_a_file_that_is_no_index_is_a_damaged_one(tmp_path, monkeypatch, broken):
     SparseIndex.build(tmp_path / "i", embeddings(5))
-    file = next((tmp_path / "i").glob("segment-*"))
-    file.write_bytes(broken)
-    monkeypatch.setattr("stair.index.storage.check", lambda *_, **__: None)  # as if the manifest were written for it
+    (tmp_path / "i" / FILE).write_bytes(broken)
+    monkeypatch.setattr(State, "check_digest", lambda _: None)  # as if the checksum were of this content
+    with pytest.raises(FileError) as error:
+        SparseIndex.open(tmp_path / "i")
+    assert error.value.path == tmp_path / "i" / FILE
+
+
+@pytest.mark.parametrize("key", ["format", "model", "similarity", "tokens"])
+def test_an_index_that_lacks_a_fact_is_refused(tmp_path, monkeypatch, key):
+    file = SparseIndex.build(tmp_path / "i", embeddings(3)).folder / FILE
+    file.write_bytes(file.read_bytes().replace(f"{key}".encode(), f"{key[:-1]}_".encode()))
+    monkeypatch.setattr(State, "check_digest", lambda _: None)
     with pytest.raises(FileError) as error:
         SparseIndex.open(tmp_path / "i")
     assert error.value.path == file
-
-
-@pytest.mark.parametrize("content", [[], "x", 3, None])
-def test_a_manifest_that_is_no_table_is_refused(tmp_path, content):
-    (tmp_path / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(FileError) as error:
-        SparseIndex.open(tmp_path)
-    assert error.value.path == tmp_path / MANIFEST
-
-
-@pytest.mark.parametrize("key", ["space", "words", "segments"])
-def test_a_manifest_that_lacks_a_part_is_refused(tmp_path, key):
-    SparseIndex.build(tmp_path / "i", embeddings(3))
-    manifest = read_manifest(tmp_path / "i" / MANIFEST)
-    for broken in ({k: v for k, v in manifest.items() if k != key}, {**manifest, key: 7}):
-        write_manifest(tmp_path / "i" / MANIFEST, broken)
-        with pytest.raises(ValueError, match="is no manifest of an index"):
-            SparseIndex.open(tmp_path / "i")
 
 
 @BOTH

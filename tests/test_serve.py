@@ -141,7 +141,7 @@ def test_paths_cannot_leave_the_collection(client, path, name):
         ("post", "/api/text", {"content": b"{"}, 400, "no json"),
         ("post", "/api/text", {"json": {"text": " "}}, 400, "empty"),
         ("post", "/api/text", {"json": [1]}, 400, "object"),
-        ("post", "/api/search", {"json": {"words": {"qqqq": 1}}}, 400, "no piece"),
+        ("post", "/api/search", {"json": {"words": {"qqqq": 1}}}, 400, "no token"),
         ("post", "/api/search", {"json": {"words": {"dog": "x"}}}, 400, "numbers"),
         ("post", "/api/search", {"json": {"words": {"dog": 1}, "k": 10**9}}, 400, "from 1 to"),
         ("post", "/api/search", {"json": {"words": {"dog": 1}, "where": ["colour=red"]}}, 400, "no document has it"),

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from stair.export.target import new_target, opened, rows
 from stair.index import SparseIndex
-from stair.index.scoring import Query
+from stair.index.query import Query
 
 MAX_QUERY_WEIGHT = 64.0  # of Lucene's FeatureField.newLinearQuery
 _MIN_NORMAL = float(np.finfo(np.float32).tiny)
@@ -77,7 +77,7 @@ def _features(query: Query) -> dict[str, float]:
     if (query.weights < 0).any():
         raise ValueError("Lucene's features take no negative weights; leave the words to avoid to a filter")
     scale = query_scale(query)
-    return {str(w): float(x) * scale for w, x in zip(query.words.tolist(), query.weights, strict=True)}
+    return {str(w): float(x) * scale for w, x in zip(query.terms.tolist(), query.weights, strict=True)}
 
 
 def _write(index: SparseIndex, out: Path, name: str, kind: str, query_of: Callable[[Query], dict[str, Any]]) -> None:

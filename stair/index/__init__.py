@@ -1,6 +1,6 @@
 """Exact search over sparse embeddings: an inverted index on disk, and what its hits share with a query."""
 
-from stair.index.hits import Hit, SharedWord
+from stair.index.hits import Hit, SharedTerm
 from stair.index.sparse_index import SparseIndex
 
-__all__ = ["Hit", "SharedWord", "SparseIndex"]
+__all__ = ["Hit", "SharedTerm", "SparseIndex"]

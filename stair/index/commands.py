@@ -4,13 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-from PIL import Image
-
 from stair.embeddings import Embeddings, part_files, read_header
 from stair.images import decode_image
-from stair.index.hits import Hit
 from stair.index.sparse_index import SparseIndex
-from stair.index.storage import MANIFEST, change
+from stair.index.storage import FILE, write_index
 from stair.plain import one_line
 
 
@@ -29,7 +26,7 @@ def index(
         delete: id of a document to delete.
         delete_from: file with an id on each line, all to be deleted.
         replace: documents that are added replace those of the same id; without it, they are refused.
-        verify: compare the checksum of every file.
+        verify: compare the checksum and all numbers.
     """
     folder, embeddings = Path(paths[0]), paths[1:]
     deleted = [delete] if delete is not None else []
@@ -39,10 +36,10 @@ def index(
         for file in part_files(path):
             read_header(file)  # a path that is no embeddings ends the command before anything is written
     parts = (part for path in embeddings for part in Embeddings.parts(path))
-    if embeddings and not deleted and not (folder / MANIFEST).exists():
+    if embeddings and not deleted and not (folder / FILE).exists():
         SparseIndex.build(folder, parts)
     elif deleted or embeddings:
-        change(folder, parts, deleted, replace)
+        write_index(folder, parts, deleted, replace)
     opened = SparseIndex.open(folder)
     if verify:
         opened.verify()
@@ -64,7 +61,7 @@ def search(
     shown: int = 5,
     json_lines: bool = False,
 ) -> None:
-    """Finds the documents of highest score: exact dot products, with the words that make them.
+    """Finds the documents of highest score: exact dot products, with the terms that make them.
 
     Args:
         index: folder of the index.
@@ -76,7 +73,7 @@ def search(
         where: conditions on metadata with ` and ` between, such as 'split=test and year>=2010'; `stair:NAME` is a column of
             our own, such as stair:file. Names and values with signs or ` and ` in them go between double quotes.
         k: how many hits.
-        shown: how many shared words of each.
+        shown: how many shared terms of each.
         json_lines: one JSON object a line instead of a table.
     """
     if (text is not None) + (image is not None) + (words is not None) + (like is not None) != 1:
@@ -86,26 +83,19 @@ def search(
         from stair.model import Stair
 
         opened.use(Stair.from_pretrained(model))
-    query: str | Image.Image | None = decode_image(image.read_bytes()) if image is not None else text
+    query = decode_image(image.read_bytes()) if image is not None else text
     hits = opened.search(query, k, words=words, like=like, where=where or ())
     for hit in hits:
-        print(_json(hit, shown) if json_lines else _line(hit, shown))
+        terms = {term.token: term.contribution for term in hit.terms[:shown]}
+        if json_lines:
+            row = {"id": hit.id, "score": hit.score, "words": terms, "metadata": hit.metadata, "source": hit.source}
+            print(json.dumps(row, default=str))
+        else:
+            shared = " ".join(f"{term}:{contribution:.3f}" for term, contribution in terms.items())
+            print(f"{hit.score:9.4f}  {one_line(hit.id)}  {one_line(shared)}")
     for condition, count in hits.not_comparable.items():
-        print(
-            f"{count} of {len(opened)} documents have no value that compares with {one_line(condition)}; they do not match",
-            file=sys.stderr,
-        )
+        rest = f"have no value that compares with {one_line(condition)}; they do not match"
+        print(f"{count} of {len(opened)} documents {rest}", file=sys.stderr)
     if not hits and not json_lines:
         restricted = f" where {one_line(where)}" if where else ""
-        print(f"no document scores above 0{restricted}: none shares a word with the query that counts for it")
-
-
-def _json(hit: Hit, shown: int) -> str:
-    words = {word.word: word.contribution for word in hit.words[:shown]}
-    row = {"id": hit.id, "score": hit.score, "words": words, "metadata": hit.metadata, "source": hit.source}
-    return json.dumps(row, default=str)
-
-
-def _line(hit: Hit, shown: int) -> str:
-    words = " ".join(f"{word.word}:{word.contribution:.3f}" for word in hit.words[:shown])
-    return f"{hit.score:9.4f}  {one_line(hit.id)}  {one_line(words)}"
+        print(f"no document scores above 0{restricted}: none shares a term with the query that counts for it")

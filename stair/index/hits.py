@@ -1,25 +1,25 @@
-"""What a search returns: documents, and the words that explain each score."""
+"""What a search returns: documents, and the terms that explain each score."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from stair.index.scoring import Query
-from stair.index.storage import Segment
+from stair.index.query import Query
+from stair.index.storage import State
 
 
 @dataclass(frozen=True)
-class SharedWord:
-    """What one word adds to a score.
+class SharedTerm:
+    """What one term adds to a score.
 
     Attributes:
-        word: the piece.
+        token: of the term.
         query: its weight in the query.
         document: its weight in the document.
     """
 
-    word: str
+    token: str
     query: float
     document: float
 
@@ -35,16 +35,15 @@ class Hit:
 
     Attributes:
         id: as it was added.
-        score: dot product of query and document: the contributions of `words`, added up in the order of the vocabulary
-            in float64.
+        score: dot product of query and document: the contributions of `terms`, added up in the order of the vocabulary in
+            float64.
     """
 
     id: str
     score: float
-    _segment: Segment
-    _document: int
+    _number: int
     _query: Query
-    _tokens: Sequence[str]
+    _state: State
 
     def __repr__(self) -> str:
         return f"Hit(id={self.id!r}, score={self.score:.6g})"
@@ -52,24 +51,20 @@ class Hit:
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """The user's values, each of the type that was added. Missing values (None, NaN) are left out."""
-        return self._segment.documents.row(self._document, "user")
+        return self._state.documents.rows("user", self._number, 1)[0]
 
     @cached_property
     def source(self) -> dict[str, Any]:
         """Where it came from, as `Embeddings.source`."""
-        return self._segment.documents.row(self._document, "stair")
+        return self._state.documents.rows("stair", self._number, 1)[0]
 
     @cached_property
-    def words(self) -> list[SharedWord]:
-        """The words that query and document share, largest contribution first, equal ones in the vocabulary's order."""
-        dense_V = self._query.dense()
-        words, weights = self._segment.row(self._document)
-        shared = [
-            SharedWord(self._tokens[v], float(dense_V[v]), float(weight))
-            for v, weight in zip(words, weights, strict=True)
-            if dense_V[v] != 0
-        ]
-        return sorted(shared, key=lambda word: -word.contribution)
+    def terms(self) -> list[SharedTerm]:
+        """The terms that query and document share, largest contribution first, equal ones in the vocabulary's order."""
+        dense_V, tokens = self._query.dense(), self._state.space.tokens
+        row = zip(*self._state.row(self._number), strict=True)
+        shared = [SharedTerm(tokens[v], float(dense_V[v]), float(weight)) for v, weight in row if dense_V[v] != 0]
+        return sorted(shared, key=lambda term: -term.contribution)
 
 
 class Hits(list[Hit]):

@@ -1,20 +1,43 @@
-"""What people type into a word search: `dog:2 beach -people`, words with weights, without any encoder."""
+"""Queries: weighted words as people type them (`dog:2 beach -people`), or a vector, ready for the dot product."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stair.embeddings import EmbeddingSpace
-from stair.index.scoring import Query
 
 _LARGEST = 1e30  # products with weights of documents stay within float32
+
+
+@dataclass(frozen=True)
+class Query:
+    """Terms and weights.
+
+    Attributes:
+        terms: (Q,) int64, ascending.
+        weights: (Q,) float32; negative ones keep documents away.
+        size: V.
+    """
+
+    terms: NDArray[Any]
+    weights: NDArray[Any]
+    size: int
+
+    def dense(self) -> NDArray[Any]:
+        """(V,) float32."""
+        dense_V = np.zeros(self.size, np.float32)
+        dense_V[self.terms] = self.weights
+        return dense_V
 
 
 def parse_words(text: str) -> dict[str, float]:
     """Reads weighted words.
 
     Args:
-        text: words between spaces; `word:2` weighs 2, `word` 1, `-word` -1, `-word:0.5` -0.5. Twice the same word adds up.
+        text: words between spaces; `word:2` weighs 2, `word` 1, `-word` -1, `-word:0.5` -0.5. Weights of a word add up.
 
     Raises:
         ValueError: if there is no word, or a weight is no number.
@@ -34,37 +57,37 @@ def parse_words(text: str) -> dict[str, float]:
     return weights
 
 
-def words_query(
-    words: str | Mapping[str, float], space: EmbeddingSpace, pieces_of: Callable[[str], list[int]]
+def query_of_words(
+    words: str | Mapping[str, float], space: EmbeddingSpace, tokenize: Callable[[str], list[int]]
 ) -> Query:
     """The query of weighted words.
 
     Args:
-        words: weights by word, or a text for `parse_words`. A word that is a piece of the vocabulary is that piece, another
-            one its word pieces.
+        words: weights by word, or a text for `parse_words`. A word that is a term of the vocabulary is that term, another
+            one its tokens.
         space: of the index.
-        pieces_of: gives the word pieces of a word, by id.
+        tokenize: gives the ids of a word's tokens.
 
     Raises:
-        ValueError: if a word has no piece that can be active, or a weight is not finite.
+        ValueError: if a word has no token that can be active, or a weight is not finite.
     """
     weights: dict[int, float] = {}
     for word, weight in (parse_words(words) if isinstance(words, str) else words).items():
         if not abs(weight) <= _LARGEST:
             raise ValueError(f"weight {weight} of {word!r} is not a number up to {_LARGEST:g}")
-        pieces = [space.place[word]] if word in space.place else pieces_of(word)
-        if not pieces:
-            raise ValueError(f"the vocabulary has no piece of {word!r}")
-        for v in pieces:
+        ids = [space.term_ids[word]] if word in space.term_ids else tokenize(word)
+        if not ids:
+            raise ValueError(f"the vocabulary has no token of {word!r}")
+        for v in ids:
             weights[v] = weights.get(v, 0.0) + weight
-    return weights_query(list(weights), list(weights.values()), space)
+    return query_of_weights(list(weights), list(weights.values()), space)
 
 
-def weights_query(words: Sequence[int], weights: Sequence[float], space: EmbeddingSpace) -> Query:
-    """A query of words by id, scaled to length 1 where the space compares by cosine; weights of 0 are left out."""
-    word_Q, weight_Q = np.asarray(words, np.int64), np.asarray(weights, np.float32)
-    word_Q, weight_Q = word_Q[weight_Q != 0], weight_Q[weight_Q != 0]
-    if space.similarity == "cosine" and len(weight_Q):
-        weight_Q = weight_Q / np.float32(np.sqrt(np.sum(weight_Q.astype(np.float64) ** 2)))
-    order = np.argsort(word_Q)
-    return Query(word_Q[order], weight_Q[order], len(space.tokens))
+def query_of_weights(terms: Sequence[int], weights: Sequence[float], space: EmbeddingSpace) -> Query:
+    """A query of term ids, scaled to length 1 where the space compares by cosine; weights of 0 are left out."""
+    terms_Q, weights_Q = np.asarray(terms, np.int64), np.asarray(weights, np.float32)
+    terms_Q, weights_Q = terms_Q[weights_Q != 0], weights_Q[weights_Q != 0]
+    if space.similarity == "cosine" and len(weights_Q):
+        weights_Q = weights_Q / np.float32(np.sqrt(np.sum(weights_Q.astype(np.float64) ** 2)))
+    order = np.argsort(terms_Q)
+    return Query(terms_Q[order], weights_Q[order], len(space.tokens))

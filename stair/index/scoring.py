@@ -1,51 +1,27 @@
-"""The k best documents of a segment, exactly.
+"""The k best documents of a segment, exactly, by loops that numba compiles.
 
-Block by block, every posting of the query's words adds its rounded weight to an integer bound of its document. The bound
-is never below the true score, so a document whose bound does not reach the k-th best score so far is out, with proof;
-each other one is scored exactly from its row, in float64, in the order of the vocabulary. (The product of two float32 is
-exact in float64.) Words of negative weight round the other way: down, so that the bound stays one.
+Block by block, every posting of the query's terms adds its rounded weight to an integer bound of its document. The bound
+is never below the true score, so a document whose bound does not reach the k-th best score so far is excluded. Each other
+document is scored exactly from its row, in float64, in the order of the vocabulary (the product of two float32 is exact in
+float64). Terms of negative weight are rounded down, so that the bound stays an upper one. Equal scores rank by the order
+of addition.
 
-Equal scores rank by the order of addition. numba compiles the loops where it is installed; without it, numpy runs the
-same plan, some ten times slower.
-
-Q words of the query, U words of the segment, R blocks, K wanted.
+Q terms of the query, U terms of the segment, R blocks, K hits wanted.
 """
 
-import importlib.util
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stair.errors import import_extra
 from stair.index.postings import BLOCK, Arrays
 
 Array = NDArray[Any]
 Arrays2 = tuple[Array, Array]
 Arrays3 = tuple[Array, Array, Array]
 Arrays4 = tuple[Array, Array, Array, Array]
-
-
-@dataclass(frozen=True)
-class Query:
-    """Words and weights.
-
-    Attributes:
-        words: (Q,) int64, ascending.
-        weights: (Q,) float32; negative ones keep documents away.
-        size: V.
-    """
-
-    words: Array
-    weights: Array
-    size: int
-
-    def dense(self) -> Array:
-        """(V,) float32."""
-        dense_V = np.zeros(self.size, np.float32)
-        dense_V[self.words] = self.weights
-        return dense_V
 
 
 class Best:
@@ -61,49 +37,43 @@ class Best:
         self.count = np.zeros(1, np.int64)
 
 
-def search_segment(arrays: Arrays, query: Query, dense_V: Array, allowed: Array, first: int, best: Best) -> None:
+def search_segment(arrays: Arrays, query: Arrays2, dense_V: Array, allowed: Array, first: int, best: Best) -> None:
     """Adds a segment's documents to the best.
 
     Args:
         arrays: of the segment, as `invert` made them.
-        query: what to look for.
-        dense_V: `query.dense()`, made once for all segments.
+        query: terms (Q,) int64 ascending, and weights (Q,) float32.
+        dense_V: the same weights, (V,) float32, made once for all segments.
         allowed: (N,) bool, or empty where all documents are.
         first: number of the segment's first document.
         best: grows in place. Only scores above 0 enter.
     """
-    if len(query.words) == 0 or len(arrays["words"]) == 0:
+    if len(query[0]) == 0 or len(arrays["terms"]) == 0:
         return
+    if not hasattr(_own, "bound"):  # one for each thread: fresh zeros would cost more than a small search
+        _own.bound = np.zeros(BLOCK + _CHUNK, np.int32)
     _search(
-        (arrays["words"], arrays["scale"]),
-        (query.words, query.weights),
+        (arrays["terms"], arrays["scale"]),
+        query,
         (arrays["run_start"], arrays["number_start"], arrays["documents"], arrays["bytes"]),
-        (arrays["row_start"], arrays["row_words"], arrays["row_weights"]),
+        (arrays["row_start"], arrays["row_terms"], arrays["row_weights"]),
         dense_V,
         allowed,
         first,
         (best.scores, best.documents, best.count),
-        _zeros(),
+        _own.bound,
     )
 
 
-def _zeros() -> Array:
-    """(BLOCK + _CHUNK,) int32 zeros, this thread's own: fresh ones would cost more than a small search."""
-    if not hasattr(_own, "bound"):
-        _own.bound = np.zeros(BLOCK + _CHUNK, np.int32)
-    bound: Array = _own.bound
-    return bound
-
-
 def _factors(known: Arrays2, query: Arrays2) -> tuple[Array, Array, float]:
-    """The query's words that the segment has: their ranks in it, integer factors of their bytes, and the factors' unit."""
-    words_U, scale_U = known
-    words_Q, weights_Q = query
-    rank_Q = np.minimum(np.searchsorted(words_U, words_Q), len(words_U) - 1)
-    found_Q = words_U[rank_Q] == words_Q
-    rank_Q = rank_Q[found_Q]
-    value_Q = weights_Q[found_Q].astype(np.float64) * scale_U[rank_Q]
-    # all words at 255 stay within 31 bits
+    """The query's terms that the segment has: their ranks in it, integer factors of their bytes, and the factors' unit."""
+    terms_U, scale_U = known
+    terms_Q, weights_Q = query
+    rank_Q = np.minimum(np.searchsorted(terms_U, terms_Q), len(terms_U) - 1)
+    present_Q = terms_U[rank_Q] == terms_Q
+    rank_Q = rank_Q[present_Q]
+    value_Q = weights_Q[present_Q].astype(np.float64) * scale_U[rank_Q]
+    # all terms at 255 stay within 31 bits
     unit = np.abs(value_Q).sum() * 255 / (1 << 30)
     if unit == 0:
         return rank_Q[:0], rank_Q[:0].astype(np.int32), 1.0
@@ -120,27 +90,27 @@ def _insert(score: float, document: int, scores: Array, documents: Array, count:
     """Puts a document in its place; the worst falls out when there are more than k."""
     k = len(scores)
     if count[0] < k:
-        place = count[0]
+        i = count[0]
         count[0] += 1
     elif score > scores[k - 1] or (score == scores[k - 1] and document < documents[k - 1]):
-        place = k - 1
+        i = k - 1
     else:
         return
-    while place > 0 and (scores[place - 1] < score or (scores[place - 1] == score and documents[place - 1] > document)):
-        scores[place], documents[place] = scores[place - 1], documents[place - 1]
-        place -= 1
-    scores[place], documents[place] = score, document
+    while i > 0 and (scores[i - 1] < score or (scores[i - 1] == score and documents[i - 1] > document)):
+        scores[i], documents[i] = scores[i - 1], documents[i - 1]
+        i -= 1
+    scores[i], documents[i] = score, document
 
 
 def _exact(document: int, rows: Arrays3, dense_V: Array) -> float:
-    row_start, row_words, row_weights = rows
+    row_start, row_terms, row_weights = rows
     score = 0.0
     for i in range(row_start[document], row_start[document + 1]):
-        score += np.float64(dense_V[row_words[i]]) * np.float64(row_weights[i])
+        score += np.float64(dense_V[row_terms[i]]) * np.float64(row_weights[i])
     return score
 
 
-def _compiled_search(
+def _search_all(
     known: Arrays2,
     query: Arrays2,
     postings: Arrays4,
@@ -154,7 +124,7 @@ def _compiled_search(
     rank_Q, factor_Q, unit = _factors(known, query)
     if len(rank_Q) == 0:
         return
-    scores, found, count = best
+    scores, documents, count = best
     total, k = len(rows[0]) - 1, len(scores)
     blocks = (total + BLOCK - 1) // BLOCK
     floor = _floor(scores[k - 1], unit) if count[0] == k else 0
@@ -195,7 +165,7 @@ def _compiled_search(
         if bounds[i] > floor:
             score = _exact(candidates[i], rows, dense_V)
             if score > 0:
-                _insert(score, first + candidates[i], scores, found, count)
+                _insert(score, first + candidates[i], scores, documents, count)
                 if count[0] == k:
                     floor = max(floor, _floor(scores[k - 1], unit))
 
@@ -220,72 +190,17 @@ def _add(bound: Array, run: Arrays2, factor: int) -> None:
 
 def _raise(highest_K: Array, bound: int) -> None:
     """Puts a bound among the k highest, which are falling."""
-    place = len(highest_K) - 1
-    while place > 0 and highest_K[place - 1] < bound:
-        highest_K[place] = highest_K[place - 1]
-        place -= 1
-    highest_K[place] = bound
-
-
-def _numpy_search(
-    known: Arrays2,
-    query: Arrays2,
-    postings: Arrays4,
-    rows: Arrays3,
-    dense_V: Array,
-    allowed: Array,
-    first: int,
-    best: Arrays3,
-    bound: Array,
-) -> None:
-    rank_Q, factor_Q, unit = _factors(known, query)
-    if len(rank_Q) == 0:
-        return
-    scores, found, count = best
-    total, k = len(rows[0]) - 1, len(scores)
-    blocks = -(-total // BLOCK)
-    for block in range(blocks):
-        start = block * BLOCK
-        bound[:] = 0
-        size = min(BLOCK, total - start)
-        for rank, factor in zip(rank_Q, factor_Q, strict=True):
-            documents, bytes_S = _run(postings, rank * blocks + block)
-            # a document occurs once in a run, so the sum by index is right
-            there: Any = documents if len(documents) else slice(len(bytes_S))
-            bound[there] += factor * np.maximum(bytes_S, factor < 0).astype(np.int32) - min(factor, 0)
-        if len(allowed):
-            bound[:size][~allowed[start : start + size]] = 0
-        candidates = np.flatnonzero(bound > (_floor(scores[k - 1], unit) if count[0] == k else 0))
-        for i in candidates[np.argsort(-bound[candidates], kind="stable")]:
-            if count[0] == k and bound[i] <= _floor(scores[k - 1], unit):
-                break
-            score = _exact_row(start + i, rows, dense_V)
-            if score > 0:
-                _insert(score, first + start + i, scores, found, count)
-    bound[:] = 0
-
-
-def _exact_row(document: int, rows: Arrays3, dense_V: Array) -> float:
-    row_start, row_words, row_weights = rows
-    row: Any = slice(row_start[document], row_start[document + 1])
-    products = dense_V[row_words[row]].astype(np.float64) * row_weights[row]
-    # cumsum adds one after another, as the compiled loop does; sum would add by pairs
-    return float(products.cumsum()[-1]) if len(products) else 0.0
+    i = len(highest_K) - 1
+    while i > 0 and highest_K[i - 1] < bound:
+        highest_K[i] = highest_K[i - 1]
+        i -= 1
+    highest_K[i] = bound
 
 
 _CHUNK = 128
 _own = threading.local()
 _LOWEST = -(1 << 40)  # far below any bound
-compiled = importlib.util.find_spec("numba") is not None
-_search: Any = _numpy_search
-if compiled:
-    from numba import njit
-
-    _factors = njit(cache=True)(_factors)
-    _floor = njit(cache=True)(_floor)
-    _insert = njit(cache=True)(_insert)
-    _exact = njit(cache=True)(_exact)
-    _raise = njit(cache=True)(_raise)
-    _run = njit(cache=True)(_run)
-    _add = njit(cache=True)(_add)
-    _search = njit(cache=True, nogil=True)(_compiled_search)
+_njit = import_extra("numba", "numba", "search").njit
+for _function in (_factors, _floor, _insert, _exact, _raise, _run, _add):
+    globals()[_function.__name__] = _njit(cache=True)(_function)
+_search: Any = _njit(cache=True, nogil=True)(_search_all)

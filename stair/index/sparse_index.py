@@ -2,19 +2,18 @@
 
     index = SparseIndex.build("birds.index", model.encode(images=pictures), ids=names, model=model)
     for hit in index.search("red bicycle", k=10):
-        print(hit.id, hit.score, hit.words[:3])
+        print(hit.id, hit.score, hit.terms[:3])
 
-Its files never change: a change writes new ones beside them and replaces the manifest (stair/index/storage.py). An open
-index keeps what it opened until it makes a change itself. Any number of threads can search it.
-
-N documents, V words.
+An open index keeps the file that it opened until it makes a change itself. Any number of threads can search it.
+N documents, V terms.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,15 +22,13 @@ from scipy import sparse
 from stair.embeddings import Embeddings, EmbeddingSpace, to_csr
 from stair.errors import SettingError
 from stair.index.hits import Hit, Hits
-from stair.index.query import weights_query, words_query
-from stair.index.scoring import Best, Query, search_segment
-from stair.index.storage import WORDS, Segment, Store, build, change
-from stair.metadata import filtered
+from stair.index.query import Query, query_of_weights, query_of_words
+from stair.index.storage import State, write_index
 
 if TYPE_CHECKING:
     from stair.model import Stair
 
-Rows = Sequence[dict[str, Any]]
+Metadata = Sequence[dict[str, Any]]
 
 
 class SparseIndex:
@@ -41,9 +38,6 @@ class SparseIndex:
         folder: of the index.
         model: encodes texts and images of queries; must be the model of the documents.
 
-    Attributes:
-        folder: the same.
-
     Raises:
         FileNotFoundError: if there is no index.
         FileError: if it is damaged.
@@ -52,7 +46,7 @@ class SparseIndex:
 
     def __init__(self, folder: str | Path, model: "Stair | None" = None) -> None:
         self.folder = Path(folder)
-        self._store = Store(self.folder)
+        self._state = State(self.folder)
         self._model: Stair | None = None
         if model is not None:
             self.use(model)
@@ -68,7 +62,7 @@ class SparseIndex:
         folder: str | Path,
         vectors: Any,
         ids: Sequence[str] | None = None,
-        metadata: Rows = (),
+        metadata: Metadata = (),
         model: "Stair | None" = None,
     ) -> "SparseIndex":
         """Makes a new index.
@@ -77,21 +71,21 @@ class SparseIndex:
             folder: where; must not be an index yet.
             vectors: (N, V) CSR as `Stair.encode` returns it; or `Embeddings`, which bring ids and metadata along, or an
                 iterable of them.
-            ids: N strings, all different; `0`, `1`, … where left out.
+            ids: N strings, all different; `0`, `1`, … by default.
             metadata: N dictionaries of text, finite numbers, booleans, dates, None, or lists and dictionaries of these.
                 They come back with hits as they are, and filters use them.
-            model: the model of the vectors; may be left out for `Embeddings`.
+            model: the model of the vectors; not needed for `Embeddings`.
 
         Raises:
             FileExistsError: if there is an index already.
             SettingError: if an id or a value of the metadata cannot be stored: with id and key.
             ValueError: if parts do not fit together.
         """
-        parts = iter(_parts(vectors, ids, metadata, model.space if model is not None else None))
+        parts = iter(_parts(vectors, ids, metadata, model))
         first = next(parts, None)
         if first is None:
             raise ValueError("no embeddings to build an index of")
-        build(Path(folder), chain([first], parts), first.space)
+        write_index(Path(folder), chain([first], parts), space=first.space)
         return cls(folder, model)
 
     def use(self, model: "Stair") -> None:
@@ -100,81 +94,75 @@ class SparseIndex:
         Raises:
             ValueError: if the documents are of another model.
         """
-        self.space.demand(model.space, f"model for {self.folder}")
+        self.space.check_same(model.space, f"model for {self.folder}")
         self._model = model
 
     @property
     def space(self) -> EmbeddingSpace:
         """What its vectors are comparable with."""
-        return self._store.space
+        return self._state.space
 
     def __len__(self) -> int:
-        return len(self._store)
+        return len(self._state.documents)
 
     def __contains__(self, name: str) -> bool:
-        return any(documents.find(name) is not None for documents in self._store.documents)
+        return self._state.documents.find(name) is not None
 
     @property
     def ids(self) -> Iterator[str]:
         """The ids of all documents, in the order of addition."""
-        return (name for documents in self._store.documents for name in documents.ids.to_pylist())
+        return (name for chunk in self._state.documents.ids.chunks for name in chunk.to_pylist())
 
     @property
     def keys(self) -> list[str]:
         """Names of the metadata that some document has, and of its source with `stair:` before, as filters take them."""
-        return sorted({key for documents in self._store.documents for key in documents.names})
+        return self._state.documents.keys
 
     @property
     def facts(self) -> dict[str, Any]:
         """Size and make: documents, non-zeros, bytes on disk, model, similarity."""
-        store = self._store
-        nonzeros = sum(len(segment.arrays["row_words"]) for segment in store.segments)
-        about = {"model": store.space.model, "similarity": store.space.similarity}
-        return {"documents": len(store), "nonzeros": nonzeros, "bytes": store.bytes, **about}
+        nonzeros = sum(len(arrays["row_terms"]) for arrays in self._state.segments)
+        about = {"model": self.space.model, "similarity": self.space.similarity}
+        return {"documents": len(self), "nonzeros": nonzeros, "bytes": self._state.size, **about}
 
     def verify(self) -> None:
-        """Reads every file, compares its checksum, and the postings with the rows. Opening compares lengths only.
+        """Compares the checksum and all numbers. Opening compares the checksum up to 8 MiB only.
 
         Raises:
-            FileError: naming the first that differs.
+            FileError: if something differs.
         """
-        for segment in self._store.segments:
-            segment.verify(len(self.space.tokens))
+        self._state.verify()
 
     def vector(self, name: str) -> dict[str, float]:
-        """The words of a document, heaviest first; scaled to length 1 where the similarity is cosine.
+        """The terms of a document, heaviest first; scaled to length 1 where the similarity is cosine.
 
         Raises:
             SettingError: if there is no such document.
         """
-        segment, n = self._document(name)
-        words, weights = segment.row(n)
-        return {self.space.tokens[words[i]]: float(weights[i]) for i in np.argsort(-weights, kind="stable")}
+        terms, weights = self._state.row(self._number(name))
+        return {self.space.tokens[terms[i]]: float(weights[i]) for i in np.argsort(-weights, kind="stable")}
 
     def metadata(self, name: str) -> dict[str, Any]:
         """The user's values of a document, without missing ones. Errors as for `vector`."""
-        segment, n = self._document(name)
-        return segment.documents.row(n, "user")
+        return self._state.documents.rows("user", self._number(name), 1)[0]
 
     def source(self, name: str) -> dict[str, Any]:
         """Where a document came from, as `Embeddings.source`. Errors as for `vector`."""
-        segment, n = self._document(name)
-        return segment.documents.row(n, "stair")
+        return self._state.documents.rows("stair", self._number(name), 1)[0]
 
-    def _document(self, name: str) -> tuple[Segment, int]:
-        for segment in self._store.segments:
-            n = segment.documents.find(name)
-            if n is not None:
-                return segment, n
-        raise SettingError(f"{self.folder} has no document {name!r}", "id")
+    def _number(self, name: str) -> int:
+        number = self._state.documents.find(name)
+        if number is None:
+            raise SettingError(f"{self.folder} has no document {name!r}", "id")
+        return number
 
     def content(self) -> Iterator[Embeddings]:
         """All documents, segment by segment, vectors as they are compared."""
-        space = self.space
-        for segment in self._store.segments:
-            rows = segment.documents
-            user, ours = ([rows.row(n, owner) for n in range(len(rows))] for owner in ("user", "stair"))
-            yield Embeddings(segment.vectors(len(space.tokens)), rows.ids.to_pylist(), space, user, ours)
+        state = self._state
+        for segment, (start, end) in enumerate(pairwise(state.first)):
+            ids = state.documents.ids.slice(start, end - start).to_pylist()
+            user, ours = (state.documents.rows(owner, start, end - start) for owner in ("user", "stair"))
+            yield Embeddings(state.vectors(segment), ids, state.space, user, ours)
 
     def search(
         self,
@@ -194,7 +182,7 @@ class SparseIndex:
             words: weighted words, such as `dog:2 beach -people`, or weights by word.
             like: id of a document whose vector is the query; it is left out of the hits.
             where: conditions on metadata that all must hold: one text such as `split=test and year>=2010`, or a list
-                with a text for each (`stair.metadata.conditions`).
+                with a text for each (docs/search.md).
 
         Returns:
             Hits, best first; equal scores in the order of addition.
@@ -211,27 +199,30 @@ class SparseIndex:
     def query(
         self, query: Any = None, *, words: str | Mapping[str, float] | None = None, like: str | None = None
     ) -> Query:
-        """What `search` looks for: words and weights, ready for the dot product. Arguments and errors as there."""
+        """What `search` looks for: terms and weights, ready for the dot product. Arguments and errors as there."""
         if sum(value is not None for value in (query, words, like)) != 1:
             raise ValueError("give one of: a query, words, or the id of a document to search like")
         if like is not None:
-            segment, n = self._document(like)
-            return Query(*segment.row(n), len(self.space.tokens))
+            return Query(*self._state.row(self._number(like)), len(self.space.tokens))
         if words is not None:
-            return words_query(words, self.space, lambda word: (self._model or self).vocabulary.pieces(word))
+            model = self._model
+            return query_of_words(words, self.space, (self._vocabulary if model is None else model.vocabulary).pieces)
         row = self._row(query)
-        return weights_query(row.indices, row.data, self.space)
+        return query_of_weights(row.indices, row.data, self.space)
 
     def top(self, query: Query, k: int, where: str | Sequence[str] = ()) -> Hits:
         """As `search`, for a query that is ready."""
-        store, dense_V = self._store, query.dense()
-        allowed, not_comparable = filtered(store.documents, where)
-        best = Best(max(1, min(k, len(store))))
-        for segment, allowed_N in zip(store.segments, allowed, strict=True):
-            search_segment(segment.arrays, query, dense_V, allowed_N, segment.first, best)
+        from stair.index.scoring import Best, search_segment  # with numba, which only searches need
+
+        state, dense_V = self._state, query.dense()
+        allowed_N, not_comparable = state.documents.matching(where)
+        best = Best(max(1, min(k, len(state.documents))))
+        for arrays, (start, end) in zip(state.segments, pairwise(state.first), strict=True):
+            search_segment(arrays, (query.terms, query.weights), dense_V, allowed_N[start:end], start, best)
         count = int(best.count[0])
-        found = zip(best.documents[:count].tolist(), best.scores[:count].tolist(), strict=True)
-        return Hits([_hit(store, number, score, query) for number, score in found], not_comparable)
+        scored = zip(best.documents[:count].tolist(), best.scores[:count].tolist(), strict=True)
+        ids = state.documents.ids
+        return Hits([Hit(ids[n].as_py(), score, n, query, state) for n, score in scored], not_comparable)
 
     def _row(self, query: Any) -> sparse.csr_matrix:
         from PIL.Image import Image
@@ -253,24 +244,26 @@ class SparseIndex:
                 f"query is a {type(query).__name__}; give a text, a picture (PIL.Image.open(path)), or one row of weights"
             )
         if row.shape != (1, len(self.space.tokens)):
-            raise ValueError(f"query of shape {row.shape}; wanted one row of {len(self.space.tokens)} words")
+            raise ValueError(f"query of shape {row.shape}; give one row of {len(self.space.tokens)} weights")
         if not np.isfinite(row.data).all():
             raise ValueError("a weight of the query is not finite")
         row.sum_duplicates()
         return row
 
     @cached_property
-    def vocabulary(self) -> Any:
-        """The `Vocabulary` of its words."""
+    def _vocabulary(self) -> Any:
         from stair.vocabulary import Vocabulary
 
-        return Vocabulary(self.folder / WORDS)
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "vocab.txt"
+            path.write_text("\n".join(self.space.tokens) + "\n", encoding="utf-8")
+            return Vocabulary(path)
 
     def add(
         self,
         vectors: Any,
         ids: Sequence[str] | None = None,
-        metadata: Rows = (),
+        metadata: Metadata = (),
         replace: bool = False,
     ) -> "SparseIndex":
         """Adds documents, all or none. Readers see the index before or after it.
@@ -283,8 +276,7 @@ class SparseIndex:
         Raises:
             SettingError: if an id is there already or occurs twice.
         """
-        space = self._model.space if self._model is not None else None
-        return self._changed(_parts(vectors, ids, metadata, space), (), replace)
+        return self._changed(_parts(vectors, ids, metadata, self._model), (), replace)
 
     def delete(self, ids: str | Sequence[str]) -> "SparseIndex":
         """Deletes documents, all or none.
@@ -295,30 +287,22 @@ class SparseIndex:
         return self._changed((), [ids] if isinstance(ids, str) else ids, False)
 
     def _changed(self, parts: Iterable[Embeddings], delete: Iterable[str], replace: bool) -> "SparseIndex":
-        change(self.folder, parts, delete, replace)
-        self._store = Store(self.folder)
+        write_index(self.folder, parts, delete, replace)
+        self._state = State(self.folder)
         return self
 
 
-def _hit(store: Store, number: int, score: float, query: Query) -> Hit:
-    segment = next(s for s in reversed(store.segments) if s.first <= number)
-    n = number - segment.first
-    return Hit(segment.documents.id(n), score, segment, n, query, store.space.tokens)
-
-
-def _parts(
-    vectors: Any, ids: Sequence[str] | None, metadata: Rows, space: EmbeddingSpace | None
-) -> Iterable[Embeddings]:
+def _parts(vectors: Any, ids: Sequence[str] | None, metadata: Metadata, model: "Stair | None") -> Iterable[Embeddings]:
     if isinstance(vectors, Embeddings):
         return [vectors]
     if not hasattr(vectors, "shape"):
         parts: Iterable[Embeddings] = vectors
         return parts
-    if space is None:
+    if model is None:
         raise ValueError("whose vectors are these? Give Embeddings, or the model that made them")
     if not sparse.issparse(vectors):
         raise ValueError(f"vectors are a {type(vectors).__name__}; give scipy's CSR, as `model.encode(...)` returns it")
     names = list(ids) if ids is not None else [str(n) for n in range(vectors.shape[0])]
     if wrong := [name for name in names if not isinstance(name, str)]:
         raise ValueError(f"id {wrong[0]!r} is a {type(wrong[0]).__name__}; ids are texts: str(...)")
-    return [Embeddings(sparse.csr_matrix(vectors), names, space, metadata)]
+    return [Embeddings(sparse.csr_matrix(vectors), names, model.space, metadata)]

@@ -1,19 +1,16 @@
-"""An index on disk: immutable segments, and a manifest that names them.
+"""An index on disk: a folder with one immutable Arrow file, which is memory-mapped.
 
-A segment is an Arrow file of up to `SEGMENT` documents, which is memory-mapped: the arrays of stair/index/postings.py and
-the columns of stair/metadata.py, each one a list in a single row. A change writes all documents to new segments beside the
-old ones, then replaces the manifest by a rename. A kill at any time leaves the old index or the new one. An open index
-keeps the segments that it opened, also when they are removed.
-
-N documents, V words.
+A record batch is a segment: the arrays of stair/index/postings.py, a list each in a single row, `order`, and `table`, an
+Arrow stream with the table of stair/index/metadata.py. Segments of a lower order come first. The schema states format,
+model, similarity and tokens. The last 32 bytes are the sha256 of all others. A change writes a new file beside the old one
+and renames it: a kill leaves one of the two, and an open index keeps the file that it opened.
 """
 
 import hashlib
-import json
-import re
-import secrets
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,234 +22,139 @@ from scipy import sparse
 
 from stair.embeddings import Embeddings, EmbeddingSpace
 from stair.errors import FileError, SettingError
-from stair.files import lock, read_json, remove, removed_on_failure, sha256, sync, write_json, write_text
-from stair.index.postings import Arrays, checked, invert
-from stair.metadata import Documents, is_unicode, to_table
+from stair.files import atomic_write, lock, sha256
+from stair.index.metadata import Documents, to_table
+from stair.index.postings import canonical, invert
 from stair.plain import plain
 
-FORMAT = 4
-MANIFEST, WORDS = "manifest.json", "vocab.txt"
-SEGMENT = 1 << 18  # bounds the memory of a change
-SMALL = 8 << 20  # bytes up to which opening compares all checksums: some milliseconds
-_NAME = re.compile(r"segment-[0-9a-f]{12}\.arrow")
-Record = dict[str, Any]
+FILE, FORMAT = "index.arrow", "stair-index-5"
+SEGMENT = 1 << 18  # documents, at least, of all segments but the last; bounds the memory of a change
+SMALL = 8 << 20  # bytes up to which opening compares the checksum: some milliseconds
+_DIGEST = 32
 Rows = tuple[sparse.csr_matrix, pa.Table]
 
 
-def record(path: Path) -> Record:
-    """Waits until a new file is on disk and returns its `name`, `bytes` and `sha256`."""
-    sync(path)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def check(path: Path, written: Record, content: bool) -> None:
-    """Compares a file's length with its record, and its checksum too if `content`.
-
-    Raises:
-        FileError: if it is missing or differs.
-    """
-    size = path.stat().st_size if path.is_file() else None
-    if size != written["bytes"]:
-        raise FileError(f"{path} has {size} bytes, {written['bytes']} were written: build the index again", path)
-    if content and sha256(path) != written["sha256"]:
-        raise FileError(f"{path} is not what was written (sha256 differs): build the index again", path)
-
-
-def write_manifest(path: Path, content: Record) -> None:
-    """Replaces a manifest: from here on its segments are the index."""
-    write_json(path, {**content, "sha256": _digest(content)})
-
-
-def read_manifest(path: Path) -> Record:
-    """Reads a manifest.
-
-    Raises:
-        FileError: if it is missing or damaged.
-    """
-    content = read_json(path)
-    if content.pop("sha256", None) != _digest(content):
-        raise FileError(f"{path} is no manifest of an index, or damaged (sha256 differs)", path)
-    return content
-
-
-def _digest(content: Record) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """Writes arrays as columns of one row, a list each."""
-    lists = [pa.LargeListArray.from_arrays([0, len(array)], array) for array in arrays.values()]
-    batch = pa.RecordBatch.from_arrays(lists, list(arrays))
-    with pa.ipc.new_file(str(path), batch.schema) as file:
-        file.write_batch(batch)
-
-
-def read_arrays(path: Path) -> dict[str, pa.Array]:
-    """Maps what `write_arrays` wrote."""
-    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-    return {name: batch[name].values for name in batch.schema.names}
-
-
-class Segment:
-    """A segment that is open.
-
-    Args:
-        folder: of the index.
-        written: its record.
-        first: number of its first document in the index.
-        content: compare its checksum.
-
-    Raises:
-        FileError: if it is missing or damaged.
-    """
-
-    def __init__(self, folder: Path, written: Record, first: int, content: bool) -> None:
-        if not _NAME.fullmatch(written["name"]):
-            raise FileError(f"{folder / MANIFEST} names {written['name']!r}, which is no segment of an index", folder)
-        self.first, self._written, self._path = first, written, folder / written["name"]
-        check(self._path, written, content)
-        try:
-            arrays = read_arrays(self._path)
-            table = {name: arrays.pop(name) for name in list(arrays) if ":" in name}
-            self.documents = Documents(pa.RecordBatch.from_arrays(list(table.values()), list(table)))
-            self.arrays: Arrays = {name: array.to_numpy() for name, array in arrays.items()}
-        except (ValueError, OSError, AttributeError, pa.ArrowException) as error:
-            raise self._damaged(error) from error
-
-    def __len__(self) -> int:
-        return len(self.documents)
-
-    def _damaged(self, error: Exception) -> FileError:
-        why = f"{type(error).__name__}: {plain(str(error))}"
-        return FileError(f"{self._path} is no segment of an index ({why}); build the index again", self._path)
-
-    def row(self, n: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The words, ascending, and the weights of a document."""
-        row = slice(self.arrays["row_start"][n], self.arrays["row_start"][n + 1])
-        return self.arrays["row_words"][row].astype(np.int64), self.arrays["row_weights"][row]
-
-    def vectors(self, words: int) -> sparse.csr_matrix:
-        """(N, V) rows, ready for the dot product."""
-        parts = self.arrays["row_weights"], self.arrays["row_words"].astype(np.int32), self.arrays["row_start"]
-        return sparse.csr_matrix(parts, shape=(len(self), words))
-
-    def rows(self, words: int) -> Rows:
-        """Vectors and table, checked: a damaged file would get a good checksum when it is written again.
-
-        Raises:
-            FileError: if the file is not what was written, or its numbers are out of range.
-        """
-        check(self._path, self._written, content=True)
-        try:
-            vectors = self.vectors(words)
-            vectors.check_format(full_check=True)
-            self.documents.batch.validate(full=True)
-        except Exception as error:  # whatever wrong types and lengths lead to
-            raise self._damaged(error) from error
-        return vectors, pa.Table.from_batches([self.documents.batch])
-
-    def verify(self, words: int) -> None:
-        """Compares the file with its checksum, and all arrays with the rows.
-
-        A checksum shows damage by accident. Numbers that point out of their arrays, which whoever made the index might
-        have written, are detected by the second.
-
-        Raises:
-            FileError: if something differs.
-        """
-        arrays = invert(checked(self.rows(words)[0], words))
-        # the type too: another one compares as equal, and the compiled search stops at it
-        if wrong := [
-            n for n, a in arrays.items() if self.arrays[n].dtype != a.dtype or not np.array_equal(self.arrays[n], a)
-        ]:
-            raise FileError(f"{self._path}: {wrong[0]} contradicts the rest of it; build the index again", self._path)
-
-
-class Store:
-    """One state of an index.
+class State:
+    """An index file that is open.
 
     Args:
         folder: of the index.
 
     Attributes:
-        manifest: what the folder's manifest stated.
-        segments: in the order of addition.
-        documents: of each segment.
         space: what its vectors are comparable with.
+        segments: arrays of each segment, in the order of addition.
+        first: number of each segment's first document.
+        documents: ids and metadata of all.
+        size: bytes of the file.
 
     Raises:
         FileNotFoundError: if there is no index.
-        FileError: if it is damaged, or of an unknown format.
+        FileError: if it is damaged, or of another format.
     """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / MANIFEST
-        if not path.is_file():
+        self.path = folder / FILE
+        if not self.path.is_file():
             raise FileNotFoundError(f"{folder} is no index; `stair index` or SparseIndex.build makes one")
-        self.manifest = read_manifest(path)
-        while True:
-            try:
-                self._open(folder)
-                return
-            except (KeyError, TypeError, AttributeError) as error:
-                raise FileError(f"{path} is no manifest of an index: {type(error).__name__}: {error}", path) from error
-            except (FileError, FileNotFoundError):
-                # a writer may have removed segments since the manifest was read, or since their length was
-                newer = read_manifest(path)
-                if newer == self.manifest:
-                    raise
-                self.manifest = newer
+        with self._damage():
+            self._data = pa.memory_map(str(self.path)).read_buffer()
+            self.size = self._data.size
+            if self.size <= SMALL:
+                self.check_digest()
+            file = pa.ipc.open_file(self._data.slice(0, self.size - _DIGEST))
+            about = {key.decode(): value.decode() for key, value in file.schema.metadata.items()}
+            if about["format"] != FORMAT:
+                raise FileError(
+                    f"{self.path} has format {about['format']!r}; this version reads {FORMAT!r}. Make it again from its "
+                    "embeddings with `stair index`",
+                    self.path,
+                )
+            self.space = EmbeddingSpace(about["model"], about["similarity"], tuple(about["tokens"].split("\n")))
+            batches = [file.get_batch(n) for n in range(file.num_record_batches)]
+            self.segments = [{name: batch[name].values.to_numpy() for name in batch.schema.names} for batch in batches]
+            self.segments.sort(key=lambda arrays: int(arrays["order"][0]))
+            tables = [pa.ipc.open_stream(pa.py_buffer(arrays["table"])).read_all() for arrays in self.segments]
+            self.documents = Documents(pa.concat_tables(tables, promote_options="default"))
+            self.first = [0, *accumulate(map(len, tables))]
+            if any(
+                len(arrays["row_start"]) != len(rows) + 1 for arrays, rows in zip(self.segments, tables, strict=True)
+            ):
+                raise ValueError("vectors and metadata are of different lengths")
 
-    def _open(self, folder: Path) -> None:
-        if self.manifest.get("format") != FORMAT:
-            raise FileError(
-                f"{folder} has format {self.manifest.get('format')!r}; this version reads {FORMAT}. Make it again from "
-                "its embeddings with `stair index`",
-                folder,
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        try:
+            yield
+        except FileError:
+            raise
+        except Exception as error:  # whatever wrong types and lengths lead to
+            why = f"{type(error).__name__}: {plain(str(error))}"
+            raise FileError(f"{self.path} is damaged ({why}); build the index again", self.path) from error
+
+    def check_digest(self) -> None:
+        """Compares the file with its checksum.
+
+        Raises:
+            FileError: if it differs.
+        """
+        at = max(0, self.size - _DIGEST)
+        if hashlib.sha256(self._data.slice(0, at)).digest() != self._data.slice(at).to_pybytes():
+            raise FileError(f"{self.path} is not what was written (sha256 differs); build the index again", self.path)
+
+    def verify(self, postings: bool = True) -> None:
+        """Reads everything: the checksum, the metadata, the rows, and that the postings agree with the rows.
+
+        A checksum shows damage by accident. The rest shows numbers that point out of their arrays, which whoever made the
+        index could have written with a matching checksum.
+
+        Args:
+            postings: whether to build the postings again for the comparison, which takes as long as building the index.
+
+        Raises:
+            FileError: if something differs.
+        """
+        self.check_digest()
+        with self._damage():
+            self.documents.table.validate(full=True)
+            for segment, arrays in enumerate(self.segments):
+                vectors = self.vectors(segment)
+                vectors.check_format(full_check=True)
+                for name, array in invert(canonical(vectors, len(self.space.tokens))).items() if postings else ():
+                    # the type too: another one compares as equal, and the compiled search stops at it
+                    if arrays[name].dtype != array.dtype or not np.array_equal(arrays[name], array):
+                        raise ValueError(f"array {name} of segment {segment} contradicts the rows")
+
+    def row(self, number: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Terms, ascending, and weights of a document."""
+        segment = bisect_right(self.first, number) - 1
+        arrays, n = self.segments[segment], number - self.first[segment]
+        row = slice(arrays["row_start"][n], arrays["row_start"][n + 1])
+        return arrays["row_terms"][row].astype(np.int64), arrays["row_weights"][row]
+
+    def vectors(self, segment: int) -> sparse.csr_matrix:
+        """The rows of a segment, ready for the dot product."""
+        arrays = self.segments[segment]
+        parts = arrays["row_weights"], arrays["row_terms"].astype(np.int32), arrays["row_start"]
+        return sparse.csr_matrix(parts, shape=(len(arrays["row_start"]) - 1, len(self.space.tokens)))
+
+    def without(self, names: Sequence[Any]) -> Iterator[Rows]:
+        """Rows of all documents but some."""
+        keep = pc.invert(self.documents.has(names))
+        for segment, (start, end) in enumerate(pairwise(self.first)):
+            keep_N = keep.slice(start, end - start)
+            yield (
+                self.vectors(segment)[keep_N.to_numpy()],
+                self.documents.table.slice(start, end - start).filter(keep_N),
             )
-        check(folder / WORDS, self.manifest["words"], content=True)
-        tokens = (folder / WORDS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        self.space = EmbeddingSpace(
-            self.manifest["space"]["model"], self.manifest["space"]["similarity"], tuple(tokens)
-        )
-        self.segments: list[Segment] = []
-        for written in self.manifest["segments"]:
-            self.segments.append(Segment(folder, written, len(self), content=self.bytes <= SMALL))
-        self.documents = [segment.documents for segment in self.segments]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.segments))
-
-    @property
-    def bytes(self) -> int:
-        """On disk."""
-        return int(sum(file["bytes"] for file in [*self.manifest["segments"], self.manifest["words"]]))
-
-    def present(self, names: Iterable[str]) -> set[str]:
-        """Those of some ids that its documents have."""
-        wanted = pa.array([name for name in names if isinstance(name, str) and is_unicode(name)], pa.large_string())
-        ids = (documents.ids for documents in self.documents)
-        return {name for each in ids for name in each.filter(pc.is_in(each, value_set=wanted)).to_pylist()}
 
 
-def build(folder: Path, parts: Iterable[Embeddings], space: EmbeddingSpace) -> None:
-    """Makes an index of some embeddings.
-
-    Raises:
-        FileExistsError: if there is one already.
-        ValueError: as `change`.
-    """
-    if (folder / MANIFEST).exists():
-        raise FileExistsError(f"{folder} is an index already; open it and add, or choose another folder")
-    with _one_writer(folder):
-        segments = _write(folder, _new_rows(folder, space, parts, {}))
-        write_text(folder / WORDS, "\n".join(space.tokens) + "\n")
-        about = {"model": space.model, "similarity": space.similarity, "vocabulary": space.vocabulary}
-        manifest = {"format": FORMAT, "space": about, "words": record(folder / WORDS), "segments": segments}
-        write_manifest(folder / MANIFEST, manifest)
-
-
-def change(folder: Path, parts: Iterable[Embeddings] = (), delete: Iterable[str] = (), replace: bool = False) -> None:
+def write_index(
+    folder: Path,
+    parts: Iterable[Embeddings] = (),
+    delete: Iterable[str] = (),
+    replace: bool = False,
+    space: EmbeddingSpace | None = None,
+) -> None:
     """Deletes and adds documents in one step, all or none of them.
 
     Args:
@@ -260,97 +162,100 @@ def change(folder: Path, parts: Iterable[Embeddings] = (), delete: Iterable[str]
         parts: what is added.
         delete: ids of documents to delete.
         replace: whether what is added replaces documents of the same id, which is an error otherwise.
+        space: of a new index; without it, the folder's index is changed.
 
     Raises:
+        FileExistsError: if there is an index already, and a space is given.
         FileError: if another process is writing, or the index is damaged.
         SettingError: if there is no document to delete, or an id is there already or occurs twice.
         ValueError: if vectors are of another model, or no weights of documents.
     """
-    with _one_writer(folder):
-        store, gone, ids = Store(folder), dict.fromkeys(delete), dict[str, None]()
-        if missing := gone.keys() - store.present(gone):
-            name = next(name for name in gone if name in missing)
-            raise SettingError(f"{folder} has no document {name!r}", "delete")
-        added = _write(folder, _new_rows(folder, store.space, parts, ids))
-        clash = store.present(ids) - gone.keys()
-        if clash and not replace:
-            name = next(name for name in ids if name in clash)
-            raise SettingError(f"id {name!r} is in {folder} already; delete it first, or replace it", "ids")
-        kept = _write(folder, _kept_rows(store, [*gone, *clash]))
-        write_manifest(folder / MANIFEST, {**store.manifest, "segments": [*kept, *added]})
-
-
-@contextmanager
-def _one_writer(folder: Path) -> Iterator[None]:
-    """Removes what is no part of the index when a change has ended, or failed: also what a killed writer left."""
+    if space is not None and (folder / FILE).exists():
+        raise FileExistsError(f"{folder} is an index already; open it and add, or choose another folder")
     created = not folder.exists()
     try:
         with lock(folder / "lock", f"{folder}: another process is writing this index; try again later"):
-            try:
-                yield
-            finally:
-                _remove_unnamed(folder)
+            old = None
+            if space is None:
+                old = State(folder)
+                old.verify(postings=False)  # damage would get a matching checksum in the new file
+                space = old.space
+            _write(folder / FILE, space, _changed(folder, old, space, parts, list(delete), replace))
     finally:
-        if created and not (folder / MANIFEST).exists():
-            with suppress(OSError):
+        if created:
+            with suppress(OSError):  # not empty if all went well
                 folder.rmdir()
 
 
-def _remove_unnamed(folder: Path) -> None:
-    exists = (folder / MANIFEST).exists()
-    named = {segment["name"] for segment in read_manifest(folder / MANIFEST)["segments"]} if exists else set()
-    for path in folder.glob("segment-*"):
-        if path.name not in named:
-            remove(path)  # open maps stay readable
-    if not exists:
-        remove(folder / WORDS)
+def _changed(
+    folder: Path,
+    old: State | None,
+    space: EmbeddingSpace,
+    parts: Iterable[Embeddings],
+    delete: list[str],
+    replace: bool,
+) -> Iterator[tuple[int, Rows]]:
+    """Order and rows of each segment. Old rows come last in the file: what replaces them is known only then."""
+    documents = old.documents if old is not None else Documents(to_table([]))
+    ids = dict[str, None]()
+    if missing := set(delete) - documents.present(delete):
+        name = next(name for name in delete if name in missing)
+        raise SettingError(f"{folder} has no document {name!r}", "delete")
+    yield from ((1, rows) for rows in _segments(_new_rows(folder, space, parts, ids)))
+    clash = documents.present(ids) - set(delete)
+    if clash and not replace:
+        name = next(name for name in ids if name in clash)
+        raise SettingError(f"id {name!r} is in {folder} already; delete it first, or replace it", "ids")
+    if old is not None:
+        yield from ((0, rows) for rows in _segments(old.without([*delete, *clash])))
 
 
 def _new_rows(folder: Path, space: EmbeddingSpace, parts: Iterable[Embeddings], ids: dict[str, None]) -> Iterator[Rows]:
     """Rows of embeddings, checked; `ids` grows by theirs."""
     for part in parts:
-        space.demand(part.space, f"vectors for {folder}")
+        space.check_same(part.space, f"vectors for {folder}")
         for name in part.ids:
             if name in ids:
                 raise SettingError(f"id {name!r} occurs twice", "ids")
             ids[name] = None
         table = to_table(part.ids, part.metadata, part.source)
-        yield space.comparable(checked(part.vectors, len(space.tokens))), table
+        yield space.comparable(canonical(part.vectors, len(space.tokens))), table
 
 
-def _kept_rows(store: Store, gone: list[str]) -> Iterator[Rows]:
-    for segment in store.segments:
-        vectors, table = segment.rows(len(store.space.tokens))
-        keep = pc.invert(pc.is_in(segment.documents.ids, value_set=pa.array(gone, pa.large_string())))
-        yield vectors[keep.to_numpy(zero_copy_only=False)], table.filter(keep)
-
-
-def _write(folder: Path, parts: Iterable[Rows]) -> list[Record]:
-    """Writes rows as segments of `SEGMENT` documents; the last one may have fewer."""
-    written: list[Record] = []
+def _segments(parts: Iterable[Rows]) -> Iterator[Rows]:
+    """The same rows, as segments."""
     waiting: list[Rows] = []
     for vectors, table in parts:
-        for start in range(0, len(table), SEGMENT):
+        for start in range(0, max(1, len(table)), SEGMENT):
             waiting.append((vectors[start : start + SEGMENT], table.slice(start, SEGMENT)))
             if sum(len(rows) for _, rows in waiting) >= SEGMENT:
-                vectors_N, table_N = _joined(waiting)
-                written.append(_write_segment(folder, vectors_N[:SEGMENT], table_N.slice(0, SEGMENT)))
-                waiting = [(vectors_N[SEGMENT:], table_N.slice(SEGMENT))] if len(table_N) > SEGMENT else []
-    return [*written, _write_segment(folder, *_joined(waiting))] if waiting else written
+                yield _joined(waiting)
+                waiting = []
+    if waiting:
+        yield _joined(waiting)
 
 
 def _joined(parts: list[Rows]) -> Rows:
-    if len(parts) == 1:
-        return parts[0]
-    tables = [table for _, table in parts]
-    return sparse.vstack([rows for rows, _ in parts], format="csr"), pa.concat_tables(tables, promote_options="default")
+    vectors, tables = zip(*parts, strict=True)
+    return sparse.vstack(vectors, format="csr"), pa.concat_tables(tables, promote_options="default")
 
 
-def _write_segment(folder: Path, vectors: sparse.csr_matrix, table: pa.Table) -> Record:
-    path = folder / f"segment-{secrets.token_hex(6)}.arrow"
-    with removed_on_failure(folder, path):
-        columns = zip(table.column_names, (column.combine_chunks() for column in table.columns), strict=True)
-        write_arrays(path, {**{name: pa.array(array) for name, array in invert(vectors).items()}, **dict(columns)})
-        written = record(path)
-        sync(folder)
-    return written
+def _write(path: Path, space: EmbeddingSpace, segments: Iterator[tuple[int, Rows]]) -> None:
+    about = {"format": FORMAT, "model": space.model, "similarity": space.similarity, "tokens": "\n".join(space.tokens)}
+    with atomic_write(path) as part:
+        batches = (_batch(order, *rows) for order, rows in segments)
+        first = next(batches)  # there is always one
+        with pa.ipc.new_file(str(part), first.schema.with_metadata(about)) as file:
+            for batch in chain([first], batches):
+                file.write_batch(batch)
+        with part.open("ab") as end:
+            end.write(bytes.fromhex(sha256(part)))
+
+
+def _batch(order: int, vectors: sparse.csr_matrix, table: pa.Table) -> pa.RecordBatch:
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    arrays = {"order": np.array([order]), **invert(vectors), "table": np.frombuffer(stream.getvalue(), np.uint8)}
+    lists = [pa.LargeListArray.from_arrays([0, len(array)], pa.array(array)) for array in arrays.values()]
+    return pa.RecordBatch.from_arrays(lists, list(arrays))

@@ -126,7 +126,7 @@ class SearchPage:
             {
                 "id": hit.id,
                 "score": hit.score,
-                "words": [[word.word, word.contribution] for word in hit.words[:_SHOWN_WORDS]],
+                "words": [[term.token, term.contribution] for term in hit.terms[:_SHOWN_WORDS]],
                 "metadata": hit.metadata,
                 "source": hit.source,
             }
