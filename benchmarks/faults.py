@@ -234,7 +234,7 @@ def words(data: Path, run: Path, stage: int, ranks: int) -> list[str]:
 
 def write_index(run: Path) -> None:
     """An index of the release's embeddings of some texts, or nothing where it is there."""
-    if not (run / "i" / "manifest.json").exists():
+    if not (run / "i" / "index.arrow").exists():
         model = Stair.from_pretrained(run / "stage3" / "stair")
         texts = [f"a {colour} circle" for colour in ("red", "blue", "green", "yellow")]
         SparseIndex.build(run / "i", model.encode(texts=texts), texts, model=model)
