@@ -1,7 +1,7 @@
-"""A scene as its picture and as its captions, both drawn from the same `Scene`, so that they agree exactly."""
+"""The image and the captions of a scene."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from random import Random
 
 from PIL import Image, ImageDraw
@@ -22,8 +22,9 @@ from datamodules.scenes import (
 )
 
 _SUPERSAMPLE = 4
+_BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 
-# the second relation is the first one read backwards: "A left of B" is "B right of A"
+# relations forward and backward: "A left of B" is "B right of A"
 _BESIDE = (("to the left of", "left of"), ("to the right of", "right of"))
 _STACKED = (("above", "over", "on top of"), ("below", "under", "beneath"))
 _VAGUE = ("next to", "beside", "near", "and", "with")
@@ -36,11 +37,37 @@ _SIDES = {
 _OPENERS = ("", "", "", "a picture of", "a drawing of", "an image of", "an illustration of", "we see", "look at")
 
 
-# Pictures
+def draw_scene(scene: Scene, rng: Random, image_size: int) -> Image.Image:
+    """Draws a scene; `rng` decides what no caption states: exact position, size, tint and tilt.
+
+    Returns:
+        An RGB image of `image_size` × `image_size` pixels.
+    """
+    side, background = image_size * _SUPERSAMPLE, BACKGROUNDS[scene.background]
+    # brightness only: a tint would turn grey into lavender
+    brightness = [rng.randint(-7, 7)] * 3
+    tones = tuple(_shifted(tone, brightness) for tone in background.tones)
+    canvas = Image.new("RGB", (side, side), tones[0])
+    draw = ImageDraw.Draw(canvas)
+    if background.paint:
+        background.paint(draw, side, tones, rng)
+    for group, box in zip(scene.groups, LAYOUTS[scene.layout].boxes, strict=True):
+        colour = _shifted(COLOURS[group.colour][0], [rng.randint(-10, 10) for _ in range(3)])
+        for left, top, right, bottom in _cells(box, group.count):
+            if group.size == "small":
+                extent = rng.uniform(0.215, 0.24)
+            else:
+                extent = rng.uniform(0.42, 0.46) if min(right - left, bottom - top) < 0.9 else rng.uniform(0.48, 0.7)
+            slack_x, slack_y = (max(0.0, length - extent) * 0.35 for length in (right - left, bottom - top))
+            x = ((left + right) / 2 + rng.uniform(-slack_x, slack_x)) * side
+            y = ((top + bottom) / 2 + rng.uniform(-slack_y, slack_y)) * side
+            turn = math.radians(rng.uniform(-9, 9))
+            _draw_object(draw, SHAPES[group.shape], colour, (x, y), extent * side / 2, turn)
+    return canvas.resize((image_size, image_size), Image.Resampling.BOX)
 
 
 def _cells(box: Box, count: int) -> list[Box]:
-    """Divides a group's place into equal rows and columns, one cell an object; a last row that is short is centred."""
+    """Divides a box into equal rows and columns, one cell an object; a short last row is centred."""
     left, top, right, bottom = box
     width, height = right - left, bottom - top
     columns = min(count, 2 if width <= height or count == 4 else count)
@@ -67,94 +94,54 @@ def _mix(colour: Colour, other: Colour, share: float) -> Colour:
 
 
 def _draw_object(
-    draw: ImageDraw.ImageDraw, shape: Shape, colour: Colour, middle: Point, radius: float, turn: float
+    draw: ImageDraw.ImageDraw, shape: Shape, colour: Colour, centre: Point, radius: float, turn: float
 ) -> None:
-    """Draws one object: outlines of all its body first and fills over them, so that only the outer edge stays."""
+    cos, sin = math.cos(turn) * radius, math.sin(turn) * radius
 
-    def place(points: list[Point]) -> list[Point]:
-        cos, sin = math.cos(turn) * radius, math.sin(turn) * radius
-        return [(middle[0] + x * cos - y * sin, middle[1] + x * sin + y * cos) for x, y in points]
+    def placed(points: list[Point]) -> list[Point]:
+        return [(centre[0] + x * cos - y * sin, centre[1] + x * sin + y * cos) for x, y in points]
 
-    dark, light = _mix(colour, (0, 0, 0), 0.4), _mix(colour, (255, 255, 255), 0.45)
-    tones: dict[str | Colour, Colour] = {"dark": dark, "light": light, "body": colour}
-    body = [place(points) for points in shape.body]
-    edge = _mix(colour, (255, 255, 255), 0.4) if sum(colour) < 150 else dark
-    for points in body:
+    tones = {"dark": _mix(colour, _BLACK, 0.4), "light": _mix(colour, _WHITE, 0.45), "body": colour}
+    edge = _mix(colour, _WHITE, 0.4) if sum(colour) < 150 else tones["dark"]
+    body = [placed(points) for points in shape.body]
+    for points in body:  # all outlines before all fills: only the outer edge stays
         draw.line([*points, points[0]], fill=edge, width=max(2, round(radius / 9)), joint="curve")
     for points in body:
         draw.polygon(points, fill=colour)
     for tone, points in shape.details:
-        draw.polygon(place(points), fill=tones.get(tone, tone))
+        draw.polygon(placed(points), fill=tones[tone] if isinstance(tone, str) else tone)
 
 
-def draw_scene(scene: Scene, rng: Random, image_size: int) -> Image.Image:
-    """Draws a scene; `rng` decides what a caption does not tell: exact place, size, tint and tilt.
+def caption_scene(scene: Scene, rng: Random) -> list[str]:
+    """Describes a scene in five distinct ways.
 
     Returns:
-        An RGB image of `image_size` × `image_size` pixels.
+        Five captions in lower case without punctuation: all of the scene; most of it; some of it; one group; and the
+        positions with few attributes.
     """
-    side = image_size * _SUPERSAMPLE
-    background = BACKGROUNDS[scene.background]
-    # grounds vary in brightness only: a tint would turn grey into lavender
-    brightness = [rng.randint(-7, 7)] * 3
-    tones = tuple(_shifted(tone, brightness) for tone in background.tones)
-    canvas = Image.new("RGB", (side, side), tones[0])
-    draw = ImageDraw.Draw(canvas)
-    background.paint(draw, side, tones, rng)
-    for group, box in zip(scene.groups, LAYOUTS[scene.layout].boxes, strict=True):
-        colour = _shifted(COLOURS[group.colour][0], [rng.randint(-10, 10) for _ in range(3)])
-        for left, top, right, bottom in _cells(box, group.count):
-            room = min(right - left, bottom - top)
-            if group.size == "small":
-                extent = rng.uniform(0.215, 0.24)
-            else:
-                extent = rng.uniform(0.42, 0.46) if room < 0.9 else rng.uniform(0.48, 0.7)
-            slack_x, slack_y = (max(0.0, length - extent) * 0.35 for length in (right - left, bottom - top))
-            middle = (
-                ((left + right) / 2 + rng.uniform(-slack_x, slack_x)) * side,
-                ((top + bottom) / 2 + rng.uniform(-slack_y, slack_y)) * side,
-            )
-            turn = math.radians(rng.uniform(-9, 9))
-            _draw_object(draw, SHAPES[group.shape], colour, middle, extent * side / 2, turn)
-    return canvas.resize((image_size, image_size), Image.Resampling.BOX)
+    captions: list[str] = []
+    # probability that an attribute is stated, and that the background is
+    for detail, ground in ((1.0, 1.0), (0.75, 0.7), (0.5, 0.3), (None, 0.0), (0.15, 1.0)):
+        caption = _caption(scene, rng, detail, ground)
+        while caption in captions:
+            caption = _caption(scene, rng, detail, ground)
+        captions.append(caption)
+    return captions
 
 
-# Captions
+def _caption(scene: Scene, rng: Random, detail: float | None, ground: float) -> str:
+    """A caption of all groups, or of one of them if `detail` is None."""
+    body = _phrase(rng.choice(scene.groups), rng, 0.8) if detail is None else _groups(scene, rng, detail)
+    background = ""
+    if detail is not None and rng.random() < ground:
+        background = rng.choice(BACKGROUNDS[scene.background].phrases)
+    if body.count(" ") < 18:  # so that every caption fits into 32 tokens
+        body = f"{rng.choice(_OPENERS)} {body}".strip()
+    return f"{background} {body}".strip() if rng.random() < 0.2 else f"{body} {background}".strip()
 
 
-def _phrase(group: Group, rng: Random, detail: float) -> str:
-    """Names a group; size and colour are each told with probability `detail`."""
-    noun = rng.choice(SHAPES[group.shape].nouns)[group.count > 1]
-    size = rng.choice(SIZES[group.size]) if rng.random() < detail else ""
-    colour = rng.choice(COLOURS[group.colour][1]) if rng.random() < detail else ""
-    count = rng.choice(COUNTS[group.count])
-    if colour and rng.random() < 0.2:
-        words = [count, size, noun, rng.choice(("in", "painted", "coloured")), colour]
-    else:
-        words = [count, size, colour, noun]
-    words = [word for word in words if word]
-    if words[0] == "a" and words[1][0] in "aeiou":
-        words[0] = "an"
-    return " ".join(words)
-
-
-def _relation(scene: Scene, first: int, second: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What is said between two groups with `first` < `second`, and what when they are named the other way round."""
-    (left, _, right, _), (other_left, _, other_right, _) = (LAYOUTS[scene.layout].boxes[i] for i in (first, second))
-    return _BESIDE if right <= other_left or other_right <= left else _STACKED
-
-
-def _pair(scene: Scene, first: int, second: int, rng: Random, detail: float) -> str:
-    a, b = (_phrase(scene.groups[i], rng, detail) for i in (first, second))
-    forward, backward = _relation(scene, first, second)
-    if rng.random() >= detail:
-        forward = backward = _VAGUE
-    a, b, words = (a, b, forward) if rng.random() < 0.6 else (b, a, backward)
-    return f"{a} {rng.choice(words)} {b}"
-
-
-def _everything(scene: Scene, rng: Random, detail: float) -> str:
-    """Names all groups, and their relations with probability `detail`."""
+def _groups(scene: Scene, rng: Random, detail: float) -> str:
+    """Names all groups; attributes and relations each with probability `detail`."""
     if len(scene.groups) == 1:
         return _phrase(scene.groups[0], rng, detail)
     if len(scene.groups) == 2:
@@ -168,36 +155,28 @@ def _everything(scene: Scene, rng: Random, detail: float) -> str:
     return f"{pair} {rng.choice(('with', 'and'))} {third} {where}".strip()
 
 
-def _caption(body: str, background: str, rng: Random) -> str:
-    """Puts an opener before the body and the background (empty for none) behind or before both."""
-    if body.count(" ") < 18:  # so that every caption fits into 32 tokens
-        body = f"{rng.choice(_OPENERS)} {body}".strip()
-    return f"{background} {body}".strip() if rng.random() < 0.2 else f"{body} {background}".strip()
+def _pair(scene: Scene, first: int, second: int, rng: Random, detail: float) -> str:
+    a, b = (_phrase(scene.groups[i], rng, detail) for i in (first, second))
+    forward, backward = _relation(scene, first, second)
+    if rng.random() >= detail:
+        forward = backward = _VAGUE
+    a, b, relations = (a, b, forward) if rng.random() < 0.6 else (b, a, backward)
+    return f"{a} {rng.choice(relations)} {b}"
 
 
-def caption_scene(scene: Scene, rng: Random) -> list[str]:
-    """Describes a scene in five distinct ways.
+def _relation(scene: Scene, first: int, second: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    (left, _, right, _), (other_left, _, other_right, _) = (LAYOUTS[scene.layout].boxes[i] for i in (first, second))
+    return _BESIDE if right <= other_left or other_right <= left else _STACKED
 
-    Returns:
-        Five captions in lower case without punctuation: all of the scene; most of it; some of it; one group alone; and
-        what stands where, with hardly a word on looks.
-    """
-    phrases = BACKGROUNDS[scene.background].phrases
 
-    def ground(probability: float) -> str:
-        return rng.choice(phrases) if rng.random() < probability else ""
-
-    forms: tuple[Callable[[], str], ...] = (
-        lambda: _caption(_everything(scene, rng, 1), ground(1), rng),
-        lambda: _caption(_everything(scene, rng, 0.75), ground(0.7), rng),
-        lambda: _caption(_everything(scene, rng, 0.5), ground(0.3), rng),
-        lambda: _caption(_phrase(rng.choice(scene.groups), rng, 0.8), "", rng),
-        lambda: _caption(_everything(scene, rng, 0.15), ground(1), rng),
-    )
-    captions: list[str] = []
-    for form in forms:
-        caption = form()
-        while caption in captions:
-            caption = form()
-        captions.append(caption)
-    return captions
+def _phrase(group: Group, rng: Random, detail: float) -> str:
+    noun = rng.choice(SHAPES[group.shape].nouns)[group.count > 1]
+    size = rng.choice(SIZES[group.size]) if rng.random() < detail else ""
+    colour = rng.choice(COLOURS[group.colour][1]) if rng.random() < detail else ""
+    parts = [rng.choice(COUNTS[group.count]), size, colour, noun]
+    if colour and rng.random() < 0.2:
+        parts[2:] = [noun, rng.choice(("in", "painted", "coloured")), colour]
+    parts = [part for part in parts if part]
+    if parts[0] == "a" and parts[1][0] in "aeiou":
+        parts[0] = "an"
+    return " ".join(parts)

@@ -1,127 +1,50 @@
-"""Drawn scenes with captions: a data set that needs no download, to train and to test all stages on a laptop.
+"""Drawn scenes with captions: a data set without a download, to train and to test all stages on a laptop.
 
-Every scene is drawn from a `Scene`, and so are its captions, so what an image shows is known exactly. Two properties
-make it a test of STAIR rather than of any classifier:
-
-* Captions name the same thing by several words (circle, disc, ball) and leave most of a scene out. A text tower can
-  therefore learn in the unmasked stages to add the words that a caption did not choose.
-* Validation holds out whole combinations: no validation scene occurs in training, and no two are the same, so recall by
-  index means something. The first caption of each image names all of it.
+* Captions name one thing by several words (circle, disc, ball) and leave most of a scene out: a text tower can learn to
+  add the terms that a caption did not choose.
+* No scene occurs twice, in training or validation, so recall by index is well defined. The first caption of an image
+  names everything in it.
 
     python -m datamodules.synthetic FOLDER
 
-writes `train-0000.tar` … `train-0003.tar` and `val-0000.tar` (WebDataset: KEY.png beside KEY.json with `captions` and
-the `spec` they were drawn from), `vocab.txt` for `stair.Vocabulary`, and `manifest.json`. Same arguments, same bytes.
+writes `train-0000.tar` … `train-0003.tar` and `val-0000.tar` (KEY.png beside KEY.json with `captions` and `spec`, the
+scene), `vocab.txt` and `manifest.json`. Same arguments, same bytes.
 """
 
 import argparse
 import hashlib
+import inspect
 import io
 import json
 import string
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
+from typing import Any, NamedTuple
 
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from datamodules.depictions import caption_scene, draw_scene
 from datamodules.scenes import Scene, random_scene
-from stair.files import read_json, sha256, write_bytes
+from stair.data.specs import require
+from stair.files import atomic_write, read_json, sha256, write_json, write_text
 
 TRAIN_SHARDS = 4
 _MANIFEST = "manifest.json"
-_DRAWN_BY = ("scenes.py", "depictions.py", "synthetic.py")
+_SOURCES = ("scenes.py", "depictions.py", "synthetic.py")  # of which the drawings depend
 _SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
-
-def _distinct_scenes(rng: Random, count: int, taken: set[Scene]) -> list[Scene]:
-    """`count` scenes that are not in `taken`, which they join."""
-    scenes: list[Scene] = []
-    while len(scenes) < count:
-        scene = random_scene(rng)
-        if scene not in taken:
-            taken.add(scene)
-            scenes.append(scene)
-    return scenes
-
-
-@dataclass(frozen=True)
-class _Sample:
-    key: str
-    scene: Scene
-    captions: list[str]
-    seed: str
-
-
-def _samples(split: str, scenes: list[Scene], seed: int) -> list[_Sample]:
-    samples = []
-    for i, scene in enumerate(scenes):
-        name = f"{seed}/{split}/{i}"
-        samples.append(_Sample(f"{split}-{i:06d}", scene, caption_scene(scene, Random(f"{name}/captions")), name))
-    return samples
-
-
-def _members(samples: Iterable[_Sample], image_size: int) -> Iterator[tuple[str, bytes]]:
-    for sample in samples:
-        buffer = io.BytesIO()
-        draw_scene(sample.scene, Random(f"{sample.seed}/pixels"), image_size).save(buffer, "PNG")
-        yield f"{sample.key}.png", buffer.getvalue()
-        facts = {"captions": sample.captions, "spec": asdict(sample.scene)}
-        yield f"{sample.key}.json", json.dumps(facts).encode()
-
-
-def _tar(members: Iterable[tuple[str, bytes]]) -> bytes:
-    """Packs members with nothing in their headers that changes from one run to the next (tarfile's mtime is 0)."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def _vocabulary(captions: Iterable[str]) -> list[str]:
-    """WordPiece pieces: the special tokens, letters to spell any other word with, then words, frequent ones first.
-
-    Words are counted by the BERT rules of the `tokenizers` library but not by its trainer: that one breaks ties by hash
-    order, so two runs give two vocabularies, and keeps half-merged pieces (`autom`, `##brel`) that nobody can read.
-    """
-    normalize, split = BertNormalizer(lowercase=True).normalize_str, BertPreTokenizer().pre_tokenize_str
-    counts = Counter(word for caption in captions for word, _ in split(normalize(caption)))
-    words = sorted(counts, key=lambda word: (-counts[word], word))
-    letters = [prefix + letter for prefix in ("", "##") for letter in string.ascii_lowercase]
-    return list(dict.fromkeys([*_SPECIALS, *letters, *words]))
-
-
-def _write(path: Path, content: bytes) -> str:
-    """Writes a file atomically and returns its sha256."""
-    write_bytes(path, content)
-    return hashlib.sha256(content).hexdigest()
-
-
-def _is_complete(folder: Path, parameters: dict[str, int | str]) -> bool:
-    try:
-        manifest = read_json(folder / _MANIFEST)
-        return manifest["parameters"] == parameters and all(
-            sha256(folder / name) == digest for name, digest in manifest["files"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def write_scenes(folder: Path, *, train: int = 4000, val: int = 300, seed: int = 0, image_size: int = 64) -> bool:
     """Writes the data set, unless the folder holds exactly this one already.
 
-    The validation set depends on `val`, `seed` and `image_size` alone: it stays the same whatever the size of training.
+    Validation depends on `val`, `seed` and `image_size` only, not on the size of training.
 
     Args:
-        folder: is created where missing; files of an earlier data set in it are replaced.
+        folder: created if missing; files of an earlier data set are replaced.
         train: training scenes, at least one a shard.
         val: validation scenes.
         seed: of everything random.
@@ -131,49 +54,90 @@ def write_scenes(folder: Path, *, train: int = 4000, val: int = 300, seed: int =
         Whether anything was written.
 
     Raises:
-        ValueError: if a number is too small.
+        SettingError: if a number is too small.
     """
-    if train < TRAIN_SHARDS or val < 1 or image_size < 16:
-        raise ValueError(
-            f"train={train}, val={val}, image_size={image_size} cannot be drawn; "
-            f"give train of {TRAIN_SHARDS} or more (one a shard), val of 1 or more and image_size of 16 or more"
-        )
-    source = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in _DRAWN_BY)).hexdigest()
-    parameters: dict[str, int | str] = {
-        "train": train,
-        "val": val,
-        "seed": seed,
-        "image_size": image_size,
-        "drawn_by": source,
-    }
+    require(train >= TRAIN_SHARDS, "train", train, f"{TRAIN_SHARDS} or more, one a shard")
+    require(val >= 1, "val", val, "1 or more")
+    require(image_size >= 16, "image_size", image_size, "16 or more pixels")
+    code = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in _SOURCES)).hexdigest()
+    parameters = {"train": train, "val": val, "seed": seed, "image_size": image_size, "drawn_by": code}
     if _is_complete(folder, parameters):
         return False
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / _MANIFEST).unlink(missing_ok=True)
-
-    taken: set[Scene] = set()
-    held_out = _samples("val", _distinct_scenes(Random(f"{seed}/val"), val, taken), seed)
-    training = _samples("train", _distinct_scenes(Random(f"{seed}/train"), train, taken), seed)
-    shards = {f"train-{i:04d}.tar": training[i::TRAIN_SHARDS] for i in range(TRAIN_SHARDS)} | {"val-0000.tar": held_out}
-    files = {name: _write(folder / name, _tar(_members(samples, image_size))) for name, samples in shards.items()}
-    pieces = _vocabulary(caption for sample in training for caption in sample.captions)
-    files["vocab.txt"] = _write(folder / "vocab.txt", ("\n".join(pieces) + "\n").encode())
-    _write(folder / _MANIFEST, json.dumps({"parameters": parameters, "files": files}, indent=2).encode())
+    drawn: set[Scene] = set()
+    splits = {split: _samples(split, count, seed, drawn) for split, count in (("val", val), ("train", train))}
+    shards = {f"train-{i:04d}.tar": splits["train"][i::TRAIN_SHARDS] for i in range(TRAIN_SHARDS)}
+    for name, samples in {**shards, "val-0000.tar": splits["val"]}.items():
+        _write_tar(folder / name, samples, image_size)
+    write_text(folder / "vocab.txt", "\n".join(_vocabulary(splits["train"])) + "\n")
+    files = {name: sha256(folder / name) for name in (*shards, "val-0000.tar", "vocab.txt")}
+    write_json(folder / _MANIFEST, {"parameters": parameters, "files": files})
     return True
+
+
+def _is_complete(folder: Path, parameters: dict[str, Any]) -> bool:
+    try:
+        manifest = read_json(folder / _MANIFEST)
+        files = manifest["files"].items()
+        return manifest["parameters"] == parameters and all(sha256(folder / name) == digest for name, digest in files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+class _Sample(NamedTuple):
+    name: str  # seeds everything random about it
+    key: str
+    scene: Scene
+    captions: list[str]
+
+
+def _samples(split: str, count: int, seed: int, drawn: set[Scene]) -> list[_Sample]:
+    """`count` scenes that are not in `drawn`, which they join."""
+    rng, samples = Random(f"{seed}/{split}"), list[_Sample]()
+    while len(samples) < count:
+        if (scene := random_scene(rng)) not in drawn:
+            drawn.add(scene)
+            i = len(samples)
+            captions = caption_scene(scene, Random(f"{seed}/{split}/{i}/captions"))
+            samples.append(_Sample(f"{seed}/{split}/{i}", f"{split}-{i:06d}", scene, captions))
+    return samples
+
+
+def _write_tar(path: Path, samples: list[_Sample], image_size: int) -> None:
+    with atomic_write(path) as part, tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            image = io.BytesIO()
+            draw_scene(sample.scene, Random(f"{sample.name}/pixels"), image_size).save(image, "PNG")
+            facts = {"captions": sample.captions, "spec": asdict(sample.scene)}
+            for kind, content in (("png", image.getvalue()), ("json", json.dumps(facts).encode())):
+                member = tarfile.TarInfo(f"{sample.key}.{kind}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def _vocabulary(samples: list[_Sample]) -> list[str]:
+    """Tokens: the special ones, letters to spell any other word with, then words by frequency.
+
+    The trainer of `tokenizers` is not used: it breaks ties by hash order, so its vocabularies differ between runs.
+    """
+    normalize, split = BertNormalizer(lowercase=True).normalize_str, BertPreTokenizer().pre_tokenize_str
+    captions = (caption for sample in samples for caption in sample.captions)
+    counts = Counter(word for caption in captions for word, _ in split(normalize(caption)))
+    letters = [prefix + letter for prefix in ("", "##") for letter in string.ascii_lowercase]
+    return list(dict.fromkeys([*_SPECIALS, *letters, *sorted(counts, key=lambda word: (-counts[word], word))]))
 
 
 def main() -> None:
     """The command `python -m datamodules.synthetic`."""
-    parser = argparse.ArgumentParser(prog="python -m datamodules.synthetic", description="Draw the demo data set.")
+    parser = argparse.ArgumentParser(prog="python -m datamodules.synthetic", description="Draws the demo data set.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=4000, help="training scenes (default: %(default)s)")
-    parser.add_argument("--val", type=int, default=300, help="validation scenes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--image-size", type=int, default=64, help="pixels a side (default: %(default)s)")
-    arguments = parser.parse_args()
-    numbers = {name: value for name, value in vars(arguments).items() if name != "folder"}
-    written = write_scenes(arguments.folder, **numbers)
-    print(f"{arguments.folder}: {'written' if written else 'already holds exactly this data, nothing done'}")
+    for name, parameter in list(inspect.signature(write_scenes).parameters.items())[1:]:
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, default=parameter.default, help="default: %(default)s")
+    args = parser.parse_args()
+    print(
+        f"{args.folder}: {'written' if write_scenes(**vars(args)) else 'already holds exactly this data, nothing done'}"
+    )
 
 
 if __name__ == "__main__":

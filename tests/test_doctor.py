@@ -21,6 +21,7 @@ from stair.data.diagnostics import first_samples
 from stair.data.doctor import doctor
 from stair.data.remote import Remote
 from stair.data.samples import types_of
+from stair.errors import FileError
 from tests.support.files import encoded, write_tar
 
 WORDS = [f"word{n}" for n in range(700)]
@@ -367,8 +368,9 @@ def test_another_tools_index_is_passed_over_and_never_overwritten(tmp_path, voca
     shards(spec, vocab).setup("fit")
     report, status = told(capsys, spec)
     assert status == 0 and report["sources"][spec]["samples"] == 20
-    with pytest.raises(ValueError, match=r"index.json is another tool's .* move it away"):
+    with pytest.raises(FileError) as refused:
         doctor([spec], write_index=True)
+    assert refused.value.path == tmp_path / "index.json"
     assert (tmp_path / "index.json").read_text() == content and not (tmp_path / ".prepare").exists()
 
 

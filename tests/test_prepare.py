@@ -158,7 +158,7 @@ def test_what_cannot_be_used_is_counted_by_cause_and_listed_and_too_much_of_it_s
 
     folder(table, images, tmp_path / "out", workers=1, max_pixels=10_000, max_bad_share=0.5)
     told = report(tmp_path / "out")
-    assert told["left_out"] == {
+    assert told["skipped"] == {
         "image undecodable": 1,
         "image empty": 1,
         "image missing": 1,
@@ -170,10 +170,10 @@ def test_what_cannot_be_used_is_counted_by_cause_and_listed_and_too_much_of_it_s
         "caption not UTF-8": 1,
     }
     assert told["samples"] == 20 and told["inputs"] == 30
-    assert {entry["cause"] for entry in told["left_out_inputs"]} == set(told["left_out"])
-    assert any(entry["place"] == "cut.jpg" for entry in told["left_out_inputs"])
-    assert any("t.csv:30" in entry["place"] for entry in told["left_out_inputs"])
-    assert "left out 10 of 30 inputs" in capsys.readouterr().out
+    assert {entry["cause"] for entry in told["skipped_inputs"]} == set(told["skipped"])
+    assert any(entry["place"] == "cut.jpg" for entry in told["skipped_inputs"])
+    assert any("t.csv:30" in entry["place"] for entry in told["skipped_inputs"])
+    assert "skipped 10 of 30 inputs" in capsys.readouterr().out
     assert len(by_file(tmp_path / "out")) == 20
 
 
@@ -182,7 +182,7 @@ def test_a_quote_that_is_not_closed_costs_its_own_line_alone(tmp_path):
     lines = ["image,caption", *(f"{i}.jpg," + '"' * (i == 5) + f"number {i}" for i in range(9))]
     (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
     folder(tmp_path / "t.csv", images, tmp_path / "out", workers=1, max_bad_share=0.9)
-    assert report(tmp_path / "out")["left_out"] == {"line malformed": 1}
+    assert report(tmp_path / "out")["skipped"] == {"line malformed": 1}
     assert len(by_file(tmp_path / "out")) == 8
 
 
@@ -534,14 +534,14 @@ def test_hugging_face_data_on_disk_keep_their_rows_splits_and_classes(tmp_path):
         assert json.loads((out / "classnames.json").read_text()) == {"classes": ["cat", "dog"]}
 
 
-def test_a_row_that_names_a_file_outside_the_data_set_is_left_out(tmp_path):
+def test_a_row_that_names_a_file_outside_the_data_set_is_skipped(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     (tmp_path / "secret.jpg").write_bytes(picture(1))
     inside = write_images(tmp_path / "data", 3)
     table = pyarrow.table({"image": ["0.jpg", "1.jpg", "../secret.jpg"], "text": ["a", "b", "c"]})
     parquet.write_table(table, inside / "train.parquet")
     datasets(inside, tmp_path / "out", image_column="image", workers=1, max_bad_share=0.5)
-    assert report(tmp_path / "out")["left_out"] == {"path outside": 1}
+    assert report(tmp_path / "out")["skipped"] == {"path outside": 1}
     with pytest.raises(ValueError, match="holds no data set"):
         datasets(tmp_path / "out", tmp_path / "out2")
 
@@ -563,7 +563,7 @@ def test_folders_of_classes_become_labels_and_names(tmp_path):
         "003.cup/0.jpg": ("cup", 2),
     }
     assert json.loads((tmp_path / "out" / "classnames.json").read_text())["classes"] == ["tench", "great white", "cup"]
-    assert report(tmp_path / "out", "test")["left_out"] == {"not an image by its name": 1}
+    assert report(tmp_path / "out", "test")["skipped"] == {"not an image by its name": 1}
 
     (tmp_path / "names.txt").write_text("001.tench tench, Tinca tinca\n002.great_white shark\n003.cup cup\n")
     classes(tmp_path / "images", tmp_path / "named", workers=1, names=tmp_path / "names.txt", max_bad_share=0.3)
@@ -661,7 +661,7 @@ def test_colour_glyphs_are_drawn_in_their_colours_and_blank_ones_are_said(tmp_pa
     with Image.open(io.BytesIO(sample["png"])) as image:
         assert image.getpixel((32, 32)) == (255, 0, 0) and image.getpixel((0, 0)) == (255, 255, 255)
     assert json.loads(sample["json"])["class"] == "grinning face"
-    assert report(tmp_path / "out", "val")["left_out"] == {"glyph blank": 1}
+    assert report(tmp_path / "out", "val")["skipped"] == {"glyph blank": 1}
     with pytest.raises(ValueError, match="is no font"):
         (tmp_path / "no.ttf").write_text("no font")
         emoji(tmp_path / "out2", font=tmp_path / "no.ttf")
@@ -713,7 +713,7 @@ def test_the_doctor_writes_no_index_into_a_folder_that_is_not_finished_and_leave
     write_indices([str(path) for path in (tmp_path / "out").glob("*.tar")])
 
 
-def test_img2datasets_samples_that_training_leaves_out_by_their_names_are_bad_too(tmp_path):
+def test_img2datasets_samples_that_training_skips_by_their_names_are_bad_too(tmp_path):
     write_img2dataset(tmp_path / "cc", 1, 9)
     path = tmp_path / "cc" / "00000.tar"
     with tarfile.open(path) as tar:

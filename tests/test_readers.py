@@ -190,7 +190,7 @@ def test_every_entry_of_a_folder_is_taken_or_named_in_every_command(stair, model
     stair("prepare", "classes", home, tmp_path / "p", "--max_bad_share", "0.9", "--workers", "1")
     report = json.loads((tmp_path / "p" / "prepare.json").read_text())["splits"]["test"]
     assert report["samples"] == len(good)
-    assert {one["place"]: one["cause"] for one in report["left_out_inputs"]} == bad
+    assert {one["place"]: one["cause"] for one in report["skipped_inputs"]} == bad
     with pytest.raises(SystemExit, match=r"cat/folder.jpg: not a file"):
         stair("evaluate", model, home, "--output", tmp_path / "e")
     for name in ("loop", "gone.jpg", "pipe.png"):
@@ -299,7 +299,7 @@ def test_every_row_of_a_table_is_taken_or_named_by_its_line_in_every_command(sta
     assert {
         # an id that is missing is a path that is missing here
         one["place"]: one["cause"].replace("image unnamed", "id empty")
-        for one in report["left_out_inputs"]
+        for one in report["skipped_inputs"]
     } == facts(tmp_path / "t")[2]
 
 
@@ -413,7 +413,7 @@ def test_images_outside_of_class_folders_and_behind_links_to_the_root_belong_to_
     (home / "cat" / "self.jpg").symlink_to("self.jpg")
     stair("prepare", "classes", home, tmp_path / "p", "--max_bad_share", "0.9", "--workers", "1")
     report = json.loads((tmp_path / "p" / "prepare.json").read_text())["splits"]["test"]
-    places = {one["place"]: one["cause"] for one in report["left_out_inputs"]}
+    places = {one["place"]: one["cause"] for one in report["skipped_inputs"]}
     links = {"cat/root/": "link to a folder above it", "cat/self.jpg": "link broken"}
     assert report["samples"] == 2
     assert places == links | {"loose.jpg": "no class", "d\\xe9": "class without images"}

@@ -18,6 +18,7 @@ from PIL import Image
 
 from datamodules.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES
 from datamodules.synthetic import write_scenes
+from stair.errors import SettingError
 from stair.vocabulary import Vocabulary
 
 TRAIN, VAL = 600, 100
@@ -172,6 +173,8 @@ def test_objects_stand_out_from_their_background(train: list[Sample]):
         assert all(math.dist(COLOURS[g["colour"]][0], ground) > 80 for g in sample["spec"]["groups"])
 
 
-def test_numbers_too_small_are_refused_with_what_to_give(tmp_path: Path):
-    with pytest.raises(ValueError, match="train of 4 or more"):
-        write_scenes(tmp_path, train=3)
+@pytest.mark.parametrize(("setting", "value"), [("train", 3), ("val", 0), ("image_size", 15)])
+def test_numbers_too_small_are_refused_by_name(tmp_path: Path, setting: str, value: int):
+    with pytest.raises(SettingError) as refused:
+        write_scenes(tmp_path, **{setting: value})
+    assert refused.value.setting == setting and not list(tmp_path.iterdir())

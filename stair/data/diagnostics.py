@@ -1,7 +1,4 @@
-"""What a few samples of a source are like, and what of it would stop, slow or mislead a run.
-
-Used before every fit, on a few samples, and by `stair doctor`, on more.
-"""
+"""What is wrong with samples of a source: read before every fit, a few of them, and by `stair doctor`, more."""
 
 import hashlib
 import itertools
@@ -9,11 +6,13 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 
 from stair.data.remote import Remote, is_remote
 from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES, caption_field, caption_lines, captions, image_type, types_of
@@ -27,17 +26,25 @@ _TRIED = 3  # shards, before all samples of a source are taken to be bad
 _CERTAIN = 200  # among fewer samples, a share of bad ones is too rough to stop for
 _SIDE = re.compile(r"\b(left|right)(?:most|hand)?\b", re.IGNORECASE)
 
-Severity = Literal["stops", "warns", "notes"]
-Statement = tuple[Severity, str, str]  # severity, what, mend
+_TEXTS = yaml.safe_load(Path(__file__).with_name("diagnostics.yaml").read_text(encoding="utf-8"))
+
+DiagnosticValues = tuple[str, dict[str, Any]]  # name in diagnostics.yaml, and the values of its text
 
 
 class Diagnostic(NamedTuple):
     """A fact about a source that a user should know."""
 
-    severity: Severity  # `stops` a run, `warns` of a worse or slower one, `notes` a fact
+    severity: str  # `stops` a run, `warns` of a worse or slower one, `notes` a fact
     source: str
     what: str
     mend: str  # the setting or the step that changes it
+    name: str
+
+
+def diagnostics(source: str, findings: Iterable[DiagnosticValues]) -> list[Diagnostic]:
+    """The findings of a source in words."""
+    texts = [(name, {key: text.format(**values) for key, text in _TEXTS[name].items()}) for name, values in findings]
+    return [Diagnostic(source=source, name=name, **text) for name, text in texts]
 
 
 @dataclass(frozen=True)
@@ -53,24 +60,21 @@ class Requirements:
 
 
 @dataclass
-class SampleStats:
-    """What was read of a source."""
+class SampleFacts:
+    """A sample as training reads it."""
 
-    samples: int = 0
-    bad: Counter[str] = field(default_factory=Counter)  # samples that training skips, by the first cause
-    first: dict[str, str] = field(default_factory=dict)  # place and reason of the first sample of each cause
-    members: list[str] = field(default_factory=list)  # names, of the first samples
-    no_image: int = 0
-    no_caption: int = 0
-    formats: Counter[str] = field(default_factory=Counter)  # of images that decode, by content
-    sides: list[tuple[int, int]] = field(default_factory=list)  # width and height of images, in pixels
-    fields: Counter[str] = field(default_factory=Counter)  # samples by where their captions are
-    texts: list[list[str]] = field(default_factory=list)  # captions, those of a sample together
-    blank: int = 0  # samples with a blank caption among others
-    tokens: list[int] = field(default_factory=list)  # length of each caption, [CLS] and [SEP] included
-    unknown: float = 0.0  # share of tokens that the vocabulary does not have
-    twins: int = 0  # samples whose image another sample has too, byte for byte
-    decode_seconds: float = 0.0  # processor time of decoding and scaling all images
+    place: str  # its key and shard
+    members: list[str]  # names
+    problems: list[str] = field(default_factory=list)  # reasons to skip it, each with its cause and a colon
+    has_image: bool = False
+    size: tuple[int, int] | None = None  # width and height of an image that decodes, in pixels
+    format: str = ""  # of the image, by content
+    digest: bytes = b""  # of the image's bytes
+    seconds: float = 0.0  # processor time of decoding and scaling the image
+    captions: list[str] = field(default_factory=list)
+    caption_field: str = ""  # where the captions are
+    lengths: list[int] = field(default_factory=list)  # tokens of each caption, [CLS] and [SEP] included
+    unknown: int = 0  # tokens that the vocabulary does not have
 
 
 def first_samples(shard: str, count: int, remote: Remote) -> tuple[list[dict[str, Any]], str]:
@@ -78,194 +82,130 @@ def first_samples(shard: str, count: int, remote: Remote) -> tuple[list[dict[str
     errors: list[Exception] = []
     reader: Any = stream(shard, errors.append, select=None, remote=remote)
     with closing(reader) as samples:
-        lines = caption_lines(shard)
-        found = [{**sample, "__url__": shard, "__lines__": lines} for sample in itertools.islice(samples, count)]
-    return found, str(errors[0]) if errors else ""
+        about = {"__url__": shard, "__lines__": caption_lines(shard)}
+        read = [{**sample, **about} for sample in itertools.islice(samples, count)]
+    return read, str(errors[0]) if errors else ""
 
 
-def inspect(samples: Iterable[dict[str, Any]], requirements: Requirements) -> SampleStats:
-    """Reads and decodes samples as training does, and measures them."""
-    stats, images = SampleStats(), Counter[bytes]()
-    for sample in samples:
-        stats.samples += 1
-        causes: list[str] = []
-        if len(stats.members) < 10:
-            stats.members += [f"{sample['__key__']}.{kind}" for kind in types_of(sample)]
-        with _noted(stats, sample, causes):
-            if sample["__wrong__"]:
-                raise ValueError(sample["__wrong__"])
-        stats.no_caption += 1
-        with _noted(stats, sample, causes):
-            texts = captions(sample, sample["__lines__"])
-            stats.no_caption -= 1
-            stats.fields[caption_field(sample)] += 1
-            stats.texts.append(list(filter(None, texts)))
-            stats.blank += not all(texts)
-        stats.no_image += 1
-        with _noted(stats, sample, causes):
-            kind = image_type(sample)
-            stats.no_image -= 1
-            _measure(stats, sample[kind], requirements)
-            images[hashlib.sha256(sample[kind]).digest()] += 1
-        stats.bad.update(causes[:1])
-    stats.twins = sum(count for count in images.values() if count > 1)
-    if requirements.vocabulary:
-        _count_tokens(stats, requirements.vocabulary)
-    return stats
+def inspect(sample: dict[str, Any], requirements: Requirements) -> SampleFacts:
+    """Reads and decodes a sample of `first_samples` as training does."""
+    names = [f"{sample['__key__']}.{kind}" for kind in types_of(sample)]
+    facts = SampleFacts(f"{sample['__key__']!r} in {sample['__url__']}", names)
+    facts.problems += [sample["__wrong__"]] if sample["__wrong__"] else []
+    for read in (_read_captions, _read_image):
+        try:
+            read(sample, requirements, facts)
+        except ValueError as error:
+            facts.problems.append(str(error))
+    return facts
 
 
-@contextmanager
-def _noted(stats: SampleStats, sample: dict[str, Any], causes: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        cause = str(error).partition(":")[0]
-        causes.append(cause)
-        stats.first.setdefault(cause, f"{sample['__key__']!r} in {sample['__url__']}: {str(error)[:200]}")
+def _read_captions(sample: dict[str, Any], requirements: Requirements, facts: SampleFacts) -> None:
+    facts.captions, facts.caption_field = captions(sample, sample["__lines__"]), caption_field(sample)
+    if vocabulary := requirements.vocabulary:
+        encoded = vocabulary.encode([text for text in facts.captions if text])
+        facts.lengths = [len(ids) for ids in encoded]
+        facts.unknown = sum(ids.count(vocabulary.unknown_id) for ids in encoded)
 
 
-def _measure(stats: SampleStats, data: bytes, requirements: Requirements) -> None:
+def _read_image(sample: dict[str, Any], requirements: Requirements, facts: SampleFacts) -> None:
+    data = sample[image_type(sample)]
+    facts.has_image, facts.digest = True, hashlib.sha256(data).digest()
     start = time.thread_time()  # of a processor: the machine may be busy with other work
     image = decode_image(data, requirements.max_pixels)
     eval_pixels(image, requirements.image_size)
-    stats.decode_seconds += time.thread_time() - start
-    stats.sides.append(image.size)
-    stats.formats[image_format(data) or "other"] += 1
-
-
-def _count_tokens(stats: SampleStats, vocabulary: Vocabulary) -> None:
-    texts, unknown = [text for group in stats.texts for text in group], 0
-    for start in range(0, len(texts), 64):
-        ids_BT, mask_BT = vocabulary.tokenize(texts[start : start + 64], 1_000_000)
-        stats.tokens += mask_BT.sum(1).tolist()
-        unknown += int((ids_BT == vocabulary.unknown_id).sum())
-    stats.unknown = unknown / max(sum(stats.tokens) - 2 * len(texts), 1)
+    facts.seconds, facts.size = time.thread_time() - start, image.size
+    facts.format = image_format(data) or "other"
 
 
 def probe(name: str, shards: Sequence[str], requirements: Requirements, remote: Remote) -> list[Diagnostic]:
     """The check before every fit: the first samples of the first shard that has any, or of a few if all those are bad."""
-    seen: list[dict[str, Any]] = []
-    reasons, tried, start = [], 0, time.monotonic()
+    facts, reasons, tried, start = list[SampleFacts](), list[str](), 0, time.monotonic()
     if is_remote(shards[0]):  # each may take as long as it takes to give up
         shards = list(dict.fromkeys([shards[0], shards[len(shards) // 2], shards[-1]]))
     for shard in shards:
         samples, reason = first_samples(shard, PROBED, remote)
         reasons.append(reason or f"{shard} is not a tar, or empty")
+        facts += [inspect(sample, requirements) for sample in samples]
+        tried += bool(samples)
+        if not all(one.problems for one in facts) or tried == _TRIED:
+            break
         if not samples and time.monotonic() - start > _PATIENCE:
             break
-        if samples:
-            seen, tried = seen + samples, tried + 1
-            stats = inspect(seen, requirements)
-            if stats.bad.total() < stats.samples or tried == _TRIED:
-                break
-    if seen:
-        return diagnose(name, stats, requirements)
-    return [unreadable(name, len(reasons), reasons[0])]
+    return diagnose(name, facts, requirements, reasons)
 
 
-def unreadable(name: str, count: int, reason: str) -> Diagnostic:
-    """The diagnostic of a source of which no sample could be read from `count` shards."""
-    what = f"no sample could be read from {count} of its shards, the first: {reason}"
-    return Diagnostic("stops", name, what, "check --data.train; `stair prepare` makes shards")
+def causes_of(samples: Iterable[SampleFacts]) -> Counter[str]:
+    """Samples that training skips, by the first cause."""
+    return Counter(sample.problems[0].partition(":")[0] for sample in samples if sample.problems)
 
 
-def diagnose(name: str, stats: SampleStats, requirements: Requirements) -> list[Diagnostic]:
-    """What is wrong with at least one sample of a source."""
-    statements = [
-        *_samples(stats, requirements.max_bad_share),
-        *_images(stats, requirements.image_size),
-        *_tokens(stats, requirements.max_tokens),
-        *_captions(stats, requirements.flip),
-    ]
-    return [Diagnostic(severity, name, what, mend) for severity, what, mend in statements]
+def diagnose(
+    source: str, samples: Sequence[SampleFacts], requirements: Requirements, reasons: Sequence[str]
+) -> list[Diagnostic]:
+    """What is wrong with at least one sample of a source.
+
+    Args:
+        source: its name.
+        samples: that were read.
+        requirements: of the run.
+        reasons: why no more were read, of each shard.
+    """
+    if not samples:
+        return diagnostics(source, [("no samples", {"count": len(reasons), "reason": reasons[0]})])
+    findings = [*_bad(samples, requirements), *_images(samples, requirements), *_captions(samples, requirements)]
+    return diagnostics(source, [(name, {"total": len(samples), **values}) for name, values in findings])
 
 
-def _samples(stats: SampleStats, max_bad_share: float) -> Iterator[Statement]:
-    missing = [
-        (wanted, stats.first.get("dotted key") or stats.first.get(cause) or next(iter(stats.first.values())))
-        for lacking, wanted, cause in (
-            (stats.no_image, IMAGE_TYPES, "no image"),
-            (stats.no_caption, CAPTION_TYPES, "no caption"),
-        )
-        if lacking == stats.samples
-    ]
-    for wanted, reason in missing:
-        yield (
-            "stops",
-            f"none of the first {stats.samples} samples has a usable member of {list(wanted)}: {reason}; members seen: "
-            f"{stats.members}",
-            "name members KEY.jpg with KEY.json or KEY.txt (those of a sample one after the other), or use `stair prepare`",
-        )
-    if (bad := stats.bad.total()) and not missing:
-        causes = ", ".join(f"{count} {cause} (the first: {stats.first[cause]})" for cause, count in stats.bad.items())
-        what = f"{bad} of {stats.samples} samples are bad: {causes}"
-        if bad == stats.samples or (bad > max_bad_share * stats.samples and stats.samples >= _CERTAIN):
-            yield "stops", what, "correct them, or raise --data.max_bad_share"
-        else:
-            yield "warns", what, "training skips and counts them, up to --data.max_bad_share; evaluation stops at them"
+def _bad(samples: Sequence[SampleFacts], requirements: Requirements) -> Iterator[DiagnosticValues]:
+    total, causes, first = len(samples), causes_of(samples), dict[str, str]()  # the first of each cause
+    for sample in samples:
+        for problem in sample.problems:
+            first.setdefault(problem.partition(":")[0], f"{sample.place}: {problem[:200]}")
+    missing: dict[str, list[str]] = {}
+    if not any(sample.has_image for sample in samples):
+        missing["no image"] = [*IMAGE_TYPES]
+    if not any(sample.captions for sample in samples):
+        missing["no caption"] = [*CAPTION_TYPES]
+    for cause, wanted in missing.items():
+        reason = first.get("dotted key") or first.get(cause) or next(iter(first.values()))
+        members = [name for sample in samples for name in sample.members][:10]
+        yield "no usable member", {"wanted": wanted, "reason": reason, "members": members}
+    if (bad := causes.total()) and not missing:
+        listed = ", ".join(f"{count} {cause} (the first: {first[cause]})" for cause, count in causes.items())
+        stops = bad == total or (bad > requirements.max_bad_share * total and total >= _CERTAIN)
+        yield "many bad samples" if stops else "bad samples", {"bad": bad, "causes": listed}
 
 
-def _images(stats: SampleStats, image_size: int) -> Iterator[Statement]:
-    if not stats.sides:
+def _images(samples: Sequence[SampleFacts], requirements: Requirements) -> Iterator[DiagnosticValues]:
+    sides, size = [min(sample.size) for sample in samples if sample.size], requirements.image_size
+    if not sides:
         return
-    short = np.array([min(side) for side in stats.sides])
-    median, small = float(np.median(short)), float((short < image_size).mean())
+    median, small = float(np.median(sides)), float(np.mean(np.array(sides) < size))
     if small > 0.5:
-        yield (
-            "warns",
-            f"{small:.0%} of images have a short side below the model's {image_size} px (median {median:.0f}): they are "
-            "enlarged, and cost what large ones cost",
-            f"--model.init_args.stair.image.image_size {median:.0f} (rounded to the patch), or larger images",
-        )
-    if median > 4 * image_size:
-        yield (
-            "warns",
-            f"the median image has a short side of {median:.0f} px, the model takes {image_size}: decoding costs more than "
-            "training needs",
-            f"`stair prepare ... --max_side {2 * image_size}`, or more --data.workers",
-        )
-    if stats.twins > 0.02 * stats.samples:
-        yield (
-            "warns",
-            f"{stats.twins} of {stats.samples} samples have an image that another has too: each is a wrong answer to the "
-            "other's caption",
-            "write their captions into one sample, as `captions`",
-        )
+        yield "small images", {"share": small, "size": size, "median": median}
+    if median > 4 * size:
+        yield "large images", {"size": size, "median": median, "side": 2 * size}
+    copies = Counter(sample.digest for sample in samples if sample.size)
+    if (count := sum(copies for copies in copies.values() if copies > 1)) > 0.02 * len(samples):
+        yield "same images", {"count": count}
 
 
-def _tokens(stats: SampleStats, max_tokens: int) -> Iterator[Statement]:
-    if not stats.tokens:
-        return
-    cut, most = float((np.array(stats.tokens) > max_tokens).mean()), float(np.percentile(stats.tokens, 99))
-    if cut > 0.02:
-        yield (
-            "warns",
-            f"{cut:.1%} of captions are longer than {max_tokens} tokens and are cut; 99 % have at most {most:.0f}",
-            f"--model.init_args.stair.text.max_tokens {int(np.ceil(most / 8) * 8)}, which is also data.max_tokens (BERT "
-            "takes 512 at most)",
-        )
-    if stats.unknown > 0.05:
-        yield (
-            "warns",
-            f"{stats.unknown:.1%} of tokens are not in the vocabulary: is this its language?",
-            "--model.init_args.stair.vocabulary of the captions' language",
-        )
-
-
-def _captions(stats: SampleStats, flip: bool) -> Iterator[Statement]:
-    common = Counter(text for texts in stats.texts for text in texts).most_common(1)
-    most, often = common[0] if common else ("", 0)
-    if stats.samples >= PROBED and often > max(0.05 * stats.samples, 2):
-        yield (
-            "warns",
-            f"{often} of {stats.samples} samples have the caption {most[:80]!r}: a batch holds it several times, and each "
-            "counts as a wrong answer to the others",
-            "distinguish them by their captions, or evaluate by class (classnames.json)",
-        )
-    sided = sum(any(_SIDE.search(text) for text in texts) for texts in stats.texts)
-    if flip and sided > max(0.02 * stats.samples, 2):
-        what = f"{sided} of {stats.samples} samples speak of left or right, and data.flip mirrors"
-        yield "warns", what, "--data.flip false"
-    if stats.blank:
-        what = f"{stats.blank} of {stats.samples} samples have a blank caption among others: evaluation stops at them"
-        yield "warns", what, "remove the blank ones"
+def _captions(samples: Sequence[SampleFacts], requirements: Requirements) -> Iterator[DiagnosticValues]:
+    total, limit = len(samples), requirements.max_tokens
+    if lengths := [length for sample in samples for length in sample.lengths]:
+        cut, longest = float(np.mean(np.array(lengths) > limit)), float(np.percentile(lengths, 99))
+        if cut > 0.02:
+            needed = int(np.ceil(longest / 8) * 8)
+            yield "long captions", {"share": cut, "limit": limit, "longest": longest, "needed": needed}
+        unknown = sum(sample.unknown for sample in samples) / max(sum(lengths) - 2 * len(lengths), 1)
+        if unknown > 0.05:
+            yield "unknown tokens", {"share": unknown}
+    common = Counter(text for sample in samples for text in sample.captions if text).most_common(1)
+    if common and total >= PROBED and common[0][1] > max(0.05 * total, 2):
+        yield "same captions", {"count": common[0][1], "text": common[0][0][:80]}
+    sided = sum(any(_SIDE.search(text) for text in sample.captions) for sample in samples)
+    if requirements.flip and sided > max(0.02 * total, 2):
+        yield "sided captions", {"count": sided}
+    if blank := sum(not all(sample.captions) for sample in samples):
+        yield "blank captions", {"count": blank}

@@ -1,16 +1,15 @@
 """`stair doctor`: what is wrong with shards, and the setting that changes it, in seconds and before a run is started.
 
-Counts come from index files or from headers, as far as the time given reaches. Samples of shards all over a source are read
-and decoded (`diagnostics.py`, which also runs before every fit).
+Shards are counted by index files, or by headers as far as the time given reaches. Samples of shards all over a source are
+read and decoded (`diagnostics.py`, which also runs before every fit).
 """
 
 import json as json_format
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,16 @@ import yaml
 
 from stair.data.diagnostics import (
     Diagnostic,
+    DiagnosticValues,
     Requirements,
-    SampleStats,
-    Severity,
-    Statement,
+    SampleFacts,
+    causes_of,
     diagnose,
+    diagnostics,
     first_samples,
     inspect,
-    unreadable,
 )
-from stair.data.prepare.jobs import check_index, index_entries, known_json, preparing, run, write_index
+from stair.data.prepare.writer import Record, finish, index_entries, known_json, preparing, run
 from stair.data.remote import LastingError, Remote, is_remote
 from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES
 from stair.data.shard_index import MANIFEST, index_shard, sizes
@@ -36,25 +35,17 @@ from stair.data.specs import Shards, mixture
 from stair.data.tars import expand, walk
 from stair.errors import FileError, SettingError
 from stair.files import sha256
+from stair.images import MAX_PIXELS
 from stair.plain import one_line
 from stair.vocabulary import Vocabulary
 
 _SHARDS, _REMOTE_SHARDS = 8, 2  # of a source, from which samples are read
 _HASHED_SHARDS, _HASHED_BYTES = 8, 1 << 29  # whose checksums are compared
-# what ImageTextShards and the towers take by default
-_DEFAULTS: dict[str, Any] = {
-    "vocabulary": None,
-    "max_tokens": 77,
-    "image_size": 224,
-    "global_batch_size": 256,
-    "workers": 4,
-    "max_pixels": Requirements.max_pixels,
-    "max_bad_share": Requirements.max_bad_share,
-    "flip": False,
-    "train_samples": None,
-    "remote": {},
-}
-_MODEL = {"vocabulary": "vocabulary", "max_tokens": "text.max_tokens", "image_size": "image.image_size"}
+# defaults of ImageTextShards and the towers, and where a run's files set them
+_DEFAULTS: dict[str, Any] = {"vocabulary": None, "max_tokens": 77, "image_size": 224, "global_batch_size": 256}
+_DEFAULTS |= {"workers": 4, "max_pixels": MAX_PIXELS, "max_bad_share": 0.1, "flip": False, "train_samples": None}
+_DEFAULTS |= {"remote": {}}
+_OF_MODEL = {"vocabulary": "vocabulary", "max_tokens": "text.max_tokens", "image_size": "image.image_size"}
 
 
 def doctor(
@@ -96,17 +87,17 @@ def doctor(
     given |= {"global_batch_size": global_batch_size, "train_samples": train_samples}
     settings = _settings([configs] if isinstance(configs, str) else configs or [])
     settings |= {name: value for name, value in given.items() if value is not None}
+    vocabulary_of_run = Vocabulary(settings["vocabulary"]) if settings["vocabulary"] else None
     names = ("max_tokens", "image_size", "max_pixels", "max_bad_share", "flip")
-    words = Vocabulary(settings["vocabulary"]) if settings["vocabulary"] else None
-    requirements = Requirements(words, **{name: settings[name] for name in names})
+    requirements = Requirements(vocabulary_of_run, **{name: settings[name] for name in names})
     sources = _sources(data)
     if write_index:
         write_indices([shard for spec in sources.values() for shard in expand(spec.shards) if not is_remote(shard)])
-    reports, findings = {}, []
+    reports, findings = {}, list[Diagnostic]()
     for name, source in sources.items():
         reports[name], found = _examine(name, source, requirements, settings, samples, seconds / len(sources))
-        findings += sorted(found, key=lambda one: ("stops", "warns", "notes").index(one.severity))
-    findings += [Diagnostic(level, "the run", *rest) for level, *rest in _of_run(reports, settings, ranks)]
+        findings += found
+    findings += diagnostics("the run", _of_run(reports, settings, ranks))
     if json:
         print(json_format.dumps({"sources": reports, "findings": [one._asdict() for one in findings]}, indent=1))
     else:
@@ -120,225 +111,198 @@ def _settings(files: list[str]) -> dict[str, Any]:
 
     base = Path(__file__).parents[2] / "configs" / "base.yaml"
     merged = OmegaConf.merge(*(OmegaConf.load(str(path)) for path in ([base, *files] if files else [])), {})
-    places = [(name, f"data.{name}") for name in _DEFAULTS]
-    places += [(name, f"model.init_args.stair.{place}") for name, place in _MODEL.items()]
-    found = dict(_DEFAULTS)
-    for name, place in places:
-        if (value := OmegaConf.select(merged, place)) is not None:
-            found[name] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
-    return found
+    settings = dict(_DEFAULTS)
+    for name in settings:
+        for key in (f"data.{name}", f"model.init_args.stair.{_OF_MODEL.get(name)}"):
+            if (value := OmegaConf.select(merged, key)) is not None:
+                settings[name] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+    return settings
 
 
 def _sources(data: list[str]) -> dict[str, Shards]:
     """Sources by name; files that a shell has made of a glob are one source again."""
     files = [spec for spec in data if Path(spec).is_file()]
-    sources: dict[str, Shards] = {}
-    if files:
-        sources[files[0] if len(files) == 1 else f"{files[0]} to {files[-1]}"] = Shards(files)
+    sources = {files[0] if len(files) == 1 else f"{files[0]} to {files[-1]}": Shards(files)} if files else {}
     for spec in data:
         if spec.lstrip().startswith("{") and ":" in spec:
-            sources |= _named(spec)
+            try:
+                named = yaml.safe_load(spec).items()
+                sources |= mixture({str(name): Shards(**one) if isinstance(one, dict) else one for name, one in named})
+            except (TypeError, AttributeError, yaml.YAMLError) as error:
+                reason = getattr(error, "problem", None) or error
+                wanted = "'{name: spec, ...}' or '{name: {shards: spec, weight: 1.0}, ...}'"
+                raise SettingError(f"{spec!r} is no mapping of sources ({reason}); wanted {wanted}", "data") from error
         elif spec not in files:
             sources[spec] = Shards(spec)
     return sources
 
 
-def _named(spec: str) -> dict[str, Shards]:
-    try:
-        named = yaml.safe_load(spec)
-        return mixture({str(name): Shards(**one) if isinstance(one, dict) else one for name, one in named.items()})
-    except (TypeError, yaml.YAMLError) as error:
-        wanted = "'{name: spec, ...}' or '{name: {shards: spec, weight: 1.0}, ...}'"
-        reason = getattr(error, "problem", None) or error
-        raise SettingError(f"{spec!r} is no mapping of sources ({reason}); wanted {wanted}", "data") from error
-
-
 def _examine(
     name: str, source: Shards, requirements: Requirements, settings: dict[str, Any], samples: int, seconds: float
 ) -> tuple[dict[str, Any], list[Diagnostic]]:
+    """The report on a source, and what is wrong with it."""
     remote, stated = Remote(**settings["remote"]).at_first(), settings["train_samples"]
     try:
-        shards = expand(source.shards)
-        counted = count(shards, seconds, remote)
+        shards = inspect_shards(expand(source.shards), seconds, remote)
     except (ValueError, OSError) as error:
-        return {"shards": 0, "samples": 0}, [Diagnostic("stops", name, str(error), "the spec in --data.train")]
-    chosen = _spread(shards, _REMOTE_SHARDS if is_remote(shards[0]) else _SHARDS)
-    seen = [first_samples(shard, -(-samples // len(chosen)), remote) for shard in chosen]
-    stats = inspect((sample for found, _ in seen for sample in found), requirements)
-    findings = [Diagnostic(level, name, *rest) for level, *rest in _of_shards(counted, bool(stated))]
-    if stats.samples:
-        findings += diagnose(name, stats, requirements)
-    else:
-        reason = next((reason for _, reason in seen if reason), "not a tar, or empty")
-        findings.append(unreadable(name, len(chosen), reason))
-    if not requirements.vocabulary:
-        findings.append(Diagnostic("notes", name, "captions were not measured in tokens", "--vocabulary or --configs"))
-    return _report(counted, stats, requirements.max_tokens, stated), findings
+        return {"shards": 0, "samples": 0}, diagnostics(name, [("unreadable spec", {"reason": error})])
+    chosen = _spread(shards, _REMOTE_SHARDS if is_remote(shards[0].path) else _SHARDS)
+    facts, reasons = list[SampleFacts](), list[str]()
+    for shard in chosen:
+        read, reason = first_samples(shard.path, -(-samples // len(chosen)), remote)
+        facts += [inspect(sample, requirements) for sample in read]
+        reasons.append(reason or "not a tar, or empty")
+    findings = list(_of_shards(shards, bool(stated))) + [("unknown vocabulary", {})] * (not requirements.vocabulary)
+    found = [*diagnostics(name, findings), *diagnose(name, facts, requirements, reasons)]
+    found.sort(key=lambda one: ("stops", "warns", "notes").index(one.severity))
+    return _report(shards, facts, requirements.max_tokens, stated), found
 
 
 @dataclass
-class _Count:
-    """What headers and index files state of a source: numbers and problems of shards, by path."""
+class ShardFacts:
+    """What headers and index files state of a shard."""
 
-    shards: list[str]
-    samples: dict[str, int] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    broken: dict[str, str] = field(default_factory=dict)
-    repeated: Counter[str] = field(default_factory=Counter)  # keys that come twice in the shard
-    copies: Counter[str] = field(default_factory=Counter)  # samples of earlier shards, by key and sizes of members
+    path: str
+    size: int = 0  # in bytes, of a local one
+    samples: int | None = None
+    walked: bool = False  # whether headers were read
+    broken: str = ""  # where they stop being headers
+    repeated: int = 0  # keys that come twice
+    copies: int = 0  # samples that an earlier shard has too, by key and sizes of members
     incomplete: int = 0  # samples without image or caption member
-    walked: list[str] = field(default_factory=list)
-    stale: dict[str, str] = field(default_factory=dict)  # another size than the index states; a run stops at these
-    doubtful: dict[str, str] = field(default_factory=dict)  # another number of samples or checksum
-    _samples: set[int] = field(default_factory=set)
-
-    @property
-    def total(self) -> int:
-        """Samples in all shards, those not counted taken to be like the others."""
-        return round(sum(self.samples.values()) * len(self.shards) / max(len(self.samples), 1))
-
-    def walk(self, shard: str) -> None:
-        """Reads the headers of a shard."""
-        keys, sized, samples = set[int](), set[int](), 0
-        self.walked.append(shard)
-        try:
-            for sample in walk(shard, compressed=True):
-                key, members = sample.key, sample.members
-                samples += 1
-                self.repeated[shard] += hash(key) in keys
-                keys.add(hash(key))
-                sized.add(hash((key, *sorted((kind, size) for kind, (_, size) in members.items()))))
-                self.incomplete += not (members.keys() & set(IMAGE_TYPES) and members.keys() & set(CAPTION_TYPES))
-        except FileError as error:
-            self.broken[shard] = str(error)
-        if copies := len(sized & self._samples):
-            self.copies[shard] = copies
-        self._samples |= sized
-        if self.samples.get(shard, samples) != samples and shard not in self.stale:
-            self.doubtful[shard] = f"{self.samples[shard]} samples by its index or statistics, {samples} in the tar"
-        self.samples[shard] = samples
+    stale: str = ""  # another size than the index states; a run stops at these
+    doubtful: str = ""  # another number of samples or checksum
 
 
-def _spread(shards: list[str], count: int) -> list[str]:
+def inspect_shards(paths: Sequence[str], seconds: float, remote: Remote) -> list[ShardFacts]:
+    """Counts a source by index files, by `NNNNN_stats.json` of img2dataset, and by headers as far as the seconds reach.
+
+    Shards that are not local are counted only by an index beside them.
+
+    Raises:
+        FileError: if an index is damaged, at which a run would stop.
+    """
+    shards = {path: ShardFacts(path) for path in paths}
+    with suppress(FileError, LastingError):  # no index: their number stays unknown
+        for remote_path, (samples, _) in sizes([path for path in shards if is_remote(path)], remote, 1).items():
+            shards[remote_path].samples = samples
+    local = [shard for path, shard in shards.items() if not is_remote(path)]
+    indices = {folder: index_entries(folder) for folder in {Path(shard.path).parent for shard in local}}
+    hashed = {shard.path for shard in _spread(local, _HASHED_SHARDS)}
+    bytes_left = _HASHED_BYTES
+    for shard in local:
+        path = Path(shard.path)
+        entry, shard.size = indices[path.parent].get(path.name, {}), path.stat().st_size
+        stated = entry.get("samples", known_json(path.with_name(f"{path.stem}_stats.json")).get("successes"))
+        shard.samples = stated if isinstance(stated, int) else None
+        if entry and entry["bytes"] != shard.size:
+            shard.stale = f"{entry['bytes']} bytes in {MANIFEST}, {shard.size} on disk"
+        elif shard.path in hashed and entry.get("sha256"):
+            bytes_left -= shard.size
+            if bytes_left > 0 and entry["sha256"] != sha256(path):
+                shard.doubtful = f"other content than {MANIFEST} says (sha256)"
+    start, earlier = time.monotonic(), set[int]()
+    # those without a number first; of the others a few, to see whether it is true
+    for n, shard in enumerate(sorted(_spread(local, len(local)), key=lambda shard: shard.samples is not None)):
+        if n and time.monotonic() - start > seconds * (1 if shard.samples is None else 0.3):
+            break
+        _walk(shard, earlier)
+    return list(shards.values())
+
+
+def _spread(shards: Sequence[ShardFacts], count: int) -> list[ShardFacts]:
     """So many of the shards, from all over the source."""
     return [shards[round(i)] for i in np.linspace(0, len(shards) - 1, min(count, len(shards)))]
 
 
-def count(shards: list[str], seconds: float, remote: Remote) -> _Count:
-    """Counts a source by index files, by `NNNNN_stats.json` of img2dataset, and by headers as far as the seconds reach.
-
-    Shards that are not local are counted only where an index is beside them. FileError if an index is damaged, at which a
-    run would stop.
-    """
-    found = _Count(shards)
-    with suppress(FileError, LastingError):  # no index: their number stays unknown
-        far = sizes([shard for shard in shards if is_remote(shard)], remote, 1)
-        found.samples |= {shard: samples for shard, (samples, _) in far.items()}
-    local = [shard for shard in shards if not is_remote(shard)]
-    indices = {folder: index_entries(folder) for folder in {Path(shard).parent for shard in local}}
-    entries = {shard: indices[Path(shard).parent].get(Path(shard).name, {}) for shard in local}
-    for shard, entry in entries.items():
-        path = Path(shard)
-        size = found.sizes[shard] = path.stat().st_size
-        stated = entry.get("samples", known_json(path.with_name(f"{path.stem}_stats.json")).get("successes"))
-        if isinstance(stated, int):
-            found.samples[shard] = stated
-        if entry.get("bytes", size) != size:
-            found.stale[shard] = f"{entry['bytes']} bytes in {MANIFEST}, {size} on disk"
-    unhashed = _HASHED_BYTES
-    for shard in _spread(local, _HASHED_SHARDS) if local else []:
-        unhashed -= found.sizes[shard]
-        stated = entries[shard].get("sha256")
-        if stated and unhashed > 0 and shard not in found.stale and stated != sha256(Path(shard)):
-            found.doubtful[shard] = f"other content than {MANIFEST} says (sha256)"
-    start = time.monotonic()
-    # those without a number first; of the others a few, to see whether it is true
-    for shard in sorted(_spread(local, len(local)), key=lambda shard: shard in found.samples):
-        if found.walked and time.monotonic() - start > seconds * (0.3 if shard in found.samples else 1):
-            break
-        found.walk(shard)
-    return found
+def _walk(shard: ShardFacts, earlier: set[int]) -> None:
+    """Reads the headers of a shard; `earlier` are the samples of those before, which its own join."""
+    keys, samples, count = set[str](), set[int](), 0
+    try:
+        for sample in walk(shard.path, compressed=True):
+            count += 1
+            shard.repeated += sample.key in keys
+            keys.add(sample.key)
+            samples.add(hash((sample.key, *sorted((kind, size) for kind, (_, size) in sample.members.items()))))
+            kinds = sample.members.keys()
+            shard.incomplete += not (kinds & set(IMAGE_TYPES) and kinds & set(CAPTION_TYPES))
+    except FileError as error:
+        shard.broken = str(error)
+    shard.copies = len(samples & earlier)
+    earlier |= samples
+    if shard.samples not in (None, count) and not shard.stale:
+        shard.doubtful = f"{shard.samples} samples by its index or statistics, {count} in the tar"
+    shard.walked, shard.samples = True, count
 
 
-def _of_shards(counted: _Count, is_stated: bool) -> Iterator[Statement]:
-    unknown = [shard for shard in counted.shards if is_remote(shard) and shard not in counted.samples]
-    if unknown and not is_stated:
-        yield (
-            "stops",
-            f"{len(unknown)} shards are not local, with no index.json: only reading them all would count them",
-            "--write_index where they are local, and copy *.idx too; or data.resample, data.train_samples",
-        )
-    for shard, reason in list(counted.broken.items())[:1]:
-        what = f"{len(counted.broken)} of {len(counted.walked)} shards that were walked are broken, the first: {reason}"
-        yield "warns", what, f"get {shard} again; training skips what is lost, evaluation stops at it"
-    if repeated := counted.repeated.total():
-        yield (
-            "stops" if counted.incomplete else "warns",
-            f"{repeated} keys come again later in the same shard, most in {counted.repeated.most_common(1)[0][0]}: members "
-            "of a sample are torn apart",
-            "write the tar anew with the members of a sample together (--sort=name)",
-        )
-    elif counted.incomplete:
-        what = f"{counted.incomplete} samples have no image or no caption member"
-        yield "warns", what, "training skips and counts them, up to --data.max_bad_share; evaluation stops at them"
-    for shard, most in counted.copies.most_common(1):
-        yield (
-            "warns",
-            f"{counted.copies.total()} samples are in an earlier shard too, by key and size of all members: {most} of them "
-            f"in {shard}",
-            "leave one of the copies out of --data.train: they come twice an epoch, and against each other",
-        )
-    levels: list[tuple[Severity, dict[str, str]]] = [("stops", counted.stale), ("warns", counted.doubtful)]
-    for severity, shards in levels:
-        for shard, reason in list(shards.items())[:1]:
-            what = f"{len(shards)} shards are not what their index says, the first is {shard}: {reason}"
-            yield severity, what, "get them again; or --write_index, if they are as they should be"
-    if 0 < len(counted.samples) < len(counted.shards) and not is_stated:
-        known = f"{len(counted.samples)} of {len(counted.shards)} shards"
-        what = f"{known} were counted in the time given, the others estimated"
-        yield "notes", what, "--write_index counts all of them, once; or more --seconds"
+def _of_shards(shards: list[ShardFacts], is_stated: bool) -> Iterator[DiagnosticValues]:
+    counted = sum(shard.samples is not None for shard in shards)
+    uncounted = sum(is_remote(shard.path) and shard.samples is None for shard in shards)
+    if uncounted and not is_stated:
+        yield "uncounted shards", {"count": uncounted}
+    if broken := [shard for shard in shards if shard.broken]:
+        walked = sum(shard.walked for shard in shards)
+        values = {"count": len(broken), "walked": walked, "reason": broken[0].broken, "shard": broken[0].path}
+        yield "broken shards", values
+    incomplete = sum(shard.incomplete for shard in shards)
+    if repeated := sum(shard.repeated for shard in shards):
+        worst = max(shards, key=lambda shard: shard.repeated)
+        yield "torn samples" if incomplete else "repeated keys", {"count": repeated, "shard": worst.path}
+    elif incomplete:
+        yield "incomplete samples", {"count": incomplete}
+    if copies := sum(shard.copies for shard in shards):
+        worst = max(shards, key=lambda shard: shard.copies)
+        yield "copied samples", {"count": copies, "most": worst.copies, "shard": worst.path}
+    stale = [(shard.path, shard.stale) for shard in shards if shard.stale]
+    doubtful = [(shard.path, shard.doubtful) for shard in shards if shard.doubtful]
+    for name, reasons in (("stale index", stale), ("doubtful index", doubtful)):
+        if reasons:
+            yield name, {"count": len(reasons), "shard": reasons[0][0], "reason": reasons[0][1]}
+    if 0 < counted < len(shards) and not is_stated:
+        yield "estimated shards", {"count": counted, "total": len(shards)}
 
 
-def _of_run(reports: dict[str, dict[str, Any]], settings: dict[str, Any], ranks: int) -> Iterator[Statement]:
+def _of_run(reports: dict[str, dict[str, Any]], settings: dict[str, Any], ranks: int) -> Iterator[DiagnosticValues]:
     samples = settings["train_samples"] or sum(report["samples"] for report in reports.values())
     shards = sum(report["shards"] for report in reports.values())
     batch, workers = settings["global_batch_size"], max(settings["workers"], 1)
     steps = samples // batch
     if batch % ranks:
-        what = f"global_batch_size={batch} cannot be shared by {ranks} ranks"
-        yield "stops", what, "--data.global_batch_size, a multiple"
+        yield "unequal ranks", {"batch": batch, "ranks": ranks}
     if 0 < samples < batch:
-        what = f"there are {samples} pairs, fewer than global_batch_size={batch}: an epoch would have no step"
-        yield "stops", what, "a smaller --data.global_batch_size, or more data"
+        yield "too few pairs", {"samples": samples, "batch": batch}
     if 0 < steps < workers:
-        what = f"an epoch has {steps} steps: only as many of {workers} workers have one to make"
-        yield "warns", what, f"--data.workers {steps}"
+        yield "idle workers", {"steps": steps, "workers": workers}
     elif 0 < shards < ranks * workers:
-        what = f"{shards} shards for {ranks} x {workers} readers: some read a part of one, past the rest"
-        yield "notes", what, f"--data.workers {max(shards // ranks, 1)}, or shards with fewer samples"
+        fitting = max(shards // ranks, 1)
+        yield "shared shards", {"shards": shards, "ranks": ranks, "workers": workers, "fitting": fitting}
 
 
-def _report(counted: _Count, stats: SampleStats, max_tokens: int, stated: int | None) -> dict[str, Any]:
-    known = "counted" if len(counted.samples) == len(counted.shards) else "estimated" if counted.samples else "unknown"
+def _report(
+    shards: list[ShardFacts], samples: list[SampleFacts], max_tokens: int, stated: int | None
+) -> dict[str, Any]:
+    counts = [shard.samples for shard in shards if shard.samples is not None]
+    known = "counted" if len(counts) == len(shards) else "estimated" if counts else "unknown"
+    causes = causes_of(samples)
     report: dict[str, Any] = {
-        "shards": len(counted.shards),
-        "samples": stated or counted.total,
+        "shards": len(shards),
+        "samples": stated or round(sum(counts) * len(shards) / max(len(counts), 1)),
         "samples_are": "stated" if stated else known,
-        "bytes": sum(counted.sizes.values()),
-        "looked_at": stats.samples,
-        "taken": stats.samples - stats.bad.total(),
-        "bad": dict(stats.bad),
-        "formats": dict(stats.formats),
+        "bytes": sum(shard.size for shard in shards),
+        "looked_at": len(samples),
+        "taken": len(samples) - causes.total(),
+        "bad": dict(causes),
+        "formats": dict(Counter(sample.format for sample in samples if sample.format)),
     }
-    if stats.sides:
-        report["short_side"] = _quantiles([min(side) for side in stats.sides])
-        report["images_a_second"] = round(len(stats.sides) / max(stats.decode_seconds, 1e-9))
-    if stats.texts:
-        report["caption_fields"] = dict(stats.fields)
-        report["captions_an_image"] = _quantiles([len(texts) for texts in stats.texts])
-    if stats.tokens:
-        report["tokens"] = _quantiles(stats.tokens)
-        report["share_cut"] = round(float(np.mean(np.array(stats.tokens) > max_tokens)), 4)
+    if sides := [min(sample.size) for sample in samples if sample.size]:
+        report["short_side"] = _quantiles(sides)
+        report["images_a_second"] = round(len(sides) / max(sum(sample.seconds for sample in samples), 1e-9))
+    if captioned := [sample for sample in samples if sample.captions]:
+        report["caption_fields"] = dict(Counter(sample.caption_field for sample in captioned))
+        report["captions_an_image"] = _quantiles([sum(map(bool, sample.captions)) for sample in captioned])
+    if lengths := [length for sample in samples for length in sample.lengths]:
+        report["tokens"] = _quantiles(lengths)
+        report["share_cut"] = round(float(np.mean(np.array(lengths) > max_tokens)), 4)
     return report
 
 
@@ -367,8 +331,6 @@ def write_indices(shards: list[str]) -> None:
     folders: dict[Path, list[Path]] = {}
     for shard in map(Path, dict.fromkeys(shards)):
         folders.setdefault(shard.parent, []).append(shard)
-    for folder in folders:
-        check_index(folder)
     for folder, paths in folders.items():
         with preparing(folder) as state:
             if plans := sorted(state.glob("*.plan")):
@@ -377,19 +339,9 @@ def write_indices(shards: list[str]) -> None:
                     "same command; it writes the index itself",
                     folder,
                 )
-            jobs = {path.name: (path,) for path in paths}
-            times = {path.name: path.stat().st_mtime_ns for path in paths}
-            records, _ = run(jobs, _index_entry, state, partial(_is_current, times), 0)
-            write_index(folder, records)
-            for name in jobs:
-                (state / f"{name}.json").unlink()
+            records, _ = run({path: () for path in paths}, _count, state, "index", workers=0)
+            finish(folder, state, records)
 
 
-def _is_current(times: dict[str, int], name: str, record: dict[str, Any]) -> bool:
-    return record.get("mtime") == times[name]
-
-
-def _index_entry(shard: Path) -> dict[str, Any]:
-    """Writes the index of a shard, and returns its record."""
-    record = {"inputs": 1, "left_out": [], "samples": index_shard(shard)}
-    return {**record, "bytes": shard.stat().st_size, "sha256": sha256(shard), "mtime": shard.stat().st_mtime_ns}
+def _count(shard: Path) -> Record:
+    return {"inputs": 1, "skipped": [], "samples": index_shard(shard)}

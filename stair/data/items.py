@@ -1,7 +1,7 @@
-"""Where images and texts to embed come from: a folder, tar shards, a table, the lines of standard input.
+"""Images and texts to embed: a folder, tar shards, a table, or lines of standard input.
 
 A source is listed before anything is encoded: what is used, what is skipped and why. So the work can be counted, divided
-into parts, shared and resumed, and every mistake that can be known is known at once.
+into parts and resumed, and mistakes show at once.
 """
 
 import json
@@ -9,11 +9,11 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date, time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from stair.data.folders import image_files
 from stair.data.members import BrokenTarError
@@ -21,6 +21,8 @@ from stair.data.members import members as members_of
 from stair.data.remote import is_remote
 from stair.data.samples import (
     CAPTION_TYPES,
+    Grouped,
+    NoCaptionError,
     Skipped,
     caption_lines,
     captions,
@@ -35,12 +37,10 @@ from stair.data.tars import expand
 from stair.errors import FileError, SettingError
 
 Side = Literal["images", "texts"]
-COLUMNS: dict[Side, str] = {"images": "image", "texts": "text"}  # of a table, where none is given
-LONGEST_ID = 512  # bytes; Elasticsearch and OpenSearch take no longer ones
-_INT64 = range(-(1 << 63), 1 << 63)
+COLUMNS: dict[Side, str] = {"images": "image", "texts": "text"}  # of a table, by default
+LONGEST_ID = 512  # bytes; the limit of Elasticsearch and OpenSearch
 
 _TAR = re.compile(r"\.(tar(\.\w+)?|t[gbx]z2?)$", re.IGNORECASE)  # compressed ones are refused by their content
-
 # columns of a parquet file that hold images, as Arrow spells their types
 _IMAGES = re.compile(r"(large_)?binary(_view)?|struct<.*\bbytes: (large_)?binary.*>")
 
@@ -109,10 +109,10 @@ def list_items(source: str, side: Side, column: str | None = None, id_column: st
     Args:
         source: a folder of images; tars (`a.tar`, or a pattern such as `shards/*.tar`) of KEY.jpg beside KEY.json or
             KEY.txt; a table (.csv, .tsv, .txt, .jsonl, .parquet); `-` for lines of standard input (paths, or texts).
-        side: whether its images or its texts are wanted. Texts of tars are the captions.
+        side: whether its images or its texts are listed. Texts of tars are the captions.
         column: of a table: paths of images (relative to the table), in parquet also their bytes or Hugging Face's
-            `{bytes, path}`; or texts. `image` or `text` where left out.
-        id_column: of a table: ids, as typed. Where left out, `id` if there is such a column, else numbers of rows from 0.
+            `{bytes, path}`; or texts. Default: `image` or `text`.
+        id_column: of a table: ids, as typed. Default: `id` if there is such a column, else numbers of rows from 0.
 
     Raises:
         FileNotFoundError: if there is nothing.
@@ -120,31 +120,23 @@ def list_items(source: str, side: Side, column: str | None = None, id_column: st
         SettingError: if a column is not there.
     """
     listing = Listing()
-    for found in _entries(source, side, column, id_column, listing.notes):
-        (listing.skipped if isinstance(found, Skipped) else listing.items).append(found)  # type: ignore[arg-type]
+    for entry in _entries(source, side, column, id_column, listing.notes):
+        (listing.skipped if isinstance(entry, Skipped) else listing.items).append(entry)  # type: ignore[arg-type]
     if not listing.items and not listing.skipped:
         raise FileNotFoundError(f"{source!r} holds no {side}")
     if not listing.items:
         first = listing.skipped[0]
         raise FileError(f"{source!r}: no {side} can be used; {first.place}: {first.reason}", source)
-    _check_ids(source, listing)
-    return listing
-
-
-def _check_ids(source: str, listing: Listing) -> None:
-    first: dict[str, Item] = {}
+    by_id: dict[str, Item] = {}
     for item in listing.items:
-        if (other := first.setdefault(item.id, item)) is not item:
-            where, remedy = (
-                f"{other.path} and {item.path}",
-                "Rename one; embed tars of one name in several folders apart",
-            )
-            if item.place:
-                where, remedy = f"{other.place} and {item.place}", "Choose another column with --id_column"
-            raise FileError(f"{source!r}: id {item.id!r} occurs twice ({where}). {remedy}", source)
+        if (other := by_id.setdefault(item.id, item)) is not item:
+            remedy = "Choose another column with --id_column" if item.place else "Rename one, or embed them separately"
+            places = f"{other.place or other.path} and {item.place or item.path}"
+            raise FileError(f"{source!r}: id {item.id!r} occurs twice ({places}). {remedy}", source)
         if len(item.id.encode()) > LONGEST_ID:
             reason = f"long id: {len(item.id.encode())} bytes; Elasticsearch and OpenSearch take {LONGEST_ID}"
             listing.notes.append(Skipped(item.place or f"{item.id[:40]}...", reason))
+    return listing
 
 
 def _entries(
@@ -160,10 +152,9 @@ def _entries(
     if is_remote(source):
         raise FileError(f"{source!r} is not local: items are read by position. Copy it to a local path", source)
     files = [path] if path.is_file() else [Path(name) for name in expand(source)]
-    kinds = {file.suffix.lower() for file in files}
     if all(_TAR.search(file.name) for file in files):
-        return (found for file in files for found in _tar(file, side, notes))
-    if len(files) == 1 and kinds <= set(SUFFIXES):
+        return (entry for file in files for entry in _tar(file, side, notes))
+    if len(files) == 1 and files[0].suffix.lower() in SUFFIXES:
         return _table(open_table(files[0]), side, column or COLUMNS[side], id_column, notes)
     raise FileError(f"{source!r} is no folder, tar or table ({', '.join(SUFFIXES)}), nor `-` for standard input", path)
 
@@ -177,12 +168,12 @@ def _lines(data: bytes, side: Side) -> Iterator[Item | Skipped]:
 
 
 def _folder(folder: Path) -> Iterator[Item | Skipped]:
-    for found in image_files(folder):
-        if isinstance(found, Skipped):
-            yield found
+    for entry in image_files(folder):
+        if isinstance(entry, Skipped):
+            yield entry
         else:
-            name = printable(found.name)
-            yield Item(name, found.path, source={"file": name})
+            name = printable(entry.name)
+            yield Item(name, entry.path, source={"file": name})
 
 
 def _item(side: Side, place: str, name: str, text: str, path: Path, metadata: dict[str, Any]) -> Item | Skipped:
@@ -201,21 +192,11 @@ def _item(side: Side, place: str, name: str, text: str, path: Path, metadata: di
 def _table(
     table: Table, side: Side, column: str, id_column: str | None, notes: list[Skipped]
 ) -> Iterator[Item | Skipped]:
-    for name, setting in ((column, "column"), (id_column, "id_column")):
-        if name is not None and name not in table.columns:
-            known = sorted(table.columns)
-            raise SettingError(f"{table.path}: no column {name!r}; there are {known}. Choose with --{setting}", setting)
-    in_cells = side == "images" and _IMAGES.fullmatch(table.columns[column]) is not None
-    if not in_cells:
-        _check_type(table, side, column)
+    id_column = id_column or ("id" if "id" in table.columns else None)
+    _check_columns(table, side, column, id_column)
+    in_cells = _IMAGES.fullmatch(table.columns[column]) is not None
     if unread := [name for name in table.bytes_columns if name != column]:
         notes.append(Skipped(table.path.name, f"columns of bytes: {unread} are no metadata"))
-    id_column = id_column or ("id" if "id" in table.columns else None)
-    if id_column in table.bytes_columns:
-        kind = table.columns[id_column]
-        raise SettingError(
-            f"{table.path}: ids in column {id_column!r} are {kind}; wanted texts or numbers", "id_column"
-        )
     for number, row in enumerate(table.rows()):
         if "-" in row.place.rpartition(":")[2] and not row.problem:
             notes.append(Skipped(row.place, "row of several lines: a quoted cell holds line ends"))
@@ -236,6 +217,28 @@ def _table(
         else:
             text = text if side == "texts" else text.strip()
             yield _item(side, row.place, name, text, table.path.parent / text, metadata)
+
+
+def _check_columns(table: Table, side: Side, column: str, id_column: str | None) -> None:
+    for name, setting in ((column, "column"), (id_column, "id_column")):
+        if name is not None and name not in table.columns:
+            known = sorted(table.columns)
+            raise SettingError(f"{table.path}: no column {name!r}; there are {known}. Choose with --{setting}", setting)
+    kind = table.columns[column]
+    # lists and bytes would be taken for a path or text by the way Python spells them
+    is_text = column not in table.bytes_columns and ("<" not in kind or kind.startswith("dictionary<"))
+    if not is_text and not (side == "images" and _IMAGES.fullmatch(kind)):
+        wanted = {"images": "paths of images, their bytes, or {bytes, path}", "texts": "one text a row"}[side]
+        raise SettingError(
+            f"{table.path}: column {column!r} holds {kind}; wanted {wanted}. Choose with --column, or make shards of the "
+            "folder's images and captions with `stair prepare datasets`, and embed these",
+            "column",
+        )
+    if id_column in table.bytes_columns:
+        kind = table.columns[id_column]
+        raise SettingError(
+            f"{table.path}: ids in column {id_column!r} are {kind}; wanted texts or numbers", "id_column"
+        )
 
 
 def _id(row: Row, column: str | None, number: int) -> str:
@@ -268,33 +271,21 @@ def _metadata(table: Table, row: Row, others: tuple[str | None, ...]) -> dict[st
 
 
 def _plain(value: Any) -> Any:
-    """A value of the user's as JSON has it, of the same type and exact."""
+    """A value as JSON has it, of the same type and exact."""
     if isinstance(value, str):
         value.encode()
-        return value
-    if isinstance(value, (date, time)):  # a datetime is a date
+    elif isinstance(value, (date, time)):  # a datetime is a date
         return value.isoformat()
-    if isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
-    if isinstance(value, dict):
+    elif isinstance(value, dict):
         return {_plain(name): _plain(part) for name, part in value.items()}
-    if (isinstance(value, int) and value not in _INT64) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{value}")
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    raise ValueError(f"a {type(value).__name__}")
-
-
-def _check_type(table: Table, side: Side, column: str) -> None:
-    """Checks that cells are no lists or bytes, which would be taken for a path or text by the way Python spells them."""
-    kind = table.columns[column]
-    if column in table.bytes_columns or ("<" in kind and not kind.startswith("dictionary<")):
-        wanted = {"images": "paths of images, their bytes, or {bytes, path}", "texts": "one text a row"}[side]
-        raise SettingError(
-            f"{table.path}: column {column!r} holds {kind}; wanted {wanted}. Choose with --column, or make shards of the "
-            "folder's images and captions with `stair prepare datasets`, and embed these",
-            "column",
-        )
+    elif isinstance(value, (int, float)):
+        if not (math.isfinite(value) if isinstance(value, float) else -(1 << 63) <= value < 1 << 63):
+            raise ValueError(f"{value}")
+    elif value is not None:
+        raise ValueError(f"a {type(value).__name__}")
+    return value
 
 
 def _tar(path: Path, side: Side, notes: list[Skipped]) -> Iterator[Item | Skipped]:
@@ -306,44 +297,47 @@ def _tar(path: Path, side: Side, notes: list[Skipped]) -> Iterator[Item | Skippe
             for sample in samples:
                 name = f"{stem}/{sample.key}"
                 notes += [Skipped(name, warning) for warning in sample.warnings]
-                if sample.problems:
-                    yield Skipped(name, sample.problems[0])
-                    continue
-                texts, problem = _captions(file, sample.members, lines)
-                found = list(filter(None, texts))
-                if side == "texts":
-                    yield from [Skipped(name, problem)] if problem else _texts(name, sample.key, texts)
-                    continue
                 try:
-                    offset, length = sample.members[image_type(sample.members)]
+                    yield from _sample(file, path, name, sample, side, lines, notes)
                 except ValueError as error:
                     yield Skipped(name, str(error))
-                    continue
-                source = {"file": printable(path.name), "offset": offset, "length": length, "key": sample.key}
-                yield Item(name, path, offset, length, source=source | ({"captions": found} if found else {}))
-                if problem and not problem.startswith("no caption"):
-                    notes.append(Skipped(name, f"without captions: {problem}"))
     except (BrokenTarError, OSError) as error:
         raise FileError(f"{path} is no uncompressed tar, or cut short: {error}", path) from error
     for other in other_members((member.name for member in members), (sample.key for sample in samples)):
         yield Skipped(f"{stem}/{other.place}", other.reason)
 
 
-def _captions(file: Any, members: dict[str, tuple[int, int]], lines: bool) -> tuple[list[str], str]:
-    """The captions of a sample, or why there are none."""
-    sample = dict.fromkeys(members, b"")
-    for kind in members.keys() & set(CAPTION_TYPES):
-        file.seek(members[kind][0])
-        sample[kind] = file.read(members[kind][1])
+def _sample(
+    file: BinaryIO,
+    path: Path,
+    name: str,
+    sample: Grouped[tuple[int, int]],
+    side: Side,
+    lines: bool,
+    notes: list[Skipped],
+) -> Iterator[Item | Skipped]:
+    """The image or the captions of a sample of a tar; ValueError if it cannot be used."""
+    if sample.problems:
+        raise ValueError(sample.problems[0])
+    offset, length = sample.members[image_type(sample.members)] if side == "images" else (0, 0)
+    ranges = {kind: place if kind in CAPTION_TYPES else (0, 0) for kind, place in sample.members.items()}
+    texts: list[str] = []
     try:
-        return captions(sample, lines), ""
+        texts = captions({kind: os.pread(file.fileno(), n, start) for kind, (start, n) in ranges.items()}, lines)
     except ValueError as error:
-        return [], str(error)
-
-
-def _texts(name: str, key: str, texts: Iterable[str]) -> Iterator[Item | Skipped]:
+        if side == "texts":
+            raise
+        if not isinstance(error, NoCaptionError):
+            notes.append(Skipped(name, f"without captions: {error}"))
+    if side == "images":
+        source = {"file": printable(path.name), "offset": offset, "length": length, "key": sample.key}
+        yield Item(
+            name, path, offset, length, source=source | ({"captions": list(filter(None, texts))} if texts else {})
+        )
+        return
     for number, text in enumerate(texts):
+        place = f"{name}#{number}"
         if text:
-            yield Item(f"{name}#{number}", text=text, source={"text": text, "key": key})
+            yield Item(place, text=text, source={"text": text, "key": sample.key})
         else:
-            yield Skipped(f"{name}#{number}", "caption empty: nothing but white space")
+            yield Skipped(place, "caption empty: nothing but white space")

@@ -1,8 +1,4 @@
-"""`stair prepare`: makes shards of images and captions. Each source is a subcommand.
-
-`sources.py` and `emoji.py` list the inputs of a source, `writer.py` writes them as tars, `jobs.py` runs and records the
-work. `img2dataset.py` checks and indexes shards that exist already.
-"""
+"""`stair prepare`: makes shards of images and captions. Each source is a subcommand."""
 
 from stair.data.prepare.emoji import emoji
 from stair.data.prepare.img2dataset import cc

@@ -7,25 +7,22 @@ emoji once, upright on white, in a drawing that training does not have.
 import functools
 import io
 import random
-import shutil
 import subprocess
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from stair.data.prepare.writer import Raw, Source, write_shards
+from stair.data.prepare.writer import Input, Source, write_shards
 from stair.data.specs import require
 from stair.errors import FileError, SettingError, import_extra
 from stair.files import sha256
 
 _BLOCKS = ((0x2300, 0x23FF), (0x25A0, 0x27BF), (0x2B00, 0x2BFF), (0x1F000, 0x1F0FF), (0x1F300, 0x1FAFF))
 _GRINNING_FACE = 0x1F600  # a font without it draws no emoji
-# light, so that black ink shows on all of them
-_BACKGROUNDS = {
+_BACKGROUNDS = {  # light: black ink shows on all of them
     "white": (255, 255, 255),
     "yellow": (255, 236, 110),
     "pink": (255, 190, 205),
@@ -37,7 +34,7 @@ _BACKGROUNDS = {
 
 
 class Font(NamedTuple):
-    """A font that draws emoji, at the size at which it is drawn (bitmap fonts have no other), with its checksum."""
+    """A font at the size in pixels at which it is drawn (bitmap fonts have no other), with its checksum."""
 
     path: Path
     name: str
@@ -47,31 +44,31 @@ class Font(NamedTuple):
 
 @dataclass(frozen=True)
 class Drawings:
-    """Draws references (number of a font, code point, view); view 0 is the plain one. `image_size` is in pixels."""
+    """Draws views (font, code point, number) as PNG of `image_size` pixels a side; number 0 is upright on white."""
 
-    fonts: tuple[Font, ...]
-    labels: tuple[tuple[int, int], ...]
     image_size: int
 
-    def __call__(self, reference: tuple[int, int, int]) -> Raw:
-        """The input of a reference."""
-        number, point, view = reference
-        font, name = self.fonts[number], unicodedata.name(chr(point)).lower()
-        rng = random.Random(f"{font.name}/{point}/{view}")
-        background = rng.choice(list(_BACKGROUNDS)) if view else "white"
+    def __call__(self, view: tuple[Font, int, int]) -> bytes:
+        """The image of a view."""
+        font, point, number = view
+        background, rng = _background(*view)
         glyph = _glyph(font, point)
-        share, angle = (rng.uniform(0.55, 0.85), rng.uniform(-15, 15)) if view else (0.8, 0.0)
+        share, angle = (rng.uniform(0.55, 0.85), rng.uniform(-15, 15)) if number else (0.8, 0.0)
         scale = self.image_size * share / max(glyph.size)
         glyph = glyph.resize([max(1, round(side * scale)) for side in glyph.size], Image.Resampling.LANCZOS)
         glyph = glyph.rotate(angle, Image.Resampling.BICUBIC, expand=True)
         slack = [self.image_size - side for side in glyph.size]
-        left, top = (round(free * (rng.uniform(0.2, 0.8) if view else 0.5)) for free in slack)
+        left, top = (round(free * (rng.uniform(0.2, 0.8) if number else 0.5)) for free in slack)
         image = Image.new("RGBA", (self.image_size, self.image_size), _BACKGROUNDS[background])
         image.paste(glyph, (left, top), glyph)
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "PNG")
-        facts = {"class": name, "label": dict(self.labels)[point], "unicode": f"U+{point:04X}", "style": font.name}
-        return Raw(buffer.getvalue(), [name, f"{name} on {background}"], facts)
+        return buffer.getvalue()
+
+
+def _background(font: Font, point: int, number: int) -> tuple[str, random.Random]:
+    rng = random.Random(f"{font.name}/{point}/{number}")
+    return rng.choice(list(_BACKGROUNDS)) if number else "white", rng
 
 
 @functools.lru_cache(maxsize=32)
@@ -84,8 +81,8 @@ def _glyph(font: Font, point: int) -> Image.Image:
     left, top, right, bottom = (round(edge) for edge in _loaded(font).getbbox(chr(point)))
     margin = font.size // 4  # the box that a font states is not always the one it draws
     canvas = Image.new("RGBA", (right - left + 2 * margin, bottom - top + 2 * margin))
-    place = (margin - left, margin - top)
-    ImageDraw.Draw(canvas).text(place, chr(point), "black", _loaded(font), embedded_color=True)
+    start = (margin - left, margin - top)
+    ImageDraw.Draw(canvas).text(start, chr(point), "black", _loaded(font), embedded_color=True)
     box = canvas.getbbox()
     if box is None:
         raise ValueError(f"glyph blank: {font.name} draws nothing for U+{point:04X} (a colour format FreeType lacks?)")
@@ -106,52 +103,51 @@ def emoji(
     """
     require(image_size >= 16, "image_size", image_size, "at least 16 pixels")
     require(views >= 2, "views", views, "at least 2: validation takes one")
-    files = [font] if isinstance(font, Path) else font
-    found = [(drawn, points) for path in files or _installed() for drawn, points in _read(path)]
-    if not found:
-        raise SettingError(
-            f"no emoji font in {[str(path) for path in files]}"
-            if files
-            else "no font on this machine has emoji: install one (Debian: fonts-noto-color-emoji) or give --font FILE",
-            "font",
-        )
-    fonts = tuple(drawn for drawn, _ in found)
-    covered = [(number, point) for number, (_, points) in enumerate(found) for point in points]
-    labels = {point: label for label, point in enumerate(sorted({point for _, point in covered}))}
-    first = {point: number for number, point in reversed(covered)}
-    splits: dict[str, list[Any]] = {
-        "train": [(number, point, view) for number, point in covered for view in range(1, views)],
-        "val": [(number, point, 0) for point, number in sorted(first.items())],
-    }
-    names = [unicodedata.name(chr(point)).lower() for point in labels]
-    read = Drawings(fonts, tuple(labels.items()), image_size)
-    write_shards(Source(", ".join(font.name for font in fonts), splits, read, classnames=names), out, **settings)
+    files = [font] if isinstance(font, Path) else font or _installed()
+    glyphs = [(drawn, point) for drawn, points in map(_read, files) for point in points]
+    if not glyphs:
+        remedy = "install one (Debian: fonts-noto-color-emoji) or give --font FILE"
+        raise SettingError(f"no font of {list(map(str, files))} has emoji: {remedy}", "font")
+    first = {point: drawn for drawn, point in reversed(glyphs)}
+    names = {point: unicodedata.name(chr(point)).lower() for point in sorted(first)}
+    labels = {point: label for label, point in enumerate(names)}
+
+    def view(drawn: Font, point: int, number: int) -> Input:
+        name, code = names[point], f"U+{point:04X}"
+        captions = (name, f"{name} on {_background(drawn, point, number)[0]}")
+        fields = {"class": name, "label": labels[point], "unicode": code, "style": drawn.name}
+        return Input(f"{drawn.path}:{code}:{number}", (drawn, point, number), captions, fields)
+
+    train = [view(drawn, point, number) for drawn, point in glyphs for number in range(1, views)]
+    val = [view(first[point], point, 0) for point in names]
+    fonts = ", ".join(dict.fromkeys(drawn.name for drawn, _ in glyphs))
+    splits = {"train": train, "val": val}
+    write_shards(Source(fonts, splits, Drawings(image_size), classnames=list(names.values())), out, **settings)
 
 
 def _installed() -> list[Path]:
-    if not shutil.which("fc-list"):
-        raise SettingError("fc-list of fontconfig, which lists the fonts, is not installed; give --font FILE", "font")
     command = ["fc-list", "--format", "%{file}\n", f":charset={_GRINNING_FACE:x}"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
+    except FileNotFoundError as error:
+        raise SettingError(
+            "fontconfig (fc-list), which lists fonts, is not installed; give --font FILE", "font"
+        ) from error
     return sorted({Path(line) for line in listed.splitlines() if line})
 
 
-def _read(path: Path) -> Iterator[tuple[Font, list[int]]]:
-    """The font of a file and the emoji it has, if it has any."""
+def _read(path: Path) -> tuple[Font, list[int]]:
+    """The font of a file and its emoji."""
     fonts = import_extra("fontTools.ttLib", "fonttools", "prepare")
     try:
         with fonts.TTFont(path, lazy=True, fontNumber=0) as font:
-            covered = font.getBestCmap() or {}
+            characters = font.getBestCmap() or {}
             sizes = [strike.bitmapSizeTable.ppemY for strike in font["CBLC"].strikes] if "CBLC" in font else []
             sizes += list(font["sbix"].strikes) if "sbix" in font else []
     except (fonts.TTLibError, OSError) as error:
         raise FileError(f"{path} is no font ({error})", path) from error
-    points = [p for low, high in _BLOCKS for p in range(low, high + 1) if p in covered and _is_named(chr(p))]
-    if points:
-        size = max(sizes, default=128)
-        name = " ".join(filter(None, ImageFont.truetype(path, size).getname()))
-        yield Font(path, name, size, sha256(path)), points
-
-
-def _is_named(character: str) -> bool:
-    return unicodedata.category(character) == "So" and bool(unicodedata.name(character, ""))
+    blocks = (point for low, high in _BLOCKS for point in range(low, high + 1) if point in characters)
+    points = [point for point in blocks if unicodedata.category(chr(point)) == "So"]
+    size = max(sizes, default=128)
+    name = " ".join(filter(None, ImageFont.truetype(path, size).getname()))
+    return Font(path, name, size, sha256(path)), points

@@ -3,21 +3,18 @@
 Nothing is rewritten but, with `--mend`, shards with samples that cannot be read.
 """
 
-import io
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from PIL import Image, UnidentifiedImageError
 from pyarrow import parquet
 
-from stair.data.prepare.jobs import known_json, listed, preparing, run, write_index
-from stair.data.prepare.writer import REPORT, open_tar
+from stair.data.prepare.writer import REPORT, Record, finish, known_json, listed, open_tar, preparing, run
 from stair.data.samples import Skipped, caption_lines, captions, count_causes, image_bytes, skipped_lines
 from stair.data.shard_index import BrokenShardError, index_shard
 from stair.data.tars import stream
 from stair.errors import FileError
-from stair.files import atomic_write, sha256, write_json
+from stair.files import atomic_write, write_json
+from stair.images import decode_image
 
 
 def cc(folder: Path, mend: bool = False, max_bad_share: float = 0.05, workers: int = 0) -> None:
@@ -30,41 +27,32 @@ def cc(folder: Path, mend: bool = False, max_bad_share: float = 0.05, workers: i
         workers: processes; 0 is one for each core.
     """
     if folder.is_file():
-        raise FileError(_command_for(folder), folder)
-    shards = {path.name: path for path in sorted(folder.glob("*.tar"))}
-    if not any(_stats_of(shard).is_file() for shard in shards.values()):
+        raise FileError(_command(folder), folder)
+    shards = sorted(folder.glob("*.tar"))
+    if not any(_stats_file(shard).is_file() for shard in shards):
         raise FileError(
             f"{folder} holds {len(shards)} tars and no NNNNN_stats.json: img2dataset writes both with "
             "--output_format webdataset. Shards of other origin: `stair doctor --write_index`",
             folder,
         )
-
-    def is_current(name: str, record: dict[str, Any]) -> bool:
-        return record.get("mtime") == shards[name].stat().st_mtime_ns and not (mend and record["left_out"])
-
     with preparing(folder) as state:
-        jobs = {name: (shard, mend) for name, shard in shards.items()}
-        records, bad = run(jobs, check_shard, state, is_current, workers, max_bad_share)
-        kept = {name: record for name, record in records.items() if record["samples"]}
-        write_index(folder, kept, is_replaced=lambda name: True)
-        report = {
-            "source": "img2dataset",
-            "samples": sum(record["samples"] for record in kept.values()),
-            "mended": [name for name, record in records.items() if record["mended"]],
-            "left_out" if mend else "bad": count_causes(bad),
-            "left_out_inputs" if mend else "bad_inputs": [one.facts() for one in bad],
-        }
+        jobs = {shard: (mend,) for shard in shards}
+        records, skipped = run(jobs, check_shard, state, f"cc, mend={mend}", workers, max_bad_share)
+        samples = sum(record["samples"] for record in records.values())
+        mended = [shard.name for shard, record in records.items() if record["mended"]]
+        report = {"source": "img2dataset", "samples": samples, "mended": mended}
+        name = "skipped" if mend else "bad"
+        report |= {name: count_causes(skipped), f"{name}_inputs": [entry.facts() for entry in skipped]}
         write_json(folder / REPORT, {"format": 1, "splits": {"all": report}})
-        for name in (*records, "left_out"):
-            (state / f"{name}.json").unlink(missing_ok=True)
-    counts = f"{len(kept)} shards with {report['samples']} samples"
-    print(*skipped_lines(bad), f"{folder}: {counts}, indexed; {len(report['mended'])} written anew", sep="\n")
-    if bad:
+        finish(folder, state, records, is_replaced=lambda name: True)
+    counts = f"{sum(record['samples'] > 0 for record in records.values())} shards with {samples} samples"
+    print(*skipped_lines(skipped), f"{folder}: {counts}, indexed; {len(mended)} written anew", sep="\n")
+    if skipped:
         todo = "" if mend else "; training skips them, `--mend` rewrites their shards without them"
-        print(f"  bad: {listed(count_causes(bad))}{todo}; which ones: {REPORT}")
+        print(f"  bad: {listed(count_causes(skipped))}{todo}; which ones: {REPORT}")
 
 
-def _command_for(table: Path) -> str:
+def _command(table: Path) -> str:
     with open(table, encoding="utf-8", errors="replace") as file:
         first = file.readline().split("\t")
     header = ""
@@ -78,76 +66,54 @@ def _command_for(table: Path) -> str:
     )
 
 
-def _stats_of(shard: Path) -> Path:
+def _stats_file(shard: Path) -> Path:
     return shard.with_name(f"{shard.stem}_stats.json")
 
 
-def _stated(shard: Path) -> int:
-    stated = known_json(_stats_of(shard)).get("successes")
-    return stated if isinstance(stated, int) else 0
-
-
-def check_shard(shard: Path, mend: bool) -> dict[str, Any]:
+def check_shard(shard: Path, mend: bool) -> Record:
     """Reads a shard, compares it with `NNNNN_stats.json` and `NNNNN.parquet` beside it, and returns its record."""
     errors: list[Exception] = []
-    lines = caption_lines(str(shard))
-    bad: dict[str, str] = {}
-    keys: list[str] = []
+    lines, keys, bad = caption_lines(str(shard)), list[str](), dict[str, str]()
     for sample in stream(str(shard), errors.append):
         keys.append(sample["__key__"])
         try:
             if sample["__wrong__"]:
                 raise ValueError(sample["__wrong__"])
             captions(sample, lines)
-            _check_header(image_bytes(sample))
+            decode_image(image_bytes(sample), enough=1)
         except ValueError as error:
             bad[keys[-1]] = str(error)[:300]
-    left_out = [Skipped(f"{shard.name}:{key}", reason) for key, reason in bad.items()]
-    left_out += [Skipped(shard.name, f"shard cut short: {error}"[:300]) for error in errors]
-    if not _stats_of(shard).is_file():
-        left_out.append(Skipped(shard.name, f"shard unfinished: no {_stats_of(shard).name}, img2dataset stopped in it"))
-    elif errors or len(keys) != _stated(shard):
-        left_out += _missing(shard, keys)
-    inputs = max(len(keys), _stated(shard))
-    mended = mend and bool(bad or errors) and len(bad) < len(keys)
+    skipped = [Skipped(f"{shard.name}:{key}", reason) for key, reason in bad.items()]
+    skipped += [Skipped(shard.name, f"shard cut short: {error}"[:300]) for error in errors]
+    stats = _stats_file(shard)
+    stated = known_json(stats).get("successes")
+    stated = stated if isinstance(stated, int) else 0
+    if not stats.is_file():
+        skipped.append(Skipped(shard.name, f"shard unfinished: no {stats.name}, img2dataset stopped in it"))
+    elif errors or len(keys) != stated:
+        skipped += _missing(shard, keys, stated)
+    kept = sum(key not in bad for key in keys)
+    mended = mend and bool(bad or errors) and kept > 0
     if mended:
-        _rewrite(shard, bad)
+        with atomic_write(shard) as part, part.open("wb") as file, open_tar(file) as tar:
+            for sample in stream(str(shard), lambda error: None):
+                if sample["__key__"] not in bad:
+                    tar.write(sample)  # without fields that begin with two underscores
+        write_json(stats, {**known_json(stats), "successes": kept})
     with suppress(BrokenShardError):  # training indexes what there is of it
         index_shard(shard)
-    about = {"bytes": shard.stat().st_size, "sha256": sha256(shard), "mtime": shard.stat().st_mtime_ns}
-    counts = {"inputs": inputs, "samples": len(keys) - len(bad) * mended, "mended": mended}
-    return {**counts, **about, "left_out": left_out}
+    samples = kept if mended else len(keys)
+    return {"inputs": max(len(keys), stated), "samples": samples, "mended": mended, "skipped": skipped}
 
 
-def _check_header(data: bytes) -> None:
-    # img2dataset has decoded and encoded each image itself; what can be wrong came later
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            image.size  # noqa: B018
-    except UnidentifiedImageError as error:
-        raise ValueError("image undecodable: by its content no readable JPEG, PNG, WEBP") from error
-    except Exception as error:  # as in stair.images: a decoder raises whatever its parser met
-        raise ValueError(f"image undecodable: {type(error).__name__}: {error}") from error
-
-
-def _missing(shard: Path, keys: list[str]) -> list[Skipped]:
-    """Samples that were fetched, as the files beside a shard say, and are not in it."""
+def _missing(shard: Path, keys: list[str], stated: int) -> list[Skipped]:
+    """Samples that img2dataset fetched, as its files say, and that are not in the shard."""
     table = shard.with_suffix(".parquet")
     if table.is_file():
-        rows = parquet.read_table(table, columns=["key", "status"]).to_pylist()
-        lost = [row["key"] for row in rows if row["status"] == "success" and row["key"] not in set(keys)]
-        why = f"{table.name} lists it as fetched"
+        rows = parquet.read_table(table, columns=["key", "status"], filters=[("status", "=", "success")])
+        lost = sorted({*rows["key"].to_pylist()} - {*keys})
+        reason = f"{table.name} lists it as fetched"
     else:
-        lost = [str(i) for i in range(_stated(shard) - len(keys))]
-        why = f"{_stats_of(shard).name} counts {_stated(shard)}, the tar holds {len(keys)}"
-    return [Skipped(f"{shard.name}:{key}", f"sample missing: {why}") for key in lost]
-
-
-def _rewrite(shard: Path, bad: dict[str, str]) -> None:
-    samples = 0
-    with atomic_write(shard) as part, part.open("wb") as file, open_tar(file) as tar:
-        for sample in stream(str(shard), lambda error: None):
-            if sample["__key__"] not in bad:
-                samples += 1
-                tar.write(sample)  # fields that begin with two underscores are left out
-    write_json(_stats_of(shard), {**known_json(_stats_of(shard)), "successes": samples})
+        lost = [str(i) for i in range(stated - len(keys))]
+        reason = f"{_stats_file(shard).name} counts {stated}, the tar holds {len(keys)}"
+    return [Skipped(f"{shard.name}:{key}", f"sample missing: {reason}") for key in lost]

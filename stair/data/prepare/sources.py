@@ -3,21 +3,21 @@
 A bad line or row is skipped with its place, and the others are read.
 """
 
+import itertools
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 from pyarrow import types
 
 from stair.data.folders import class_files, class_names
-from stair.data.prepare.jobs import known_json
-from stair.data.prepare.writer import Raw, Source, write_shards
+from stair.data.prepare.writer import Input, Source, known_json, write_shards
 from stair.data.samples import Skipped, check_caption, printable
-from stair.data.tables import Table, arrow_schema, cell_text, open_table, read_group, rows_of_groups
+from stair.data.tables import arrow_schema, cell_text, open_table, read_group, rows_of_groups
 from stair.errors import FileError, SettingError
 from stair.files import read_json
 
@@ -28,34 +28,35 @@ _SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Reads references (paths to try, captions, further fields); errors are `image missing` and `path outside`."""
+    """Reads the first file that exists of several paths in a folder. Errors are `image missing` and `path outside`."""
 
-    root: Path  # folder of the images, resolved; no path leaves it
-    given: Path | None = field(default=None, repr=False)  # as the user spells it, by which paths may begin too
+    folder: Path = field(repr=False)  # as the user spells it, by which absolute paths may begin too
+    root: Path = field(init=False)
 
     def __post_init__(self) -> None:
-        if not self.root.is_dir():
-            raise FileError(f"no folder {self.root}; give the one in which the images are found", self.root)
+        if not self.folder.is_dir():
+            raise FileError(f"no folder {self.folder}; give the one in which the images are found", self.folder)
+        object.__setattr__(self, "root", self.folder.resolve())
 
-    def __call__(self, reference: tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, Any], ...]]) -> Raw:
-        """The input of a reference."""
-        names, captions, fields = reference
+    def __call__(self, names: tuple[str, ...]) -> bytes:
+        """The bytes of an image."""
         for name in names:
-            path = self.inside(name)
-            if path.is_file():
-                return Raw(path.read_bytes(), list(captions), {**dict(fields), "file": printable(name)})
-        raise ValueError(f"image missing: no file {printable(' or '.join(names))} in {self.root}")
+            if (path := self.inside(name)).is_file():
+                return path.read_bytes()
+        raise ValueError(f"image missing: no file {printable(' or '.join(names))} in {self.folder}")
 
     def inside(self, name: str) -> Path:
         """The path of an image, which must lie in the folder: a table from elsewhere may name any file."""
-        root = Path(os.path.normpath(self.root))
-        path = Path(os.path.normpath(root / name))
-        given = os.path.abspath(self.given or root)
-        if not path.is_relative_to(root) and path.is_relative_to(given):
-            path = root / path.relative_to(given)
-        if "\0" in name or not path.is_relative_to(root):
-            raise ValueError(f"path outside: {printable(name)!r} is not in {self.given or self.root}")
+        path, spelling = Path(os.path.normpath(self.root / name)), os.path.abspath(self.folder)
+        if not path.is_relative_to(self.root) and path.is_relative_to(spelling):
+            path = self.root / path.relative_to(spelling)
+        if "\0" in name or not path.is_relative_to(self.root):
+            raise ValueError(f"path outside: {printable(name)!r} is not in {self.folder}")
         return path
+
+
+def _input(names: tuple[str, ...], captions: Iterable[str], **fields: Any) -> Input:
+    return Input(" or ".join(names), names, tuple(captions), {**fields, "file": printable(names[0])})
 
 
 def folder(
@@ -81,9 +82,9 @@ def folder(
         settings: of the writer.
     """
     table = open_table(captions, delimiter)
-    image = _column(table, IMAGE_COLUMNS, image_column, "image")
-    caption = _column(table, CAPTION_COLUMNS, caption_column, "caption")
-    texts_of_image: dict[str, list[str]] = {}
+    image = _column(table.columns, IMAGE_COLUMNS, image_column, "image")
+    caption = _column(table.columns, CAPTION_COLUMNS, caption_column, "caption")
+    captions_of: dict[str, list[str]] = {}
     skipped: list[Skipped] = []
     for row in table.rows():
         try:
@@ -91,20 +92,19 @@ def folder(
                 raise ValueError(row.problem)
             name = cell_text(row, image, "image unnamed").strip()
             texts = texts_of(row.cells.get(caption)) or [cell_text(row, caption, "caption empty")]
-            texts_of_image.setdefault(name, []).extend([check_caption(text) for text in texts])
+            captions_of.setdefault(name, []).extend([check_caption(text) for text in texts])
         except ValueError as error:
             skipped.append(Skipped(row.place, str(error)))
-    references = [((name,), tuple(texts), ()) for name, texts in texts_of_image.items() if texts]
-    reader = ImageFiles(images.resolve(), images)
-    write_shards(Source(str(captions), {split: references}, reader, {split: skipped}), out, **settings)
+    inputs = [_input((name,), texts) for name, texts in captions_of.items() if texts]
+    write_shards(Source(str(captions), {split: inputs}, ImageFiles(images), {split: skipped}), out, **settings)
 
 
-def _column(table: Table, usual: list[str], given: str | None, what: str) -> str:
-    names = [name for name in ([given] if given else usual) if name in table.columns]
+def _column(columns: Iterable[str], usual: list[str], given: str | None, what: str) -> str:
+    names = [name for name in ([given] if given else usual) if name in columns]
     if not names:
         raise SettingError(
-            f"the {what} column is unknown: the table has {list(table.columns)[:20]}, looked for {given or usual}; "
-            f"give --{what}_column, or a first line with the columns' names",
+            f"the {what} column is unknown: the table has {list(columns)[:20]}, looked for {given or usual}; give "
+            f"--{what}_column, or a first line with the columns' names",
             f"{what}_column",
         )
     return names[0]
@@ -128,15 +128,15 @@ def karpathy(captions: Path, images: Path, out: Path, **settings: Any) -> None:
         out: folder of the shards.
         settings: of the writer.
     """
-    splits: dict[str, list[Any]] = {}
+    splits: dict[str, list[Input]] = {}
     try:
         for entry in read_json(captions)["images"]:
-            folder, name = entry.get("filepath", ""), entry["filename"]
-            names = (f"{folder}/{name}", name) if folder else (name,)
-            texts = tuple(sentence["raw"] for sentence in entry["sentences"])
-            facts = tuple((key, entry[key]) for key in ("cocoid", "imgid", "split") if key in entry)
+            below, name = entry.get("filepath"), entry["filename"]
+            names = (f"{below}/{name}", name) if below else (name,)
+            facts = {key: entry[key] for key in ("cocoid", "imgid", "split") if key in entry}
             split = "train" if entry["split"] == "restval" else entry["split"]
-            splits.setdefault(split, []).append((names, texts, facts))
+            texts = [sentence["raw"] for sentence in entry["sentences"]]
+            splits.setdefault(split, []).append(_input(names, texts, **facts))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(
             f"{captions} is no Karpathy split file ({type(error).__name__}: {error}); wanted dataset_coco.json, "
@@ -144,7 +144,7 @@ def karpathy(captions: Path, images: Path, out: Path, **settings: Any) -> None:
             "`sentences`",
             captions,
         ) from error
-    write_shards(Source(str(captions), splits, ImageFiles(images.resolve(), images)), out, **settings)
+    write_shards(Source(str(captions), splits, ImageFiles(images)), out, **settings)
 
 
 def classes(
@@ -153,7 +153,7 @@ def classes(
     """A folder of images for each class, for zero-shot evaluation; writes classnames.json too.
 
     Args:
-        images: folder of the classes' folders; a class's label is its place among the sorted folders.
+        images: folder of the classes' folders; a class's label is its position among the sorted folders.
         out: folder of the shards.
         split: shards are named SPLIT-00000.tar, ...
         names: names of the classes: JSON or lines `folder name`. Without, the folders' names.
@@ -169,48 +169,35 @@ def classes(
     folders, files, skipped = class_files(images)
     if not folders:
         raise FileError(f"no folder of a class in {images}; wanted one for each class, with its images", images)
-    spoken = class_names(folders, names)
-    empty = set(range(len(folders))) - {label for _, label in files}
-    skipped += [Skipped(printable(folders[n]), "class without images: nothing in its folder") for n in sorted(empty)]
-    captions = [template.format(name) for name in spoken]
-    references: list[Any] = [
-        ((file.name,), (captions[label],), (("class", spoken[label]), ("label", label))) for file, label in files
+    called = class_names(folders, names)
+    inputs = [
+        _input((file.name,), [template.format(called[label])], **{"class": called[label], "label": label})
+        for file, label in files
     ]
-    reader = ImageFiles(images.resolve(), images)
-    write_shards(Source(str(images), {split: references}, reader, {split: skipped}, classnames=spoken), out, **settings)
+    for label in sorted({*range(len(folders))} - {label for _, label in files}):
+        skipped.append(Skipped(printable(folders[label]), "class without images: nothing in its folder"))
+    source = Source(str(images), {split: inputs}, ImageFiles(images), {split: skipped}, classnames=called)
+    write_shards(source, out, **settings)
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Reads references (file, row group, row in it) of a Hugging Face data set."""
+class ImageCells:
+    """Reads cells (file, row group, row in it) of bytes, or of Hugging Face's `{bytes, path}`."""
 
-    root: Path
-    image: str  # column of bytes, `{bytes, path}` or paths in the folder
-    captions: str | None  # column
-    label: str | None  # column of class numbers
-    classes: tuple[str, ...]
+    files: ImageFiles  # of the paths
+    column: str
     stamp: tuple[tuple[str, int, int], ...]  # name, size and time of each file: other data make another repr
 
-    def __call__(self, reference: tuple[str, int, int]) -> Raw:
-        """The input of a reference."""
-        file, group, number = reference
-        columns = tuple(name for name in (self.image, self.captions, self.label) if name)
-        row = read_group(self.root / file, group, columns).slice(number, 1).to_pylist()[0]
-        fields: dict[str, Any] = {"file": file, "row": sum(rows_of_groups(self.root / file)[:group]) + number}
-        if self.label:
-            fields["label"] = row[self.label]
-        if self.classes:
-            if not isinstance(fields["label"], int) or not 0 <= fields["label"] < len(self.classes):
-                raise ValueError(f"label unknown: {fields['label']!r} of {len(self.classes)} classes")
-            fields["class"] = self.classes[fields["label"]]
-        captions = texts_of(row[self.captions]) if self.captions else [fields["class"]]
-        cell = row[self.image]
-        data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
-        if not isinstance(data, bytes):
-            if not isinstance(name, str):
-                raise ValueError("image missing: the cell is empty")
-            data = ImageFiles(self.root)(((name,), (), ())).image
-        return Raw(data, captions, fields)
+    def __call__(self, cell: tuple[str, int, int]) -> bytes:
+        """The bytes of an image."""
+        file, group, row = cell
+        value = read_group(self.files.root / file, group, (self.column,))[self.column][row].as_py()
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if data is not None:
+            return bytes(data)
+        if path is None:
+            raise ValueError("image missing: the cell is empty")
+        return self.files((path,))
 
 
 def datasets(
@@ -225,71 +212,81 @@ def datasets(
         caption_column: of captions; known by its name if not given. Without one, names of classes are the captions.
         settings: of the writer.
     """
-    splits = _arrow_files(data)
-    files = [file for found in splits.values() for file in found]
+    images = ImageFiles(data)
+    splits = _arrow_files(images.root)
+    files = [file for files_of_split in splits.values() for file in files_of_split]
     if not files:
-        raise FileError(
-            f"{data} holds no data set: wanted what `save_to_disk` writes (dataset_info.json or dataset_dict.json) or "
-            "parquet files",
-            data,
-        )
+        wanted = "what `save_to_disk` writes (dataset_info.json or dataset_dict.json) or parquet files"
+        raise FileError(f"{data} holds no data set: wanted {wanted}", data)
     schema = arrow_schema(files[0])
     if other := [file for file in files if arrow_schema(file).names != schema.names]:
         raise FileError(f"{other[0]} has other columns than {files[0]}, which has {schema.names}", other[0])
-    stated = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    noted = (stated.get("info") or {}).get("features") or {}
-    features = {name: kind for name, kind in noted.items() if isinstance(kind, dict)}
-    columns = Table(files[0], dict.fromkeys(schema.names, ""), lambda: iter(()))
-    image = _column(columns, _image_columns(schema, features), image_column, "image")
-    label = next((name for name, kind in features.items() if kind.get("_type") == "ClassLabel"), None)
-    classnames = tuple(features[label].get("names") or ()) if label else ()
-    captions = None
+    info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info") or {}
+    features = {name: kind for name, kind in (info.get("features") or {}).items() if isinstance(kind, dict)}
+    image_columns = [name for name, kind in features.items() if kind.get("_type") == "Image"]
+    image_columns += [column.name for column in schema if _holds_bytes(column.type)]
+    image = _column(schema.names, image_columns, image_column, "image")
+    label = next((name for name, kind in features.items() if kind.get("_type") == "ClassLabel"), "")
+    classnames = list(features[label].get("names") or []) if label else []
+    caption = ""
     if caption_column or not classnames or set(CAPTION_COLUMNS) & set(schema.names):
-        captions = _column(columns, CAPTION_COLUMNS, caption_column, "caption")
-    stamp = tuple((str(f.relative_to(data)), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
-    references = {
-        split: [
-            (str(file.relative_to(data)), group, row)
-            for file in found
-            for group, rows in enumerate(rows_of_groups(file))
-            for row in range(rows)
-        ]
-        for split, found in splits.items()
-    }
-    reader = Rows(data, image, captions, label, classnames, stamp)
-    source = Source(str(data), references, reader, shuffled=False, classnames=list(classnames) or None)
+        caption = _column(schema.names, CAPTION_COLUMNS, caption_column, "caption")
+    stamp = tuple((str(file.relative_to(images.root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    in_cells = _holds_bytes(schema.field(image).type)
+    read = ImageCells(images, image, stamp) if in_cells else images
+    source = Source(str(data), {}, read, shuffled=False, classnames=classnames or None)
+    for split, split_files in splits.items():
+        rows = _rows(images.root, split_files, tuple(filter(None, (caption, label, "" if in_cells else image))))
+        inputs, skipped = source.splits.setdefault(split, []), source.skipped.setdefault(split, [])
+        for place, cell, fields, values in rows:
+            if label:
+                fields["label"] = values[label]
+            if classnames:
+                if values[label] not in range(len(classnames)):
+                    reason = f"label unknown: {values[label]!r} of {len(classnames)} classes"
+                    skipped.append(Skipped(place, reason))
+                    continue
+                fields["class"] = classnames[values[label]]
+            texts = texts_of(values[caption]) if caption else [fields["class"]]
+            inputs.append(Input(place, cell if in_cells else (str(values[image] or ""),), tuple(texts), fields))
     write_shards(source, out, **settings)
 
 
+def _holds_bytes(kind: Any) -> bool:
+    is_struct = types.is_struct(kind) and {part.name for part in kind} >= {"bytes", "path"}
+    return is_struct or types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _rows(
+    root: Path, files: list[Path], columns: tuple[str, ...]
+) -> Iterator[tuple[str, tuple[str, int, int], dict[str, Any], dict[str, Any]]]:
+    """Place, cell (file, row group, row in it), JSON fields and values of each row."""
+    for file in files:
+        name, number = str(file.relative_to(root)), itertools.count()
+        for group in range(len(rows_of_groups(file))):
+            for row, values in enumerate(read_group(file, group, columns).to_pylist()):
+                fields = {"file": name, "row": next(number)}
+                yield f"{name}:{fields['row']}", (name, group, row), fields, values
+
+
 def _arrow_files(root: Path) -> dict[str, list[Path]]:
+    """The files of a data set by split."""
     if splits := known_json(root / "dataset_dict.json").get("splits"):
         return {str(split): _saved(root / str(split)) for split in splits}
     if (root / "state.json").is_file():
-        name = known_json(root / "state.json").get("_split") or _split_of(root) or "train"
-        return {str(name): _saved(root)}
+        return {str(known_json(root / "state.json").get("_split") or _split_of(root)): _saved(root)}
     found: dict[str, list[Path]] = {}
     for path in sorted(root.rglob("*.parquet")):
-        found.setdefault(_split_of(path) or _split_of(path.parent) or "train", []).append(path)
+        found.setdefault(_split_of(path, path.parent), []).append(path)
     return found
 
 
-def _split_of(path: Path) -> str:
-    match = _SPLIT.match(path.name)
-    return match[1] if match else ""
+def _split_of(*paths: Path) -> str:
+    return next((match[1] for path in paths if (match := _SPLIT.match(path.name))), "train")
 
 
 def _saved(folder: Path) -> list[Path]:
     state = known_json(folder / "state.json")
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise FileError(f"{folder} is a selection of rows, saved unflattened: save `data.flatten_indices()`", folder)
-    files = ImageFiles(folder)  # holds names within the folder
-    return [files.inside(str(entry["filename"])) for entry in state.get("_data_files", [])]
-
-
-def _image_columns(schema: pyarrow.Schema, features: dict[str, dict[str, Any]]) -> list[str]:
-    found = [name for name, kind in features.items() if kind.get("_type") == "Image"]
-    for column in schema:
-        held = types.is_struct(column.type) and {part.name for part in column.type} >= {"bytes", "path"}
-        if held or types.is_binary(column.type) or types.is_large_binary(column.type):
-            found.append(column.name)
-    return found
+    return [ImageFiles(folder).inside(str(entry["filename"])) for entry in state.get("_data_files", [])]

@@ -1,7 +1,7 @@
-"""Writes the samples of a source as shards, with an index and a report.
+"""Writes shards in parallel, with an index and a report; a command that was killed and run again writes the same bytes.
 
-A sample is KEY.jpg|png|webp, KEY.json with `captions`, KEY.txt with the first of them. The bytes of a shard follow from the
-inputs and the settings alone: a command that was killed and run again writes the same bytes.
+A sample is KEY.jpg|png|webp, KEY.json with `captions`, KEY.txt with the first of them. A shard is recorded in `.prepare` of
+the folder when it is done; the lock is there too.
 """
 
 import hashlib
@@ -9,58 +9,62 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import random
 import re
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
+from tqdm import tqdm
 from webdataset.writer import TarWriter
 
-from stair.data.prepare.jobs import index_entries, known_json, listed, preparing, run, summary, write_index
+from stair.data.remote import LOCAL
 from stair.data.samples import Skipped, check_caption, count_causes, printable, skipped_lines
-from stair.data.shard_index import index_shard
+from stair.data.shard_index import MANIFEST, MANIFEST_FORMAT, index_shard, read_manifest
 from stair.data.specs import require
 from stair.errors import FileError, StairError
-from stair.files import atomic_write, sha256, write_json
+from stair.files import atomic_write, lock, read_json, sha256, write_json
 from stair.images import MAX_PIXELS, decode_image, image_format
 
 REPORT, CLASSNAMES = "prepare.json", "classnames.json"
 _SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_ENOUGH = 200  # inputs; among fewer, the share of skipped ones is checked only at the end
+
+Record = dict[str, Any]  # of a shard: `inputs`, `samples`, `skipped`; if it exists, `bytes` and `sha256`
 
 
-class Raw(NamedTuple):
-    """An input as a source gives it: bytes of an image file, captions, and what else goes into the JSON."""
+class Input(NamedTuple):
+    """What becomes a sample. Its repr states all of it."""
 
-    image: bytes
-    captions: list[str]
-    fields: dict[str, Any]
+    place: str  # for the report
+    image: tuple[Any, ...]  # what the source's `read` takes
+    captions: tuple[str, ...]
+    fields: dict[str, Any]  # further fields of the JSON
 
 
 @dataclass
 class Source:
     """Where samples come from.
 
-    `read` gives the input of a reference, or raises ValueError that begins with the cause and a colon. It is sent to other
-    processes, and its repr states all that its results depend on.
+    `read` returns the bytes of an input's image file, or raises ValueError that begins with the cause and a colon. Other
+    processes call it, and its repr states all that its results depend on.
     """
 
-    name: str  # for the report
-    splits: dict[str, list[Any]]  # references of the inputs: small tuples whose repr states all of them
-    read: Callable[[Any], Raw]
-    skipped: dict[str, list[Skipped]] = field(default_factory=dict)  # by split, inputs without a reference
-    shuffled: bool = True  # not where reading inputs out of order is slow
+    name: str
+    splits: dict[str, list[Input]]
+    read: Callable[[Any], bytes]
+    skipped: dict[str, list[Skipped]] = field(default_factory=dict)  # by split, what is skipped already
+    shuffled: bool = True  # False if reading inputs out of order is slow
     classnames: list[str] | None = None  # in the order of `label`, for zero-shot evaluation
-
-
-class Limits(NamedTuple):
-    """Images of at most `max_side` pixels (0: any) keep their bytes; those of more than `max_pixels` are skipped."""
-
-    max_side: int
-    max_pixels: int
 
 
 def write_shards(
@@ -77,13 +81,13 @@ def write_shards(
     """Writes shards, their index and a report; continues where a killed command stopped.
 
     Args:
-        source: what is to be written.
-        out: folder of the shards, created where missing. It can hold several splits, also of several commands.
+        source: what is written.
+        out: folder of the shards, created if missing. It can hold several splits, also of several commands.
         shard_samples: most samples a shard.
         seed: of the order of samples, which are shuffled over all shards; null keeps the order of the source.
         max_side: images whose longer side has more pixels are scaled down to it and written anew; 0 keeps every size.
-        max_pixels: largest width × height that is decoded; larger images are left out.
-        max_bad_share: greatest share of inputs that are left out; beyond it nothing more is written.
+        max_pixels: largest width × height that is decoded; larger images are skipped.
+        max_bad_share: greatest share of skipped inputs; beyond it nothing more is written.
         workers: processes; 0 is one for each core.
 
     Raises:
@@ -96,153 +100,135 @@ def write_shards(
     require(workers >= 0, "workers", workers, "0 or more")
     for split in source.splits:
         require(_SPLIT.fullmatch(split) is not None, "split", split, "letters, digits, - and _: shards have its name")
-    inputs = {split: len(found) + len(source.skipped.get(split, [])) for split, found in source.splits.items()}
-    if not any(inputs.values()):
+    splits = [split for split, inputs in source.splits.items() if inputs or source.skipped.get(split)]
+    if not splits:
         raise StairError(f"{source.name} holds no input")
     with preparing(out) as state:
-        _write_classnames(out, source)
-        for split in filter(inputs.__getitem__, inputs):
+        if source.classnames is not None:
+            path, stated = out / CLASSNAMES, known_json(out / CLASSNAMES)
+            if stated.get("classes", source.classnames) != source.classnames:
+                raise FileError(
+                    f"{path} lists other classes, and labels are positions in it; give another folder", path
+                )
+            write_json(path, {**stated, "classes": source.classnames})
+        for split in splits:
             order = seed if source.shuffled else None
-            plan = _Plan(source, out, split, order, shard_samples, Limits(max_side, max_pixels))
-            plan.write(state, max_bad_share, workers)
+            settings = {"seed": order, "shard_samples": shard_samples, "max_side": max_side}
+            jobs, fingerprint = _jobs(source, split, out, order, shard_samples, max_side, max_pixels)
+            if not _is_done(out, state, split, fingerprint):
+                known = source.skipped.get(split, [])
+                made = run(jobs, make_shard, state, fingerprint, workers, max_bad_share, known)
+                about = {"source": source.name, "fingerprint": fingerprint, "settings": settings}
+                _report(out, state, split, about, *made, len(known))
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How the inputs of a split become shards."""
+def _jobs(
+    source: Source, split: str, out: Path, seed: int | None, shard_samples: int, max_side: int, max_pixels: int
+) -> tuple[dict[Path, tuple[Any, ...]], str]:
+    """What `make_shard` takes for each shard, and a fingerprint of all that their bytes depend on."""
+    keyed = [(f"{split}-{number:08d}", each) for number, each in enumerate(source.splits[split])]
+    if seed is not None:
+        random.Random(seed).shuffle(keyed)
+    digest = hashlib.sha256()
+    for part in ((shard_samples, max_side, max_pixels), source.read, *keyed):
+        digest.update(repr(part).encode("utf-8", "surrogateescape"))
+    shards = math.ceil(len(keyed) / shard_samples)
+    cuts = [len(keyed) * i // max(shards, 1) for i in range(shards + 1)]
+    jobs = {
+        out / f"{split}-{i:05d}.tar": (keyed[start:stop], source.read, max_side, max_pixels)
+        for i, (start, stop) in enumerate(itertools.pairwise(cuts))
+    }
+    return jobs, digest.hexdigest()
 
-    source: Source
-    out: Path
-    split: str
-    seed: int | None
-    shard_samples: int
-    limits: Limits
 
-    def fingerprint(self) -> str:
-        """Of all that the bytes of the shards depend on."""
-        settings = (self.split, self.seed, self.shard_samples, self.limits, self.source.read)
-        digest = hashlib.sha256(repr(settings).encode("utf-8", "surrogateescape"))
-        for reference in self.source.splits[self.split]:
-            digest.update(repr(reference).encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
+def _is_of_split(name: str, split: str) -> bool:
+    return re.fullmatch(rf"{re.escape(split)}-\d{{5,}}\.tar", name) is not None
 
-    def jobs(self, fingerprint: str) -> dict[str, tuple[Any, ...]]:
-        """One for each shard, all of nearly the same size."""
-        references = self.source.splits[self.split]
-        keyed = [(f"{self.split}-{place:08d}", reference) for place, reference in enumerate(references)]
-        if self.seed is not None:
-            random.Random(self.seed).shuffle(keyed)
-        shards = math.ceil(len(keyed) / self.shard_samples)
-        cuts = [len(keyed) * i // max(shards, 1) for i in range(shards + 1)]
-        jobs = {}
-        for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
-            path = self.out / f"{self.split}-{i:05d}.tar"
-            jobs[path.name] = (path, keyed[start:stop], self.source.read, self.limits, fingerprint)
-        return jobs
 
-    def has(self, name: str) -> bool:
-        """Whether a shard of that name is of this split."""
-        return re.fullmatch(rf"{re.escape(self.split)}-\d{{5,}}\.tar", name) is not None
+def _is_done(out: Path, state: Path, split: str, fingerprint: str) -> bool:
+    """Whether the split is there already; else notes that it is being written."""
+    plan, reports = state / f"{split}.plan", known_json(out / REPORT).get("splits", {})
+    sizes = {path.name: path.stat().st_size for path in out.glob("*.tar") if _is_of_split(path.name, split)}
+    written_as = known_json(plan).get("fingerprint") or reports.get(split, {}).get("fingerprint")
+    if sizes and written_as != fingerprint:
+        raise FileError(
+            f"{out} holds split {split!r} made of other inputs or with other settings ({', '.join(sorted(sizes)[:3])}): "
+            f"give another folder or split, or remove {split}-*.tar there",
+            out,
+        )
+    indexed = {name: entry["bytes"] for name, entry in index_entries(out).items() if _is_of_split(name, split)}
+    if sizes and sizes == indexed and not plan.exists():
+        print(f"{out}: split {split!r} is there already, of the same inputs and settings; nothing done")
+        return True
+    write_json(plan, {"fingerprint": fingerprint})
+    return False
 
-    def write(self, state: Path, max_bad_share: float, workers: int) -> None:
-        """Writes the split."""
-        fingerprint, plan = self.fingerprint(), state / f"{self.split}.plan"
-        known = known_json(self.out / REPORT).get("splits", {})
-        sizes = {path.name: path.stat().st_size for path in self.out.glob("*.tar") if self.has(path.name)}
-        made_of = known_json(plan).get("fingerprint") or known.get(self.split, {}).get("fingerprint")
-        if sizes and made_of != fingerprint:
-            raise FileError(
-                f"{self.out} holds split {self.split!r} made of other inputs or with other settings "
-                f"({', '.join(sorted(sizes)[:3])}): give another folder or split, or remove {self.split}-*.tar there",
-                self.out,
-            )
-        if sizes and not plan.exists() and sizes == self._stated_sizes():
-            print(f"{self.out}: split {self.split!r} is there already, of the same inputs and settings; nothing done")
-            return
-        write_json(plan, {"fingerprint": fingerprint})
-        for part in (*state.glob(".*.part"), *self.out.glob(".*.part")):  # of a killed process: the lock is held
-            part.unlink()
 
-        def is_current(name: str, record: dict[str, Any]) -> bool:
-            is_whole = not record["samples"] or sizes.get(name) == record["bytes"]
-            return record.get("fingerprint") == fingerprint and is_whole
-
-        skipped = self.source.skipped.get(self.split, [])
-        records, bad = run(self.jobs(fingerprint), make_shard, state, is_current, workers, max_bad_share, skipped)
-        report = self._report(fingerprint, list(records.values()), bad)
-        if not report["samples"]:
-            raise StairError(
-                f"{self.source.name}: split {self.split!r} holds no input that can be used: {summary(bad)}"
-            )
-        write_index(self.out, {name: record for name, record in records.items() if record["samples"]}, self.has)
-        write_json(self.out / REPORT, {"format": 1, "splits": {**known, self.split: report}})
-        for name in (*(f"{name}.json" for name in records), "left_out.json", plan.name):
-            (state / name).unlink(missing_ok=True)
-        print("\n".join([*skipped_lines(bad), *self._lines(report)]))
-
-    def _stated_sizes(self) -> dict[str, int]:
-        try:
-            return {name: entry["bytes"] for name, entry in index_entries(self.out).items() if self.has(name)}
-        except FileError:
-            return {}
-
-    def _report(self, fingerprint: str, records: list[dict[str, Any]], bad: list[Skipped]) -> dict[str, Any]:
-        written_anew = sum((Counter(record["written_anew"]) for record in records), Counter())
-        return {
-            "source": self.source.name,
-            "fingerprint": fingerprint,
-            "settings": {"seed": self.seed, "shard_samples": self.shard_samples, "max_side": self.limits.max_side},
-            "inputs": len(self.source.splits[self.split]) + len(self.source.skipped.get(self.split, [])),
-            "samples": sum(record["samples"] for record in records),
-            "captions": sum(record["captions"] for record in records),
-            "written_anew": dict(written_anew),
-            "left_out": count_causes(bad),
-            "left_out_inputs": [one.facts() for one in bad],
-        }
-
-    def _lines(self, report: dict[str, Any]) -> list[str]:
-        lines = [f"{self.out}: {self.split}: {report['samples']} samples with {report['captions']} captions"]
-        if anew := report["written_anew"]:
-            lines.append(f"  images written anew: {listed(anew)}; all others are the original bytes")
-        if causes := report["left_out"]:
-            count = f"{sum(causes.values())} of {report['inputs']} inputs"
-            lines.append(f"  left out {count}: {listed(causes)}; which ones: {REPORT}")
-        return lines
+def _report(
+    out: Path,
+    state: Path,
+    split: str,
+    about: dict[str, Any],
+    records: dict[Path, Record],
+    skipped: list[Skipped],
+    without_job: int,
+) -> None:
+    """Writes report and index of a split, and prints what became of its inputs."""
+    counts = {name: sum(record[name] for record in records.values()) for name in ("inputs", "samples", "captions")}
+    counts["inputs"] += without_job
+    if not counts["samples"]:
+        raise StairError(f"{about['source']}: split {split!r} holds no input that can be used: {summary(skipped)}")
+    anew: Counter[str] = sum((Counter(record["written_anew"]) for record in records.values()), Counter())
+    causes = count_causes(skipped)
+    report = {
+        **about,
+        **counts,
+        "written_anew": anew,
+        "skipped": causes,
+        "skipped_inputs": [s.facts() for s in skipped],
+    }
+    reports = known_json(out / REPORT).get("splits", {})
+    write_json(out / REPORT, {"format": 1, "splits": {**reports, split: report}})
+    finish(out, state, records, lambda name: _is_of_split(name, split))
+    (state / f"{split}.plan").unlink()
+    lines = [*skipped_lines(skipped), f"{out}: {split}: {counts['samples']} samples with {counts['captions']} captions"]
+    if anew:
+        lines.append(f"  images written anew: {listed(anew)}; all others are the original bytes")
+    if causes:
+        lines.append(f"  skipped {len(skipped)} of {counts['inputs']} inputs: {listed(causes)}; which ones: {REPORT}")
+    print(*lines, sep="\n")
 
 
 def make_shard(
-    path: Path, keyed: list[tuple[str, Any]], read: Callable[[Any], Raw], limits: Limits, fingerprint: str
-) -> dict[str, Any]:
-    """Writes one shard and its index, and returns its record. Without a sample, there is no tar.
-
-    `keyed` are key and reference of each input, `read` is that of the source.
-    """
-    left_out: list[Skipped] = []
-    anew: Counter[str] = Counter()
+    path: Path, keyed: list[tuple[str, Input]], read: Callable[[tuple[Any, ...]], bytes], max_side: int, max_pixels: int
+) -> Record:
+    """Writes the shard of keys and inputs, with its index, and returns its record. Without a sample, there is no tar."""
+    skipped: list[Skipped] = []
+    written_anew: Counter[str] = Counter()
     captions = 0
     with atomic_write(path) as part, part.open("wb") as file, open_tar(file) as tar:
-        for key, reference in keyed:
+        for key, each in keyed:
             try:
-                raw = read(reference)
-                texts = [check_caption(text) for text in raw.captions]
+                image = read(each.image)
+                texts = [check_caption(text) for text in each.captions]
                 if not texts:
                     raise ValueError("caption empty: the input has no caption")
-                kind, image, why = stored(raw.image, limits)
+                kind, image, reason = encode(image, max_side, max_pixels)
             except ValueError as error:
-                left_out.append(Skipped(_place(reference), printable(str(error))[:300]))
+                skipped.append(Skipped(printable(each.place)[:300], printable(str(error))[:300]))
                 continue
-            facts = json.dumps({**raw.fields, "captions": texts}, ensure_ascii=False, sort_keys=True)
+            facts = json.dumps({**each.fields, "captions": texts}, ensure_ascii=False, sort_keys=True)
             tar.write({"__key__": key, kind: image, "json": facts.encode(), "txt": texts[0].encode()})
-            anew[why] += 1
+            written_anew[reason] += 1
             captions += len(texts)
-    about = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    counts = {"inputs": len(keyed), "samples": anew.total(), "captions": captions}
-    if anew:
+    samples = written_anew.total()
+    if samples:
         index_shard(path)
     else:
         path.unlink()
-    anew.pop("", None)
-    return {**counts, **about, "written_anew": dict(anew), "left_out": left_out, "fingerprint": fingerprint}
+    written_anew.pop("", None)
+    counts = {"inputs": len(keyed), "samples": samples, "captions": captions}
+    return {**counts, "written_anew": dict(written_anew), "skipped": skipped}
 
 
 def open_tar(file: BinaryIO) -> TarWriter:
@@ -250,43 +236,172 @@ def open_tar(file: BinaryIO) -> TarWriter:
     return TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False)
 
 
-def _place(reference: Any) -> str:
-    """What a user knows an input by: the names of its file, or a file and a row of it."""
-    names, sign = (reference[0], " or ") if isinstance(reference[0], tuple) else (reference, ":")
-    return printable(sign.join(map(str, names)))[:300]
-
-
-def stored(data: bytes, limits: Limits) -> tuple[str, bytes, str]:
-    """How an image goes into a shard: as it is where it is a JPEG, PNG or WebP within the limits.
+def encode(data: bytes, max_side: int, max_pixels: int) -> tuple[str, bytes, str]:
+    """How an image goes into a shard: as it is if it is a JPEG, PNG or WebP of at most `max_side` pixels a side (0: any).
 
     Returns its type, its bytes, and why they are not the original ones (empty if they are). Errors are those of
     `decode_image`, by which training reads it.
     """
-    image = decode_image(data, limits.max_pixels)
-    kind = image_format(data)
-    if limits.max_side and max(image.size) > limits.max_side:
-        image.thumbnail((limits.max_side, limits.max_side), Image.Resampling.LANCZOS)
-        why = f"with more than {limits.max_side} pixels a side"
+    image, kind = decode_image(data, max_pixels), image_format(data)
+    if max_side and max(image.size) > max_side:
+        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        reason = f"with more than {max_side} pixels a side"
     elif kind:
         return kind, data, ""
     else:
-        why = "of another format than JPEG, PNG, WebP"
+        reason = "of another format than JPEG, PNG, WebP"
     buffer = io.BytesIO()
     if kind in ("jpg", "webp"):  # lossy already
         image.save(buffer, "JPEG", quality=95)
-        return "jpg", buffer.getvalue(), why
+        return "jpg", buffer.getvalue(), reason
     image.save(buffer, "PNG")
-    return "png", buffer.getvalue(), why
+    return "png", buffer.getvalue(), reason
 
 
-def _write_classnames(out: Path, source: Source) -> None:
-    if source.classnames is None:
-        return
-    known = known_json(out / CLASSNAMES)
-    if known and known.get("classes") != source.classnames:
-        raise FileError(
-            f"{out / CLASSNAMES} lists other classes than {source.name}: labels are places in that list; give another "
-            "folder",
-            out / CLASSNAMES,
+# ---- records of shards, and the index
+
+
+def known_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one if there is none."""
+    try:
+        return read_json(path)
+    except (OSError, FileError):
+        return {}
+
+
+@contextmanager
+def preparing(folder: Path) -> Iterator[Path]:
+    """Locks a folder and yields that of its records.
+
+    Raises:
+        FileError: if another process writes there, or `index.json` is another tool's.
+    """
+    path, index = folder / MANIFEST, None
+    with suppress(OSError, ValueError, RecursionError):
+        index = json.loads(path.read_bytes())
+    if index is not None and not (isinstance(index, dict) and "format" in index):
+        raise FileError(f"{path} is another tool's (no `format`): move it away, or the tars to another folder", path)
+    state = folder / ".prepare"
+    try:
+        with lock(state / "lock", f"another `stair prepare` writes to {folder}; wait for it or give another folder"):
+            yield state
+    finally:
+        with suppress(OSError):  # records of unfinished work stay
+            state.rmdir()
+
+
+def run(
+    jobs: dict[Path, tuple[Any, ...]],
+    work: Callable[..., Record],
+    state: Path,
+    fingerprint: str,
+    workers: int,
+    max_bad_share: float = 0.0,
+    skipped: Sequence[Skipped] = (),
+) -> tuple[dict[Path, Record], list[Skipped]]:
+    """Makes the shards that have no current record.
+
+    Args:
+        jobs: arguments after the path, by path of the shard.
+        work: function of a module that makes a shard and returns its record.
+        state: folder of the records.
+        fingerprint: of the inputs and settings; records with another one, or of a changed shard, do not count.
+        workers: processes; 0 is one for each core.
+        max_bad_share: greatest share of skipped inputs; beyond it, StairError. The records stay.
+        skipped: inputs that are skipped without a job.
+
+    Returns:
+        All records by path, and all skipped inputs.
+    """
+    records = {path: known_json(state / f"{path.name}.json") for path in jobs}
+    missing = {path for path in jobs if records[path].get("state") != [fingerprint, _modified(path)]}
+    inputs, skipped = len(skipped), [*skipped]
+    with closing(_results([(work, path, *jobs[path]) for path in jobs if path in missing], workers)) as results:
+        for path in tqdm(jobs, "shards", disable=None):
+            if path in missing:
+                records[path] = next(results) | {"state": [fingerprint, _modified(path)]}
+                write_json(state / f"{path.name}.json", records[path])
+            inputs += records[path]["inputs"]
+            skipped += [Skipped(*entry) for entry in records[path]["skipped"]]
+            if inputs >= _ENOUGH:
+                _check_share(skipped, inputs, max_bad_share, state)
+    _check_share(skipped, inputs, max_bad_share, state)
+    return records, skipped
+
+
+def _modified(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _check_share(skipped: Sequence[Skipped], inputs: int, max_bad_share: float, state: Path) -> None:
+    if len(skipped) > max_bad_share * inputs:
+        write_json(state / "skipped.json", [entry.facts() for entry in skipped])
+        raise StairError(
+            f"{len(skipped)} of {inputs} inputs cannot be used, more than max_bad_share={max_bad_share}: "
+            f"{summary(skipped)}. All of them: {state / 'skipped.json'}. Correct the source, or run again with a higher "
+            "--max_bad_share: finished shards are kept"
         )
-    write_json(out / CLASSNAMES, {**known, "classes": source.classnames})
+
+
+def summary(skipped: Sequence[Skipped]) -> str:
+    """Causes with their counts, and the first inputs."""
+    first = "; ".join(f"{entry.place}: {entry.reason}" for entry in skipped[:3])
+    return f"{listed(count_causes(skipped))}. The first: {first}"
+
+
+def listed(counts: dict[str, int]) -> str:
+    """Counts as text, the largest first."""
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda pair: -pair[1]))
+
+
+def _results(jobs: Sequence[tuple[Any, ...]], workers: int) -> Generator[Record]:
+    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    if workers < 2:
+        yield from map(_record, jobs)
+        return
+    with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
+        try:
+            yield from pool.map(_record, jobs)
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a process died, most likely because the machine ran out of memory; run the same command again with "
+                "fewer --workers: finished shards are kept"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _record(job: tuple[Any, ...]) -> Record:
+    work, path, *arguments = job
+    record: Record = work(path, *arguments)
+    return record | ({"bytes": path.stat().st_size, "sha256": sha256(path)} if path.exists() else {})
+
+
+def _end_with_parent() -> None:
+    # a process whose parent is killed would wait for ever, and hold the lock
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def index_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """`samples`, `bytes` and `sha256` of each shard by its name, as `index.json` states; empty if there is none of ours.
+
+    Raises:
+        FileError: if it is damaged, or of another format.
+    """
+    return dict(read_json(folder / MANIFEST)["shards"]) if read_manifest(str(folder), LOCAL) else {}
+
+
+def finish(
+    folder: Path, state: Path, records: dict[Path, Record], is_replaced: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Writes `index.json` and removes the records. Entries that it had stay, unless `is_replaced` of their shard's name."""
+    entries: dict[str, dict[str, Any]] = {}
+    with suppress(FileError):  # damaged: it is written again
+        entries = {name: entry for name, entry in index_entries(folder).items() if not is_replaced(name)}
+    for path, record in records.items():
+        if record["samples"]:
+            entries[path.name] = {key: record[key] for key in ("samples", "bytes", "sha256")}
+    write_json(folder / MANIFEST, {"format": MANIFEST_FORMAT, "shards": entries})
+    for name in (*(path.name for path in records), "skipped"):
+        (state / f"{name}.json").unlink(missing_ok=True)
