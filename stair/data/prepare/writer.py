@@ -156,10 +156,11 @@ def _is_done(out: Path, state: Path, split: str, fingerprint: str) -> bool:
             f"give another folder or split, or remove {split}-*.tar there",
             out,
         )
-    indexed = {name: entry["bytes"] for name, entry in index_entries(out).items() if _is_of_split(name, split)}
-    if sizes and sizes == indexed and not plan.exists():
-        print(f"{out}: split {split!r} is there already, of the same inputs and settings; nothing done")
-        return True
+    with suppress(FileError):  # a damaged index is written again
+        indexed = {name: entry["bytes"] for name, entry in index_entries(out).items() if _is_of_split(name, split)}
+        if sizes and sizes == indexed and not plan.exists():
+            print(f"{out}: split {split!r} is there already, of the same inputs and settings; nothing done")
+            return True
     write_json(plan, {"fingerprint": fingerprint})
     return False
 
