@@ -1,4 +1,4 @@
-# make setup | demo | test | test-gpu | check.   Another Python or place: make demo PYTHON=python3.12 VENV=/tmp/venv
+# make setup | demo | test | test-gpu | check | docs.   Another Python or place: make demo PYTHON=python3.12 VENV=/tmp/venv
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ endif
 # where this is set, each process compiles the sources of torch, transformers and timm anew, for 15 s and more
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-gpu check
+.PHONY: setup demo test test-gpu check docs
 setup: $(VENV)/.installed
 
 # uv resolves and unpacks in parallel, twice as fast as pip; without it, pip does the same
@@ -40,3 +40,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the site, in build/site: `pip install -e '.[dev,docs]'` first
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

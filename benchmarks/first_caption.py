@@ -2,7 +2,7 @@
 
     python benchmarks/first_caption.py runs/emoji/stage3/stair 'SHARDS' ['SHARDS' ...]
 
-During training and in docs/experiments.md all captions of an image count; this is the same metric on fewer captions.
+During training and in docs/results/experiments.md all captions of an image count; this metric uses fewer captions.
 """
 
 import sys

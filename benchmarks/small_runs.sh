@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The small runs of docs/experiments.md: three stages on real images with the 30,522-word vocabulary, on CPU cores.
+# The small runs of docs/results/experiments.md: three stages on real images with the 30,522-word vocabulary, on CPU cores.
 #   benchmarks/small_runs.sh emoji_fluent runs/emoji        (or flickr8k; further words go to every stage)
 # STAIR_SHARED_DATA names the folder with the sets. A stage that has handed over is not run again.
 set -euo pipefail
@@ -7,7 +7,7 @@ data=$1 run=$2
 shift 2
 cd "$(dirname "$0")/.."
 # glibc gives blocks above 32 MB back at once, and a B × V embedding has 31: without these lines a step spends much of
-# its time on fresh pages (seen once, on a busy machine); in huge pages a step of stage 3 takes a fifth less (docs/performance.md)
+# its time on fresh pages (seen once, on a busy machine); in huge pages a step of stage 3 takes a fifth less (docs/operations/performance.md)
 export MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}

@@ -43,7 +43,7 @@ class ImageTextShards(LightningDataModule):
     Lightning's checkpoints on any number of ranks and workers, with the same batch size, shuffling and shards.
 
     A shard spec is a path, a glob (`data/*.tar`), a brace pattern (`data/train-{0000..0004}.tar`), a URL (http, https, or
-    what fsspec opens), and for training also a `pipe:` command. docs/data.md says more.
+    what fsspec opens), and for training also a `pipe:` command. docs/guides/data.md says more.
 
     Args:
         train: shard spec, or a list of them, or a mixture: name of a source to its spec, or to `shards` and `weight`.

@@ -41,10 +41,10 @@ class TextObjective:
         flops_ramp_steps: optimiser steps over which λ grows quadratically from 0; 0 for none.
         flops_text_form: the text form that λ_text acts on: `masked` (in-caption terms) or `full`. None: `masked` in
             stage 1, as in the paper, `full` in stages 2 and 3. In stage 1 `full` gives terms outside the caption a gradient
-            and costs a full text head; with a hard mask it learned sentences far more slowly (docs/experiments.md).
+            and costs a full text head; with a hard mask it learned sentences far more slowly (docs/results/experiments.md).
         masked_loss_weight: w, the weight of the masked contrastive loss. None is the paper's form: 1 in stage 1, 0 in
             stages 2 and 3. Stage 1 allows (0, 1]; below 1 the mask is soft, and images keep terms outside their captions.
-            Stages 2 and 3 allow [0, 1); above 0 the grounding of stage 1 goes on (docs/paper.md).
+            Stages 2 and 3 allow [0, 1); above 0 the grounding of stage 1 goes on (docs/method/paper.md).
 
     Raises:
         SettingError: if a value is out of range.

@@ -48,7 +48,7 @@ class StairDesign(TowersConfig):
             With a soft mask choose it so that in-caption terms make about 1/20 of a text's squared norm at the start
             (`train/text_full/in_caption_share`): 0.45 from scratch, 3 with a masked-LM head pretrained on captions, whose
             logits are larger. With a hard mask a text encoder from scratch needs about 3: its other terms get no gradient
-            in stage 1 and would all be active in stage 2 (docs/experiments.md). No published head was measured.
+            in stage 1 and would all be active in stage 2 (docs/results/experiments.md). No published head was measured.
 
     Raises:
         SettingError: if `in_caption_margin` is negative or not finite.

@@ -1,7 +1,7 @@
 """The vocabulary: every dimension of an embedding is one word piece of it.
 
 A BERT WordPiece vocabulary (30,522 pieces for bert-base-uncased). Some pieces can never be active in any embedding, in
-any stage (docs/paper.md): the special tokens and BERT's `[unusedN]` place holders, which name nothing.
+any stage (docs/method/paper.md): the special tokens and BERT's `[unusedN]` place holders, which name nothing.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The walls of the house (docs/design.md): imports point down, and every helper has a name.
+"""The walls of the house (docs/method/design.md): imports point down, and every helper has a name.
 
 main, demo  >  training  >  callbacks  >  lightning_modules | datamodules  >  stair
 """
@@ -89,7 +89,7 @@ def test_modules_that_everybody_needs_need_none_of_ours(name: str):
 
 def test_every_python_file_lives_in_a_known_place():
     top = {path.name for path in ROOT.glob("*.py")}
-    assert top <= {f"{family}.py" for family in BELOW}, "a new roof module: add it to BELOW and docs/design.md"
+    assert top <= {f"{family}.py" for family in BELOW}, "a new roof module: add it to BELOW and docs/method/design.md"
 
 
 @pytest.mark.parametrize("family", BELOW)

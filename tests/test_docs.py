@@ -1,13 +1,17 @@
 """The documentation agrees with the records, and its links lead somewhere."""
 
+import importlib.util
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "paper_table" / "README.md"]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks" / "paper_table" / "README.md"]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -18,14 +22,18 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", [page.name for page in PAGES if "<!-- table: " in page.read_text(encoding="utf-8")])
-def test_tables_are_those_of_the_records(page: str) -> None:
+def _name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "<!-- table: " in p.read_text(encoding="utf-8")], ids=_name)
+def test_tables_are_those_of_the_records(page: Path) -> None:
     """`python docs/figures/tables.py` would change nothing."""
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     assert runpy.run_path(str(ROOT / "docs" / "figures" / "tables.py"))["filled"](text) == text
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_links_between_pages_lead_to_a_file_and_a_heading(page: Path) -> None:
     """Relative links of a page, with their anchors."""
     broken = []
@@ -35,3 +43,44 @@ def test_links_between_pages_lead_to_a_file_and_a_heading(page: Path) -> None:
         if "://" not in link and not (target.exists() and (not anchor or anchor in _anchors(target))):
             broken.append(link)
     assert not broken
+
+
+def test_the_glossary_is_short_and_in_alphabetical_order() -> None:
+    terms = re.findall(r"^- \*\*(.+?)\*\*: ", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert 10 < len(terms) <= 40
+    assert terms == sorted(terms, key=lambda term: term.lower().replace("λ", "lambda"))
+
+
+def test_prose_is_wrapped_and_the_documentation_is_short() -> None:
+    """At most 120 characters a line, but for tables, pictures and commands; and few words."""
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES if page.parent.name != "paper_table"}
+    assert sum(len(text.split()) for text in texts.values()) <= 18_000
+    for page, text in texts.items():
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL).splitlines()
+        long = [line for line in prose if len(line) > 120 and not line.startswith(("|", "![", "[!["))]
+        assert not long, page
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly_and_asks_no_other_host(tmp_path: Path) -> None:
+    """Without network; every page, and no font, script or picture of another host."""
+    if not all(importlib.util.find_spec(name) for name in ("mkdocs", "material", "mkdocstrings")):
+        pytest.skip("the extra `docs` is not installed")
+    proxies = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **proxies, "NO_MKDOCS_2_WARNING": "1"}, check=True)
+    built = {page.relative_to(tmp_path) for page in tmp_path.rglob("*.html")}
+    for page in ROOT.glob("docs/**/*.md"):
+        name = page.relative_to(ROOT / "docs").with_suffix("")
+        assert (name.with_name("index.html") if name.name == "index" else name / "index.html") in built
+    settings = (tmp_path / "reference" / "settings" / "index.html").read_text(encoding="utf-8")
+    assert "--model.init_args.objective.masked_loss_weight" in settings and "--trainer.max_steps" in settings
+    commands = (tmp_path / "reference" / "commands" / "index.html").read_text(encoding="utf-8")
+    assert all(
+        f">stair {word}" in commands for word in ("embed", "index", "prepare folder", "export sqlite", "evaluate")
+    )
+    for page in built:
+        loads = re.findall(
+            r"<(?:link|script|img)[^>]*(?:href|src)=\"(https?:[^\"]*)", (tmp_path / page).read_text("utf-8")
+        )
+        assert not loads, page

@@ -1,4 +1,4 @@
-"""Files, names and addresses made to do harm: each claim of docs/security.md, tried."""
+"""Files, names and addresses made to do harm: each claim of docs/operations/security.md, tried."""
 
 import hashlib
 import io

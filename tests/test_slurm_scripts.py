@@ -85,7 +85,7 @@ def test_the_stages_jobs_differ_in_nothing_but_the_stage(stage):
 
 
 @pytest.mark.parametrize(
-    "path", ["docs/slurm.md", *(f"slurm/{s}.sh" for s in ("stage1", "stage2", "stage3", "pipeline"))]
+    "path", ["docs/guides/slurm.md", *(f"slurm/{s}.sh" for s in ("stage1", "stage2", "stage3", "pipeline"))]
 )
 def test_the_sizes_that_are_shown_share_the_batch_of_the_recipe(path):
     batch = yaml.safe_load((ROOT / "configs" / "base.yaml").read_text())["data"]["global_batch_size"]

@@ -1,13 +1,15 @@
-"""Fills the tables of docs/*.md from the records in benchmarks/results, so that text and figures cannot disagree.
+"""Fills the tables of the pages in docs/ from the records in benchmarks/results, so that text and figures cannot disagree.
 
 python docs/figures/tables.py
 
 A table stands between `<!-- table: RECORD | COLUMNS | ROWS -->` and `<!-- /table -->`. RECORD is a file of that folder
 without its ending. A column is `SET MEASURE`: `R@K` shows t→i / i→t, `terms` image / text, `times` R@1 ÷ dense CLIP's.
-ROWS, separated by `;`, are optional. `<!-- table: summary -->` is the table of `SUMMARY`.
+ROWS, separated by `;`, are optional. A specification may have several lines. `<!-- table: summary -->` is the table of
+`SUMMARY`, `<!-- table: resources -->` that of `PLANS`, which benchmarks/scaling.py computes.
 """
 
 import re
+import runpy
 from pathlib import Path
 
 DOCS = Path(__file__).parents[1]
@@ -39,21 +41,35 @@ SUMMARY = (
     ("Flickr8k, ViT-S, 128 px", "paper_table_flickr8k_gpu_2026-11-28", "three stages", "flickr8k"),
 )
 
+#: encoders, pairs of a GPU, GPUs, pairs encoded at a time, strategy, recompute
+PLANS = (
+    ("small", 256, 1, 256, "ddp", False),
+    ("base", 256, 1, 256, "ddp", False),
+    ("base", 1024, 1, 128, "ddp", False),
+    ("base", 1024, 1, 128, "ddp", True),
+    ("base", 128, 8, 128, "ddp", False),
+    ("base", 128, 8, 128, "fsdp2", False),
+    ("base", 128, 128, 128, "ddp", False),
+    ("large", 128, 8, 128, "ddp", False),
+    ("large", 128, 8, 32, "fsdp2", True),
+)
+ENCODERS = {"small": "ViT-S/16, text width 384", "base": "ViT-B/16, BERT-base", "large": "ViT-L/14, BERT-large"}
+
 
 def main() -> None:
     """Writes the tables of every page anew."""
-    for page in DOCS.glob("*.md"):
+    for page in DOCS.rglob("*.md"):
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def filled(text: str) -> str:
     """A page's text with its tables as the records have them."""
-    return BLOCK.sub(lambda block: block[1] + "\n".join(_table(block[2])) + "\n" + block[3], text)
+    return BLOCK.sub(lambda block: block[1] + "\n".join(_table(" ".join(block[2].split()))) + "\n" + block[3], text)
 
 
 def _table(spec: str) -> list[str]:
-    if spec == "summary":
-        return _summary()
+    if spec in ("summary", "resources"):
+        return _summary() if spec == "summary" else _resources()
     record, columns, *rows = spec.split(" | ")
     runs = _read(record)
     heads = columns.split(", ")
@@ -75,6 +91,36 @@ def _summary() -> list[str]:
             lines.append([label, "test" if part.endswith("-test") else "val", *values])
     titles = ["Data, λ image / text", "Set", "Dense CLIP", "STAIR", "STAIR ÷ dense", "Active terms", "Seeds"]
     return _rows(titles, lines)
+
+
+def _resources() -> list[str]:
+    """Memory and time of a step: computed for `PLANS`, measured on one H200."""
+    scaling = runpy.run_path(str(RECORDS.parent / "scaling.py"))
+    lines = []
+    for name, pairs, gpus, micro, strategy, recompute in PLANS:
+        plan = scaling["Plan"](pairs * gpus, gpus, micro, 30522, 300, 1.1, strategy == "fsdp2", recompute, 2)
+        pair = scaling["towers"](30522)[name]
+        parts = list(
+            plan.memory(*pair).values()
+        )  # weights, gradients, optimizer, gathered; activations; embeddings ...
+        fresh = parts.pop(7)  # of all terms active, in place of the entries
+        seconds = plan.seconds(*pair, 400e12, 50e12, 50e9)
+        step = sum(value for key, value in seconds.items() if key not in ("embeddings, dense", "embeddings, columns"))
+        gib = [sum(part) / 2**30 for part in (parts[:4], parts[4:5], parts[5:], parts, [*parts, fresh - parts[6]])]
+        how = f"{strategy}{', recompute' if recompute else ''}"
+        setup = [ENCODERS[name], f"{pairs}{f' in {micro}s' if micro < pairs else ''}", str(gpus), how]
+        lines.append([*setup, *(f"{value:.1f}" for value in gib), f"{step:.2f} s", "computed"])
+    record = (RECORDS / "gpu_step_h200_2026-11-29.md").read_text(encoding="utf-8")
+    first, all_active = (
+        [float(cell.split()[0]) for cell in re.findall(rf"\| STAIR \| {share}% \| (.*?) \| .*? \| (.*?) \|", record)[0]]
+        for share in (1, 100)
+    )
+    peaks = [f"{megabytes * 1e6 / 2**30:.1f}" for megabytes in (first[1], all_active[1])]
+    lines.insert(
+        2, [ENCODERS["base"], "256", "1 H200", "ddp", "", "", "", *peaks, f"{first[0] / 1000:.2f} s", "measured"]
+    )
+    titles = ["Encoders", "Pairs a GPU", "GPUs", "Strategy", "Weights, optimizer", "Activations", "Embeddings, loss"]
+    return _rows([*titles, "Sum, GiB", "All terms active", "Step", ""], lines)
 
 
 def _rows(titles: list[str], lines: list[list[str]]) -> list[str]:

@@ -182,7 +182,7 @@ class SparseIndex:
             words: weighted words, such as `dog:2 beach -people`, or weights by word.
             like: id of a document whose vector is the query; it is left out of the hits.
             where: conditions on metadata that all must hold: one text such as `split=test and year>=2010`, or a list
-                with a text for each (docs/search.md).
+                with a text for each (docs/guides/search.md).
 
         Returns:
             Hits, best first; equal scores in the order of addition.
