@@ -124,7 +124,7 @@ def _resources() -> list[str]:
 
 
 def _rows(titles: list[str], lines: list[list[str]]) -> list[str]:
-    head, *body = [f"| {' | '.join(line)} |" for line in (titles, *lines)]
+    head, *body = [f"|{'|'.join(line)}|" for line in (titles, *lines)]
     return [head, "|" + "---|" * len(titles), *body]
 
 
