@@ -1,10 +1,7 @@
-"""Random crop, flip and colours of training images, which are decoded no larger than they are needed.
+"""Random crop, flip and colours of training images, which are decoded no larger than needed.
 
-The upright JPEG, which nearly every training image is, goes a faster road than that of `stair.images`, from libjpeg-turbo
-to torch without Pillow between them: the same decoded pixels, and scaled ones that differ from Pillow's by rounding.
-Whatever is no such JPEG, or not an intact one, goes the common road, which also says what is wrong with it.
-
-S is the side of the square images, H × W pixels.
+An upright JPEG goes from libjpeg-turbo to torch without Pillow: the same decoded pixels, and scaled ones that differ from
+Pillow's by rounding. All other files go through `stair.images`. S is the side of the square images.
 """
 
 import math
@@ -60,10 +57,10 @@ class Augment:
             ValueError: if it cannot be decoded; the message begins with the cause and a colon.
         """
         # the smallest crop still has twice the pixels it is scaled to: scaling finds nothing missing
-        least = math.ceil(2 * self.size / math.sqrt(self.scale[0] * 3 / 4))
-        image_HW3 = upright_jpeg(data, self.max_pixels, least)
+        enough = math.ceil(2 * self.size / math.sqrt(self.scale[0] * 3 / 4))
+        image_HW3 = upright_jpeg(data, self.max_pixels, enough)
         if image_HW3 is None:
-            image_HW3 = np.array(decode_image(data, self.max_pixels, least, converted))
+            image_HW3 = np.array(decode_image(data, self.max_pixels, enough, converted))
         if self.scale[0] == 1:
             pixels = eval_pixels(Image.fromarray(image_HW3), self.size)
         else:
@@ -71,10 +68,7 @@ class Augment:
             pixels = scaled(image_HW3[top:bottom, left:right], self.size)
         if self.flip and rng.random() < 0.5:
             pixels = pixels.flip(-1)
-        return self._coloured(pixels, rng)
-
-    def _coloured(self, pixels: Tensor, rng: random.Random) -> Tensor:
-        if not (self.color_jitter or self.grayscale):  # what is off draws nothing: crops are those of a run without it
+        if not (self.color_jitter or self.grayscale):  # what is off draws nothing
             return pixels
         from torchvision.transforms.v2 import functional as colours  # seconds, which most runs need not wait
 
@@ -87,16 +81,10 @@ class Augment:
 
 
 def upright_jpeg(data: bytes, max_pixels: int, enough: int) -> NDArray[np.uint8] | None:
-    """The pixels that `stair.images.decode_image` decodes, sooner.
+    """The (H, W, 3) RGB pixels that `stair.images.decode_image` decodes, sooner.
 
-    Args:
-        data: the bytes of an image file.
-        max_pixels: largest width × height that is decoded.
-        enough: pixels that suffice for the shorter side; larger ones are decoded at a half, a quarter or an eighth.
-
-    Returns:
-        (H, W, 3) RGB; None where it takes a closer look: no JPEG, a damaged, a CMYK or too large one, or one that EXIF or
-        XMP may want turned.
+    Returns None for what needs a closer look: no JPEG, a damaged, a CMYK or too large one, or one that EXIF or XMP may
+    turn. For the arguments see `decode_image`.
     """
     if not _may_be_plain(data):
         return None
@@ -105,8 +93,8 @@ def upright_jpeg(data: bytes, max_pixels: int, enough: int) -> NDArray[np.uint8]
         if colours not in ("YCbCr", "Gray") or width * height > max_pixels:
             return None
         scale = reduction(width, height, enough)
-        wanted = {"min_height": -(-height // scale), "min_width": -(-width // scale)}
-        pixels_HW3: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", **wanted)
+        least = {"min_height": -(-height // scale), "min_width": -(-width // scale)}
+        pixels_HW3: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", **least)
     except ValueError:
         return None
     return pixels_HW3
@@ -116,23 +104,15 @@ def _may_be_plain(data: bytes) -> bool:
     """Whether the data begin as a JPEG's header and have neither EXIF nor XMP in it."""
     at = 2
     while data[:2] == b"\xff\xd8" and data[at : at + 1] == b"\xff" and at + 4 <= len(data):
-        kind = data[at + 1]
-        if kind in (_SCAN, _EXIF_OR_XMP):
-            return kind == _SCAN
+        segment = data[at + 1]
+        if segment in (_SCAN, _EXIF_OR_XMP):
+            return segment == _SCAN
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return False
 
 
 def scaled(image_HW3: NDArray[np.uint8], size: int) -> Tensor:
-    """Scales an image to a square as `stair.images.box_pixels` does, bicubic with antialiasing, by torch's faster kernel.
-
-    Args:
-        image_HW3: RGB, at least one pixel.
-        size: side S of the square, in pixels.
-
-    Returns:
-        (3, S, S) uint8.
-    """
+    """Scales an RGB image to (3, S, S) uint8 as `stair.images.box_pixels` does, by torch's faster kernel."""
     pixels_13HW = torch.from_numpy(image_HW3).permute(2, 0, 1)[None]
     square_3SS: Tensor = interpolate(pixels_13HW, (size, size), mode="bicubic", antialias=True)[0]
     return square_3SS.contiguous()
@@ -145,9 +125,7 @@ def _random_box(width: int, height: int, scale: tuple[float, float], rng: random
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            break
-    else:
-        w, h = min(width, max(height * 4 // 3, 1)), min(height, max(width * 4 // 3, 1))
-        return (width - w) // 2, (height - h) // 2, (width - w) // 2 + w, (height - h) // 2 + h
-    left, top = rng.randint(0, width - w), rng.randint(0, height - h)
-    return left, top, left + w, top + h
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            return left, top, left + w, top + h
+    w, h = min(width, max(height * 4 // 3, 1)), min(height, max(width * 4 // 3, 1))
+    return (width - w) // 2, (height - h) // 2, (width - w) // 2 + w, (height - h) // 2 + h

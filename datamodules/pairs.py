@@ -1,7 +1,4 @@
-"""Batches of evaluation sets: the same number on every rank.
-
-Image i goes to rank i mod ranks; ranks are evened out with rows marked -1. B images, C captions.
-"""
+"""Batches of evaluation sets, the same number on every rank. B images, C captions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,23 +25,18 @@ class RankShare(DistributedSampler[int]):
 
 @dataclass(frozen=True)
 class CollatePairs:
-    """Makes a batch of B pairs with C captions, padding rows marked -1.
+    """Makes a batch of B pairs with C captions.
 
     Attributes:
         vocabulary: makes ids of captions.
-        max_tokens: longest caption kept, in word pieces.
+        max_tokens: longest caption kept, in tokens.
     """
 
     vocabulary: Vocabulary
     max_tokens: int
 
     def __call__(self, pairs: list[Pair], pixels: Tensor | None = None) -> Batch:
-        """The batch of these pairs.
-
-        Args:
-            pairs: B of them.
-            pixels: (B, 3, S, S) uint8, theirs, where they lie together already.
-        """
+        """The batch of B pairs; `pixels` are theirs, (B, 3, S, S) uint8, if they lie together already."""
         encoded = self.vocabulary.encode([text for pair in pairs for text in pair.captions])
         ids_CT, mask_CT = self.vocabulary.pad(encoded, self.max_tokens)
         return Batch(
@@ -62,20 +54,6 @@ class CollatePairs:
 def evaluation_loader(
     pairs: EvaluationPairs, collate: CollatePairs, batch_size: int, workers: int, rank: int, ranks: int
 ) -> ReadingLoader:
-    """A loader of this rank's share of a set: the same number of batches, of the same sizes, on every rank.
-
-    Args:
-        pairs: the set.
-        collate: makes batches.
-        batch_size: images in a batch.
-        workers: reading processes; 0 reads in this one.
-        rank: this process, from 0.
-        ranks: processes in all.
-    """
-    return ReadingLoader(
-        pairs,
-        batch_size=batch_size,
-        sampler=RankShare(pairs, ranks, rank, shuffle=False),
-        workers=workers,
-        collate_fn=collate,
-    )
+    """A loader of this rank's share of a set: the same number of batches, of the same sizes, on every rank."""
+    sampler = RankShare(pairs, ranks, rank, shuffle=False)
+    return ReadingLoader(pairs, batch_size=batch_size, sampler=sampler, workers=workers, collate_fn=collate)

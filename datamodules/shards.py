@@ -1,14 +1,11 @@
 """Image-text pairs for the trainer: WebDataset shards for training, evaluation sets read exactly.
 
-All checks are made in `setup`, before the first step: a run fails with a reason rather than waiting for samples that never
-come. `sources.py` finds the shards, `order.py` says which sample is seen when, `dataset.py` reads it, `reading.py` hands
-out batches and resumes, `pairs.py` keeps evaluation exact.
+All checks are made in `setup`, so that a run fails with a reason before its first step. `sources.py` finds the shards,
+`order.py` says which sample is seen when, `dataset.py` reads it, `reading.py` hands out batches and resumes.
 """
 
 import hashlib
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -16,11 +13,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from datamodules.augment import Augment
-from datamodules.dataset import PairMaker, PairsByDraw, PairsByPlace, ShardTable, Source
+from datamodules.dataset import IndexedPairs, PairMaker, ShardTable, Source, StreamedPairs
 from datamodules.order import Order
 from datamodules.pairs import CollatePairs, evaluation_loader
 from datamodules.reading import TrainingLoader
-from datamodules.skipped import CAUSE, SOURCE, SkipCounter
 from datamodules.sources import file_name, find
 from datamodules.workers import start_server
 from stair.data.diagnostics import Requirements, probe
@@ -54,7 +50,7 @@ class ImageTextShards(LightningDataModule):
         test: name to shard spec of the test sets, which are also those of `predict`. Uncompressed.
         vocabulary: a `vocab.txt`, a folder with one, or the name of a model on the hub.
         image_size: side of the square images, in pixels, at least 1.
-        max_tokens: longest caption kept, in word pieces, [CLS] and [SEP] included; at least 3.
+        max_tokens: longest caption kept, in tokens, [CLS] and [SEP] included; at least 3.
         global_batch_size: pairs a step over all ranks; a multiple of the number of ranks.
         eval_batch_size: images a batch on each rank in evaluation, all their captions with them.
         workers: reading processes a rank; 0 reads in the training process.
@@ -113,7 +109,7 @@ class ImageTextShards(LightningDataModule):
     ) -> None:
         super().__init__()
         require(image_size >= 1, "image_size", image_size, "at least 1")
-        require(max_tokens >= 3, "max_tokens", max_tokens, "at least 3: [CLS], a word, [SEP]")
+        require(max_tokens >= 3, "max_tokens", max_tokens, "at least 3: [CLS], a token, [SEP]")
         require(global_batch_size >= 2, "global_batch_size", global_batch_size, "at least 2, pairs to tell apart")
         require(eval_batch_size >= 1, "eval_batch_size", eval_batch_size, "at least 1")
         require(workers >= 0, "workers", workers, "0 or more")
@@ -136,35 +132,29 @@ class ImageTextShards(LightningDataModule):
         self.augment = Augment(image_size, (crop_scale[0], crop_scale[1]), flip, max_pixels, color_jitter, grayscale)
         self.collate = CollatePairs(Vocabulary(vocabulary).for_reading(), max_tokens)
         self._loader: TrainingLoader | None = None
+        self._sets: dict[str, list[EvaluationPairs]] = {}
         if workers:  # it imports while this process builds the model and looks at the shards
             start_server(*["torchvision.transforms.v2"] * bool(color_jitter or grayscale))
-        self._sets: dict[str, dict[str, EvaluationPairs]] = {}
 
     @property
     def skipped(self) -> dict[str, int]:
         """Bad training samples this rank has met so far, by cause and, in a mixture, by `source/cause` too."""
-        return self._counted(SkipCounter.by_cause)
+        return self._loader.counter.by_cause() if self._loader else {}
 
     @property
     def skipped_by_source(self) -> dict[str, int]:
         """Bad training samples this rank has met so far, by source of the mixture."""
-        return dict(self._loader.counter.by_source()) if self._loader else {}
+        return self._loader.counter.by_source() if self._loader else {}
 
     @property
     def converted(self) -> dict[str, int]:
         """Training images this rank has met so far that were not plain 8-bit grayscale or RGB, by kind, as `skipped`."""
-        return self._counted(SkipCounter.conversions)
+        return self._loader.counter.by_cause(converted=True) if self._loader else {}
 
     @property
     def converted_by_source(self) -> dict[str, int]:
         """The same by source of the mixture."""
-        return dict(self._loader.counter.conversions(SOURCE)) if self._loader else {}
-
-    def _counted(self, count: Callable[..., Counter[str]]) -> dict[str, int]:
-        if self._loader is None:
-            return {}
-        by_source = count(self._loader.counter, SOURCE, CAUSE) if self.source_names else {}
-        return {**count(self._loader.counter, CAUSE), **by_source}
+        return self._loader.counter.by_source(converted=True) if self._loader else {}
 
     def setup(self, stage: str) -> None:
         """Finds, counts and checks everything that the stage reads.
@@ -178,44 +168,39 @@ class ImageTextShards(LightningDataModule):
         """
         if stage == "fit" and self.train:
             self._loader = self._training()
-        if stage in ("fit", "validate"):
-            self._sets["val"] = self._evaluation(self.val)
-        if stage in ("test", "predict"):
-            self._sets["test"] = self._evaluation(self.test)
-
-    def _evaluation(self, specs: dict[str, str]) -> dict[str, EvaluationPairs]:
-        sets, options = {}, (self.augment.size, self.max_pixels, self.remote)
+        part, specs = ("val", self.val) if stage in ("fit", "validate") else ("test", self.test)
+        self._sets[part] = []
         for name, spec in specs.items():
             with errors_name(f"set {name!r}"):
-                sets[name] = EvaluationPairs(spec, *options)
-        return sets
+                self._sets[part].append(EvaluationPairs(spec, self.augment.size, self.max_pixels, self.remote))
 
     def _training(self) -> TrainingLoader:
-        rank, ranks = self._place()
+        rank, ranks = self._rank_of()
         self._check_settings(ranks)
         check_cache(self.remote)
         sources, broken = find(self.train, self.resample, self.remote.at_first(), rank, ranks)
+        samples = self._epoch_samples(sources)
         for source in sources:
-            self._check(source, rank)
+            self._check_samples(source, rank)
         groups = [sources] if sources[0].weight is None else [[source] for source in sources]
         tables = [ShardTable(group) for group in groups]
-        seed, shuffle = self._stage_seed(), self.shuffle
-        order = Order(
-            [table.counts for table in tables], [group[0].name for group in groups],
-            [float(group[0].weight or 1) for group in groups], seed, self.global_batch_size, self._epoch(sources), shuffle,
-            self.resample,
-        )  # fmt: skip
+        seed, shuffle, remote = self._stage_seed(), self.shuffle, self.remote
+        names, weights = [group[0].name for group in groups], [float(group[0].weight or 1) for group in groups]
+        counts = [table.counts for table in tables]
+        order = Order(counts, names, weights, seed, self.global_batch_size, samples, shuffle, self.resample)
         make = PairMaker(self.augment, self.collate, self.caption_fields)
-        dataset: PairsByPlace | PairsByDraw = PairsByPlace(tables, make, seed, self.remote)
+        dataset: IndexedPairs | StreamedPairs = IndexedPairs(tables, make, seed, remote)
         if not sources[0].counts:
+            dataset = StreamedPairs(tables, order.shares, make, seed, rank, ranks, shuffle, remote)
             if rank == 0:
                 logger.warning(
                     "some shards can only be read from front to end: samples are drawn by each reading process, and a "
                     "resumed run goes on with new draws"
                 )
-            dataset = PairsByDraw(tables, order.shares, make, seed, rank, ranks, shuffle, self.remote)
         fingerprint = {**order.fingerprint(), **self._fingerprint(sources)}
-        batches = self._epoch_batches(order.steps)
+        # an epoch that the trainer cuts short is complete, and a resumed run must begin the next one
+        limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
+        batches = min(order.steps, limit) if isinstance(limit, int) else int(order.steps * limit)
         loader = TrainingLoader(dataset, order, rank, ranks, self.workers, batches, self.max_bad_share, fingerprint)
         loader.counter.add(0, broken if rank == 0 else [])  # nobody reads these again, and all ranks know of them
         return loader
@@ -243,8 +228,7 @@ class ImageTextShards(LightningDataModule):
                 "it out, as shards are counted", "data.train_samples",
             )  # fmt: skip
 
-    def _epoch(self, sources: list[Source]) -> int:
-        """Pairs in an epoch."""
+    def _epoch_samples(self, sources: list[Source]) -> int:
         counted = sum(sum(source.counts) for source in sources)
         if not counted and not (self.resample and self.train_samples):
             raise SettingError(
@@ -268,7 +252,7 @@ class ImageTextShards(LightningDataModule):
         stage = getattr(module, "stage", None) or 1
         return self.seed if stage == 1 else f"{self.seed}, stage {stage}"
 
-    def _check(self, source: Source, rank: int) -> None:
+    def _check_samples(self, source: Source, rank: int) -> None:
         bounds = (self.max_pixels, self.max_bad_share, self.augment.flip)
         needs = Requirements(self.collate.vocabulary, self.collate.max_tokens, self.augment.size, *bounds)
         for finding in probe(source.name or source.shards[0], source.shards, needs, self.remote.at_first()):
@@ -277,17 +261,13 @@ class ImageTextShards(LightningDataModule):
             if finding.severity == "warns" and rank == 0:
                 logger.warning("%s: %s; mended by %s", finding.source, finding.what, finding.mend)
 
-    def _place(self) -> tuple[int, int]:
+    def _rank_of(self) -> tuple[int, int]:
+        """This process, and the number of processes."""
         if self.trainer is not None:
             return self.trainer.global_rank, self.trainer.world_size
         if dist.is_available() and dist.is_initialized():
             return dist.get_rank(), dist.get_world_size()
         return 0, 1
-
-    def _epoch_batches(self, steps: int) -> int:
-        # an epoch that the trainer cuts short is complete, and a resumed run must begin the next one
-        limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
-        return min(steps, limit) if isinstance(limit, int) else int(steps * limit)
 
     def train_dataloader(self) -> TrainingLoader:
         """The resumable loader; the same object each time, so that a reload goes on with the next epoch.
@@ -301,19 +281,19 @@ class ImageTextShards(LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader]:
         """One loader a validation set, in the order of `val_names`."""
-        return self._loaders(self._sets["val"].values())
+        return self._loaders("val")
 
     def test_dataloader(self) -> list[DataLoader]:
         """One loader a test set, in the order of `test_names`."""
-        return self._loaders(self._sets["test"].values())
+        return self._loaders("test")
 
     def predict_dataloader(self) -> list[DataLoader]:
         """As `test_dataloader`."""
-        return self.test_dataloader()
+        return self._loaders("test")
 
-    def _loaders(self, sets: Iterable[EvaluationPairs]) -> list[DataLoader]:
-        place = self._place()
-        return [evaluation_loader(pairs, self.collate, self.eval_batch_size, self.workers, *place) for pairs in sets]
+    def _loaders(self, part: str) -> list[DataLoader]:
+        options = self.collate, self.eval_batch_size, self.workers, *self._rank_of()
+        return [evaluation_loader(pairs, *options) for pairs in self._sets[part]]
 
     def state_dict(self) -> dict[str, Any]:
         """The loader's state; Lightning gives it back also after a whole epoch, where it leaves loaders as new."""

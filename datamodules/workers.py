@@ -15,15 +15,11 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from stair.processes import without_main
 
-_LAST_WORDS = 5.0  # seconds in which a process whose connection broke off has ended; it takes milliseconds
+_ENDING = 5.0  # seconds in which a process whose connection broke off has ended; it takes milliseconds
 
 
 def start_server(*modules: str) -> None:
-    """Starts the process that reading processes are forked from, and its imports, while this process goes on.
-
-    Args:
-        modules: to import besides what every reader needs.
-    """
+    """Starts the process that reading processes are forked from, which imports `modules` meanwhile."""
     multiprocessing.set_forkserver_preload(["datamodules.preload", *modules])
     with without_main(), _sigterm_held():
         forkserver.ensure_running()
@@ -35,7 +31,7 @@ os.register_at_fork(after_in_child=forkserver._forkserver.__init__)  # type: ign
 
 @contextmanager
 def _sigterm_held() -> Iterator[None]:
-    """Keeps a blocked SIGTERM blocked: where Python (3.11) starts its resource tracker it unblocks it."""
+    """Keeps a blocked SIGTERM blocked: Python (3.11) unblocks it where it starts its resource tracker."""
     if signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
         yield
         return
@@ -63,17 +59,13 @@ class ReadingLoader(DataLoader[Any]):
         if workers:
             start_server()
             settings |= {
-                "persistent_workers": lasting,
                 "multiprocessing_context": "forkserver",
                 "worker_init_fn": begin,
+                "persistent_workers": lasting,
             }
-        super().__init__(
-            *args,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # the default one would draw from the global state
-            **settings,
-        )
+        random_state = torch.Generator()  # the default one would draw from the global state
+        pin = torch.cuda.is_available()
+        super().__init__(*args, num_workers=workers, pin_memory=pin, generator=random_state, **settings)
 
     def _get_iterator(self) -> Any:
         if not self.num_workers:
@@ -92,20 +84,19 @@ class _Reading(_MultiProcessingDataLoaderIter):
             # sockets and files of a process close before it counts as ended
             broken = isinstance(error, ConnectionError | FileNotFoundError | EOFError)
             for process in self._workers:
-                process.join(_LAST_WORDS if broken else 0)
+                process.join(_ENDING if broken else 0)
             killed = {p.pid: signal.strsignal(-p.exitcode) for p in self._workers if (p.exitcode or 0) < 0}
             if not killed:
                 raise
             raise RuntimeError(
-                f"{len(killed)} of {len(self._workers)} reading processes were killed: {killed}. SIGKILL is most often "
-                "the system's answer to a lack of memory (its log, or that of the SLURM job, says): ask for more memory, "
-                "or set data.workers lower. A training continues from its last checkpoint by the same command with "
-                "--ckpt_path last"
+                f"{len(killed)} of {len(self._workers)} reading processes were killed: {killed}. SIGKILL mostly means that "
+                "memory ran out: ask for more, or set data.workers lower. A training continues from its last checkpoint "
+                "by the same command with --ckpt_path last"
             ) from error
 
 
 def begin(worker: int) -> None:
-    """For `worker_init_fn`: SIGTERM counts from the training process only, SIGINT and SIGUSR1 not at all; one thread.
+    """For `worker_init_fn`: SIGTERM counts from the training process only, SIGINT and SIGUSR1 not at all.
 
     Under SLURM a signal to the job reaches every process. A reader that ended at once would take away the batches that the
     training process needs to reach the point where it saves.

@@ -385,7 +385,7 @@ class Zeros(io.RawIOBase):
 
 
 def test_a_member_that_training_passes_over_stops_no_fit_however_large_it_is(tmp_path, vocab, monkeypatch):
-    monkeypatch.setattr("stair.data.members.LARGEST", 1 << 20)
+    monkeypatch.setattr("stair.data.tars.LARGEST", 1 << 20)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, content in members(range(8)):
             info = tarfile.TarInfo(name)

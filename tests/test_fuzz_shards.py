@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datamodules.augment import Augment
-from stair.data.members import BrokenTarError
-from stair.data.members import members as members_of
 from stair.data.samples import captions, image_bytes
-from stair.data.tars import stream, walk
+from stair.data.tars import BrokenTarError, stream, walk
+from stair.data.tars import members as members_of
 from tests.test_shards import encode, good, keys, picture, shards, write_shards, write_tar, write_words
 
 AUGMENT = Augment(8, (0.5, 1.0), True, 1_000_000)
@@ -55,8 +54,8 @@ def read_all(path: Path) -> tuple[list[tuple[str, str, np.ndarray]], Counter[str
     pairs, causes, errors = [], Counter(), []
     for sample in stream(str(path), errors.append):
         try:
-            if sample["__wrong__"]:
-                raise ValueError(sample["__wrong__"])
+            if sample["__problem__"]:
+                raise ValueError(sample["__problem__"])
             texts = captions(sample)
             pixels = AUGMENT(image_bytes(sample), random.Random(0))
             pairs.append((sample["__key__"], texts[0], pixels.numpy()))
@@ -337,5 +336,5 @@ def test_the_worst_shards_are_named_when_a_run_stops(tmp_path, vocab):
     spec = write_shards(tmp_path, [25, 25, 25, 25], bad)
     data = shards(spec, vocab, global_batch_size=100, max_bad_share=0.1)
     data.setup("fit")
-    with pytest.raises(RuntimeError, match=r"worst shards .*train-0001.tar with 1\d, .*train-0002.tar with \d"):
+    with pytest.raises(RuntimeError, match=r"worst shards: .*train-0001.tar with 1\d, .*train-0002.tar with \d"):
         list(data.train_dataloader())

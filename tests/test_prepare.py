@@ -721,9 +721,9 @@ def test_img2datasets_samples_that_training_skips_by_their_names_are_bad_too(tmp
     write_tar(path, [(last, picture(1)), ("photo_v1.5.jpg", picture(1))], "a")
     cc(tmp_path / "cc", workers=1, max_bad_share=0.5)
     streamed = list(stream(str(path), pytest.fail))
-    wrong = [sample["__wrong__"].partition(":")[0] for sample in streamed if sample["__wrong__"]]
+    wrong = [sample["__problem__"].partition(":")[0] for sample in streamed if sample["__problem__"]]
     assert wrong == ["duplicate member", "dotted key"]
     assert {cause: report(tmp_path / "cc", "all")["bad"].get(cause) for cause in wrong} == dict.fromkeys(wrong, 1)
     cc(tmp_path / "cc", mend=True, workers=1, max_bad_share=0.5)
     left = list(stream(str(path), pytest.fail))
-    assert not any(sample["__wrong__"] for sample in left) and len(left) == len(streamed) - 2
+    assert not any(sample["__problem__"] for sample in left) and len(left) == len(streamed) - 2

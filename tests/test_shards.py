@@ -91,7 +91,7 @@ def shards(train, vocab: str, **options) -> ImageTextShards:
 
 def loader(train, vocab: str, rank: int = 0, ranks: int = 1, **options) -> TrainingLoader:
     data = shards(train, vocab, **options)
-    data._place = lambda: (rank, ranks)
+    data._rank_of = lambda: (rank, ranks)
     data.setup("fit")
     return data.train_dataloader()
 
@@ -577,7 +577,7 @@ def test_bad_samples_are_left_out_and_counted_by_cause_across_processes(tmp_path
 
 def test_too_many_bad_samples_stop_the_run_and_name_the_worst_shard(tmp_path, vocab):
     spec = write_shards(tmp_path, [40], BAD)
-    with pytest.raises(RuntimeError, match=r"max_bad_share=0.1.*worst shard .*train-0000.tar with"):
+    with pytest.raises(RuntimeError, match=r"max_bad_share=0.1.*worst shards: .*train-0000.tar with"):
         list(loader(spec, vocab))
 
 

@@ -32,7 +32,7 @@ def pretrain(plan_path: Path, dense: Path, out: Path, steps: int) -> None:
     clip = DenseClip.from_pretrained(dense)
     save_for_hf(clip.image_encoder.vit, out / "image", safe_serialization=True)
     samples = entries(read_plan(plan_path)["train"], CAPTION_TYPES)
-    texts = [text for entry in samples for text in captions(read_entry(entry))]
+    texts = [text for entry in samples for text in captions(read_entry(entry).members)]
     settings = {k: v for k, v in clip.text_encoder.config.to_diff_dict().items() if k != "model_type"}
     bert = BertForMaskedLM(BertConfig(**settings)).train()
     optimizer = torch.optim.AdamW(bert.parameters(), _RATE, weight_decay=0.01)

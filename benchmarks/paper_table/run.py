@@ -86,7 +86,7 @@ def _write_words(plan: dict[str, Any], path: Path) -> None:
 
     whole = Vocabulary(plan["vocabulary"])
     samples = entries(plan["train"], CAPTION_TYPES)
-    used = {i for entry in samples for text in captions(read_entry(entry)) for i in whole.pieces(text)}
+    used = {i for entry in samples for text in captions(read_entry(entry).members) for i in whole.pieces(text)}
     special = [token for token in whole.tokens if token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")]
     path.write_text("\n".join([*special, *whole.words(sorted(used))]) + "\n", encoding="utf-8")
 

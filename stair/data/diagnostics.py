@@ -80,7 +80,7 @@ class SampleFacts:
 def first_samples(shard: str, count: int, remote: Remote) -> tuple[list[dict[str, Any]], str]:
     """The first samples of a shard, with the names of all members, and what broke it before there were so many."""
     errors: list[Exception] = []
-    reader: Any = stream(shard, errors.append, select=None, remote=remote)
+    reader: Any = stream(shard, errors.append, remote, everything=True)
     with closing(reader) as samples:
         about = {"__url__": shard, "__lines__": caption_lines(shard)}
         read = [{**sample, **about} for sample in itertools.islice(samples, count)]
@@ -91,7 +91,7 @@ def inspect(sample: dict[str, Any], requirements: Requirements) -> SampleFacts:
     """Reads and decodes a sample of `first_samples` as training does."""
     names = [f"{sample['__key__']}.{kind}" for kind in types_of(sample)]
     facts = SampleFacts(f"{sample['__key__']!r} in {sample['__url__']}", names)
-    facts.problems += [sample["__wrong__"]] if sample["__wrong__"] else []
+    facts.problems += [sample["__problem__"]] if sample["__problem__"] else []
     for read in (_read_captions, _read_image):
         try:
             read(sample, requirements, facts)

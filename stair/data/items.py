@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from stair.data.folders import image_files
-from stair.data.members import BrokenTarError
-from stair.data.members import members as members_of
 from stair.data.remote import is_remote
 from stair.data.samples import (
     CAPTION_TYPES,
@@ -33,7 +31,8 @@ from stair.data.samples import (
     printable,
 )
 from stair.data.tables import SUFFIXES, Row, Table, cell_text, open_table, read_group
-from stair.data.tars import expand
+from stair.data.tars import BrokenTarError, expand
+from stair.data.tars import members as members_of
 from stair.errors import FileError, SettingError
 
 Side = Literal["images", "texts"]

@@ -1,7 +1,6 @@
-"""Where the bytes of a shard come from: a file, a server or bucket that `fsspec` reads, or a command.
+"""Bytes of shards: from a file, a server or bucket that `fsspec` reads, or a command.
 
-Samples are read by position: `read_ranges` fetches many ranges at once. A failure is tried again, after pauses that double.
-The last failure, or one that another try would repeat, is an `OSError` with its cause.
+A failed read is tried again, after pauses that double. The last failure is an `OSError` with its cause.
 """
 
 import hashlib
@@ -10,13 +9,16 @@ import ipaddress
 import logging
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -26,13 +28,10 @@ from stair.files import lock
 
 logger = logging.getLogger(__name__)
 
-BUFFER = 1 << 20  # bytes
 _PART, _PARTS = 1 << 20, 8  # bytes of a request where a shard is read from front to end, and requests at once
-_SMALL = 1 << 28  # bytes of an index: a million shards have a tenth of it
-_AT_ONCE = 32  # requests of a process under way
-_PAUSE = 0.5  # seconds before the second try; doubled each time
-_LONGEST_PAUSE = 30.0
-_FIRST_TIMEOUT, _FIRST_RETRIES = 10.0, 3  # before a run has begun, a user waits for the answer
+_GAP = 1 << 16  # bytes between two ranges that are read along rather than by a second request
+_REQUESTS = 32  # of a process at a time
+_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before the second try, doubled each time
 _LASTING = (400, 401, 403, 404, 405, 410)  # statuses for which another try would get the same answer
 _BEHIND_END = 416
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -49,7 +48,7 @@ class Remote:
         retries: new tries, after pauses that double from half a second to half a minute. 0 or more.
         cache: folder for local copies of remote shards, which may be shared by processes. None: single samples are read
             by `Range` requests.
-        cache_gib: size limit of that folder in GiB; copies that were used longest ago are deleted first. More than 0.
+        cache_gib: size limit of that folder in GiB; the least recently used copies are deleted first. More than 0.
 
     Raises:
         SettingError: if a value is out of range.
@@ -68,7 +67,7 @@ class Remote:
 
     def at_first(self) -> "Remote":
         """For reading before the first step: gives up within a minute."""
-        return replace(self, timeout=min(self.timeout, _FIRST_TIMEOUT), retries=min(self.retries, _FIRST_RETRIES))
+        return replace(self, timeout=min(self.timeout, 10.0), retries=min(self.retries, 3))
 
 
 LOCAL = Remote()  # the default of functions that read local files too
@@ -83,24 +82,21 @@ class NoRangeError(LastingError):
 
 
 def is_remote(shard: str) -> bool:
-    """Whether a shard is something else than a local file: a URL or a `pipe:` command."""
+    """Whether a shard is a URL or a `pipe:` command rather than a local file."""
     return "://" in shard or shard.startswith("pipe:")
 
 
 def read_ranges(ranges: Sequence[Range], remote: Remote) -> Iterator[bytes | OSError]:
-    """Reads parts of files: those that are not local at the same time, local ones when they are taken.
-
-    Args:
-        ranges: path or URL, first byte, and the byte behind the last.
-        remote: time-out, retries and cache.
+    """Reads parts of files: remote ones all at once, neighbours by one request; local ones when they are taken.
 
     Yields:
-        The bytes of each, fewer where the file ends; or why they cannot be read.
+        The bytes of each range, fewer where the file ends; or why they cannot be read.
     """
-    far = iter(_fetched([each for each in ranges if is_remote(each[0]) and not remote.cache], remote))
+    remote_ranges = [each for each in ranges if is_remote(each[0]) and not remote.cache]
+    fetched = iter(_fetched(remote_ranges, remote) if remote_ranges else ())
     for path, start, stop in ranges:
         if is_remote(path) and not remote.cache:
-            yield next(far)
+            yield next(fetched)
             continue
         try:
             with local_copy(path, remote) if is_remote(path) else open(path, "rb", buffering=0) as file:
@@ -109,55 +105,46 @@ def read_ranges(ranges: Sequence[Range], remote: Remote) -> Iterator[bytes | OSE
             yield error
 
 
-def _fetched(ranges: Sequence[Range], remote: Remote) -> list[bytes | OSError]:
-    """Ranges from afar, each tried again after a failure that may pass."""
-    results = _tried(ranges, remote)
-    for attempt in range(remote.retries):
-        due = [i for i, result in enumerate(results) if _may_pass(result)]
-        if not due:
-            break
-        logger.info("%s, try %d: %s", ranges[due[0]][0], attempt + 1, results[due[0]])
-        time.sleep(min(_PAUSE * 2**attempt, _LONGEST_PAUSE))
-        for i, result in zip(due, _tried([ranges[i] for i in due], remote), strict=True):
-            results[i] = result
-    for i, ((url, start, _), result) in enumerate(zip(ranges, results, strict=True)):
-        if isinstance(result, OSError) and _may_pass(result):
-            tries = remote.retries + 1
-            results[i] = OSError(f"{url} cannot be read at byte {start}, tried {tries} times: {result}")
-    return results
+def _fetched(ranges: Sequence[Range], remote: Remote) -> Iterator[bytes | OSError]:
+    requests: list[Range] = []
+    owners = dict[int, int]()  # place in `requests` by place in `ranges`
+    for i in sorted(range(len(ranges)), key=ranges.__getitem__):
+        (url, start, stop), (last, first, end) = ranges[i], requests[-1] if requests else ("", 0, 0)
+        if url == last and start <= end + _GAP and stop - first <= _PART:
+            requests[-1] = url, first, max(stop, end)
+        else:
+            requests.append(ranges[i])
+        owners[i] = len(requests) - 1
+    with ThreadPoolExecutor(min(len(requests), _REQUESTS)) as threads:
+        results = list(threads.map(partial(_fetch, remote), requests))
+    for i, (_, start, stop) in enumerate(ranges):
+        result, first = results[owners[i]], requests[owners[i]][1]
+        yield result if isinstance(result, OSError) else result[start - first : stop - first]
 
 
-def _may_pass(result: bytes | OSError) -> bool:
-    return isinstance(result, OSError) and not isinstance(result, LastingError)
-
-
-def _tried(ranges: Sequence[Range], remote: Remote) -> list[bytes | OSError]:
-    """One try of each."""
-    found: list[Any] = [None] * len(ranges)
-    by_system: dict[int, tuple[Any, dict[int, Range]]] = {}
-    for i, (url, start, stop) in enumerate(ranges):
+def _fetch(remote: Remote, request: Range) -> bytes | OSError:
+    """A range of a remote file, tried again after failures that may pass."""
+    url, start, stop = request
+    failure = OSError()
+    for attempt in range(remote.retries + 1):
+        if attempt:
+            logger.info("%s, try %d: %s", url, attempt, failure)
+            time.sleep(min(_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE))
         try:
             files, path = _system(url, remote)
-            by_system.setdefault(id(files), (files, {}))[1][i] = path, start, stop
-        except OSError as error:
-            found[i] = error
-    for files, which in by_system.values():
-        more = {"batch_size": _AT_ONCE} if files.async_impl else {}
-        spans = map(list, zip(*which.values(), strict=True))
-        for i, result in zip(which, files.cat_ranges(*spans, on_error="return", **more), strict=True):
-            if getattr(result, "status", None) == _BEHIND_END:
-                found[i] = b""
-            else:
-                found[i] = _as_os_error(ranges[i][0], result) if isinstance(result, Exception) else result
-    return found
+            data: bytes = files.cat_file(path, start, stop)
+            return data
+        except Exception as error:
+            if getattr(error, "status", None) == _BEHIND_END:
+                return b""
+            failure = _as_os_error(url, error)
+            if isinstance(failure, LastingError):
+                return failure
+    return OSError(f"{url} cannot be read at byte {start}, tried {remote.retries + 1} times: {failure}")
 
 
 def _system(url: str, remote: Remote) -> tuple[Any, str]:
-    """The file system of a URL and the path in it.
-
-    Raises:
-        LastingError: if there is none, or its library is not installed.
-    """
+    """The file system of a URL and the path in it; LastingError if there is none, or its library is not installed."""
     scheme = url.partition("://")[0]
     options: dict[str, Any] = {}
     if scheme in ("http", "https"):
@@ -175,11 +162,9 @@ def _system(url: str, remote: Remote) -> tuple[Any, str]:
 
 
 def _as_os_error(url: str, error: Exception) -> OSError:
-    """An error of a library of fsspec, lasting or not."""
     if isinstance(error, LastingError):
         return error
-    status = getattr(error, "status", None)
-    lasting = isinstance(error, FileNotFoundError | PermissionError) or status in _LASTING
+    lasting = isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", None) in _LASTING
     if lasting or "Credential" in type(error).__name__:  # as botocore's NoCredentialsError
         return LastingError(f"{url}: {type(error).__name__}: {error}")
     return OSError(f"{type(error).__name__}: {error}")
@@ -200,30 +185,27 @@ async def _client(seconds: float, loop: Any = None) -> Any:
 
 
 async def _check_range(session: Any, context: Any, answer: Any) -> None:
-    """Else a server without `Range` would send the whole shard for each sample."""
     if answer.response.status == 200 and answer.method == "GET" and "Range" in answer.headers:
-        raise NoRangeError(
-            f"{answer.url}: the server sends whole files only (no Range): set data.remote.cache to a folder for copies"
-        )
+        raise NoRangeError(f"{answer.url}: the server sends whole files only. Set data.remote.cache to a folder")
 
 
 async def _check_redirect(session: Any, context: Any, answer: Any) -> None:
-    """Redirects are followed, but not from the web into this machine or its network."""
-    place = answer.response.headers.get("Location", "")
-    there = answer.url.join(type(answer.url)(place))
-    if there.scheme not in ("http", "https"):
-        raise LastingError(f"{answer.url} redirects to {place!r}: only http and https are followed")
-    if there.authority != answer.url.authority and (local := _local_address(there.host or "")):
+    """Follows no redirect from the web into this machine or its network."""
+    location = answer.response.headers.get("Location", "")
+    target = answer.url.join(type(answer.url)(location))
+    if target.scheme not in ("http", "https"):
+        raise LastingError(f"{answer.url} redirects to {location!r}: only http and https are followed")
+    if target.authority != answer.url.authority and (address := _local_address(target.host or "")):
         raise LastingError(
-            f"{answer.url} redirects to {place!r}, which is the local address {local}: not followed. "
+            f"{answer.url} redirects to {location!r}, which is the local address {address}: not followed. "
             "Give that URL itself if it is meant"
         )
 
 
 def _local_address(host: str) -> str | None:
     """The first address of a host that is not a public one."""
-    found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
-    return next((address for address in sorted(found) if not _is_public(ipaddress.ip_address(address))), None)
+    addresses = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
+    return next((each for each in sorted(addresses) if not _is_public(ipaddress.ip_address(each))), None)
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
@@ -249,139 +231,103 @@ def open_shard(shard: str, remote: Remote) -> BinaryIO:
     Raises:
         OSError: if it cannot be opened, or on reading if it cannot be read to its end.
     """
-    if shard.startswith("pipe:"):
-        return io.BufferedReader(Command(shard.removeprefix("pipe:"), remote.timeout), BUFFER)
     if not is_remote(shard):
-        return open(shard, "rb", buffering=BUFFER)
-    if remote.cache:
+        return open(shard, "rb", buffering=_PART)
+    if remote.cache and not shard.startswith("pipe:"):
         return local_copy(shard, remote)
-    try:
-        return io.BufferedReader(_Blocks(shard, remote), BUFFER)
-    except NoRangeError:
-        files, path = _system(shard, remote)
-        stream: BinaryIO = files.open(path, "rb", block_size=0)
-        return stream
+    parts = _output(shard[5:], remote.timeout) if shard.startswith("pipe:") else _parts(shard, remote)
+    return io.BufferedReader(_Parts(parts), _PART)
 
 
-def read_small(url: str, remote: Remote) -> bytes | None:
-    """A small file beside remote shards; None if there is none.
+class _Parts(io.RawIOBase):
+    """A file of parts that a generator yields."""
 
-    Raises:
-        OSError: if it is not known whether there is one, or it cannot be read.
-    """
-    try:
-        with open_shard(url, replace(remote, cache=None)) as file:
-            content = file.read(_SMALL + 1)
-    except LastingError:
-        return None
-    if len(content) > _SMALL:
-        raise OSError(f"{url} has more than {_SMALL} bytes, which no such file has")
-    return content
-
-
-class _Blocks(io.RawIOBase):
-    """A remote file, read by small parts, which arrive over a connection that breaks off often too.
-
-    One part at first, since a server without `Range` is noticed by it; then several at once.
-    """
-
-    def __init__(self, url: str, remote: Remote) -> None:
-        self._url, self._remote, self._next = url, remote, 0
-        self._data = memoryview(self._read(1))
-
-    def _read(self, count: int) -> bytes:
-        starts = range(self._next, self._next + count * _PART, _PART)
-        data = b""
-        for part in read_ranges([(self._url, start, start + _PART) for start in starts], self._remote):
-            if isinstance(part, OSError):
-                raise part
-            data += part
-            self._next += len(part)
-            if len(part) < _PART:
-                break
-        return data
+    def __init__(self, parts: Generator[bytes, None, None]) -> None:
+        self._parts, self._data = parts, memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if not self._data and self._next % _PART == 0:  # a shorter part is the last one
-            self._data = memoryview(self._read(_PARTS))
+        self._data = self._data or memoryview(next(self._parts, b""))
         count = min(len(self._data), len(buffer))
         buffer[:count], self._data = self._data[:count], self._data[count:]
         return count
 
-
-class Command(io.RawIOBase):
-    """The output of a shell command.
-
-    The command has a process group of its own, so that what it started ends with it.
-
-    Args:
-        command: for the shell.
-        timeout: seconds of silence after which it is given up.
-    """
-
-    def __init__(self, command: str, timeout: float) -> None:
-        self._command, self._timeout = command, timeout
-        # not buffered: poll does not see what lies in a buffer
-        self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
-        self._output = select.poll()  # select takes no descriptor above 1023
-        self._output.register(self._process.stdout, select.POLLIN)  # type: ignore[arg-type]
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Reads what has arrived.
-
-        Raises:
-            OSError: if nothing arrives in time, or the command fails.
-        """
-        if not self._output.poll(1000 * self._timeout):
-            raise TimeoutError(f"`{self._command}` gave no byte for {self._timeout:g} s")
-        count = self._process.stdout.readinto(buffer)  # type: ignore[union-attr]
-        if not count:
-            try:
-                status = self._process.wait(self._timeout)
-            except subprocess.TimeoutExpired:
-                raise TimeoutError(
-                    f"`{self._command}` closed its output and did not end for {self._timeout:g} s"
-                ) from None
-            if status:
-                raise OSError(f"`{self._command}` ended with {status}")
-        return count or 0
-
     def close(self) -> None:
-        """Ends the command and what it started."""
-        if not self.closed:
-            self._process.stdout.close()  # type: ignore[union-attr]
-            if self._process.returncode is None:  # else its number may be another's by now
-                for number in (signal.SIGTERM, signal.SIGKILL):
-                    with suppress(OSError):  # all of them have ended
-                        os.killpg(self._process.pid, number)
-                    with suppress(subprocess.TimeoutExpired):
-                        self._process.wait(5)
+        self._parts.close()
         super().close()
+
+
+def _parts(url: str, remote: Remote) -> Generator[bytes, None, None]:
+    """A remote file by small requests, which succeed over a connection that breaks off often."""
+    start, count = 0, 1  # one at first: it shows whether the server knows `Range`
+    while True:
+        starts = range(start, start + count * _PART, _PART)
+        for part in read_ranges([(url, each, each + _PART) for each in starts], remote):
+            if isinstance(part, NoRangeError):
+                yield from _whole(url, remote)
+                return
+            if isinstance(part, OSError):
+                raise part
+            yield part
+            if len(part) < _PART:
+                return
+        start, count = start + count * _PART, _PARTS
+
+
+def _whole(url: str, remote: Remote) -> Generator[bytes, None, None]:
+    files, path = _system(url, remote)
+    try:
+        with files.open(path, "rb", block_size=0) as file:
+            while block := file.read(_PART):
+                yield block
+    except Exception as error:
+        raise _as_os_error(url, error) from error
+
+
+def _output(command: str, timeout: float) -> Generator[bytes, None, None]:
+    """The output of a shell command in a process group of its own, so that what it started ends with it."""
+    # not buffered: poll does not see what lies in a buffer
+    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
+    assert process.stdout
+    try:
+        poll = select.poll()  # select takes no descriptor above 1023
+        poll.register(process.stdout, select.POLLIN)
+        while True:
+            if not poll.poll(1000 * timeout):
+                raise TimeoutError(f"`{command}` gave no byte for {timeout:g} s")
+            if not (part := process.stdout.read(_PART)):
+                break
+            yield part
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout)
+        if process.returncode is None:
+            raise TimeoutError(f"`{command}` closed its output and did not end for {timeout:g} s")
+        if process.returncode:
+            raise OSError(f"`{command}` ended with {process.returncode}")
+    finally:
+        process.stdout.close()
+        if process.returncode is None:  # else its number may be another's by now
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with suppress(OSError):  # all of them have ended
+                    os.killpg(process.pid, number)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
 
 
 # ------------------------------------------------------------------ local copies
 
 
 def check_cache(remote: Remote) -> None:
-    """Makes the folder of copies.
-
-    Raises:
-        SettingError: if nothing can be written there.
-    """
+    """Makes the folder of copies; SettingError if nothing can be written there."""
     if remote.cache:
-        with _names_cache(remote.cache), lock(Path(remote.cache) / "room.lock", wait=True):
+        with _cache_errors(remote.cache), lock(Path(remote.cache) / "room.lock", wait=True):
             pass
 
 
 @contextmanager
-def _names_cache(folder: str) -> Iterator[None]:
+def _cache_errors(folder: str) -> Iterator[None]:
     """Makes errors of this machine's files, which have a number, those of the setting."""
     try:
         yield
@@ -402,39 +348,28 @@ def local_copy(url: str, remote: Remote) -> BinaryIO:
         SettingError: if there is no room for it, or no permission.
     """
     assert remote.cache
-    folder, mark = Path(remote.cache), hashlib.sha256(url.encode()).hexdigest()[:24]
-    copy = folder / f"{mark}-{PurePosixPath(url.partition('?')[0]).name[-80:]}.copy"
-    with _names_cache(remote.cache):
+    folder, digest = Path(remote.cache), hashlib.sha256(url.encode()).hexdigest()[:24]
+    copy = folder / f"{digest}-{PurePosixPath(url.partition('?')[0]).name[-80:]}.copy"
+    with _cache_errors(remote.cache):
         if not copy.exists():
-            with lock(folder / f"{mark}.lock", wait=True):
+            with lock(folder / f"{digest}.lock", wait=True):
                 if not copy.exists():
-                    fresh = folder / f"{mark}.part"  # of a process that was killed, too: nobody else fetches this now
+                    part = folder / f"{digest}.part"  # of a killed process too: nobody else fetches this now
                     try:
-                        _fetch(url, fresh, remote)
-                        _make_room(folder, int(remote.cache_gib * 2**30), fresh)
-                        fresh.replace(copy)
+                        with open_shard(url, replace(remote, cache=None)) as source, open(part, "wb") as target:
+                            shutil.copyfileobj(source, target, _PARTS * _PART)
+                        _make_room(folder, int(remote.cache_gib * 2**30), part)
+                        part.replace(copy)
                     finally:
-                        fresh.unlink(missing_ok=True)
+                        part.unlink(missing_ok=True)
         file = open(copy, "rb")  # noqa: SIM115 - the caller's, who keeps it when the copy is deleted
         os.utime(file.fileno(), ns=(time.time_ns(),) * 2)  # the kernel's own clock has ticks of 4 ms
         return file
 
 
-def _fetch(url: str, target: Path, remote: Remote) -> None:
-    with open_shard(url, replace(remote, cache=None)) as source, open(target, "wb") as file:
-        while True:
-            try:
-                block = source.read(_PARTS * _PART)
-            except Exception as error:
-                raise _as_os_error(url, error) from error
-            if not block:
-                return
-            file.write(block)
-
-
-def _make_room(folder: Path, limit: int, fresh: Path) -> None:
+def _make_room(folder: Path, limit: int, part: Path) -> None:
     with lock(folder / "room.lock", wait=True):
-        total, found = fresh.stat().st_size, []
+        total, copies = part.stat().st_size, []
         if total > limit:
             raise SettingError(
                 f"{folder} cannot hold a copy of {total} bytes, more than data.remote.cache_gib ({limit} bytes): raise it",
@@ -442,10 +377,10 @@ def _make_room(folder: Path, limit: int, fresh: Path) -> None:
             )
         for copy in folder.glob("*.copy"):
             with suppress(FileNotFoundError):
-                state = copy.stat()
-                found.append((state.st_mtime_ns, state.st_size, copy))
-                total += state.st_size
-        for _, size, copy in sorted(found):
+                status = copy.stat()
+                copies.append((status.st_mtime_ns, status.st_size, copy))
+                total += status.st_size
+        for _, size, copy in sorted(copies):
             if total > limit:
                 copy.unlink(missing_ok=True)
                 total -= size

@@ -1,8 +1,7 @@
-"""The rules of a sample: which members belong to it, what its image, captions and class are, and what makes it bad.
+"""The rules of a sample: its members, image, captions and class, and what makes it bad. All commands apply them.
 
 A sample is a run of members with one key (`KEY.jpg` with `KEY.json` and/or `KEY.txt`). Key and type are split as WebDataset
-splits them: at the first dot of the file name. Training, evaluation, embedding, preparation and diagnosis all apply these
-rules, so that a sample means the same everywhere. Nothing is ever unpickled.
+splits them: at the first dot of the file name. Nothing is ever unpickled.
 """
 
 import json
@@ -15,7 +14,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from webdataset.tariterators import base_plus_ext
 
-from stair.data.members import Member
 from stair.data.remote import is_remote
 from stair.plain import one_line
 
@@ -25,22 +23,27 @@ CAPTION_TYPES = ("json", "txt")
 CLASS_TYPES = ("cls",)  # the number of a class, for evaluation
 LONGEST_CAPTION = 10_000  # characters; longer text is a page that was stored as a caption by mistake
 
+BLOCK = 512  # bytes; headers and members of a tar begin at multiples of it
+
 _IMAGES = frozenset(IMAGE_TYPES)
 _WANTED = frozenset(IMAGE_TYPES + CAPTION_TYPES + CLASS_TYPES)
 _PICKLES = frozenset(("pyd", "pth", "pt", "pkl", "pickle", "ckpt"))
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own members
 
-_UNSAFE = "unsafe name: {!r} leads out of its folder"
-_TWICE = "duplicate member: {!r} comes twice, or two samples that follow each other share a key"
-_DOTTED = "dotted key: {!r} belongs to key {!r} as type {!r}; rename it: keys hold no dots"
+Value = TypeVar("Value")
 
 
 class Skipped(NamedTuple):
-    """Something of the user's that is not used."""
+    """An input that is not used.
 
-    place: str  # file, line of a table or key of a sample
-    reason: str  # begins with its cause and a colon
+    Attributes:
+        place: file, line of a table or key of a sample.
+        reason: begins with its cause and a colon.
+    """
+
+    place: str
+    reason: str
 
     @property
     def cause(self) -> str:
@@ -49,7 +52,7 @@ class Skipped(NamedTuple):
 
     def facts(self) -> dict[str, str]:
         """For reports in JSON."""
-        return {"cause": self.cause, "place": self.place, "reason": self.reason}
+        return {"cause": self.cause, **self._asdict()}
 
 
 def count_causes(skipped: Iterable[Skipped]) -> dict[str, int]:
@@ -69,41 +72,69 @@ def skipped_lines(skipped: Sequence[Skipped], shown: int = 10, word: str = "skip
 
 def printable(name: str) -> str:
     """A name as UTF-8: bytes that are none become backslash escapes such as `\\xe9`, and so do lone surrogates."""
-    return _SURROGATE.sub(lambda found: _escaped(ord(found[0])), name)
+
+    def escaped(match: "re.Match[str]") -> str:
+        code = ord(match[0])
+        return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+
+    return _SURROGATE.sub(escaped, name)
 
 
-def _escaped(code: int) -> str:
-    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
+# ------------------------------------------------------------------ members
 
 
-Value = TypeVar("Value")
+class Member(NamedTuple):
+    """A regular file in a tar.
 
+    Attributes:
+        name: path in the archive.
+        start: where its headers begin in the (uncompressed) archive, in bytes.
+        offset: where its bytes begin.
+        size: their number.
+        read: reads them; only before the next member is taken.
+    """
 
-class NoCaptionError(ValueError):
-    """A sample without a caption."""
+    name: str
+    start: int
+    offset: int
+    size: int
+    read: Callable[[], bytes]
 
 
 @dataclass
 class Grouped(Generic[Value]):
-    """The members of one sample."""
+    """The members of one sample.
 
-    key: str  # name of the members up to the first dot of the file name
-    members: dict[str, Value] = field(default_factory=dict)  # by type in lower case (`jpg`, `json`, ...)
-    problems: list[str] = field(default_factory=list)  # reasons to skip the sample, each with its cause and a colon
-    warnings: list[str] = field(default_factory=list)  # notes that are no reason to skip it
-    _dotted: dict[str, str] = field(default_factory=dict)  # problems by name up to the last dot, as of `1.5.png`
+    Attributes:
+        key: name of the members up to the first dot of the file name.
+        members: by type in lower case (`jpg`, `json`, ...).
+        problems: reasons to skip the sample, each with its cause and a colon.
+        warnings: notes that are no reason to skip it.
+        start: where its first header begins, in bytes.
+        stop: where its last member ends, a multiple of 512.
+        dotted: problems by name up to the last dot, as of `1.5.png`.
+    """
+
+    key: str
+    members: dict[str, Value] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    start: int = 0
+    stop: int = 0
+    dotted: dict[str, str] = field(default_factory=dict)
 
     def resolved(self) -> "Iterator[Grouped[Value]]":
         """The sample. If it has no image and dotted names, one bad sample for each name that was meant as a key."""
-        if not self._dotted or self.members.keys() & _IMAGES:
+        if not self.dotted or self.members.keys() & _IMAGES:
             if self.members:
                 yield self
         elif self.members.keys() & _WANTED:
-            self.problems += self._dotted.values()
+            self.problems += self.dotted.values()
             yield self
         else:
-            for i, (name, problem) in enumerate(self._dotted.items()):
-                yield Grouped(name, {}, [*self.problems, problem], [] if i else self.warnings)
+            for i, (name, problem) in enumerate(self.dotted.items()):
+                warnings = [] if i else self.warnings
+                yield Grouped(name, {}, [*self.problems, problem], warnings, self.start, self.stop)
 
 
 def is_wanted(name: str) -> bool:
@@ -118,28 +149,41 @@ def key_and_type(name: str) -> tuple[str, str]:
 
 
 def group(
-    members: Iterable[Member], value: Callable[[Member], Value], select: Callable[[str], bool] | None = is_wanted
+    members: Iterable[Member], value: Callable[[Member], Value], everything: bool = False
 ) -> Iterator[Grouped[Value]]:
-    """Groups members of an archive into samples; `value` computes what is kept of those that `select` takes (None: all).
+    """Groups members of an archive into samples.
 
-    If `members` raises, the sample at hand is not yielded: a part of it may be missing.
+    Args:
+        members: in their order. If they raise, the sample at hand is not yielded: a part of it may be missing.
+        value: computes what is kept of a member.
+        everything: whether members are kept that no sample can use.
     """
     sample: Grouped[Value] = Grouped("")
     for member in members:
         key, kind = key_and_type(printable(member.name))
-        wanted = bool(key) and (select is None or select(member.name))
-        dotted = _is_dotted(key, kind)
-        if key != sample.key and (wanted or dotted):
+        last = kind.rpartition(".")[2]
+        dotted = last != kind and last in _WANTED and not key.endswith("/")  # `folder/._a.png` is macOS's
+        wanted, pickle = kind in _WANTED or (everything and bool(key)), last in _PICKLES
+        if not (wanted or dotted or pickle):
+            continue
+        if key != sample.key:
             yield from sample.resolved()
-            sample = Grouped(key, problems=[_UNSAFE.format(key)] if _leaves_its_folder(key) else [])
+            unsafe = key.startswith(("/", "\\")) or ".." in key.replace("\\", "/").split("/")
+            problems = [f"unsafe name: {key!r} leads out of its folder"] if unsafe else []
+            sample = Grouped(key, problems=problems, start=member.start)
+        sample.stop = member.offset + -(-member.size // BLOCK) * BLOCK
         if dotted:
-            sample._dotted.setdefault(member.name.rpartition(".")[0], _DOTTED.format(member.name, key, kind))
-        if not wanted:
-            if kind.rpartition(".")[2] in _PICKLES:
-                sample.warnings.append(f"pickle ignored: {member.name!r} is never opened")
-        elif kind in sample.members:
-            sample.problems.append(_TWICE.format(member.name))
-        else:
+            problem = (
+                f"dotted key: {member.name!r} belongs to key {key!r} as type {kind!r}; rename it: keys hold no dots"
+            )
+            sample.dotted.setdefault(member.name.rpartition(".")[0], problem)
+        if pickle:
+            sample.warnings.append(f"pickle ignored: {member.name!r} is never opened")
+        if wanted and kind in sample.members:
+            sample.problems.append(
+                f"duplicate member: {member.name!r} comes twice, or two samples that follow each other share a key"
+            )
+        elif wanted:
             sample.members[kind] = value(member)
     yield from sample.resolved()
 
@@ -150,21 +194,18 @@ def other_members(names: Iterable[str], keys: Iterable[str]) -> Iterator[Skipped
     WebDataset's own members and hidden ones, whose names begin with a dot, are left out.
     """
     known = set(keys)
-    for name in map(printable, names):
-        key, kind = key_and_type(name)
-        if key and not key.endswith("/") and key not in known and not _is_dotted(key, kind):
+    for key, kind in map(key_and_type, map(printable, names)):
+        if key and not key.endswith("/") and key not in known and kind.rpartition(".")[2] not in _WANTED:
             known.add(key)
             yield Skipped(key, f"no image or caption: its first member has type {kind!r}, wanted {sorted(_WANTED)}")
 
 
-def _is_dotted(key: str, kind: str) -> bool:
-    """Whether a type is a wanted one after its last dot only; `folder/._a.png` is macOS's, no sample."""
-    _, dot, last = kind.rpartition(".")
-    return bool(dot) and last in _WANTED and not key.endswith("/")
+# ------------------------------------------------------------------ image, captions, class
 
 
-def _leaves_its_folder(key: str) -> bool:
-    return key.startswith(("/", "\\")) or ".." in key.replace("\\", "/").split("/")
+def types_of(sample: Mapping[str, Any]) -> list[str]:
+    """The types of a sample's members, without fields that begin with two underscores."""
+    return [kind for kind in sample if not kind.startswith("__")]
 
 
 def image_type(members: Mapping[str, Any]) -> str:
@@ -178,6 +219,10 @@ def image_type(members: Mapping[str, Any]) -> str:
 def image_bytes(sample: Mapping[str, bytes]) -> bytes:
     """The image member of a sample; ValueError `no image: ...` if it has none."""
     return sample[image_type(sample)]
+
+
+class NoCaptionError(ValueError):
+    """A sample without a caption."""
 
 
 def captions(sample: Mapping[str, bytes], lines: bool = False) -> list[str]:
@@ -203,13 +248,34 @@ def captions(sample: Mapping[str, bytes], lines: bool = False) -> list[str]:
             f"no caption: members are {types_of(sample)}, wanted KEY.txt, or KEY.json with "
             '{"captions": [...]} or {"caption": "..."}; members of a sample must follow each other in the tar'
         )
-    _check_length(max(texts, key=len))
+    _check_length(texts)
     return texts
 
 
-def _check_length(caption: str) -> None:
-    if len(caption) > LONGEST_CAPTION:
-        raise ValueError(f"caption too long: {len(caption)} characters, the limit is {LONGEST_CAPTION}")
+def caption_choices(
+    sample: Mapping[str, bytes], shares: Mapping[str, float], lines: bool = False
+) -> list[tuple[float, list[str]]]:
+    """The captions that training draws from: share and captions, none of them blank, of each field that the sample has.
+
+    `shares` are relative probabilities of fields of the JSON (strings, or lists of strings) or of `txt`; without any, the
+    captions are those of `captions`, which states the other arguments and errors.
+    """
+    if not shares:
+        return [(1.0, [text for text in captions(sample, lines) if text])]
+    texts = {}
+    try:
+        fields = json_fields(sample)
+        for name in sorted(shares, key=lambda name: name == "txt"):
+            value = _in_txt(sample, lines) if name == "txt" and "txt" in sample else fields.get(name)
+            texts[name] = _strings(value if isinstance(value, list) else [value] if value else [])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"caption unreadable: {error}") from error
+    choices = [(shares[name], list(filter(None, each))) for name, each in texts.items() if any(each)]
+    if not choices:
+        raise NoCaptionError(f"no caption: none of the fields {list(shares)} is there; members are {types_of(sample)}")
+    for _, each in choices:
+        _check_length(each)
+    return choices
 
 
 def check_caption(text: str) -> str:
@@ -223,53 +289,26 @@ def check_caption(text: str) -> str:
         raise ValueError("caption empty: nothing but white space")
     if printable(text) != text:
         raise ValueError(f"caption not UTF-8: {printable(text)[:80]!r}; save the file as UTF-8")
-    _check_length(text)
+    _check_length([text])
     return text
+
+
+def _check_length(texts: Iterable[str]) -> None:
+    if (longest := max(map(len, texts))) > LONGEST_CAPTION:
+        raise ValueError(f"caption too long: {longest} characters, the limit is {LONGEST_CAPTION}")
 
 
 def caption_lines(shard: str) -> bool:
     """Whether the .txt members of a shard hold a caption on each line rather than one caption.
 
     That is so in the retrieval sets of CLIP_benchmark: `dataset_type.txt` in the shard's folder, or in the one above it,
-    says `retrieval`. Every command follows this rule.
-
-    Args:
-        shard: path, URL or `pipe:` command. No file is looked for beside URLs and commands: each .txt is one caption.
+    says `retrieval`. No file is looked for beside URLs and commands.
     """
     if is_remote(shard):
         return False
     folder = Path(shard).resolve().parent
-    return any(_says_retrieval(path / "dataset_type.txt") for path in (folder, folder.parent))
-
-
-def _says_retrieval(file: Path) -> bool:
-    return file.is_file() and file.read_bytes().strip() == b"retrieval"
-
-
-def caption_choices(
-    sample: Mapping[str, bytes], shares: Mapping[str, float], lines: bool = False
-) -> list[tuple[float, list[str]]]:
-    """The captions that training draws from: share and captions, none of them blank, of each field that the sample has.
-
-    `shares` are relative probabilities of fields of the JSON (strings, or lists of strings) or of `txt`; without any, the
-    captions are those of `captions`, which states the other arguments and errors.
-    """
-    if not shares:
-        return [(1.0, [text for text in captions(sample, lines) if text])]
-    found = {}
-    try:
-        fields = json_fields(sample)
-        for name in sorted(shares, key=lambda name: name == "txt"):
-            value = _in_txt(sample, lines) if name == "txt" and "txt" in sample else fields.get(name)
-            found[name] = _strings(value if isinstance(value, list) else [value] if value else [])
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"caption unreadable: {error}") from error
-    choices = [(shares[name], list(filter(None, texts))) for name, texts in found.items() if any(texts)]
-    if not choices:
-        raise NoCaptionError(f"no caption: none of the fields {list(shares)} is there; members are {types_of(sample)}")
-    for _, texts in choices:
-        _check_length(max(texts, key=len))
-    return choices
+    files = [path / "dataset_type.txt" for path in (folder, folder.parent)]
+    return any(file.is_file() and file.read_bytes().strip() == b"retrieval" for file in files)
 
 
 def _strings(values: list[Any]) -> list[str]:
@@ -324,8 +363,3 @@ def class_number(sample: Mapping[str, bytes]) -> int | None:
     if not text.strip().isdigit():
         raise ValueError(f"its .cls is {text[:20]!r}, wanted the number of a class, from 0")
     return int(text)
-
-
-def types_of(sample: Mapping[str, Any]) -> list[str]:
-    """The types of a sample's members, without fields that begin with two underscores."""
-    return [kind for kind in sample if not kind.startswith("__")]

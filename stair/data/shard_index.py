@@ -1,8 +1,7 @@
 """Where the samples of a shard lie: `NAME.tar.idx` beside `NAME.tar`, so that any sample is read alone.
 
-The file holds two numpy arrays, one behind the other, without pickle: [format, size of the shard in bytes], then one
-record a sample: its key, and offset and length in bytes of each member by type (length 0: no such member). A shard with
-bad names has the fields `problem` and `warning` too. Records are read by pages, so an index costs nothing until it is used.
+The file is one numpy array without pickle, (1 + N, 3) uint32. The first row is format and size of the shard (high and low
+32 bits of the bytes). Each further row is a sample: first block of 512 bytes, blocks, CRC-32 of its key and members.
 """
 
 import hashlib
@@ -10,106 +9,67 @@ import io
 import json
 import multiprocessing
 import os
-import posixpath
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from stair.data.remote import LastingError, Remote, is_remote, local_copy, read_ranges, read_small
-from stair.data.samples import is_wanted
-from stair.data.tars import walk
+from stair.data.remote import LastingError, Remote, is_remote, local_copy, open_shard, read_ranges
+from stair.data.samples import BLOCK, Grouped, group
+from stair.data.tars import members_of_part, walk
 from stair.errors import FileError
 from stair.files import atomic_write
 from stair.processes import without_main
 
 SUFFIX = ".idx"
-FORMAT = 1
 MANIFEST, MANIFEST_FORMAT = "index.json", 1
 
-_LONGEST_TEXT = 250  # bytes of a key or a note
-_HEADER = 2048  # bytes that hold the headers of both arrays; types of members are few
-_PAGES = 8  # of an index that are kept: a window of shuffling has a few
-_PAGE = 1024  # records that are read together
+_FORMAT = 2
+_HEADER, _ROW = 128, 12  # bytes of numpy's header and of a row
+_PAGE, _PAGES = 1024, 1024  # rows that are read together, and pages that a process keeps (12 MiB)
+_LONGEST = 1 << 26  # bytes of an index file: 5 million samples, or a million shards in an index.json
 _IN_PARALLEL = 1 << 31  # bytes of shards from which on processes are started to index them
-_NOTES = ("problem", "warning")
-_TEXTS = ("key", *_NOTES)
 _REMEDY = "delete it, or write it again with `stair doctor SHARDS --write_index`"
 
-Rows = NDArray[Any]  # one record a sample
+Rows = NDArray[np.uint32]  # (N, 3): first block, blocks, checksum of each sample
 
 
-class Entry(NamedTuple):
-    """A sample in a shard.
-
-    Attributes:
-        key: its `__key__`.
-        members: offset and length in bytes by type.
-        problem: reason to skip it, "" if there is none.
-        warning: a note that is no reason to skip it, "" if there is none.
-    """
-
-    key: str
-    members: dict[str, tuple[int, int]]
-    problem: str = ""
-    warning: str = ""
-
-
-class BrokenShardError(FileError):
-    """A shard that cannot be read to its end.
-
-    Args:
-        message: where it breaks off.
-        path: of the shard.
-        rows: records of the whole samples before that place.
-    """
-
-    def __init__(self, message: str, path: Path | str, rows: Rows | None = None) -> None:
-        super().__init__(message, path)
-        self.rows = np.zeros(0, [("key", "S1")]) if rows is None else rows
-
-
-def build(path: Path | str) -> Rows:
-    """Finds the samples of a local, uncompressed tar by its headers.
-
-    Raises:
-        BrokenShardError: if it is no such tar, or damaged, or cut short; names the byte.
-    """
-    entries: list[Entry] = []
-    try:
-        for sample in walk(str(path)):
-            wanted = {kind: place for kind, place in sample.members.items() if is_wanted(f"k.{kind}")}
-            entries.append(Entry(sample.key, wanted, "".join(sample.problems[:1]), "".join(sample.warnings[:1])))
-    except FileError as error:
-        raise BrokenShardError(str(error), path, _records(entries)) from error
-    return _records(entries)
-
-
-def _records(entries: Sequence[Entry]) -> Rows:
-    texts = {
-        name: [getattr(entry, name).encode(errors="surrogateescape")[:_LONGEST_TEXT] for entry in entries]
-        for name in _TEXTS
-    }
-    kinds = sorted({kind for entry in entries for kind in entry.members})
-    fields: list[Any] = [(name, f"S{max(map(len, found))}") for name, found in texts.items() if any(found)]
-    fields += [(kind, [("offset", "<u8"), ("length", "<u4")]) for kind in kinds]
-    rows = np.zeros(len(entries), fields or [("key", "S1")])
-    for name in rows.dtype.names or ():
-        rows[name] = texts[name] if name in texts else [entry.members.get(name, (0, 0)) for entry in entries]
+def build(shard: Path | str) -> Rows:
+    """Finds the samples of a local, uncompressed tar by its headers; FileError if it cannot be read to its end."""
+    rows, problem = _scan(str(shard))
+    if problem:
+        raise FileError(problem, shard)
     return rows
+
+
+def _scan(shard: str) -> tuple[Rows, str]:
+    """The rows of the whole samples, and what breaks the shard behind them."""
+    rows, problem = [], ""
+    try:
+        for sample in walk(shard):
+            check = _checksum(sample.key, {kind: size for kind, (_, size) in sample.members.items()})
+            rows.append((sample.start // BLOCK, (sample.stop - sample.start) // BLOCK, check))
+    except FileError as error:
+        problem = str(error)
+    return np.array(rows, np.uint32).reshape(-1, 3), problem
+
+
+def _checksum(key: str, lengths: dict[str, int]) -> int:
+    return zlib.crc32(repr((key, lengths)).encode(errors="surrogateescape"))
 
 
 def index_shard(shard: Path) -> int:
     """Writes the index of a local shard beside it, and returns its number of samples.
 
     Raises:
-        BrokenShardError: if it cannot be read to its end.
+        FileError: if it cannot be read to its end.
         OSError: if there is no room or no permission.
     """
     rows = build(shard)
@@ -118,184 +78,199 @@ def index_shard(shard: Path) -> int:
 
 
 def write(path: Path | str, rows: Rows, size: int) -> None:
-    """Writes an index file, whole or not at all.
-
-    Args:
-        path: of the index.
-        rows: as `build` returns.
-        size: of the shard, in bytes.
-
-    Raises:
-        OSError: if there is no room or no permission.
-    """
+    """Writes an index file of a shard of `size` bytes, whole or not at all."""
+    first = np.array([[_FORMAT, size >> 32, size & 0xFFFFFFFF]], np.uint32)
     with atomic_write(Path(path)) as part, part.open("wb") as file:
-        np.save(file, np.array([FORMAT, size], "<u8"), allow_pickle=False)
-        np.save(file, rows, allow_pickle=False)
+        np.save(file, np.concatenate([first, rows]).astype("<u4"), allow_pickle=False)
 
 
-class ShardIndex:
-    """The samples of a shard, whose records are read by pages.
-
-    Args:
-        shard: path or URL, for messages.
-        path: of the index file.
-        remote: how to read it from afar.
-        header: the beginning of the file.
-        rows: all records, instead of a file.
-
-    Raises:
-        FileError: if the file is no index, or of another version.
-    """
-
-    def __init__(self, shard: str, path: str, remote: Remote, header: bytes = b"", rows: Rows | None = None) -> None:
-        self.shard, self.size, self._path, self._remote = shard, -1, path, remote
-        self._page, self._pages = _PAGE, dict[int, Rows | OSError]()
-        if rows is not None:
-            self._length = self._page = len(rows)
-            self._pages[0] = rows
-            return
-        start = io.BytesIO(header)
-        try:
-            version, self.size = np.load(start, allow_pickle=False).tolist()
-            if version != FORMAT:
-                raise ValueError(f"its format is {version}, wanted {FORMAT}")
-            np.lib.format.read_magic(start)
-            (self._length,), _, self._type = np.lib.format.read_array_header_1_0(start)
-        except (ValueError, TypeError, EOFError) as error:
-            raise FileError(f"{path} is no index of a shard ({error}): {_REMEDY}", path) from error
-        self._start = start.tell()
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, row: int) -> Entry:
-        """The sample of a row.
-
-        Raises:
-            FileError: if the index is cut short.
-            OSError: if the record cannot be read.
-        """
-        if not 0 <= row < self._length:
-            raise IndexError(row)
-        if row // self._page not in self._pages:
-            prefetch([(self, row)], self._remote)
-        records = self._pages[row // self._page]
-        if isinstance(records, OSError):
-            raise records
-        values = dict(zip(records.dtype.names or (), records[row % self._page].item(), strict=True))
-        texts = {name: values.pop(name).decode(errors="surrogateescape") for name in _TEXTS if name in values}
-        return Entry(texts.pop("key", ""), {kind: place for kind, place in values.items() if place[0]}, **texts)
-
-    def _range(self, page: int) -> tuple[str, int, int]:
-        first, last = page * self._page, min((page + 1) * self._page, self._length)
-        return self._path, self._start + first * self._type.itemsize, self._start + last * self._type.itemsize
+def _header(path: str, data: bytes) -> tuple[int, int]:
+    """Number of samples and size of the shard in bytes, by the beginning of its index."""
+    beginning = io.BytesIO(data)
+    try:
+        np.lib.format.read_magic(beginning)
+        shape, _, kind = np.lib.format.read_array_header_1_0(beginning)
+        version, high, low = np.frombuffer(data, "<u4", 3, _HEADER).tolist()
+        if beginning.tell() != _HEADER or kind != np.dtype("<u4") or shape[1:] != (3,) or version != _FORMAT:
+            raise ValueError("it is of another format")
+    except (ValueError, TypeError, EOFError) as error:
+        raise FileError(f"{path} is no index of a shard ({error}): {_REMEDY}", path) from error
+    return shape[0] - 1, high << 32 | low
 
 
-def prefetch(rows: Iterable[tuple[ShardIndex, int]], remote: Remote) -> None:
-    """Reads the records of rows, those from afar at once. What cannot be read is an error when it is used.
-
-    Raises:
-        FileError: if an index is cut short.
-    """
-    pages = {(id(index), row // index._page): (index, row // index._page) for index, row in rows}
-    lacking = [(index, page) for index, page in pages.values() if page not in index._pages]
-    ranges = [index._range(page) for index, page in lacking]
-    for (index, page), (path, start, stop), data in zip(lacking, ranges, read_ranges(ranges, remote), strict=True):
-        if not isinstance(data, OSError) and len(data) < stop - start:
-            raise FileError(f"{path} is cut short: {_REMEDY}", path)
-        while len(index._pages) >= _PAGES:
-            del index._pages[next(iter(index._pages))]
-        index._pages[page] = data if isinstance(data, OSError) else np.frombuffer(data, index._type)
+def _checked(shard: str, path: str, data: bytes) -> int:
+    """Number of samples by the beginning of an index; FileError if it is damaged, or of another file."""
+    samples, size = _header(path, data)
+    if not is_remote(shard) and size != (actual := os.stat(shard).st_size):
+        raise FileError(f"{shard} has {actual} bytes, {path} was made for a file of {size} bytes: {_REMEDY}", shard)
+    return samples
 
 
-def open_indexes(shards: Iterable[str], remote: Remote) -> dict[str, ShardIndex | OSError]:
-    """The index of each shard: the file beside it or in the user's cache, else made now. Or why it cannot be read.
-
-    Args:
-        shards: paths and URLs; the indexes of the latter are read at once.
-        remote: how to read what is not local. With a cache, a remote shard without an index is indexed in its copy.
-
-    Raises:
-        FileError: if an index is damaged or of another file.
-    """
-    found: dict[str, ShardIndex | OSError] = {}
-    paths = {shard: _index_path(shard) for shard in shards}
-    headers = read_ranges([(path, 0, _HEADER) for path in paths.values()], remote)
-    for (shard, path), header in zip(paths.items(), headers, strict=True):
-        try:
-            found[shard] = _opened(shard, path, header, remote)
-        except OSError as error:
-            found[shard] = error
-    return found
-
-
-def _opened(shard: str, path: str, header: bytes | OSError, remote: Remote) -> ShardIndex:
-    far = is_remote(shard)
-    if far and remote.cache and isinstance(header, LastingError):
-        with local_copy(shard, remote) as copy:
-            return open_index(copy.name, remote)
-    size = 0 if far else os.stat(shard).st_size
-    if not far and isinstance(header, FileNotFoundError):
-        return ShardIndex(shard, "", remote, rows=_indexed(shard)[0])
-    if isinstance(header, OSError):
-        raise header
-    index = ShardIndex(shard, path, remote, header)
-    if not far and index.size != size:
-        raise FileError(
-            f"{shard} has {size} bytes, and {path} was made for a file of {index.size} bytes: {_REMEDY}", shard
-        )
-    return index
-
-
-def open_index(shard: str, remote: Remote) -> ShardIndex:
-    """As `open_indexes`, of one shard.
+def read_index(shard: str, remote: Remote) -> Rows:
+    """The rows of a shard (path or URL), of its index file or made now.
 
     Raises:
         FileError: if the index is damaged or of another file.
         OSError: if shard or index cannot be read.
     """
-    (index,) = open_indexes([shard], remote).values()
-    if isinstance(index, OSError):
-        raise index
-    return index
+    path = index_path(shard)
+    (data,) = read_ranges([(path, 0, _LONGEST)], replace(remote, cache=None))
+    if isinstance(data, OSError):
+        return _without_file(shard, remote, data)
+    samples = _checked(shard, path, data)
+    return _rows(shard, data[_position(0) :], samples)
 
 
-def _index_path(shard: str) -> str:
+def _position(row: int) -> int:
+    """First byte of a row in an index file."""
+    return _HEADER + (1 + row) * _ROW
+
+
+def _rows(shard: str, data: bytes, samples: int) -> Rows:
+    if len(data) > samples * _ROW:
+        raise FileError(f"{shard}{SUFFIX} holds more samples than were counted: {_REMEDY}", shard)
+    if len(data) < samples * _ROW:
+        path = index_path(shard)
+        raise FileError(f"{path} is cut short, or holds fewer samples than were counted: {_REMEDY}", path)
+    return np.frombuffer(data, "<u4").reshape(-1, 3)
+
+
+def _without_file(shard: str, remote: Remote, error: OSError) -> Rows:
+    """The rows of a shard whose index is not there. A remote one is indexed in its copy."""
+    if remote.cache and is_remote(shard) and isinstance(error, LastingError):
+        with local_copy(shard, remote) as copy:
+            return read_index(copy.name, remote)
+    if is_remote(shard) or not isinstance(error, FileNotFoundError):
+        raise error
+    return _made(shard)[0]
+
+
+def index_path(shard: str) -> str:
+    """The index file beside a shard or, for a local one whose folder is read-only, in the user's cache."""
     beside = shard + SUFFIX
-    if is_remote(shard) or os.path.exists(beside):
-        return beside
-    try:
-        return _cached(shard)
-    except OSError:  # the shard is gone, which opening it says
-        return beside
+    return beside if is_remote(shard) or os.path.exists(beside) else _cached(shard)
 
 
 def _cached(shard: str) -> str:
-    """Where the index of a shard lies whose folder is read-only; the name changes with the file."""
-    state = os.stat(shard)
-    name = f"{os.path.abspath(shard)}/{state.st_size}/{state.st_mtime_ns}"
+    """A name that changes with the file."""
+    if not os.path.exists(shard):  # which opening it says
+        return shard + SUFFIX
+    status = os.stat(shard)
+    name = f"{_FORMAT}/{os.path.abspath(shard)}/{status.st_size}/{status.st_mtime_ns}"
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(home, "stair", "index", hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:32])
 
 
-def _indexed(shard: str) -> tuple[Rows, str]:
+def _made(shard: str) -> tuple[Rows, str]:
     """Makes an index and keeps it where that is possible. That of a broken shard is not kept; the reason comes with it."""
-    try:
-        rows = build(shard)
-    except BrokenShardError as error:
-        return error.rows, str(error)
-    size = os.stat(shard).st_size
-    try:
-        write(shard + SUFFIX, rows, size)
-    except OSError:
-        with suppress(OSError):  # a home that cannot be written to costs the next run its time, no more
-            write(_cached(shard), rows, size)
-    return rows, ""
+    rows, problem = _scan(shard)
+    for path in () if problem else (shard + SUFFIX, _cached(shard)):
+        with suppress(OSError):  # what cannot be kept costs the next run its time, no more
+            write(path, rows, os.stat(shard).st_size)
+            break
+    return rows, problem
 
 
-def _index_length(shard: str) -> tuple[int, str]:
-    rows, problem = _indexed(shard)
-    return len(rows), problem
+# ------------------------------------------------------------------ samples
+
+
+class Span(NamedTuple):
+    """Where a sample lies: path or URL, first byte, the byte behind the last, and the checksum of its names."""
+
+    shard: str
+    start: int
+    stop: int
+    check: int | None = None
+
+
+def spans_of(shard: str, rows: Rows) -> list[Span]:
+    """Where the samples of rows of a shard lie."""
+    return [Span(shard, first * BLOCK, (first + blocks) * BLOCK, check) for first, blocks, check in rows.tolist()]
+
+
+def read_spans(spans: Sequence[Span], remote: Remote) -> Iterator[Grouped[bytes] | OSError]:
+    """Reads samples, remote ones at the same time; or says why they cannot be read.
+
+    Raises:
+        FileError: if a shard is not the file whose spans these are.
+    """
+    for span, data in zip(spans, read_ranges([span[:3] for span in spans], remote), strict=True):
+        yield data if isinstance(data, OSError) else _parsed(span, data)
+
+
+def _parsed(span: Span, data: bytes) -> Grouped[bytes]:
+    with suppress(ValueError):
+        for sample in group(members_of_part(data), lambda member: member.read()):
+            check = _checksum(sample.key, {kind: len(content) for kind, content in sample.members.items()})
+            if len(data) == span.stop - span.start and span.check in (None, check):
+                return sample
+    raise FileError(
+        f"{span.shard} is not the file that its index describes: there is another sample at byte {span.start}. The shard "
+        f"was replaced, or {span.shard}{SUFFIX} is of another one: {_REMEDY}", span.shard,
+    )  # fmt: skip
+
+
+class SampleReader:
+    """Reads samples of shards by their rows, and keeps the pages of indexes that it has read.
+
+    Args:
+        remote: how to read what is not local. Shards that failed are tried once, not for minutes again.
+    """
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote, self._failed = remote, set[str]()
+        self._pages = dict[tuple[str, int], Rows | OSError]()
+
+    def read(self, samples: Sequence[tuple[str, int, int]]) -> Iterator[Grouped[bytes] | OSError]:
+        """The samples at shard (path or URL), row, and number of rows in the shard; or why one cannot be read.
+
+        Raises:
+            FileError: if a shard or its index was replaced, or the number is wrong.
+        """
+        spans = [
+            page if isinstance(page, OSError) else spans_of(shard, page[row % _PAGE : row % _PAGE + 1])[0]
+            for (shard, row, _), page in zip(samples, self._pages_of(samples), strict=True)
+        ]
+        known = [span for span in spans if isinstance(span, Span)]
+        contents = read_spans(known, self._patience(span.shard for span in known))
+        for (shard, _, _), span in zip(samples, spans, strict=True):
+            sample = next(contents) if isinstance(span, Span) else span
+            (self._failed.add if isinstance(sample, OSError) else self._failed.discard)(shard)
+            yield sample
+
+    def _patience(self, shards: Iterable[str]) -> Remote:
+        return replace(self._remote, retries=0) if self._failed.issuperset(shards) else self._remote
+
+    def _pages_of(self, samples: Sequence[tuple[str, int, int]]) -> list[Rows | OSError]:
+        """The page of the index for each sample; all that are lacking are read at once."""
+        needed = {(shard, row // _PAGE): count for shard, row, count in samples}
+        lacking = {page: count for page, count in needed.items() if page not in self._pages}
+        ranges = [
+            # a byte more: behind the last row there must be nothing
+            (index_path(shard), _position(page * _PAGE), _position(min(page * _PAGE + _PAGE, count)) + 1)
+            for (shard, page), count in lacking.items()
+        ]
+        remote = replace(self._patience(shard for shard, _ in lacking), cache=None)
+        for (page, count), data in zip(lacking.items(), read_ranges(ranges, remote), strict=True):
+            self._pages[page] = self._page(*page, count, data)
+        pages = [self._pages[shard, row // _PAGE] for shard, row, _ in samples]
+        for page in lacking:
+            if isinstance(self._pages[page], OSError) or len(self._pages) > _PAGES:
+                self._pages.pop(page if isinstance(self._pages[page], OSError) else next(iter(self._pages)))
+        return pages
+
+    def _page(self, shard: str, page: int, count: int, data: bytes | OSError) -> Rows | OSError:
+        first, last = page * _PAGE, min(page * _PAGE + _PAGE, count)
+        if not isinstance(data, OSError):
+            return _rows(shard, data if last == count else data[:-1], last - first)
+        try:
+            rows = _without_file(shard, self._remote, data)
+        except OSError as error:
+            return error
+        return _rows(shard, rows.tobytes(), count)[first:last]
+
+
+# ------------------------------------------------------------------ numbers of samples
 
 
 def sizes(shards: Sequence[str], remote: Remote, processes: int) -> dict[str, tuple[int, str]]:
@@ -312,88 +287,84 @@ def sizes(shards: Sequence[str], remote: Remote, processes: int) -> dict[str, tu
         FileError: if an index is damaged or of another file, or a remote shard has none.
         OSError: if it cannot be read.
     """
-    stated = {folder: read_manifest(folder, remote) for folder in dict.fromkeys(map(_folder, shards))}
-    entries = {shard: stated[_folder(shard)].get(_name(shard)) for shard in shards}
-    found: dict[str, tuple[int, str]] = {}
-    for shard, entry in entries.items():
-        if entry and not is_remote(shard) and (size := os.stat(shard).st_size) != entry[1]:
+    manifests = {folder: read_manifest(folder, remote) for folder in dict.fromkeys(map(_folder, shards))}
+    stated = {shard: manifests[_folder(shard)].get(_name(shard)) for shard in shards}
+    listed = {folder: set(os.listdir(folder)) for folder in manifests if "://" not in folder}
+    lacking = []
+    for shard, entry in stated.items():
+        if is_remote(shard):
+            continue
+        if entry and (size := os.stat(shard).st_size) != entry[1]:
             raise FileError(
                 f"{shard} has {size} bytes, {_folder(shard)}/{MANIFEST} says {entry[1]}: it was written for another file, "
                 "or this one is incomplete. Fetch the shard again, or write the index again with "
                 "`stair doctor SHARDS --write_index`", shard,
             )  # fmt: skip
-    listed = {folder: set(os.listdir(folder)) for folder in stated if "://" not in folder}
-    local = [shard for shard in entries if not is_remote(shard)]
-    lacking = [s for s in local if _name(s) + SUFFIX not in listed[_folder(s)] and not os.path.exists(_cached(s))]
-    found |= _made(lacking, processes)
-    for shard, (count, problem) in found.items():
-        if (entry := entries[shard]) and entry[0] != count and not problem:
-            raise FileError(
-                f"{shard} holds {count} samples, {_folder(shard)}/{MANIFEST} says {entry[0]}: {_REMEDY}", shard
-            )
-    found |= {s: (entry[0], "") for s, entry in entries.items() if entry and s not in found}
-    found |= _counted([s for s in entries if s not in found], replace(remote, cache=None))
-    return {s: (count, problem or ("" if count else f"{s} holds no sample")) for s, (count, problem) in found.items()}
+        if _name(shard) + SUFFIX not in listed[_folder(shard)] and not os.path.exists(_cached(shard)):
+            lacking.append(shard)
+    counts = _make(lacking, processes)
+    for shard, (count, problem) in counts.items():
+        if (entry := stated[shard]) and entry[0] != count and not problem:
+            raise FileError(f"{shard} holds {count} samples, {MANIFEST} says {entry[0]}: {_REMEDY}", shard)
+    counts |= {shard: (entry[0], "") for shard, entry in stated.items() if entry and shard not in counts}
+    opened = [shard for shard in stated if shard not in counts]
+    ranges = [(index_path(shard), 0, _position(0)) for shard in opened]
+    for shard, (path, *_), data in zip(opened, ranges, read_ranges(ranges, replace(remote, cache=None)), strict=True):
+        if isinstance(data, OSError):
+            raise _no_index(shard, data, remote)
+        counts[shard] = _checked(shard, path, data), ""
+    return {s: (counts[s][0], counts[s][1] or ("" if counts[s][0] else f"{s} holds no sample")) for s in stated}
 
 
-def _counted(shards: list[str], remote: Remote) -> dict[str, tuple[int, str]]:
-    """Sizes of shards by the headers of their indexes."""
-    found = {}
-    for shard, index in open_indexes(shards, remote).items():
-        if isinstance(index, LastingError):
-            (there,) = read_ranges([(shard, 0, 1)], remote)
-            if isinstance(there, OSError):
-                raise there
-            raise FileError(
-                f"{shard} has no index: neither {MANIFEST} nor {_name(shard)}{SUFFIX} beside it states its samples "
-                f"({index}). Write both with `stair doctor SHARDS --write_index` where the shards are local, and copy "
-                "them beside the shards; or read shards from front to end with data.resample: true and data.train_samples",
-                shard,
-            )
-        if isinstance(index, OSError):
-            raise index
-        found[shard] = len(index), ""
-    return found
+def _no_index(shard: str, error: OSError, remote: Remote) -> Exception:
+    """What to raise where the index of a remote shard cannot be read."""
+    (beginning,) = read_ranges([(shard, 0, 1)], replace(remote, cache=None))
+    if not isinstance(error, LastingError) or isinstance(beginning, OSError):
+        return beginning if isinstance(beginning, OSError) else error
+    return FileError(
+        f"{shard} has no index: neither {MANIFEST} nor {_name(shard)}{SUFFIX} beside it states its samples ({error}). "
+        "Write both with `stair doctor SHARDS --write_index` where the shards are local, and copy them beside the shards; "
+        "or read shards from front to end with data.resample: true and data.train_samples", shard,
+    )  # fmt: skip
 
 
-def _made(shards: list[str], processes: int) -> dict[str, tuple[int, str]]:
+def _make(shards: list[str], processes: int) -> dict[str, tuple[int, str]]:
     if processes < 2 or sum(map(os.path.getsize, shards)) < _IN_PARALLEL:
-        return {shard: _index_length(shard) for shard in shards}
+        return {shard: _count(shard) for shard in shards}
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool, without_main():
-        found = pool.map(_index_length, shards)
-        return dict(zip(shards, tqdm(found, "indexing shards", len(shards), unit="shard"), strict=True))
+        counts = tqdm(pool.map(_count, shards), "indexing shards", len(shards), unit="shard")
+        return dict(zip(shards, counts, strict=True))
 
 
-# ------------------------------------------------------------------ index.json
+def _count(shard: str) -> tuple[int, str]:
+    rows, problem = _made(shard)
+    return len(rows), problem
 
 
 def _folder(shard: str) -> str:
-    return posixpath.dirname(shard.partition("?")[0]) if is_remote(shard) else str(Path(shard).parent)
+    return os.path.dirname(shard.partition("?")[0] if is_remote(shard) else shard) or "."
 
 
 def _name(shard: str) -> str:
-    return posixpath.basename(shard.partition("?")[0] if is_remote(shard) else shard)
+    return os.path.basename(shard.partition("?")[0] if is_remote(shard) else shard)
 
 
 def read_manifest(folder: str, remote: Remote) -> dict[str, tuple[int, int]]:
-    """Samples and bytes of each shard, by its name, as `index.json` states; nothing if there is none of ours.
-
-    Args:
-        folder: a local one, or a URL.
-        remote: how to read the latter.
+    """Samples and bytes of each shard, by its name, as `index.json` in a folder or under a URL states.
 
     Raises:
         FileError: if it is damaged, or of another format.
         OSError: if it cannot be read.
     """
-    place = f"{folder}/{MANIFEST}"
+    path = f"{folder}/{MANIFEST}"
     try:
-        text = read_small(place, remote) if is_remote(place) else Path(place).read_bytes()
-    except FileNotFoundError:
-        text = None
-    if text is None:
+        with open_shard(path, replace(remote, cache=None)) as file:
+            text = file.read(_LONGEST + 1)
+    except (FileNotFoundError, LastingError):
         return {}
     try:
+        if len(text) > _LONGEST:
+            raise ValueError(f"it has more than {_LONGEST} bytes")
         content = json.loads(text)
         if "format" not in content:  # other tools call their own files so too
             return {}
@@ -401,4 +372,4 @@ def read_manifest(folder: str, remote: Remote) -> dict[str, tuple[int, int]]:
             raise ValueError(f"its format is {content['format']!r}, wanted {MANIFEST_FORMAT}")
         return {name: (int(entry["samples"]), int(entry["bytes"])) for name, entry in content["shards"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise FileError(f"{place} is no index of shards ({error}); remove it or write it again", place) from error
+        raise FileError(f"{path} is no index of shards ({error}); remove it or write it again", path) from error

@@ -158,7 +158,8 @@ class _TarSamples:
 
     def __getitem__(self, index: int, /) -> Sample:
         entry = self._entries[index]
-        with opened(entry) as sample:
+        with opened(entry) as found:
+            sample = found.members
             return Sample(decode_image(image_bytes(sample)), self._told(sample, entry), self._label(sample, entry))
 
     def _told(self, sample: dict[str, bytes], entry: Entry) -> list[str]:
@@ -172,7 +173,7 @@ class _TarSamples:
     def _each(self, what: Callable[[dict[str, bytes], Entry], Any]) -> Iterator[Any]:
         for entry in self._entries:
             with opened(entry) as sample:
-                yield what(sample, entry)
+                yield what(sample.members, entry)
 
     def _label(self, sample: dict[str, bytes], entry: Entry) -> int | None:
         if not self._classes:

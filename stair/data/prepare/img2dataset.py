@@ -10,7 +10,7 @@ from pyarrow import parquet
 
 from stair.data.prepare.writer import REPORT, Record, finish, known_json, listed, open_tar, preparing, run
 from stair.data.samples import Skipped, caption_lines, captions, count_causes, image_bytes, skipped_lines
-from stair.data.shard_index import BrokenShardError, index_shard
+from stair.data.shard_index import index_shard
 from stair.data.tars import stream
 from stair.errors import FileError
 from stair.files import atomic_write, write_json
@@ -77,8 +77,8 @@ def check_shard(shard: Path, mend: bool) -> Record:
     for sample in stream(str(shard), errors.append):
         keys.append(sample["__key__"])
         try:
-            if sample["__wrong__"]:
-                raise ValueError(sample["__wrong__"])
+            if sample["__problem__"]:
+                raise ValueError(sample["__problem__"])
             captions(sample, lines)
             decode_image(image_bytes(sample), enough=1)
         except ValueError as error:
@@ -100,7 +100,7 @@ def check_shard(shard: Path, mend: bool) -> Record:
                 if sample["__key__"] not in bad:
                     tar.write(sample)  # without fields that begin with two underscores
         write_json(stats, {**known_json(stats), "successes": kept})
-    with suppress(BrokenShardError):  # training indexes what there is of it
+    with suppress(FileError):  # training indexes what there is of it
         index_shard(shard)
     samples = kept if mended else len(keys)
     return {"inputs": max(len(keys), stated), "samples": samples, "mended": mended, "skipped": skipped}
