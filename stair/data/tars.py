@@ -153,10 +153,10 @@ def members_of_part(data: bytes) -> Iterator[Member]:
     while at < len(data):
         header = data[at : at + BLOCK]
         name, digits, kind = header[:100].partition(b"\0")[0], header[124:136].strip(b" \0"), header[156:157]
-        size = int(digits, 8) if digits.isdigit() else -1
-        start = at + BLOCK
+        start, size = at + BLOCK, int(digits, 8) if digits.isdigit() else -1
         records = data[start : start + size] if kind == tarfile.XHDTYPE else b""  # as WebDataset writes them, of times
-        if kind not in b"0\0x" or header[345] or not name.isascii() or size < 0 or b"path=" in records or b"size=" in records:
+        unusual = kind not in b"0\0x" or header[345] or not name.isascii() or size < 0
+        if unusual or b"path=" in records or b"size=" in records:
             yield from members(io.BytesIO(data[at:] + bytes(2 * BLOCK)))
             return
         if kind != tarfile.XHDTYPE:
