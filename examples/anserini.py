@@ -2,7 +2,7 @@
 
     python examples/anserini.py photos.index photos.anserini
 
-Features are ids of words, as pieces hold characters that analysers remove. Weights are whole numbers.
+Features are term ids, as tokens hold characters that analysers remove. Weights are whole numbers.
 """
 
 import json
@@ -15,7 +15,7 @@ from stair.export.target import new_target, opened, rows
 
 
 def anserini(index: Path, out: Path, steps: int = 255) -> None:
-    """Writes documents.jsonl, vocab.txt with the word of each id on its line, and quantisation.json with the error.
+    """Writes documents.jsonl, vocab.txt with the term of each id on its line, and quantisation.json with the error.
 
     Args:
         index: folder of the index.
@@ -28,7 +28,7 @@ def anserini(index: Path, out: Path, steps: int = 255) -> None:
         with (part / "documents.jsonl").open("w", encoding="utf-8") as file:
             for row in rows(documents):
                 whole = np.rint(np.array(row.weights) / step).astype(int).tolist()
-                vector = {str(word): weight for word, weight in zip(row.words, whole, strict=True) if weight > 0}
+                vector = {str(term): weight for term, weight in zip(row.terms, whole, strict=True) if weight > 0}
                 file.write(json.dumps({"id": row.id, "contents": "", "vector": vector}) + "\n")
         (part / "vocab.txt").write_text("\n".join(documents.space.tokens) + "\n", encoding="utf-8")
         facts = {"step": step, "largest_error_of_a_weight": step / 2, "steps": steps, "model": documents.space.model}

@@ -40,7 +40,7 @@ _FUNCTIONS: dict[str, _Word] = {
     "embed": _Word("pictures or texts to sparse embeddings on disk", "stair.embed", "embed"),
     "index": _Word("make or change a search index of embeddings", "stair.index.commands", "index"),
     "explain": _Word("why two items match, as heat maps and words", "stair.explain_page", "explain_command"),
-    "export": _Word("to SQLite, DuckDB, Qdrant, Elasticsearch, ONNX, ...", "stair.export", "FORMATS"),
+    "export": _Word("to SQLite, DuckDB, Qdrant, Milvus, ONNX, ...", "stair.export", "FORMATS"),
     "serve": _Word("a search page in the browser", "stair.serve.app", "serve"),
     "push": _Word("upload a model with its card to the hub", "stair.hub", "push"),
     "search": _Word("find documents by text, picture or weighted words", "stair.index.commands", "search"),

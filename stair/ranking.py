@@ -1,10 +1,9 @@
-"""Ranking by sparse rows: who comes before whom, without ever holding all scores or all weights at once.
+"""Ranking by sparse rows, without ever holding all scores or all weights at once.
 
-What is held: each row without its zeros (8 bytes an active term), and one block of `QUERIES` queries: their rows stood
-upright (V × 256 fp32, 31 MB at V = 30,522) and their scores (M × 256 fp32, 100 MB for 100,000 rows). The full score
-matrix of 100,000 images and 500,000 captions would take 200 GB, a dense (N, V) matrix of the images 12 GB.
+Held are each row without its zeros (8 bytes an active term) and one block of `QUERIES` queries: their dense transposed rows
+(V × 256 fp32, 31 MB at V = 30,522) and their scores (M × 256 fp32, 100 MB for 100,000 rows).
 
-Shapes: N rows, M rows ranked against each other, Q queries of a block, V words (or the width of a dense embedding), K own
+Shapes: N rows, M rows ranked against each other, Q queries of a block, V terms (or the width of a dense embedding), K own
 rows of the query that has most.
 """
 
@@ -12,14 +11,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from scipy import sparse
 from torch import Tensor
 
 QUERIES = 256
-_NOWHERE = 2**62  # a place beyond every cut
+_NO_RANK = 2**62  # beyond every cut
 
 
 class SparseRows(NamedTuple):
-    """Rows of an embedding matrix without their zeros.
+    """N rows of an embedding matrix without their zeros.
 
     Attributes:
         entries: (N,) int64, how many a row has.
@@ -32,42 +32,48 @@ class SparseRows(NamedTuple):
     weight: Tensor
 
     @classmethod
-    def none(cls) -> "SparseRows":
-        """No row."""
-        return cls(*(torch.empty(0, dtype=dtype) for dtype in (torch.int64, torch.int32, torch.float32)))
-
-    @classmethod
-    def cat(cls, parts: Iterable["SparseRows"]) -> "SparseRows":
-        """The rows of all parts, one after the other."""
-        return cls(*(torch.cat(columns) for columns in zip(cls.none(), *parts, strict=True)))
-
-    @classmethod
     def of(cls, rows_NV: Tensor) -> "SparseRows":
         """The rows of a dense (N, V) matrix."""
         row, column = rows_NV.nonzero(as_tuple=True)
         return cls(torch.bincount(row, minlength=len(rows_NV)), column.int(), rows_NV[row, column].float())
 
-    def only(self, keep_N: Tensor) -> "SparseRows":
-        """The rows that are True in `keep_N`."""
-        keep = keep_N.repeat_interleave(self.entries)
-        return SparseRows(self.entries[keep_N], self.column[keep], self.weight[keep])
+    @classmethod
+    def cat(cls, parts: Iterable["SparseRows"]) -> "SparseRows":
+        """The rows of all parts, one after the other."""
+        none = (torch.empty(0, dtype=dtype) for dtype in (torch.int64, torch.int32, torch.float32))
+        return cls(*(torch.cat(columns) for columns in zip(none, *parts, strict=True)))
+
+    def to(self, device: torch.device) -> "SparseRows":
+        """The same rows on another device."""
+        return SparseRows(*(part.to(device) for part in self))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the rows take."""
+        return sum(part.numel() * part.element_size() for part in self)
+
+    @property
+    def row(self) -> Tensor:
+        """(sum of entries,) int64: the row of each entry."""
+        return torch.arange(len(self.entries), device=self.entries.device).repeat_interleave(self.entries)
+
+    @property
+    def start(self) -> Tensor:
+        """(N + 1,) int64: where each row begins."""
+        return torch.cat([self.entries.new_zeros(1), self.entries.cumsum(0)])
 
     def matrix(self, width: int) -> Tensor:
         """(N, width) sparse CSR."""
-        start = torch.cat([self.entries.new_zeros(1), self.entries.cumsum(0)])
         size = (len(self.entries), width)
-        return torch.sparse_csr_tensor(start, self.column.long(), self.weight, size=size, check_invariants=False)
+        return torch.sparse_csr_tensor(self.start, self.column.long(), self.weight, size=size, check_invariants=False)
 
     def scipy(self, width: int) -> Any:
         """(N, width) `scipy.sparse.csr_matrix`."""
-        from scipy.sparse import csr_matrix
-
-        start = torch.cat([self.entries.new_zeros(1), self.entries.cumsum(0)])
-        parts = (self.weight.numpy(), self.column.numpy(), start.numpy())
-        return csr_matrix(parts, shape=(len(self.entries), width))
+        parts = (self.weight.numpy(), self.column.numpy(), self.start.numpy())
+        return sparse.csr_matrix(parts, shape=(len(self.entries), width))
 
     def columns(self, first: int, last: int, width: int) -> Tensor:
-        """(width, last - first) dense: the rows `first` to `last` stood upright."""
+        """(width, last - first) dense: the rows `first` to `last`, transposed."""
         entries_Q = self.entries[first:last]
         begin = int(self.entries[:first].sum())
         here = slice(begin, begin + int(entries_Q.sum()))
@@ -76,19 +82,10 @@ class SparseRows(NamedTuple):
         dense_VQ[self.column[here].long(), row] = self.weight[here]
         return dense_VQ
 
-    def to(self, device: torch.device) -> "SparseRows":
-        """The same rows on another device."""
-        return SparseRows(*(part.to(device) for part in self))
-
-    @property
-    def row(self) -> Tensor:
-        """(sum of entries,) int64: the row of each entry."""
-        return torch.arange(len(self.entries), device=self.entries.device).repeat_interleave(self.entries)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes the rows take."""
-        return sum(part.numel() * part.element_size() for part in self)
+    def only(self, keep_N: Tensor) -> "SparseRows":
+        """The rows that are True in `keep_N`."""
+        keep = keep_N.repeat_interleave(self.entries)
+        return SparseRows(self.entries[keep_N], self.column[keep], self.weight[keep])
 
     def where(self, keep: Tensor) -> "SparseRows":
         """The entries that are True in `keep`, a bool for each; rows stay, even if emptied."""
@@ -99,10 +96,9 @@ class SparseRows(NamedTuple):
         """The `k` largest entries of each row, or all it has; of equal ones those of lower columns."""
         order = self.weight.sort(descending=True, stable=True).indices
         order = order[self.row[order].sort(stable=True).indices]  # by row, then by weight
-        start = self.entries.cumsum(0) - self.entries
-        place = torch.arange(len(order), device=order.device) - start.repeat_interleave(self.entries)
+        rank = torch.arange(len(order), device=order.device) - self.start[:-1].repeat_interleave(self.entries)
         keep = torch.zeros(len(order), dtype=torch.bool, device=order.device)
-        keep[order[place < k]] = True
+        keep[order[rank < k]] = True
         return self.where(keep)
 
     def above(self, share: float) -> "SparseRows":
@@ -117,7 +113,7 @@ class SparseRows(NamedTuple):
 
 
 class Ranks(NamedTuple):
-    """Where the right answers of each query came; queries that have none are left out.
+    """Ranks of the right answers of each query; queries that have none are left out.
 
     Attributes:
         first: (N,) int64, rank of the best right answer among the wrong ones, from 1.
@@ -131,73 +127,61 @@ class Ranks(NamedTuple):
 
 
 def rank(query: SparseRows, owner_N: Tensor, gallery: SparseRows, owner_M: Tensor, width: int, cut: int = 10) -> Ranks:
-    """Ranks each query's own rows among those of other owners. Ties, and NaN, count against.
+    """Ranks each query's own rows (those of its owner) among those of other owners. Ties, and NaN, count against.
 
-    A right answer's place in nDCG is 1 + the wrong ones that score at least as much + the right ones before it; the
-    gain of a query is `Σ_right 1/log2(1 + place)` over places up to `cut`, divided by what the best order gets.
-
-    Both directions are ranked by this one product, gallery times block, so that equal rows get bitwise equal scores
-    and tie; reusing one score matrix for both would save half the work and lose that.
+    A right answer's rank in nDCG is 1 + the wrong ones that score at least as much + the right ones before it; the
+    gain of a query is `Σ_right 1/log2(1 + rank)` over ranks up to `cut`, divided by that of the best order.
+    Both directions use the product gallery times block, so that equal rows get bitwise equal scores and tie.
 
     Args:
-        query: N rows.
-        owner_N: (N,) int64.
-        gallery: M rows.
-        owner_M: (M,) int64; a query's own rows are those of its owner.
+        query: N rows, with `owner_N` int64.
+        gallery: M rows, with `owner_M` int64.
         width: V, more than the largest column.
         cut: of nDCG.
     """
-    first: list[Tensor] = [owner_N[:0]]
-    gain: list[Tensor] = [query.weight[:0]]
-    tied: list[Tensor] = [owner_N[:0].bool()]
-    if len(owner_M):
-        gallery_MV = gallery.matrix(width)
-        discount = 1 / torch.arange(2, cut + 2, device=owner_N.device).log2()
-        best = torch.cat([discount.new_zeros(1), discount.cumsum(0)])
-        for begin in range(0, len(owner_N), QUERIES):
-            last = min(begin + QUERIES, len(owner_N))
-            score_MQ = gallery_MV @ query.columns(begin, last, width)
-            own_MQ = owner_M[:, None] == owner_N[None, begin:last]
-            own_Q = own_MQ.sum(0)
-            place_KQ, tied_Q = _places(score_MQ, own_MQ, int(own_Q.max()))
-            place_KQ = place_KQ[:, own_Q > 0]
-            if len(place_KQ):
-                tied.append(tied_Q[own_Q > 0])
-                first.append(place_KQ[0])
-                gains_KQ = torch.where(place_KQ <= cut, discount[place_KQ.clamp(max=cut) - 1], 0.0)
-                gain.append(gains_KQ.sum(0) / best[own_Q[own_Q > 0].clamp(max=cut)])
-    return Ranks(torch.cat(first), torch.cat(gain), torch.cat(tied))
+    parts = [Ranks(owner_N[:0], query.weight[:0], owner_N[:0].bool())]
+    gallery_MV = gallery.matrix(width)
+    discount = 1 / torch.arange(2, cut + 2, device=owner_N.device).log2()
+    best = torch.cat([discount.new_zeros(1), discount.cumsum(0)])
+    for begin in range(0, len(owner_N) if len(owner_M) else 0, QUERIES):
+        last = min(begin + QUERIES, len(owner_N))
+        score_MQ = gallery_MV @ query.columns(begin, last, width)
+        own_MQ = owner_M[:, None] == owner_N[None, begin:last]
+        own_Q = own_MQ.sum(0)
+        rank_KQ, tied_Q = _ranks_of_own(score_MQ, own_MQ, int(own_Q.max()))
+        rank_KQ = rank_KQ[:, own_Q > 0]
+        if len(rank_KQ):
+            gains_KQ = torch.where(rank_KQ <= cut, discount[rank_KQ.clamp(max=cut) - 1], 0.0)
+            gain_Q = gains_KQ.sum(0) / best[own_Q[own_Q > 0].clamp(max=cut)]
+            parts.append(Ranks(rank_KQ[0], gain_Q, tied_Q[own_Q > 0]))
+    return Ranks(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _places(score_MQ: Tensor, own_MQ: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """(K, Q) int64: places of each query's own rows, best first, `_NOWHERE` where it has fewer than K; `Ranks.tied`."""
+def _ranks_of_own(score_MQ: Tensor, own_MQ: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """(K, Q) int64: ranks of each query's own rows, best first, `_NO_RANK` where it has fewer than K; `Ranks.tied`."""
     own_KQ = score_MQ.masked_fill(~own_MQ | score_MQ.isnan(), -torch.inf).topk(most, dim=0).values
-    here_KQ = torch.arange(most, device=own_MQ.device)[:, None] < own_MQ.sum(0)
+    if not most:
+        return own_MQ.new_zeros(0, own_MQ.shape[1]).long(), own_MQ.new_zeros(0)
+    present_KQ = torch.arange(most, device=own_MQ.device)[:, None] < own_MQ.sum(0)
     # "not below" instead of "at least": a NaN among the wrong ones then counts against
     ahead = [(~(score_MQ < own_Q) & ~own_MQ).sum(0) for own_Q in own_KQ]
-    places = [before_Q + 1 + place for place, before_Q in enumerate(ahead)]
-    if not places:
-        return own_MQ.new_zeros(0).long(), own_MQ.new_zeros(0)
+    rank_KQ = torch.stack([ahead_Q + 1 + before for before, ahead_Q in enumerate(ahead)])
     above_Q = ((score_MQ > own_KQ[0]) & ~own_MQ).sum(0)
-    return torch.stack(places).masked_fill(~here_KQ, _NOWHERE), ahead[0] > above_Q
+    return rank_KQ.masked_fill(~present_KQ, _NO_RANK), ahead[0] > above_Q
 
 
-def retrieval_figures(
-    images: SparseRows, texts: SparseRows, text_owner: Tensor, ks: Iterable[int], ways: Iterable[str] = ("i2t", "t2i")
-) -> dict[str, Tensor]:
-    """The figures of `stair.metrics.RetrievalRecall` for images 0 … N-1 and texts that belong to `text_owner`."""
-    return rank_figures(retrieval_ranks(images, texts, text_owner, ways), ks)
-
-
-def retrieval_ranks(
-    images: SparseRows, texts: SparseRows, text_owner: Tensor, ways: Iterable[str] = ("i2t", "t2i")
-) -> dict[str, Ranks]:
-    """Ranks of images among texts (`i2t`) and of texts among images (`t2i`); arguments as `retrieval_figures`."""
-    device, image_owner = images.entries.device, torch.arange(len(images.entries), device=images.entries.device)
-    text_owner = text_owner.to(device)
+def retrieval_ranks(images: SparseRows, texts: SparseRows, text_owner: Tensor) -> dict[str, Ranks]:
+    """Ranks of images 0 … N-1 among texts (`i2t`) and of texts, which belong to `text_owner`, among images (`t2i`)."""
+    image_owner = torch.arange(len(images.entries), device=images.entries.device)
+    text_owner = text_owner.to(image_owner.device)
     width = 1 + max((int(rows.column.max()) for rows in (images, texts) if len(rows.column)), default=0)
     sides = {"i2t": (images, image_owner, texts, text_owner), "t2i": (texts, text_owner, images, image_owner)}
-    return {way: rank(*sides[way], width) for way in ways}
+    return {way: rank(*sides[way], width) for way in sides}
+
+
+def retrieval_figures(images: SparseRows, texts: SparseRows, owner: Tensor, ks: Iterable[int]) -> dict[str, Tensor]:
+    """The figures of `stair.metrics.RetrievalRecall`; arguments as `retrieval_ranks` and `rank_figures`."""
+    return rank_figures(retrieval_ranks(images, texts, owner), ks)
 
 
 def rank_figures(ranks: Mapping[str, Ranks], ks: Iterable[int]) -> dict[str, Tensor]:

@@ -13,12 +13,19 @@ from PIL import Image
 from scipy import sparse
 
 from examples.anserini import anserini
+from examples.lucene import (
+    elasticsearch,
+    elasticsearch_query,
+    lucene_weights,
+    opensearch,
+    opensearch_query,
+    query_scale,
+)
 from examples.search_engines import duckdb_search, milvus_search, qdrant_search, seismic_search, sqlite_search
 from stair.cli import main
 from stair.embeddings import Embeddings, EmbeddingSpace
 from stair.errors import MissingPackageError, SettingError, StairError
 from stair.export import FORMATS, target
-from stair.export.lucene import elasticsearch_query, lucene_weights, opensearch_query, query_scale
 from stair.index import SparseIndex
 
 V = 250
@@ -105,13 +112,17 @@ ENGINES = {
 }
 
 
+#: exports of the command, and of examples/
+EXPORTS = {**FORMATS, "elasticsearch": elasticsearch, "opensearch": opensearch}
+
+
 @pytest.fixture(params=ENGINES)
 def engine(request, tmp_path):
     """Name of an engine, and its export of an index to a fixed target."""
     module, name, _ = ENGINES[request.param]
     pytest.importorskip(module)
     out = tmp_path / name
-    return request.param, lambda index: FORMATS[request.param](
+    return request.param, lambda index: EXPORTS[request.param](
         index, str(out) if request.param in ("qdrant", "milvus") else out
     )
 
@@ -141,7 +152,7 @@ def test_an_export_that_breaks_leaves_nothing_and_one_that_ends_is_not_overwritt
         raise RuntimeError("the engine\n broke")
 
     with monkeypatch.context() as patch, pytest.raises(Exception, match="broke"):
-        patch.setattr(f"{FORMATS[name].__module__}.rows", breaking)
+        patch.setattr(f"{EXPORTS[name].__module__}.rows", breaking)
         export(index)
     assert sorted(tmp_path.rglob("*")) == before
     export(index)
@@ -284,9 +295,9 @@ def test_seismic_finds_the_same_within_its_half_precision(index, export, tmp_pat
 
 
 @pytest.mark.parametrize(("engine", "make"), [("elasticsearch", elasticsearch_query), ("opensearch", opensearch_query)])
-def test_documents_for_lucene_engines_score_as_lucene_will(index, export, tmp_path, engine, make):
+def test_documents_for_lucene_engines_score_as_lucene_will(index, tmp_path, engine, make):
     """Redoes FeatureField: the value is kept as `floatToIntBits(value) >>> 15`, the score is weight × value."""
-    export(engine, index.folder, tmp_path / "x")
+    EXPORTS[engine](index.folder, tmp_path / "x")
     lines = [json.loads(line) for line in (tmp_path / "x/bulk.ndjson").read_text().splitlines()]
     names, documents = [line["index"]["_id"] for line in lines[::2]], lines[1::2]
     assert names == list(index.ids) and len(set(names)) == len(names)

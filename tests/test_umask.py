@@ -5,6 +5,7 @@ import os
 import pytest
 from PIL import Image
 
+from examples.lucene import elasticsearch
 from main import main as lightning
 from stair import cli
 from tests.conftest import write_small_scenes
@@ -52,8 +53,7 @@ def test_every_command_gives_its_files_the_mode_of_the_umask(tiny_stair, tmp_pat
         stair("explain", model, out / name, "--image", pictures / "a.png", "--text", "a red ball")
     stair("export", "sqlite", index, out / "index.sqlite")
     stair("export", "qdrant", index, out / "points.jsonl")
-    for engine in ("elasticsearch", "opensearch"):
-        stair("export", engine, index, out / engine)
+    elasticsearch(index, out / "elasticsearch")
     assert wrong_modes(out, umask) == []
 
 

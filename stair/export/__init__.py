@@ -1,6 +1,5 @@
-"""From an index, or a model, to what other software takes; every format has a test that scores survive the way."""
+"""From an index, or a model, to what other software takes; every format has a test that compares its scores."""
 
-from stair.export.lucene import elasticsearch, opensearch
 from stair.export.onnx import onnx
 from stair.export.sentence_transformers import sentence_transformers
 from stair.export.sql import duckdb, sqlite
@@ -13,8 +12,6 @@ FORMATS = {
     "qdrant": qdrant,
     "milvus": milvus,
     "seismic": seismic,
-    "elasticsearch": elasticsearch,
-    "opensearch": opensearch,
     "onnx": onnx,
     "sentence-transformers": sentence_transformers,
 }

@@ -1,7 +1,6 @@
 """A folder that sentence-transformers' `SparseEncoder` loads, texts and pictures both.
 
-Loading it needs this package, and `trust_remote_code=True`: since release 6 sentence-transformers wants that word for any
-module that is not its own, also where it is installed and nothing is fetched.
+Loading it needs this package, and `trust_remote_code=True`: sentence-transformers 6 requires it for modules of others.
 """
 
 from pathlib import Path

@@ -15,16 +15,14 @@ _TABLES = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE words (word INTEGER PRIMARY KEY, token TEXT NOT NULL);
 CREATE TABLE documents (document INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, metadata TEXT, source TEXT);
-CREATE TABLE postings (word INTEGER, document INTEGER, weight {real} NOT NULL, PRIMARY KEY (word, document)){tail};
+CREATE TABLE postings (word INTEGER, document INTEGER, weight {real} NOT NULL{key});
 """
-
-#: one parameter, json of weights by word id: {"7592": 1.5}; and how many hits
+#: one parameter, JSON of weights by word id: {"7592": 1.5}; and how many hits
 SQLITE_SCORE = """
 SELECT d.id, SUM(p.weight * q.value) AS score
 FROM json_each(?) AS q JOIN postings AS p ON p.word = CAST(q.key AS INTEGER) JOIN documents AS d USING (document)
 GROUP BY d.document HAVING score > 0 ORDER BY score DESC, d.document LIMIT ?
 """
-
 #: parameters: word ids, their weights, how many hits
 DUCKDB_SCORE = """
 SELECT d.id, SUM(p.weight * q.weight) AS score
@@ -44,7 +42,8 @@ def sqlite(index: Path, out: Path) -> None:
     documents = opened(index, "SQLite")
     with engine_errors("SQLite"), new_target(out) as part, closing(sqlite3.connect(part)) as database, database:
         # WITHOUT ROWID: postings lie sorted by word, as they are read
-        database.executescript(_TABLES.format(real="REAL", tail=" WITHOUT ROWID"))
+        tables = _TABLES.replace("{key});", "{key}) WITHOUT ROWID;")
+        database.executescript(tables.format(real="REAL", key=", PRIMARY KEY (word, document)"))
         _fill(database, documents, SQLITE_SCORE)
 
 
@@ -59,7 +58,7 @@ def duckdb(index: Path, out: Path) -> None:
     connect = import_extra("duckdb", "duckdb", "export").connect
     with engine_errors("DuckDB"), new_target(out) as part, closing(connect(str(part))) as database:
         # no key on postings: DuckDB would check it row by row, and scans columns anyway
-        database.execute(_TABLES.format(real="DOUBLE", tail="").replace(", PRIMARY KEY (word, document)", ""))
+        database.execute(_TABLES.format(real="DOUBLE", key=""))
         _fill(database, documents, DUCKDB_SCORE)
 
 
@@ -69,9 +68,9 @@ def _fill(database: Any, index: SparseIndex, statement: str) -> None:
     database.executemany("INSERT INTO words VALUES (?, ?)", list(enumerate(index.space.tokens)))
     numbered = enumerate(rows(index))
     while batch := list(islice(numbered, 1 << 13)):
-        documents = [(n, row.id, *(json.dumps(fields) for fields in row.fields.values())) for n, row in batch]
+        documents = [(n, row.id, *map(json.dumps, row.fields.values())) for n, row in batch]
         database.executemany("INSERT INTO documents VALUES (?, ?, ?, ?)", documents)
-        postings = [(word, n, weight) for n, row in batch for word, weight in zip(row.words, row.weights, strict=True)]
+        postings = [(term, n, weight) for n, row in batch for term, weight in zip(row.terms, row.weights, strict=True)]
         if isinstance(database, sqlite3.Connection):
             database.executemany("INSERT INTO postings VALUES (?, ?, ?)", postings)
         elif postings:  # row by row takes DuckDB a millisecond each; a parameter that is a list is one row to it

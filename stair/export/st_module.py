@@ -1,4 +1,4 @@
-"""The module of sentence-transformers that a STAIR model is: texts and pictures in, one weight a word out.
+"""A STAIR model as a module of sentence-transformers: texts and pictures in, one weight a term out.
 
 Named in `modules.json` of an exported folder, so it stays where it is: `stair.export.st_module.StairModule`.
 """
@@ -17,11 +17,7 @@ from stair.model import Stair
 
 
 class StairModule(InputModule):
-    """Both towers behind the input of a `SparseEncoder`.
-
-    Args:
-        model: the STAIR model.
-    """
+    """Both towers behind the input of a `SparseEncoder`."""
 
     save_in_root = False
 
@@ -70,7 +66,7 @@ class StairModule(InputModule):
 
     @property
     def max_seq_length(self) -> int:
-        """Longest text in word pieces."""
+        """Longest text in tokens."""
         return self.model.config.text.max_tokens
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""What every export does: checks before the first document is written, targets that appear complete or not at all."""
+"""Common to all exports: checks before the first document is written, targets that appear complete or not at all."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,20 +12,12 @@ from stair.index import SparseIndex
 
 
 class Row(NamedTuple):
-    """A document as an engine takes it.
-
-    Attributes:
-        id: as in the index.
-        words: ids of the words, ascending.
-        weights: of the words.
-        fields: `metadata`, the user's values, and `source`, our own, apart from each other and from fields of the engine.
-            All values are JSON's: a date is ISO text.
-    """
+    """A document as an engine takes it."""
 
     id: str
-    words: list[int]
+    terms: list[int]  # ascending
     weights: list[float]
-    fields: dict[str, dict[str, Any]]
+    fields: dict[str, dict[str, Any]]  # `metadata` and `source`, of values that JSON has: a date is ISO text
 
 
 def rows(index: SparseIndex) -> Iterator[Row]:
@@ -34,12 +26,11 @@ def rows(index: SparseIndex) -> Iterator[Row]:
         bounds = part.vectors.indptr.tolist()
         for n, name in enumerate(part.ids):
             row = slice(bounds[n], bounds[n + 1])
-            fields = {"metadata": _plain(part.metadata[n]), "source": _plain(part.source[n])}
+            fields = {
+                owner: {key: value.isoformat() if isinstance(value, date) else value for key, value in values.items()}
+                for owner, values in (("metadata", part.metadata[n]), ("source", part.source[n]))
+            }
             yield Row(name, part.vectors.indices[row].tolist(), part.vectors.data[row].tolist(), fields)
-
-
-def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.isoformat() if isinstance(value, date) else value for key, value in fields.items()}
 
 
 def opened(folder: Path, engine: str, longest_id: int | None = None, int64: bool = False) -> SparseIndex:
@@ -48,7 +39,7 @@ def opened(folder: Path, engine: str, longest_id: int | None = None, int64: bool
     Args:
         folder: of the index.
         engine: its name, for messages.
-        longest_id: most UTF-8 bytes of an id; ids of no bytes are errors then too.
+        longest_id: most UTF-8 bytes of an id; then ids of no bytes are errors too.
         int64: whether integers beyond 64 bits would lose digits.
 
     Raises:
@@ -57,22 +48,20 @@ def opened(folder: Path, engine: str, longest_id: int | None = None, int64: bool
     index = SparseIndex.open(folder)
     if not len(index):
         raise SettingError(f"{folder} has no documents; add some before an export", "index")
-    if longest_id is not None:
-        for name in index.ids:
-            if not 0 < (size := len(name.encode())) <= longest_id:
-                raise SettingError(f"id {name[:40]!r}... has {size} bytes; {engine} takes 1 to {longest_id}", "index")
+    for name in index.ids:
+        size = len(name.encode())
+        if longest_id is not None and not 0 < size <= longest_id:
+            raise SettingError(f"id {name[:40]!r}... has {size} bytes; {engine} takes 1 to {longest_id}", "index")
     for row in rows(index) if int64 else ():
         if (number := _beyond_int64(row.fields)) is not None:
-            raise SettingError(
-                f"metadata of {row.id!r}: {engine} would change the digits of {number}; make it text", "index"
-            )
+            raise SettingError(f"metadata of {row.id!r}: {engine} would change {number}; make it text", "index")
     return index
 
 
 def _beyond_int64(value: Any) -> int | None:
     if isinstance(value, (dict, list)):
-        values = value.values() if isinstance(value, dict) else value
-        return next((found for part in values if (found := _beyond_int64(part)) is not None), None)
+        numbers = map(_beyond_int64, value.values() if isinstance(value, dict) else value)
+        return next((number for number in numbers if number is not None), None)
     return value if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63 else None
 
 

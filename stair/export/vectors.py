@@ -1,9 +1,9 @@
-"""Vector databases: Qdrant, Milvus, Seismic. Each takes word ids and weights as they are, and scores by dot product."""
+"""Vector databases: Qdrant, Milvus, Seismic. Each takes term ids and weights as they are, and scores by dot product."""
 
 import json
 import logging
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,6 @@ import numpy as np
 
 from stair.errors import SettingError, import_extra
 from stair.export.target import Row, engine_errors, new_target, opened, rows
-from stair.index import SparseIndex
 
 # ours: Qdrant's ids are numbers or UUIDs, so ids become UUIDs
 _NAMES = uuid.UUID("6d2ab1f2-6f0f-5a53-9d0c-2f0f5b1f5a11")
@@ -29,8 +28,7 @@ def qdrant(index: Path, out: str, collection: str = "stair") -> None:
             `PUT /collections/NAME/points` a line, the first being that of `PUT /collections/NAME`.
         collection: its name.
     """
-    documents = opened(index, "Qdrant", int64=True)
-    batches = _batches(map(_qdrant_point, rows(documents)))
+    batches = _batches(map(_qdrant_point, rows(opened(index, "Qdrant", int64=True))))
     if out.endswith(".jsonl"):
         with new_target(Path(out)) as part, part.open("w", encoding="utf-8") as file:
             file.write(json.dumps({"sparse_vectors": {"words": {}}}) + "\n")
@@ -38,9 +36,8 @@ def qdrant(index: Path, out: str, collection: str = "stair") -> None:
         return
     library = import_extra("qdrant_client", "qdrant-client", "export")
     models = library.models
-    with engine_errors("Qdrant"), _database(out) as place:
-        where = {"url" if "://" in place else "path": place}
-        client = library.QdrantClient(**where, check_compatibility=False)
+    with engine_errors("Qdrant"), _database(out) as address:
+        client = library.QdrantClient(**{"url" if "://" in address else "path": address}, check_compatibility=False)
         with closing(client), _new_collection(out, collection, client.collection_exists, client.delete_collection):
             client.create_collection(collection, {}, sparse_vectors_config={"words": models.SparseVectorParams()})
             for points in batches:
@@ -48,43 +45,8 @@ def qdrant(index: Path, out: str, collection: str = "stair") -> None:
 
 
 def _qdrant_point(row: Row) -> dict[str, Any]:
-    """A point in Qdrant's JSON."""
-    vector = {"words": {"indices": row.words, "values": row.weights}}
+    vector = {"words": {"indices": row.terms, "values": row.weights}}
     return {"id": str(uuid.uuid5(_NAMES, row.id)), "vector": vector, "payload": {**row.fields, "id": row.id}}
-
-
-@contextmanager
-def _database(out: str) -> Iterator[str]:
-    """A server, or a database that exists, as it is; a new database appears when it is complete."""
-    if "://" in out or Path(out).exists():
-        yield out
-    else:
-        with new_target(Path(out)) as part:
-            yield str(part)
-
-
-@contextmanager
-def _new_collection(
-    out: str, collection: str, exists: Callable[[str], bool], drop: Callable[[str], Any]
-) -> Iterator[None]:
-    """Drops a collection if filling it fails.
-
-    Raises:
-        SettingError: if it exists.
-    """
-    if exists(collection):
-        raise SettingError(f"{out} has a collection {collection!r}; drop it, or give another name", "collection")
-    try:
-        yield
-    except BaseException:
-        with suppress(Exception):  # the server may be gone
-            drop(collection)
-        raise
-
-
-def _batches(items: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    while batch := list(islice(items, _BATCH)):
-        yield batch
 
 
 def milvus(index: Path, out: str, collection: str = "stair") -> None:
@@ -96,39 +58,35 @@ def milvus(index: Path, out: str, collection: str = "stair") -> None:
         collection: its name.
     """
     documents = opened(index, "Milvus", longest_id=65_535, int64=True)
-    import_extra("pymilvus", "pymilvus", "export")
+    library = import_extra("pymilvus", "pymilvus", "export")
     if "://" not in out:
         import_extra("milvus_lite", "milvus-lite", "export")
-    with engine_errors("Milvus"), _database(out) as place:
-        _fill_milvus(documents, place, collection)
+    with engine_errors("Milvus"), _database(out) as address, _quiet_milvus(address):
+        client = library.MilvusClient(address)
+        with closing(client), _new_collection(out, collection, client.has_collection, client.drop_collection):
+            _create_milvus(client, library.DataType, collection)
+            points = (
+                {"id": row.id, "words": dict(zip(row.terms, row.weights, strict=True)), **row.fields}
+                for row in rows(documents)
+                if row.terms
+            )
+            written = sum(client.insert(collection, batch)["insert_count"] for batch in _batches(points))
+    if written < len(documents):
+        print(f"{len(documents) - written} documents without a weight are left out: Milvus takes no empty vector")
 
 
-def _fill_milvus(index: SparseIndex, out: str, collection: str) -> None:
-    import pymilvus
-
+@contextmanager
+def _quiet_milvus(address: str) -> Iterator[None]:
     log = logging.getLogger("pymilvus")
     level = log.level
     log.setLevel(logging.CRITICAL)  # it logs a trace of each error that it raises
     try:
-        client = pymilvus.MilvusClient(out)
-        with closing(client), _new_collection(out, collection, client.has_collection, client.drop_collection):
-            _create_milvus(client, pymilvus.DataType, collection)
-            written = 0
-            documents = (
-                {"id": row.id, "words": dict(zip(row.words, row.weights, strict=True)), **row.fields}
-                for row in rows(index)
-                if row.words
-            )
-            for batch in _batches(documents):
-                client.insert(collection, batch)
-                written += len(batch)
+        yield
     finally:
         log.setLevel(level)
-        if "://" not in out:
+        if "://" not in address:
             manager = import_extra("milvus_lite.server_manager", "milvus-lite", "export").server_manager_instance
-            manager.release_server(out)
-    if written < len(index):
-        print(f"{len(index) - written} documents without a weight are left out: Milvus takes no empty vector")
+            manager.release_server(address)
 
 
 def _create_milvus(client: Any, kind: Any, collection: str) -> None:
@@ -154,5 +112,35 @@ def seismic(index: Path, out: Path) -> None:
     with engine_errors("Seismic"), new_target(Path(f"{out}.index.seismic")) as part:
         dataset, text = library.SeismicDataset(), library.get_seismic_string()
         for row in rows(documents):
-            dataset.add_document(row.id, np.array(row.words).astype(text), np.array(row.weights, np.float32))
+            dataset.add_document(row.id, np.array(row.terms).astype(text), np.array(row.weights, np.float32))
         library.SeismicIndex.build_from_dataset(dataset).save(str(part).removesuffix(".index.seismic"))
+
+
+def _batches(items: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    rest = iter(items)
+    while batch := list(islice(rest, _BATCH)):
+        yield batch
+
+
+@contextmanager
+def _database(out: str) -> Iterator[str]:
+    """A server, or a database that exists, as it is; a new database appears when it is complete."""
+    if "://" in out or Path(out).exists():
+        yield out
+    else:
+        with new_target(Path(out)) as part:
+            yield str(part)
+
+
+@contextmanager
+def _new_collection(
+    out: str, collection: str, exists: Callable[[str], bool], drop: Callable[[str], Any]
+) -> Iterator[None]:
+    if exists(collection):
+        raise SettingError(f"{out} has a collection {collection!r}; drop it, or give another name", "collection")
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # the server may be gone
+            drop(collection)
+        raise

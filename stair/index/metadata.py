@@ -54,26 +54,18 @@ def _number(text: str) -> int | float | None:
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition of a filter, such as `year>=2010`.
+    """One condition of a filter, such as `year>=2010`; a quoted value compares with text as text."""
 
-    Attributes:
-        owner: of the column, `user` or `stair`.
-        key: name of the column.
-        sign: `=`, `!=`, `<`, `<=`, `>` or `>=`.
-        value: as typed, without quotes.
-        quoted: whether the value was in double quotes: then text is compared with it as text.
-    """
-
-    owner: str
+    owner: str  # of the column, `user` or `stair`
     key: str
     sign: str
-    value: str
+    value: str  # as typed, without quotes
     quoted: bool
 
     def __str__(self) -> str:
         return f"{'stair:' if self.owner == 'stair' else ''}{self.key}{self.sign}{self.value}"
 
-    @property
+    @cached_property
     def is_ordered(self) -> bool:
         """Whether the sign is one of `<`, `<=`, `>`, `>=`."""
         return self.sign not in ("=", "!=")
@@ -122,12 +114,7 @@ class Condition:
 
 
 def conditions(where: str | Sequence[str]) -> list[Condition]:
-    """The conditions of a filter.
-
-    Args:
-        where: a text with ` and ` between conditions, or a list with one condition in each text. Names and values that
-            hold signs, quotes or ` and ` go between double quotes, a double quote doubled. `stair:NAME` without quotes is
-            a column of our own.
+    """The conditions of a filter: a text with ` and ` between them, or one in each text; see docs/search.md for the syntax.
 
     Raises:
         SettingError: if a condition cannot be read.
@@ -157,12 +144,7 @@ def _condition(match: re.Match[str] | None, text: str) -> Condition:
 
 
 def to_table(ids: Sequence[str], metadata: Sequence[Row] = (), source: Sequence[Row] = ()) -> pa.Table:
-    """Ids and metadata as a table.
-
-    Args:
-        ids: N strings.
-        metadata: N dictionaries of the user's values, or none at all.
-        source: N dictionaries of our own, or none at all.
+    """N ids, the user's values and our own (N dictionaries, or none at all) as a table.
 
     Raises:
         SettingError: if an id, a key or a text is no valid Unicode, or a value has no type here: with key and id.
@@ -222,14 +204,7 @@ def is_unicode(text: str) -> bool:
 
 
 class Documents:
-    """Ids and metadata of N documents.
-
-    Args:
-        table: as `to_table` makes it, or several of them concatenated.
-
-    Raises:
-        ValueError: if it is no table of documents. Later, if a column is damaged.
-    """
+    """Ids and metadata of N documents: one or several tables of `to_table`, concatenated."""
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table
@@ -285,17 +260,12 @@ class Documents:
         return rows
 
     def matching(self, where: str | Sequence[str]) -> tuple[NDArray[np.bool_], dict[str, int]]:
-        """Which documents match a filter.
+        """Which documents match a filter: (N,) bool, of length 0 where there is no condition.
 
-        Args:
-            where: as for `conditions`.
-
-        Returns:
-            (N,) bool, of length 0 where there is no condition; for each condition with `<`, `<=`, `>` or `>=` how many
-            documents have no value that compares with it, if any. These do not match.
+        Also how many have no value that compares with a condition of `<`, `<=`, `>` or `>=`, if any. These do not match.
 
         Raises:
-            SettingError: if no document has the column, or none of its values compares with the condition's.
+            SettingError: if a condition cannot be read, or compares with no document.
         """
         mask_N, not_comparable = np.zeros(0, np.bool_), dict[str, int]()
         for condition in conditions(where):
@@ -306,10 +276,6 @@ class Documents:
         return mask_N, not_comparable
 
     def _evaluate(self, condition: Condition) -> tuple[NDArray[np.bool_], int]:
-        """Which documents a condition is true of: (N,) bool, shared. How many have a value that compares with it.
-
-        A document without such a value matches `!=` only.
-        """
         kinds = [kind for owner, kind, key in self._names if (owner, key) == (condition.owner, condition.key)]
         if not kinds:
             known = sorted({*self.keys, "stair:id"})

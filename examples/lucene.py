@@ -1,16 +1,16 @@
-"""Engines on Lucene: Elasticsearch and OpenSearch. They store rounded weights.
+"""An index for engines on Lucene, Elasticsearch and OpenSearch, which store rounded weights. Tested by Lucene's arithmetic.
+
+    python examples/lucene.py elasticsearch photos.index photos.es     # mapping.json, bulk.ndjson, query.json, vocab.txt
 
 A feature of Elasticsearch's `sparse_vector` and OpenSearch's `rank_features` is a term frequency that holds the upper 17
-bits of a float32: sign, exponent, 8 bits of mantissa, cut off. Weights are cut here already, so that a document says what
-the engine will score with, and the engine's score is the dot product of what was written; cutting takes at most 2^-8 =
-0.4 % off each weight.
-
-Feature names are ids of words (`7592`): pieces hold dots, capitals lost by analysers, and other characters that engines
-give a meaning, so that two of them could fall on one name.
+bits of a float32: sign, exponent, 8 bits of mantissa. Weights are cut here already, so that a document states what the
+engine will score with, and the engine's score is the dot product of what was written; cutting takes at most 2^-8 = 0.4 %
+off each weight. Feature names are term ids (`7592`): tokens hold dots, capitals and characters that engines interpret.
 """
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,10 @@ def _write(index: SparseIndex, out: Path, name: str, kind: str, query_of: Callab
             for row in rows(index):
                 weights = lucene_weights(np.array(row.weights, np.float32)).tolist()
                 # a feature must be a normal, positive float
-                features = {str(w): x for w, x in zip(row.words, weights, strict=True) if x >= _MIN_NORMAL}
+                features = {str(w): x for w, x in zip(row.terms, weights, strict=True) if x >= _MIN_NORMAL}
                 file.write(json.dumps({"index": {"_index": name, "_id": row.id}}) + "\n")
                 file.write(json.dumps({"words": features, **row.fields}) + "\n")
+
+
+if __name__ == "__main__":
+    {"elasticsearch": elasticsearch, "opensearch": opensearch}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
