@@ -6,35 +6,11 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from datamodules.scenes import (
-    BACKGROUNDS,
-    COLOURS,
-    COUNTS,
-    LAYOUTS,
-    SHAPES,
-    SIZES,
-    Box,
-    Colour,
-    Group,
-    Point,
-    Scene,
-    Shape,
-)
+from datamodules import scenes
+from datamodules.scenes import Box, Colour, Group, Point, Scene, Shape
 
 _SUPERSAMPLE = 4
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
-
-# relations forward and backward: "A left of B" is "B right of A"
-_BESIDE = (("to the left of", "left of"), ("to the right of", "right of"))
-_STACKED = (("above", "over", "on top of"), ("below", "under", "beneath"))
-_VAGUE = ("next to", "beside", "near", "and", "with")
-_SIDES = {
-    "left": ("on the left", "to the left"),
-    "right": ("on the right", "to the right"),
-    "above": ("above", "at the top"),
-    "below": ("below", "at the bottom"),
-}
-_OPENERS = ("", "", "", "a picture of", "a drawing of", "an image of", "an illustration of", "we see", "look at")
 
 
 def draw_scene(scene: Scene, rng: Random, image_size: int) -> Image.Image:
@@ -43,16 +19,16 @@ def draw_scene(scene: Scene, rng: Random, image_size: int) -> Image.Image:
     Returns:
         An RGB image of `image_size` × `image_size` pixels.
     """
-    side, background = image_size * _SUPERSAMPLE, BACKGROUNDS[scene.background]
+    side, background = image_size * _SUPERSAMPLE, scenes.BACKGROUNDS[scene.background]
     # brightness only: a tint would turn grey into lavender
     brightness = [rng.randint(-7, 7)] * 3
     tones = tuple(_shifted(tone, brightness) for tone in background.tones)
     canvas = Image.new("RGB", (side, side), tones[0])
     draw = ImageDraw.Draw(canvas)
-    if background.paint:
-        background.paint(draw, side, tones, rng)
-    for group, box in zip(scene.groups, LAYOUTS[scene.layout].boxes, strict=True):
-        colour = _shifted(COLOURS[group.colour][0], [rng.randint(-10, 10) for _ in range(3)])
+    if background.pattern:
+        scenes.PATTERNS[background.pattern](draw, side, tones, rng)
+    for group, box in zip(scene.groups, scenes.LAYOUTS[scene.layout].boxes, strict=True):
+        colour = _shifted(scenes.COLOURS[group.colour][0], [rng.randint(-10, 10) for _ in range(3)])
         for left, top, right, bottom in _cells(box, group.count):
             if group.size == "small":
                 extent = rng.uniform(0.215, 0.24)
@@ -62,7 +38,7 @@ def draw_scene(scene: Scene, rng: Random, image_size: int) -> Image.Image:
             x = ((left + right) / 2 + rng.uniform(-slack_x, slack_x)) * side
             y = ((top + bottom) / 2 + rng.uniform(-slack_y, slack_y)) * side
             turn = math.radians(rng.uniform(-9, 9))
-            _draw_object(draw, SHAPES[group.shape], colour, (x, y), extent * side / 2, turn)
+            _draw_object(draw, scenes.SHAPES[group.shape], colour, (x, y), extent * side / 2, turn)
     return canvas.resize((image_size, image_size), Image.Resampling.BOX)
 
 
@@ -101,7 +77,7 @@ def _draw_object(
     def placed(points: list[Point]) -> list[Point]:
         return [(centre[0] + x * cos - y * sin, centre[1] + x * sin + y * cos) for x, y in points]
 
-    tones = {"dark": _mix(colour, _BLACK, 0.4), "light": _mix(colour, _WHITE, 0.45), "body": colour}
+    tones = {**scenes.MATERIALS, "dark": _mix(colour, _BLACK, 0.4), "light": _mix(colour, _WHITE, 0.45), "body": colour}
     edge = _mix(colour, _WHITE, 0.4) if sum(colour) < 150 else tones["dark"]
     body = [placed(points) for points in shape.body]
     for points in body:  # all outlines before all fills: only the outer edge stays
@@ -109,7 +85,7 @@ def _draw_object(
     for points in body:
         draw.polygon(points, fill=colour)
     for tone, points in shape.details:
-        draw.polygon(placed(points), fill=tones[tone] if isinstance(tone, str) else tone)
+        draw.polygon(placed(points), fill=tones[tone])
 
 
 def caption_scene(scene: Scene, rng: Random) -> list[str]:
@@ -134,9 +110,9 @@ def _caption(scene: Scene, rng: Random, detail: float | None, ground: float) -> 
     body = _phrase(rng.choice(scene.groups), rng, 0.8) if detail is None else _groups(scene, rng, detail)
     background = ""
     if detail is not None and rng.random() < ground:
-        background = rng.choice(BACKGROUNDS[scene.background].phrases)
+        background = rng.choice(scenes.BACKGROUNDS[scene.background].phrases)
     if body.count(" ") < 18:  # so that every caption fits into 32 tokens
-        body = f"{rng.choice(_OPENERS)} {body}".strip()
+        body = f"{rng.choice(scenes.TABLES['openers'])} {body}".strip()
     return f"{background} {body}".strip() if rng.random() < 0.2 else f"{body} {background}".strip()
 
 
@@ -146,34 +122,36 @@ def _groups(scene: Scene, rng: Random, detail: float) -> str:
         return _phrase(scene.groups[0], rng, detail)
     if len(scene.groups) == 2:
         return _pair(scene, 0, 1, rng, detail)
-    alone = LAYOUTS[scene.layout].alone
+    alone = scenes.LAYOUTS[scene.layout].alone
     first, second = (i for i in range(3) if i != alone)
-    stacked = _relation(scene, *sorted((alone, first))) is _STACKED
-    side = (("above", "below") if stacked else ("left", "right"))[alone > first]
+    is_beside = _relation(scene, *sorted((alone, first))) == "beside"
+    side = (("left", "right") if is_beside else ("above", "below"))[alone > first]
     pair, third = _pair(scene, first, second, rng, detail), _phrase(scene.groups[alone], rng, detail)
-    where = rng.choice(_SIDES[side]) if rng.random() < detail else ""
+    where = rng.choice(scenes.TABLES["sides"][side]) if rng.random() < detail else ""
     return f"{pair} {rng.choice(('with', 'and'))} {third} {where}".strip()
 
 
 def _pair(scene: Scene, first: int, second: int, rng: Random, detail: float) -> str:
     a, b = (_phrase(scene.groups[i], rng, detail) for i in (first, second))
-    forward, backward = _relation(scene, first, second)
+    forward, backward = scenes.TABLES["relations"][_relation(scene, first, second)]
     if rng.random() >= detail:
-        forward = backward = _VAGUE
+        forward = backward = scenes.TABLES["vague"]
     a, b, relations = (a, b, forward) if rng.random() < 0.6 else (b, a, backward)
     return f"{a} {rng.choice(relations)} {b}"
 
 
-def _relation(scene: Scene, first: int, second: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    (left, _, right, _), (other_left, _, other_right, _) = (LAYOUTS[scene.layout].boxes[i] for i in (first, second))
-    return _BESIDE if right <= other_left or other_right <= left else _STACKED
+def _relation(scene: Scene, first: int, second: int) -> str:
+    (left, _, right, _), (other_left, _, other_right, _) = (
+        scenes.LAYOUTS[scene.layout].boxes[i] for i in (first, second)
+    )
+    return "beside" if right <= other_left or other_right <= left else "stacked"
 
 
 def _phrase(group: Group, rng: Random, detail: float) -> str:
-    noun = rng.choice(SHAPES[group.shape].nouns)[group.count > 1]
-    size = rng.choice(SIZES[group.size]) if rng.random() < detail else ""
-    colour = rng.choice(COLOURS[group.colour][1]) if rng.random() < detail else ""
-    parts = [rng.choice(COUNTS[group.count]), size, colour, noun]
+    noun = rng.choice(scenes.SHAPES[group.shape].nouns)[group.count > 1]
+    size = rng.choice(scenes.SIZES[group.size]) if rng.random() < detail else ""
+    colour = rng.choice(scenes.COLOURS[group.colour][1]) if rng.random() < detail else ""
+    parts = [rng.choice(scenes.COUNTS[group.count]), size, colour, noun]
     if colour and rng.random() < 0.2:
         parts[2:] = [noun, rng.choice(("in", "painted", "coloured")), colour]
     parts = [part for part in parts if part]

@@ -1,165 +1,91 @@
-"""What a drawn scene can hold: shapes, colours, sizes, counts, backgrounds, layouts; and random scenes.
-
-A `Scene` states everything that a caption can say of an image, by the first noun, colour or size word of the tables below.
-Captions use the other words too (circle, disc, ball).
-"""
+"""Random scenes, and the tables of what they can hold (scenes.yaml)."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import yaml
 from PIL import ImageDraw
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]
-Painter = Callable[[ImageDraw.ImageDraw, int, tuple[Colour, ...], Random], None]
 
-
-class Shape(NamedTuple):
-    """An object to draw. Polygons lie in [-1, 1]², y points down.
-
-    Attributes:
-        nouns: (singular, plural) pairs, all of which captions use.
-        body: polygons in the object's colour, outlined as one.
-        details: polygons on top, each with its colour: "dark", "light" or "body" (tones of the object's), or a fixed one.
-    """
-
-    nouns: tuple[tuple[str, str], ...]
-    body: tuple[list[Point], ...]
-    details: tuple[tuple[str | Colour, list[Point]], ...] = ()
-
-
-def _nouns(*singulars: str, **plurals: str) -> tuple[tuple[str, str], ...]:
-    return tuple((singular, plurals.get(singular, singular + "s")) for singular in singulars)
+TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("scenes.yaml").read_text(encoding="utf-8"))
 
 
 def _arc(x: float, y: float, radius: float, start: float = 0, end: float = 360) -> list[Point]:
-    """Points on a circle, in degrees clockwise from the right."""
     steps = max(8, round(abs(end - start) / 10))
     angles = [math.radians(start + (end - start) * i / steps) for i in range(steps + 1)]
     return [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
 
 
-def _star(tips: int, inner: float) -> list[Point]:
-    angles = [math.pi * i / tips - math.pi / 2 for i in range(2 * tips)]
-    return [(r * math.cos(a), r * math.sin(a)) for r, a in zip([1, inner] * tips, angles, strict=True)]
+def _star(tips: float, inner: float) -> list[Point]:
+    angles = [math.pi * i / int(tips) - math.pi / 2 for i in range(2 * int(tips))]
+    return [(r * math.cos(a), r * math.sin(a)) for r, a in zip([1, inner] * int(tips), angles, strict=True)]
 
 
 def _rectangle(left: float, top: float, right: float, bottom: float) -> list[Point]:
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
-def _heart(a: float) -> Point:
-    y = 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)
-    return math.sin(a) ** 3, -(y + 2) / 15
+def _heart() -> list[Point]:
+    angles = [2 * math.pi * i / 40 for i in range(40)]
+    heights = [13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a) + 2 for a in angles]
+    return [(math.sin(a) ** 3, -height / 15) for a, height in zip(angles, heights, strict=True)]
 
 
-_WOOD, _GLASS, _STEM, _WHITE, _TYRE, _METAL = (
-    (110, 74, 46), (208, 232, 244), (46, 122, 52), (250, 250, 250), (30, 30, 34), (190, 190, 190),
-)  # fmt: skip
-_ROOF = [(0, -0.98), (1, -0.1), (-1, -0.1)]
+def _petal(number: float) -> list[Point]:
+    angle = math.radians(72 * number - 90)
+    return _arc(0.36 * math.cos(angle), -0.3 + 0.36 * math.sin(angle), 0.31)
 
-# fmt: off
-SHAPES: dict[str, Shape] = {
-    "circle": Shape(_nouns("circle", "disc", "ball"), (_arc(0, 0, 0.95),)),
-    "square": Shape(_nouns("square", "block", "box", box="boxes"), (_rectangle(-0.82, -0.82, 0.82, 0.82),)),
-    "triangle": Shape(_nouns("triangle", "pyramid"), ([(0, -0.95), (0.98, 0.8), (-0.98, 0.8)],)),
-    "star": Shape(_nouns("star"), (_star(5, 0.42),)),
-    "heart": Shape(_nouns("heart"), ([_heart(2 * math.pi * i / 40) for i in range(40)],)),
-    "cross": Shape(
-        _nouns("cross", "plus", cross="crosses", plus="pluses"),
-        (_rectangle(-0.32, -0.95, 0.32, 0.95), _rectangle(-0.95, -0.32, 0.95, 0.32)),
-    ),
-    "ring": Shape(_nouns("ring", "hoop", "loop"), (_arc(0, 0, 0.97) + _arc(0, 0, 0.52, 360, 0),)),
-    "diamond": Shape(
-        _nouns("diamond", "gem", "jewel"), ([(-0.55, -0.7), (0.55, -0.7), (1, -0.15), (0, 0.95), (-1, -0.15)],),
-        (("light", [(-0.55, -0.7), (0.55, -0.7), (0.38, -0.15), (-0.38, -0.15)]),
-         ("dark", [(0.38, -0.15), (1, -0.15), (0, 0.95)])),
-    ),
-    "moon": Shape(_nouns("moon", "crescent"), (_arc(0.1, 0, 0.97, 55, 305) + _arc(0.5, 0, 0.8, 273, 87),)),
-    "arrow": Shape(
-        _nouns("arrow", "pointer"),
-        ([(-1, -0.28), (0.1, -0.28), (0.1, -0.8), (1, 0), (0.1, 0.8), (0.1, 0.28), (-1, 0.28)],),
-    ),
-    "tree": Shape(
-        _nouns("tree", "pine", "fir"),
-        ([(0, -1), (0.55, -0.3), (-0.55, -0.3)], [(0, -0.65), (0.7, 0.15), (-0.7, 0.15)],
-         [(0, -0.2), (0.85, 0.62), (-0.85, 0.62)]),
-        ((_WOOD, _rectangle(-0.16, 0.62, 0.16, 1)),),
-    ),
-    "house": Shape(
-        _nouns("house", "home", "cottage"), (_rectangle(-0.75, -0.15, 0.75, 0.92), _ROOF),
-        (("dark", _ROOF), (_WOOD, _rectangle(-0.5, 0.3, -0.08, 0.92)), (_GLASS, _rectangle(0.15, 0.18, 0.55, 0.55))),
-    ),
-    "fish": Shape(
-        _nouns("fish", fish="fish"),
-        (_arc(-0.05, 0.72, 1.1, 222, 318) + _arc(-0.05, -0.72, 1.1, 42, 138),
-         [(0.5, 0), (1, -0.6), (0.88, 0), (1, 0.6)], [(-0.1, -0.3), (0.2, -0.65), (0.35, -0.2)]),
-        ((_WHITE, _arc(-0.5, -0.1, 0.15)), ((20, 20, 20), _arc(-0.52, -0.1, 0.08))),
-    ),
-    "flower": Shape(
-        _nouns("flower", "blossom", "bloom"),
-        tuple(_arc(0.36 * math.cos(math.radians(72 * i - 90)), -0.3 + 0.36 * math.sin(math.radians(72 * i - 90)), 0.31)
-              for i in range(5)),
-        ((_STEM, _rectangle(-0.06, 0.25, 0.06, 1)), (_STEM, [(0, 0.8), (0.25, 0.45), (0.5, 0.4), (0.35, 0.68)]),
-         ((250, 214, 70), _arc(0, -0.3, 0.2))),
-    ),
-    "sun": Shape(_nouns("sun"), (_star(12, 0.68),), (("dark", _arc(0, 0, 0.6)), ("body", _arc(0, 0, 0.54)))),
-    "cloud": Shape(
-        _nouns("cloud"),
-        (_arc(-0.55, 0.18, 0.42), _arc(-0.1, -0.12, 0.55), _arc(0.5, 0.15, 0.45), _rectangle(-0.55, 0.1, 0.5, 0.6)),
-    ),
-    "boat": Shape(
-        _nouns("boat", "ship", "sailboat"),
-        ([(-1, 0.4), (1, 0.4), (0.6, 0.92), (-0.6, 0.92)], [(0.08, -1), (0.85, 0.25), (0.08, 0.25)]),
-        (((244, 244, 240), [(-0.08, -0.8), (-0.08, 0.25), (-0.75, 0.25)]), (_WOOD, _rectangle(-0.07, -1, 0.07, 0.4))),
-    ),
-    "car": Shape(
-        _nouns("car", "automobile", "vehicle"),
-        (_rectangle(-1, -0.05, 1, 0.5), [(-0.62, -0.05), (-0.38, -0.55), (0.38, -0.55), (0.66, -0.05)]),
-        ((_GLASS, [(-0.46, -0.08), (-0.3, -0.42), (-0.04, -0.42), (-0.04, -0.08)]),
-         (_GLASS, [(0.06, -0.08), (0.06, -0.42), (0.3, -0.42), (0.48, -0.08)]),
-         (_TYRE, _arc(-0.52, 0.5, 0.26)), (_TYRE, _arc(0.52, 0.5, 0.26)),
-         (_METAL, _arc(-0.52, 0.5, 0.11)), (_METAL, _arc(0.52, 0.5, 0.11))),
-    ),
-    "mushroom": Shape(
-        _nouns("mushroom", "toadstool"), (_arc(0, 0.05, 0.95, 180, 360),),
-        (((240, 230, 210), [(-0.26, 0.05), (0.26, 0.05), (0.34, 0.9), (-0.34, 0.9)]),
-         (_WHITE, _arc(-0.4, -0.3, 0.17)), (_WHITE, _arc(0.15, -0.55, 0.15)), (_WHITE, _arc(0.5, -0.22, 0.14))),
-    ),
-    "umbrella": Shape(
-        _nouns("umbrella", "parasol"),
-        (_arc(0, 0, 0.97, 180, 360) + [p for x in (0.65, 0.0, -0.65) for p in reversed(_arc(x, 0, 0.325, 180, 360))],),
-        ((_WOOD, _rectangle(-0.06, -0.2, 0.06, 0.8)),
-         (_WOOD, _arc(0.17, 0.75, 0.23, 0, 180) + _arc(0.17, 0.75, 0.1, 180, 0))),
-    ),
+
+_FORMS: dict[str, Callable[..., list[Point]]] = {
+    "arc": _arc,
+    "cra": lambda *numbers: _arc(*numbers)[::-1],
+    "star": _star,
+    "rectangle": _rectangle,
+    "heart": _heart,
+    "petal": _petal,
 }
 
-COLOURS: dict[str, tuple[Colour, tuple[str, ...]]] = {
-    "red": ((214, 38, 40), ("red", "scarlet", "crimson")),
-    "orange": ((246, 136, 20), ("orange",)),
-    "yellow": ((250, 220, 40), ("yellow", "golden")),
-    "green": ((46, 158, 62), ("green", "emerald")),
-    "blue": ((36, 92, 214), ("blue", "azure")),
-    "purple": ((136, 54, 176), ("purple", "violet")),
-    "pink": ((248, 140, 186), ("pink", "rosy")),
-    "brown": ((128, 78, 40), ("brown", "chocolate")),
-    "black": ((26, 26, 28), ("black",)),
-    "white": ((250, 250, 250), ("white",)),
-}
-# fmt: on
 
-SIZES: dict[str, tuple[str, ...]] = {"large": ("large", "big", "huge"), "small": ("small", "little", "tiny")}
+def _polygon(text: str) -> list[Point]:
+    points: list[Point] = []
+    for part in text.split("+"):
+        name, *numbers = part.split()
+        if name in _FORMS:
+            points += _FORMS[name](*map(float, numbers))
+        else:
+            points += [(float(x), float(y)) for x, y in (pair.split(",") for pair in part.split())]
+    return points
 
-COUNTS: dict[int, tuple[str, ...]] = {
-    1: ("a", "a", "a", "a", "a", "a", "one", "a single"),
-    2: ("two", "two", "a pair of", "a couple of"),
-    3: ("three", "three", "a trio of"),
-    4: ("four", "four", "a group of four"),
+
+class Shape(NamedTuple):
+    """An object: (singular, plural) of its nouns, polygons of its body, tone and polygon of its details."""
+
+    nouns: list[tuple[str, str]]
+    body: list[list[Point]]
+    details: list[tuple[str, list[Point]]]
+
+
+SHAPES = {
+    name: Shape(
+        [(noun.split()[0], noun.split()[1]) for noun in entry["nouns"]],
+        [_polygon(text) for text in entry["body"]],
+        [(tone, _polygon(text)) for tone, text in entry.get("details", [])],
+    )
+    for name, entry in TABLES["shapes"].items()
 }
+MATERIALS: dict[str, Colour] = {name: tuple(rgb) for name, rgb in TABLES["materials"].items()}
+COLOURS: dict[str, tuple[Colour, list[str]]] = {
+    name: (tuple(rgb), words) for name, (rgb, words) in TABLES["colours"].items()
+}
+SIZES: dict[str, list[str]] = TABLES["sizes"]
+COUNTS: dict[int, list[str]] = TABLES["counts"]
 
 
 def _specks(draw: ImageDraw.ImageDraw, side: int, tones: tuple[Colour, ...], rng: Random) -> None:
@@ -206,67 +132,36 @@ def _bricks(draw: ImageDraw.ImageDraw, side: int, tones: tuple[Colour, ...], rng
             draw.line((x, row * height, x, (row + 1) * height), fill=tones[1], width=line)
 
 
-class Background(NamedTuple):
-    """What is behind the objects: its colours (the first fills it), what captions call it, and how the rest is drawn."""
-
-    tones: tuple[Colour, ...]
-    phrases: tuple[str, ...]
-    paint: Painter | None = None
-
-
-# fmt: off
-BACKGROUNDS: dict[str, Background] = {
-    "grey": Background(((194, 195, 197),), ("on a grey background", "on a gray background", "on plain grey")),
-    "cream": Background(((250, 240, 210),), ("on a cream background", "on cream paper", "on beige")),
-    "mint": Background(((200, 240, 218),), ("on a mint background", "on mint paper")),
-    "lavender": Background(((222, 212, 246),), ("on a lavender background", "on lilac paper")),
-    "night": Background(
-        ((24, 28, 72), (230, 230, 250), (170, 180, 220)), ("at night", "in the night sky", "in the dark"), _specks),
-    "grass": Background(
-        ((122, 196, 92), (98, 176, 74), (146, 214, 112)), ("on the grass", "on a lawn", "in a meadow", "in a field"),
-        _blades),
-    "sea": Background(
-        ((82, 164, 214), (140, 200, 234)), ("on the water", "at sea", "in the ocean", "on the waves"), _waves),
-    "sand": Background(
-        ((232, 204, 148), (210, 178, 120), (246, 224, 178)), ("on the sand", "on a beach", "in the desert"), _specks),
-    "snow": Background(
-        ((240, 246, 252), (206, 220, 238), (222, 232, 244)), ("in the snow", "in winter", "on the ice"), _specks),
-    "checkered": Background(
-        ((236, 236, 236), (200, 204, 214)), ("on a checkered background", "on a chessboard", "on tiles"), _tiles),
-    "striped": Background(
-        ((246, 238, 226), (214, 222, 206)), ("on a striped background", "in front of stripes"), _stripes),
-    "bricks": Background(
-        ((186, 108, 84), (222, 200, 188)), ("on a brick wall", "in front of bricks", "against a wall"), _bricks),
+PATTERNS = {
+    "specks": _specks,
+    "blades": _blades,
+    "waves": _waves,
+    "tiles": _tiles,
+    "stripes": _stripes,
+    "bricks": _bricks,
 }
-# fmt: on
+
+
+class Background(NamedTuple):
+    """What is behind the objects: its colours (the first fills it), what captions call it, and its pattern."""
+
+    tones: list[Colour]
+    phrases: list[str]
+    pattern: str = ""
 
 
 class Layout(NamedTuple):
-    """Where the groups of a scene stand.
+    """Where the groups of a scene stand (scenes.yaml)."""
 
-    Attributes:
-        boxes: left, top, right, bottom of each group, as shares of the image, in reading order.
-        large, small: most objects of that size in a box.
-        weight: relative probability.
-        alone: index of the group that stands apart, if there are three.
-    """
-
-    boxes: tuple[Box, ...]
+    boxes: list[Box]
     large: int
     small: int
     weight: int
     alone: int = 0
 
 
-LAYOUTS: dict[str, Layout] = {
-    "single": Layout(((0, 0, 1, 1),), 4, 4, 4),
-    "row": Layout(((0, 0, 0.5, 1), (0.5, 0, 1, 1)), 2, 4, 3),
-    "column": Layout(((0, 0, 1, 0.5), (0, 0.5, 1, 1)), 2, 4, 3),
-    "row over one": Layout(((0, 0, 0.5, 0.5), (0.5, 0, 1, 0.5), (0, 0.5, 1, 1)), 1, 3, 1, alone=2),
-    "one over row": Layout(((0, 0, 1, 0.5), (0, 0.5, 0.5, 1), (0.5, 0.5, 1, 1)), 1, 3, 1, alone=0),
-    "column then one": Layout(((0, 0, 0.5, 0.5), (0, 0.5, 0.5, 1), (0.5, 0, 1, 1)), 1, 3, 1, alone=2),
-    "one then column": Layout(((0, 0, 0.5, 1), (0.5, 0, 1, 0.5), (0.5, 0.5, 1, 1)), 1, 3, 1, alone=0),
-}
+BACKGROUNDS = {name: Background(**entry) for name, entry in TABLES["backgrounds"].items()}
+LAYOUTS = {name: Layout(**entry) for name, entry in TABLES["layouts"].items()}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,7 @@
 """Drawn scenes with captions: a data set without a download, to train and to test all stages on a laptop.
 
-* Captions name one thing by several words (circle, disc, ball) and leave most of a scene out: a text tower can learn to
-  add the terms that a caption did not choose.
-* No scene occurs twice, in training or validation, so recall by index is well defined. The first caption of an image
-  names everything in it.
+Captions name one thing by several words (circle, disc, ball) and omit most of a scene, so a text tower can learn to add
+terms. No scene occurs twice, in training or validation. The first caption of an image names everything in it.
 
     python -m datamodules.synthetic FOLDER
 
@@ -34,24 +32,19 @@ from stair.files import atomic_write, read_json, sha256, write_json, write_text
 
 TRAIN_SHARDS = 4
 _MANIFEST = "manifest.json"
-_SOURCES = ("scenes.py", "depictions.py", "synthetic.py")  # of which the drawings depend
+_SOURCES = ("scenes.yaml", "scenes.py", "depictions.py", "synthetic.py")  # of which the drawings depend
 _SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def write_scenes(folder: Path, *, train: int = 4000, val: int = 300, seed: int = 0, image_size: int = 64) -> bool:
-    """Writes the data set, unless the folder holds exactly this one already.
-
-    Validation depends on `val`, `seed` and `image_size` only, not on the size of training.
+    """Writes the data set, unless the folder holds exactly this one already, and returns whether it did.
 
     Args:
         folder: created if missing; files of an earlier data set are replaced.
-        train: training scenes, at least one a shard.
+        train: training scenes, at least one a shard. Validation does not depend on their number.
         val: validation scenes.
         seed: of everything random.
         image_size: side of the square images, in pixels.
-
-    Returns:
-        Whether anything was written.
 
     Raises:
         SettingError: if a number is too small.
@@ -85,7 +78,7 @@ def _is_complete(folder: Path, parameters: dict[str, Any]) -> bool:
 
 
 class _Sample(NamedTuple):
-    name: str  # seeds everything random about it
+    name: str  # seeds its captions and pixels
     key: str
     scene: Scene
     captions: list[str]
@@ -97,9 +90,8 @@ def _samples(split: str, count: int, seed: int, drawn: set[Scene]) -> list[_Samp
     while len(samples) < count:
         if (scene := random_scene(rng)) not in drawn:
             drawn.add(scene)
-            i = len(samples)
-            captions = caption_scene(scene, Random(f"{seed}/{split}/{i}/captions"))
-            samples.append(_Sample(f"{seed}/{split}/{i}", f"{split}-{i:06d}", scene, captions))
+            name, key = f"{seed}/{split}/{len(samples)}", f"{split}-{len(samples):06d}"
+            samples.append(_Sample(name, key, scene, caption_scene(scene, Random(f"{name}/captions"))))
     return samples
 
 
