@@ -99,7 +99,6 @@ def emoji(
         font: font files; without, all on this machine that have emoji, as fontconfig knows them.
         image_size: side of the images, in pixels.
         views: drawings of each emoji in each font; one is kept for validation.
-        settings: of the writer.
     """
     require(image_size >= 16, "image_size", image_size, "at least 16 pixels")
     require(views >= 2, "views", views, "at least 2: validation takes one")

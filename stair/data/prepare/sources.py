@@ -30,28 +30,30 @@ _SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
 class ImageFiles:
     """Reads the first file that exists of several paths in a folder. Errors are `image missing` and `path outside`."""
 
-    folder: Path = field(repr=False)  # as the user spells it, by which absolute paths may begin too
-    root: Path = field(init=False)
+    root: Path  # of the images, resolved
+    spelling: str = field(repr=False)  # of the folder in absolute paths, which may lead over links
 
-    def __post_init__(self) -> None:
-        if not self.folder.is_dir():
-            raise FileError(f"no folder {self.folder}; give the one in which the images are found", self.folder)
-        object.__setattr__(self, "root", self.folder.resolve())
+    @classmethod
+    def of(cls, folder: Path) -> "ImageFiles":
+        """The images of a folder."""
+        if not folder.is_dir():
+            raise FileError(f"no folder {folder}; give the one in which the images are found", folder)
+        return cls(folder.resolve(), os.path.abspath(folder))
 
     def __call__(self, names: tuple[str, ...]) -> bytes:
         """The bytes of an image."""
         for name in names:
             if (path := self.inside(name)).is_file():
                 return path.read_bytes()
-        raise ValueError(f"image missing: no file {printable(' or '.join(names))} in {self.folder}")
+        raise ValueError(f"image missing: no file {printable(' or '.join(names))} in {self.spelling}")
 
     def inside(self, name: str) -> Path:
         """The path of an image, which must lie in the folder: a table from elsewhere may name any file."""
-        path, spelling = Path(os.path.normpath(self.root / name)), os.path.abspath(self.folder)
-        if not path.is_relative_to(self.root) and path.is_relative_to(spelling):
-            path = self.root / path.relative_to(spelling)
+        path = Path(os.path.normpath(self.root / name))
+        if path.is_relative_to(self.spelling):
+            path = self.root / path.relative_to(self.spelling)
         if "\0" in name or not path.is_relative_to(self.root):
-            raise ValueError(f"path outside: {printable(name)!r} is not in {self.folder}")
+            raise ValueError(f"path outside: {printable(name)!r} is not in {self.spelling}")
         return path
 
 
@@ -79,7 +81,6 @@ def folder(
         image_column: of paths; known by its name if not given.
         caption_column: of captions, or lists of them; known by its name if not given.
         delimiter: of cells; a comma in .csv and .txt, a tab in .tsv, if not given.
-        settings: of the writer.
     """
     table = open_table(captions, delimiter)
     image = _column(table.columns, IMAGE_COLUMNS, image_column, "image")
@@ -96,7 +97,7 @@ def folder(
         except ValueError as error:
             skipped.append(Skipped(row.place, str(error)))
     inputs = [_input((name,), texts) for name, texts in captions_of.items() if texts]
-    write_shards(Source(str(captions), {split: inputs}, ImageFiles(images), {split: skipped}), out, **settings)
+    write_shards(Source(str(captions), {split: inputs}, ImageFiles.of(images), {split: skipped}), out, **settings)
 
 
 def _column(columns: Iterable[str], usual: list[str], given: str | None, what: str) -> str:
@@ -126,7 +127,6 @@ def karpathy(captions: Path, images: Path, out: Path, **settings: Any) -> None:
         captions: dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json.
         images: folder of the images; COCO's in train2014 and val2014 below it or all in it.
         out: folder of the shards.
-        settings: of the writer.
     """
     splits: dict[str, list[Input]] = {}
     try:
@@ -138,13 +138,10 @@ def karpathy(captions: Path, images: Path, out: Path, **settings: Any) -> None:
             texts = [sentence["raw"] for sentence in entry["sentences"]]
             splits.setdefault(split, []).append(_input(names, texts, **facts))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(
-            f"{captions} is no Karpathy split file ({type(error).__name__}: {error}); wanted dataset_coco.json, "
-            "dataset_flickr8k.json or dataset_flickr30k.json: an object with `images`, each with `filename`, `split` and "
-            "`sentences`",
-            captions,
-        ) from error
-    write_shards(Source(str(captions), splits, ImageFiles(images)), out, **settings)
+        wanted = "an object with `images`, each with `filename`, `split` and `sentences`, such as dataset_coco.json"
+        reason = f"{type(error).__name__}: {error}"
+        raise FileError(f"{captions} is no Karpathy split file ({reason}); wanted {wanted}", captions) from error
+    write_shards(Source(str(captions), splits, ImageFiles.of(images)), out, **settings)
 
 
 def classes(
@@ -158,7 +155,6 @@ def classes(
         split: shards are named SPLIT-00000.tar, ...
         names: names of the classes: JSON or lines `folder name`. Without, the folders' names.
         template: of the caption, {} is the class's name.
-        settings: of the writer.
     """
     try:
         if template.format("a") == template.format("b"):
@@ -176,7 +172,7 @@ def classes(
     ]
     for label in sorted({*range(len(folders))} - {label for _, label in files}):
         skipped.append(Skipped(printable(folders[label]), "class without images: nothing in its folder"))
-    source = Source(str(images), {split: inputs}, ImageFiles(images), {split: skipped}, classnames=called)
+    source = Source(str(images), {split: inputs}, ImageFiles.of(images), {split: skipped}, classnames=called)
     write_shards(source, out, **settings)
 
 
@@ -210,9 +206,8 @@ def datasets(
         out: folder of the shards.
         image_column: of images; known by its type if not given.
         caption_column: of captions; known by its name if not given. Without one, names of classes are the captions.
-        settings: of the writer.
     """
-    images = ImageFiles(data)
+    images = ImageFiles.of(data)
     splits = _arrow_files(images.root)
     files = [file for files_of_split in splits.values() for file in files_of_split]
     if not files:
@@ -289,4 +284,4 @@ def _saved(folder: Path) -> list[Path]:
     state = known_json(folder / "state.json")
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise FileError(f"{folder} is a selection of rows, saved unflattened: save `data.flatten_indices()`", folder)
-    return [ImageFiles(folder).inside(str(entry["filename"])) for entry in state.get("_data_files", [])]
+    return [ImageFiles.of(folder).inside(str(entry["filename"])) for entry in state.get("_data_files", [])]

@@ -103,23 +103,26 @@ def write_shards(
     splits = [split for split, inputs in source.splits.items() if inputs or source.skipped.get(split)]
     if not splits:
         raise StairError(f"{source.name} holds no input")
+    order = seed if source.shuffled else None
     with preparing(out) as state:
-        if source.classnames is not None:
-            path, stated = out / CLASSNAMES, known_json(out / CLASSNAMES)
-            if stated.get("classes", source.classnames) != source.classnames:
-                raise FileError(
-                    f"{path} lists other classes, and labels are positions in it; give another folder", path
-                )
-            write_json(path, {**stated, "classes": source.classnames})
+        _write_classnames(out / CLASSNAMES, source.classnames)
         for split in splits:
-            order = seed if source.shuffled else None
-            settings = {"seed": order, "shard_samples": shard_samples, "max_side": max_side}
             jobs, fingerprint = _jobs(source, split, out, order, shard_samples, max_side, max_pixels)
             if not _is_done(out, state, split, fingerprint):
                 known = source.skipped.get(split, [])
                 made = run(jobs, make_shard, state, fingerprint, workers, max_bad_share, known)
-                about = {"source": source.name, "fingerprint": fingerprint, "settings": settings}
-                _report(out, state, split, about, *made, len(known))
+                settings = {"seed": order, "shard_samples": shard_samples, "max_side": max_side}
+                report: Record = {"source": source.name, "fingerprint": fingerprint, "settings": settings}
+                report["inputs"] = len(source.splits[split]) + len(known)
+                _finish_split(out, state, split, report, *made)
+
+
+def _write_classnames(path: Path, classnames: list[str] | None) -> None:
+    known = known_json(path)
+    if classnames is not None:
+        if known.get("classes", classnames) != classnames:
+            raise FileError(f"{path} lists other classes, and labels are positions in it; give another folder", path)
+        write_json(path, {**known, "classes": classnames})
 
 
 def _jobs(
@@ -134,15 +137,10 @@ def _jobs(
         digest.update(repr(part).encode("utf-8", "surrogateescape"))
     shards = math.ceil(len(keyed) / shard_samples)
     cuts = [len(keyed) * i // max(shards, 1) for i in range(shards + 1)]
-    jobs = {
-        out / f"{split}-{i:05d}.tar": (keyed[start:stop], source.read, max_side, max_pixels)
-        for i, (start, stop) in enumerate(itertools.pairwise(cuts))
-    }
+    jobs = {}
+    for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        jobs[out / f"{split}-{i:05d}.tar"] = (keyed[start:stop], source.read, max_side, max_pixels)
     return jobs, digest.hexdigest()
-
-
-def _is_of_split(name: str, split: str) -> bool:
-    return re.fullmatch(rf"{re.escape(split)}-\d{{5,}}\.tar", name) is not None
 
 
 def _is_done(out: Path, state: Path, split: str, fingerprint: str) -> bool:
@@ -165,38 +163,32 @@ def _is_done(out: Path, state: Path, split: str, fingerprint: str) -> bool:
     return False
 
 
-def _report(
-    out: Path,
-    state: Path,
-    split: str,
-    about: dict[str, Any],
-    records: dict[Path, Record],
-    skipped: list[Skipped],
-    without_job: int,
+def _is_of_split(name: str, split: str) -> bool:
+    return re.fullmatch(rf"{re.escape(split)}-\d{{5,}}\.tar", name) is not None
+
+
+def _finish_split(
+    out: Path, state: Path, split: str, report: Record, records: dict[Path, Record], skipped: list[Skipped]
 ) -> None:
     """Writes report and index of a split, and prints what became of its inputs."""
-    counts = {name: sum(record[name] for record in records.values()) for name in ("inputs", "samples", "captions")}
-    counts["inputs"] += without_job
-    if not counts["samples"]:
-        raise StairError(f"{about['source']}: split {split!r} holds no input that can be used: {summary(skipped)}")
-    anew: Counter[str] = sum((Counter(record["written_anew"]) for record in records.values()), Counter())
-    causes = count_causes(skipped)
-    report = {
-        **about,
-        **counts,
-        "written_anew": anew,
-        "skipped": causes,
-        "skipped_inputs": [s.facts() for s in skipped],
-    }
+    for name in ("samples", "captions"):
+        report[name] = sum(record[name] for record in records.values())
+    if not report["samples"]:
+        raise StairError(f"{report['source']}: split {split!r} holds no input that can be used: {summary(skipped)}")
+    report["written_anew"] = anew = sum(
+        (Counter(record["written_anew"]) for record in records.values()), Counter[str]()
+    )
+    report |= {"skipped": count_causes(skipped), "skipped_inputs": [entry.facts() for entry in skipped]}
     reports = known_json(out / REPORT).get("splits", {})
     write_json(out / REPORT, {"format": 1, "splits": {**reports, split: report}})
     finish(out, state, records, lambda name: _is_of_split(name, split))
     (state / f"{split}.plan").unlink()
-    lines = [*skipped_lines(skipped), f"{out}: {split}: {counts['samples']} samples with {counts['captions']} captions"]
+    lines = [*skipped_lines(skipped), f"{out}: {split}: {report['samples']} samples with {report['captions']} captions"]
     if anew:
         lines.append(f"  images written anew: {listed(anew)}; all others are the original bytes")
-    if causes:
-        lines.append(f"  skipped {len(skipped)} of {counts['inputs']} inputs: {listed(causes)}; which ones: {REPORT}")
+    if skipped:
+        causes = f"{listed(report['skipped'])}; which ones: {REPORT}"
+        lines.append(f"  skipped {len(skipped)} of {report['inputs']} inputs: {causes}")
     print(*lines, sep="\n")
 
 
@@ -244,19 +236,16 @@ def encode(data: bytes, max_side: int, max_pixels: int) -> tuple[str, bytes, str
     `decode_image`, by which training reads it.
     """
     image, kind = decode_image(data, max_pixels), image_format(data)
+    reason = "" if kind else "of another format than JPEG, PNG, WebP"
     if max_side and max(image.size) > max_side:
         image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
         reason = f"with more than {max_side} pixels a side"
-    elif kind:
+    if not reason:
         return kind, data, ""
-    else:
-        reason = "of another format than JPEG, PNG, WebP"
     buffer = io.BytesIO()
-    if kind in ("jpg", "webp"):  # lossy already
-        image.save(buffer, "JPEG", quality=95)
-        return "jpg", buffer.getvalue(), reason
-    image.save(buffer, "PNG")
-    return "png", buffer.getvalue(), reason
+    is_lossy = kind in ("jpg", "webp")
+    image.save(buffer, "JPEG" if is_lossy else "PNG", quality=95)
+    return "jpg" if is_lossy else "png", buffer.getvalue(), reason
 
 
 # ---- records of shards, and the index
@@ -272,11 +261,7 @@ def known_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def preparing(folder: Path) -> Iterator[Path]:
-    """Locks a folder and yields that of its records.
-
-    Raises:
-        FileError: if another process writes there, or `index.json` is another tool's.
-    """
+    """Locks a folder and yields that of its records; FileError if it is in use, or `index.json` is another tool's."""
     path, index = folder / MANIFEST, None
     with suppress(OSError, ValueError, RecursionError):
         index = json.loads(path.read_bytes())
@@ -300,7 +285,7 @@ def run(
     max_bad_share: float = 0.0,
     skipped: Sequence[Skipped] = (),
 ) -> tuple[dict[Path, Record], list[Skipped]]:
-    """Makes the shards that have no current record.
+    """Makes the shards without a current record; returns all records by path, and all skipped inputs.
 
     Args:
         jobs: arguments after the path, by path of the shard.
@@ -310,9 +295,6 @@ def run(
         workers: processes; 0 is one for each core.
         max_bad_share: greatest share of skipped inputs; beyond it, StairError. The records stay.
         skipped: inputs that are skipped without a job.
-
-    Returns:
-        All records by path, and all skipped inputs.
     """
     records = {path: known_json(state / f"{path.name}.json") for path in jobs}
     missing = {path for path in jobs if records[path].get("state") != [fingerprint, _modified(path)]}
@@ -336,12 +318,11 @@ def _modified(path: Path) -> int | None:
 
 def _check_share(skipped: Sequence[Skipped], inputs: int, max_bad_share: float, state: Path) -> None:
     if len(skipped) > max_bad_share * inputs:
-        write_json(state / "skipped.json", [entry.facts() for entry in skipped])
-        raise StairError(
-            f"{len(skipped)} of {inputs} inputs cannot be used, more than max_bad_share={max_bad_share}: "
-            f"{summary(skipped)}. All of them: {state / 'skipped.json'}. Correct the source, or run again with a higher "
-            "--max_bad_share: finished shards are kept"
-        )
+        path = state / "skipped.json"
+        write_json(path, [entry.facts() for entry in skipped])
+        share = f"{len(skipped)} of {inputs} inputs cannot be used, more than max_bad_share={max_bad_share}"
+        remedy = "Correct the source, or run again with a higher --max_bad_share: finished shards are kept"
+        raise StairError(f"{share}: {summary(skipped)}. All of them: {path}. {remedy}")
 
 
 def summary(skipped: Sequence[Skipped]) -> str:
@@ -355,8 +336,9 @@ def listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda pair: -pair[1]))
 
 
-def _results(jobs: Sequence[tuple[Any, ...]], workers: int) -> Generator[Record]:
-    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+def _results(jobs: Sequence[tuple[Any, ...]], workers: int) -> Generator[Record, None, None]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers or cores, len(jobs))
     if workers < 2:
         yield from map(_record, jobs)
         return
@@ -364,9 +346,9 @@ def _results(jobs: Sequence[tuple[Any, ...]], workers: int) -> Generator[Record]
         try:
             yield from pool.map(_record, jobs)
         except BrokenProcessPool as error:
+            remedy = "run the same command again with fewer --workers: finished shards are kept"
             raise ChildProcessError(
-                "a process died, most likely because the machine ran out of memory; run the same command again with "
-                "fewer --workers: finished shards are kept"
+                f"a process died, most likely as the machine ran out of memory; {remedy}"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -378,18 +360,13 @@ def _record(job: tuple[Any, ...]) -> Record:
     return record | ({"bytes": path.stat().st_size, "sha256": sha256(path)} if path.exists() else {})
 
 
-def _end_with_parent() -> None:
-    # a process whose parent is killed would wait for ever, and hold the lock
+def _end_with_parent() -> None:  # else a process whose parent is killed would wait for ever, and hold the lock
     parent: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def index_entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """`samples`, `bytes` and `sha256` of each shard by its name, as `index.json` states; empty if there is none of ours.
-
-    Raises:
-        FileError: if it is damaged, or of another format.
-    """
+    """`samples`, `bytes` and `sha256` of each shard by its name, as `index.json` states; FileError if it is damaged."""
     return dict(read_json(folder / MANIFEST)["shards"]) if read_manifest(str(folder), LOCAL) else {}
 
 
