@@ -1,7 +1,6 @@
-"""From the bytes of a picture to the pixels a model sees: one road for evaluation, search and a user's own pictures.
+"""From the bytes of an image to the pixels of a model, the same in evaluation, search and `Stair.encode`.
 
-A model that was measured on one preprocessing and used with another is worse for no visible reason, so the evaluation
-sets and the encoder both call `eval_pixels`. H × W pixels, S the side of the square a model takes.
+H × W pixels, S the side of the square that a model takes.
 """
 
 import io
@@ -9,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit: 256 MiB of RGB
@@ -17,30 +16,18 @@ MAX_PIXELS = 89_478_485  # Pillow's own warning limit: 256 MiB of RGB
 # what the web serves; Pillow's other formats include some that start external programs
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
-_ORIENTATION = 0x0112  # EXIF: how a camera was held
-_HOLD_ORIENTATION = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where Pillow looks for it
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 
 def decode_image(
     data: bytes, max_pixels: int = MAX_PIXELS, enough: int | None = None, converted: list[str] | None = None
 ) -> Image.Image:
-    """Decodes a picture as a viewer would show it: upright, on white, eight bits a channel.
+    """Decodes an image as a viewer shows it: upright, on white, eight bits a channel.
 
     Args:
         data: the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file.
         max_pixels: largest width × height that is decoded; checked on the header, before any pixel is.
         enough: pixels that suffice for the shorter side. A JPEG is then decoded at 1/2, 1/4 or 1/8 of its size if no side
             becomes shorter than that. None for full size.
-        converted: a list to which is added what else than 8-bit grayscale or RGB the picture was: some of `CMYK`,
+        converted: a list to which is added what else than 8-bit grayscale or RGB the image was: some of `CMYK`,
             `16 bits`, `palette`, `transparency`, `animation`, `EXIF orientation`.
 
     Returns:
@@ -62,10 +49,10 @@ def decode_image(
                 if (scale := reduction(width, height, enough)) > 1:
                     # rounded down: rounded up, Pillow would decode odd sizes in full. Other formats ignore it
                     image.draft(None, (width // scale, height // scale))
-                deep = ";16" in str(image.tile)
+                is_deep = ";16" in str(image.tile)
                 image.load()
                 if converted is not None:
-                    converted += _peculiar(image, deep)
+                    converted += _conversions(image, is_deep)
                 return as_rgb(image)
     except UnidentifiedImageError as error:  # whose own words are an address in memory, another one each time
         raise ValueError(f"image undecodable: by its content no readable {', '.join(_FORMATS)}") from error
@@ -91,10 +78,10 @@ def reduction(width: int, height: int, enough: int | None) -> int:
     return next((scale for scale in (8, 4, 2) if enough and min(width, height) // scale >= enough), 1)
 
 
-def _peculiar(image: Image.Image, deep: bool) -> Iterator[str]:
+def _conversions(image: Image.Image, is_deep: bool) -> Iterator[str]:
     if image.mode == "CMYK":
         yield "CMYK"
-    if deep:
+    if is_deep:
         yield "16 bits"
     if image.mode in ("P", "PA"):
         yield "palette"
@@ -102,22 +89,23 @@ def _peculiar(image: Image.Image, deep: bool) -> Iterator[str]:
         yield "transparency"
     if image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False):
         yield "animation"
-    if _orientation(image) in _TURNS:
+    if _is_turned(image):
         yield "EXIF orientation"
 
 
-def _orientation(image: Image.Image) -> int | None:
+def _is_turned(image: Image.Image) -> bool:
     if image.format == "JPEG" and not image.info.keys() & {"exif", "xmp"}:
-        return None  # most JPEGs; asking would take as long as a tenth of decoding a small one
-    return image.getexif().get(_ORIENTATION)
+        return False  # most JPEGs; asking would take as long as a tenth of decoding a small one
+    return image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Converts a picture as a viewer would show it to 8-bit RGB: upright, 16 bits scaled, transparency laid over white.
+    """Converts an image to 8-bit RGB as a viewer shows it: upright, 16 bits scaled, transparency laid over white.
 
-    The EXIF orientation is applied and taken out, so that a picture from here comes through unchanged.
+    The EXIF orientation is applied and removed, so a second call changes nothing.
     """
-    turn = _TURNS.get(_orientation(image) or 1)
+    if _is_turned(image):
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16 bits at 255, which turns such images white
         image = Image.fromarray((np.asarray(image).clip(0, 65_535) // 257).astype(np.uint8))
@@ -125,19 +113,13 @@ def as_rgb(image: Image.Image) -> Image.Image:
         over = image.convert("RGBA")
         image = Image.new("RGBA", over.size, "white")
         image.alpha_composite(over)
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
-    if turn is None:
-        return rgb
-    upright = rgb.transpose(turn)
-    for key in _HOLD_ORIENTATION:
-        upright.info.pop(key, None)
-    return upright
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def box_pixels(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Tensor:
     """Scales a box of an image to a square, bicubic with antialiasing.
 
-    Crop and resize are one step: resizing first would blow a picture of 10,000 × 1 pixels up to gigabytes.
+    Crop and resize are one step: resizing first would enlarge an image of 10,000 × 1 pixels to gigabytes.
 
     Args:
         image: RGB.
@@ -153,7 +135,7 @@ def box_pixels(image: Image.Image, box: tuple[float, float, float, float], size:
 
 
 def eval_pixels(image: Image.Image, size: int) -> Tensor:
-    """The preprocessing of every picture outside training: short side to `size`, centre crop.
+    """The preprocessing of every image outside training: short side to `size`, centre crop.
 
     Args:
         image: RGB, any size.
