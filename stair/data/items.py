@@ -106,8 +106,7 @@ def list_items(source: str, side: Side, column: str | None = None, id_column: st
     """Lists a source.
 
     Args:
-        source: a folder of images; tars (`a.tar`, or a pattern such as `shards/*.tar`) of KEY.jpg beside KEY.json or
-            KEY.txt; a table (.csv, .tsv, .txt, .jsonl, .parquet); `-` for lines of standard input (paths, or texts).
+        source: a folder of images; tars (`a.tar`, `shards/*.tar`); a table; `-` for lines of standard input.
         side: whether its images or its texts are listed. Texts of tars are the captions.
         column: of a table: paths of images (relative to the table), in parquet also their bytes or Hugging Face's
             `{bytes, path}`; or texts. Default: `image` or `text`.
@@ -163,29 +162,26 @@ def _lines(data: bytes, side: Side) -> Iterator[Item | Skipped]:
     lines = enumerate(re.split("\r?\n", data.decode("utf-8", "surrogateescape")), 1)
     for number, (line, text) in enumerate((line, text) for line, text in lines if text.strip()):
         name = printable(text) if side == "images" else str(number)
-        yield _item(side, f"standard input:{line}", name, text, Path(text), {})
+        try:
+            yield _item(side, f"standard input:{line}", name, text, Path(text), {})
+        except ValueError as error:
+            yield Skipped(f"standard input:{line}", str(error))
 
 
 def _folder(folder: Path) -> Iterator[Item | Skipped]:
     for entry in image_files(folder):
-        if isinstance(entry, Skipped):
-            yield entry
-        else:
-            name = printable(entry.name)
-            yield Item(name, entry.path, source={"file": name})
+        name = "" if isinstance(entry, Skipped) else printable(entry.name)
+        yield entry if isinstance(entry, Skipped) else Item(name, entry.path, source={"file": name})
 
 
-def _item(side: Side, place: str, name: str, text: str, path: Path, metadata: dict[str, Any]) -> Item | Skipped:
-    """The item of a text, or of an image that the text names."""
-    try:
-        if side == "texts":
-            check_caption(text)
-            return Item(name, text=text, metadata=metadata, source={"text": text}, place=place)
-        if not os.path.isfile(path):
-            raise ValueError(f"image missing: no file {printable(str(path))}")
-        return Item(name, path, metadata=metadata, source={"file": printable(text)}, place=place)
-    except ValueError as error:
-        return Skipped(place, str(error))
+def _item(side: Side, place: str, name: str, text: str, path: Path, metadata: dict[str, Any]) -> Item:
+    """The item of a text, or of an image that the text names; ValueError if it cannot be used."""
+    if side == "texts":
+        check_caption(text)
+        return Item(name, text=text, metadata=metadata, source={"text": text}, place=place)
+    if not os.path.isfile(path):
+        raise ValueError(f"image missing: no file {printable(str(path))}")
+    return Item(name, path, metadata=metadata, source={"file": printable(text)}, place=place)
 
 
 def _table(
@@ -202,20 +198,18 @@ def _table(
         try:
             if row.problem:
                 raise ValueError(row.problem)
-            name = _id(row, id_column, number)
-            metadata = _metadata(table, row, (column, id_column))
+            name, metadata = _id(row, id_column, number), _metadata(table, row, (column, id_column))
             if in_cells:
                 source = {"file": table.path.name, "row_group": row.group, "row": row.row, "column": column}
                 yield Item(name, table.path, metadata=metadata, source=source, place=row.place)
-                continue
-            text = cell_text(row, column, "caption empty" if side == "texts" else "image unnamed")
+            else:
+                text = cell_text(row, column, "caption empty" if side == "texts" else "image unnamed")
+                text = text if side == "texts" else text.strip()
+                yield _item(side, row.place, name, text, table.path.parent / text, metadata)
         except FileError:
             raise
         except ValueError as error:
             yield Skipped(row.place, str(error))
-        else:
-            text = text if side == "texts" else text.strip()
-            yield _item(side, row.place, name, text, table.path.parent / text, metadata)
 
 
 def _check_columns(table: Table, side: Side, column: str, id_column: str | None) -> None:
@@ -228,11 +222,8 @@ def _check_columns(table: Table, side: Side, column: str, id_column: str | None)
     is_text = column not in table.bytes_columns and ("<" not in kind or kind.startswith("dictionary<"))
     if not is_text and not (side == "images" and _IMAGES.fullmatch(kind)):
         wanted = {"images": "paths of images, their bytes, or {bytes, path}", "texts": "one text a row"}[side]
-        raise SettingError(
-            f"{table.path}: column {column!r} holds {kind}; wanted {wanted}. Choose with --column, or make shards of the "
-            "folder's images and captions with `stair prepare datasets`, and embed these",
-            "column",
-        )
+        remedy = "Choose with --column, or make shards with `stair prepare datasets` and embed these"
+        raise SettingError(f"{table.path}: column {column!r} holds {kind}; wanted {wanted}. {remedy}", "column")
     if id_column in table.bytes_columns:
         kind = table.columns[id_column]
         raise SettingError(
@@ -261,11 +252,8 @@ def _metadata(table: Table, row: Row, others: tuple[str | None, ...]) -> dict[st
         except UnicodeError as error:
             raise ValueError(f"not UTF-8: column {key!r}; save the table as UTF-8") from error
         except ValueError as error:
-            raise FileError(
-                f"{table.path}, {row.place}: {key!r} is {error}; wanted a text, a finite number (integers of 64 bits), "
-                "true or false, a date, or a list of these. Leave the value empty (null) or the column out",
-                table.path,
-            ) from error
+            wanted = "a text, a finite number (integers of 64 bits), true or false, a date, or a list of these; or null"
+            raise FileError(f"{table.path}, {row.place}: {key!r} is {error}; wanted {wanted}", table.path) from error
     return metadata
 
 

@@ -114,13 +114,8 @@ def _csv_records(path: Path, delimiter: str) -> Iterator[tuple[str, list[str], s
     quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     while start < len(lines):
         first = start
-        reader = csv.reader(
-            map(lines.__getitem__, range(first, len(lines))),
-            delimiter=delimiter,
-            quoting=quoting,
-            skipinitialspace=True,
-            strict=True,
-        )
+        rest = map(lines.__getitem__, range(first, len(lines)))
+        reader = csv.reader(rest, delimiter=delimiter, quoting=quoting, skipinitialspace=True, strict=True)
         try:
             for cells in reader:
                 place, start = start + 1, first + reader.line_num
