@@ -28,7 +28,7 @@ _SIDE = re.compile(r"\b(left|right)(?:most|hand)?\b", re.IGNORECASE)
 
 _TEXTS = yaml.safe_load(Path(__file__).with_name("diagnostics.yaml").read_text(encoding="utf-8"))
 
-DiagnosticValues = tuple[str, dict[str, Any]]  # name in diagnostics.yaml, and the values of its text
+Values = tuple[str, dict[str, Any]]  # name in diagnostics.yaml, and the values of its text
 
 
 class Diagnostic(NamedTuple):
@@ -41,7 +41,7 @@ class Diagnostic(NamedTuple):
     name: str
 
 
-def diagnostics(source: str, findings: Iterable[DiagnosticValues]) -> list[Diagnostic]:
+def worded(source: str, findings: Iterable[Values]) -> list[Diagnostic]:
     """The findings of a source in words."""
     texts = [(name, {key: text.format(**values) for key, text in _TEXTS[name].items()}) for name, values in findings]
     return [Diagnostic(source=source, name=name, **text) for name, text in texts]
@@ -152,12 +152,12 @@ def diagnose(
         reasons: why no more were read, of each shard.
     """
     if not samples:
-        return diagnostics(source, [("no samples", {"count": len(reasons), "reason": reasons[0]})])
+        return worded(source, [("no samples", {"count": len(reasons), "reason": reasons[0]})])
     findings = [*_bad(samples, requirements), *_images(samples, requirements), *_captions(samples, requirements)]
-    return diagnostics(source, [(name, {"total": len(samples), **values}) for name, values in findings])
+    return worded(source, [(name, {"total": len(samples), **values}) for name, values in findings])
 
 
-def _bad(samples: Sequence[SampleFacts], requirements: Requirements) -> Iterator[DiagnosticValues]:
+def _bad(samples: Sequence[SampleFacts], requirements: Requirements) -> Iterator[Values]:
     total, causes, first = len(samples), causes_of(samples), dict[str, str]()  # the first of each cause
     for sample in samples:
         for problem in sample.problems:
@@ -177,7 +177,7 @@ def _bad(samples: Sequence[SampleFacts], requirements: Requirements) -> Iterator
         yield "many bad samples" if stops else "bad samples", {"bad": bad, "causes": listed}
 
 
-def _images(samples: Sequence[SampleFacts], requirements: Requirements) -> Iterator[DiagnosticValues]:
+def _images(samples: Sequence[SampleFacts], requirements: Requirements) -> Iterator[Values]:
     sides, size = [min(sample.size) for sample in samples if sample.size], requirements.image_size
     if not sides:
         return
@@ -191,7 +191,7 @@ def _images(samples: Sequence[SampleFacts], requirements: Requirements) -> Itera
         yield "same images", {"count": count}
 
 
-def _captions(samples: Sequence[SampleFacts], requirements: Requirements) -> Iterator[DiagnosticValues]:
+def _captions(samples: Sequence[SampleFacts], requirements: Requirements) -> Iterator[Values]:
     total, limit = len(samples), requirements.max_tokens
     if lengths := [length for sample in samples for length in sample.lengths]:
         cut, longest = float(np.mean(np.array(lengths) > limit)), float(np.percentile(lengths, 99))

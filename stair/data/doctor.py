@@ -16,17 +16,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from stair.data.diagnostics import (
-    Diagnostic,
-    DiagnosticValues,
-    Requirements,
-    SampleFacts,
-    causes_of,
-    diagnose,
-    diagnostics,
-    first_samples,
-    inspect,
-)
+from stair.data import diagnostics
+from stair.data.diagnostics import Diagnostic, Requirements, SampleFacts, Values
 from stair.data.prepare.writer import Record, finish, index_entries, known_json, preparing, run
 from stair.data.remote import LastingError, Remote, is_remote
 from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES
@@ -97,7 +88,7 @@ def doctor(
     for name, source in sources.items():
         reports[name], found = _examine(name, source, requirements, settings, samples, seconds / len(sources))
         findings += found
-    findings += diagnostics("the run", _of_run(reports, settings, ranks))
+    findings += diagnostics.worded("the run", _of_run(reports, settings, ranks))
     if json:
         print(json_format.dumps({"sources": reports, "findings": [one._asdict() for one in findings]}, indent=1))
     else:
@@ -145,15 +136,15 @@ def _examine(
     try:
         shards = inspect_shards(expand(source.shards), seconds, remote)
     except (ValueError, OSError) as error:
-        return {"shards": 0, "samples": 0}, diagnostics(name, [("unreadable spec", {"reason": error})])
+        return {"shards": 0, "samples": 0}, diagnostics.worded(name, [("unreadable spec", {"reason": error})])
     chosen = _spread(shards, _REMOTE_SHARDS if is_remote(shards[0].path) else _SHARDS)
     facts, reasons = list[SampleFacts](), list[str]()
     for shard in chosen:
-        read, reason = first_samples(shard.path, -(-samples // len(chosen)), remote)
-        facts += [inspect(sample, requirements) for sample in read]
+        read, reason = diagnostics.first_samples(shard.path, -(-samples // len(chosen)), remote)
+        facts += [diagnostics.inspect(sample, requirements) for sample in read]
         reasons.append(reason or "not a tar, or empty")
     findings = list(_of_shards(shards, bool(stated))) + [("unknown vocabulary", {})] * (not requirements.vocabulary)
-    found = [*diagnostics(name, findings), *diagnose(name, facts, requirements, reasons)]
+    found = [*diagnostics.worded(name, findings), *diagnostics.diagnose(name, facts, requirements, reasons)]
     found.sort(key=lambda one: ("stops", "warns", "notes").index(one.severity))
     return _report(shards, facts, requirements.max_tokens, stated), found
 
@@ -235,7 +226,7 @@ def _walk(shard: ShardFacts, earlier: set[int]) -> None:
     shard.walked, shard.samples = True, count
 
 
-def _of_shards(shards: list[ShardFacts], is_stated: bool) -> Iterator[DiagnosticValues]:
+def _of_shards(shards: list[ShardFacts], is_stated: bool) -> Iterator[Values]:
     counted = sum(shard.samples is not None for shard in shards)
     uncounted = sum(is_remote(shard.path) and shard.samples is None for shard in shards)
     if uncounted and not is_stated:
@@ -262,7 +253,7 @@ def _of_shards(shards: list[ShardFacts], is_stated: bool) -> Iterator[Diagnostic
         yield "estimated shards", {"count": counted, "total": len(shards)}
 
 
-def _of_run(reports: dict[str, dict[str, Any]], settings: dict[str, Any], ranks: int) -> Iterator[DiagnosticValues]:
+def _of_run(reports: dict[str, dict[str, Any]], settings: dict[str, Any], ranks: int) -> Iterator[Values]:
     samples = settings["train_samples"] or sum(report["samples"] for report in reports.values())
     shards = sum(report["shards"] for report in reports.values())
     batch, workers = settings["global_batch_size"], max(settings["workers"], 1)
@@ -283,7 +274,7 @@ def _report(
 ) -> dict[str, Any]:
     counts = [shard.samples for shard in shards if shard.samples is not None]
     known = "counted" if len(counts) == len(shards) else "estimated" if counts else "unknown"
-    causes = causes_of(samples)
+    causes = diagnostics.causes_of(samples)
     report: dict[str, Any] = {
         "shards": len(shards),
         "samples": stated or round(sum(counts) * len(shards) / max(len(counts), 1)),

@@ -34,11 +34,11 @@ _BACKGROUNDS = {  # light: black ink shows on all of them
 
 
 class Font(NamedTuple):
-    """A font at the size in pixels at which it is drawn (bitmap fonts have no other), with its checksum."""
+    """A font with its checksum."""
 
     path: Path
     name: str
-    size: int
+    size: int  # in pixels, at which it is drawn; bitmap fonts have no other
     digest: str
 
 
@@ -110,17 +110,16 @@ def emoji(
     first = {point: drawn for drawn, point in reversed(glyphs)}
     names = {point: unicodedata.name(chr(point)).lower() for point in sorted(first)}
     labels = {point: label for label, point in enumerate(names)}
-
-    def view(drawn: Font, point: int, number: int) -> Input:
-        name, code = names[point], f"U+{point:04X}"
-        captions = (name, f"{name} on {_background(drawn, point, number)[0]}")
-        fields = {"class": name, "label": labels[point], "unicode": code, "style": drawn.name}
-        return Input(f"{drawn.path}:{code}:{number}", (drawn, point, number), captions, fields)
-
-    train = [view(drawn, point, number) for drawn, point in glyphs for number in range(1, views)]
-    val = [view(first[point], point, 0) for point in names]
+    views_of = {"train": [(*glyph, number) for glyph in glyphs for number in range(1, views)]}
+    views_of["val"] = [(first[point], point, 0) for point in names]
+    splits: dict[str, list[Input]] = {split: [] for split in views_of}
+    for split, all_views in views_of.items():
+        for drawn, point, number in all_views:
+            name, code = names[point], f"U+{point:04X}"
+            captions = (name, f"{name} on {_background(drawn, point, number)[0]}")
+            fields = {"class": name, "label": labels[point], "unicode": code, "style": drawn.name}
+            splits[split].append(Input(f"{drawn.path}:{code}:{number}", (drawn, point, number), captions, fields))
     fonts = ", ".join(dict.fromkeys(drawn.name for drawn, _ in glyphs))
-    splits = {"train": train, "val": val}
     write_shards(Source(fonts, splits, Drawings(image_size), classnames=list(names.values())), out, **settings)
 
 

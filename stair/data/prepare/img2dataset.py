@@ -30,11 +30,10 @@ def cc(folder: Path, mend: bool = False, max_bad_share: float = 0.05, workers: i
         raise FileError(_command(folder), folder)
     shards = sorted(folder.glob("*.tar"))
     if not any(_stats_file(shard).is_file() for shard in shards):
-        raise FileError(
-            f"{folder} holds {len(shards)} tars and no NNNNN_stats.json: img2dataset writes both with "
-            "--output_format webdataset. Shards of other origin: `stair doctor --write_index`",
-            folder,
+        what = (
+            f"{folder} holds {len(shards)} tars and no NNNNN_stats.json, which img2dataset writes (webdataset format)"
         )
+        raise FileError(f"{what}. Shards of other origin: `stair doctor --write_index`", folder)
     with preparing(folder) as state:
         jobs = {shard: (mend,) for shard in shards}
         records, skipped = run(jobs, check_shard, state, f"cc, mend={mend}", workers, max_bad_share)
@@ -54,11 +53,9 @@ def cc(folder: Path, mend: bool = False, max_bad_share: float = 0.05, workers: i
 
 def _command(table: Path) -> str:
     with open(table, encoding="utf-8", errors="replace") as file:
-        first = file.readline().split("\t")
-    header = ""
-    if not any(cell.strip() == "url" for cell in first):
-        order = r"url\tcaption" if first[0].startswith("http") else r"caption\turl"
-        header = f"sed -i '1s/^/{order}\\n/' {table} && "
+        first = [cell.strip() for cell in file.readline().split("\t")]
+    order = r"url\tcaption" if first[0].startswith("http") else r"caption\turl"
+    header = "" if "url" in first else f"sed -i '1s/^/{order}\\n/' {table} && "
     return (
         f"{table} lists addresses of images. Fetch them first, then give the folder of the result:\n  {header}img2dataset "
         f"--url_list {table} --input_format tsv --url_col url --caption_col caption --output_format webdataset "
@@ -92,9 +89,10 @@ def check_shard(shard: Path, mend: bool) -> Record:
         skipped.append(Skipped(shard.name, f"shard unfinished: no {stats.name}, img2dataset stopped in it"))
     elif errors or len(keys) != stated:
         skipped += _missing(shard, keys, stated)
-    kept = sum(key not in bad for key in keys)
+    samples, kept = len(keys), sum(key not in bad for key in keys)
     mended = mend and bool(bad or errors) and kept > 0
     if mended:
+        samples = kept
         with atomic_write(shard) as part, part.open("wb") as file, open_tar(file) as tar:
             for sample in stream(str(shard), lambda error: None):
                 if sample["__key__"] not in bad:
@@ -102,18 +100,14 @@ def check_shard(shard: Path, mend: bool) -> Record:
         write_json(stats, {**known_json(stats), "successes": kept})
     with suppress(FileError):  # training indexes what there is of it
         index_shard(shard)
-    samples = kept if mended else len(keys)
     return {"inputs": max(len(keys), stated), "samples": samples, "mended": mended, "skipped": skipped}
 
 
 def _missing(shard: Path, keys: list[str], stated: int) -> list[Skipped]:
     """Samples that img2dataset fetched, as its files say, and that are not in the shard."""
-    table = shard.with_suffix(".parquet")
+    table, lost = shard.with_suffix(".parquet"), list(map(str, range(stated - len(keys))))
+    reason = f"{_stats_file(shard).name} counts {stated}, the tar holds {len(keys)}"
     if table.is_file():
-        rows = parquet.read_table(table, columns=["key", "status"], filters=[("status", "=", "success")])
-        lost = sorted({*rows["key"].to_pylist()} - {*keys})
-        reason = f"{table.name} lists it as fetched"
-    else:
-        lost = [str(i) for i in range(stated - len(keys))]
-        reason = f"{_stats_file(shard).name} counts {stated}, the tar holds {len(keys)}"
+        rows = parquet.read_table(table, columns=["key"], filters=[("status", "=", "success")])
+        lost, reason = sorted({*rows["key"].to_pylist()} - {*keys}), f"{table.name} lists it as fetched"
     return [Skipped(f"{shard.name}:{key}", f"sample missing: {reason}") for key in lost]

@@ -230,16 +230,15 @@ def datasets(
     in_cells = _holds_bytes(schema.field(image).type)
     read = ImageCells(images, image, stamp) if in_cells else images
     source = Source(str(data), {}, read, shuffled=False, classnames=classnames or None)
+    columns = tuple(filter(None, (caption, label, "" if in_cells else image)))
     for split, split_files in splits.items():
-        rows = _rows(images.root, split_files, tuple(filter(None, (caption, label, "" if in_cells else image))))
         inputs, skipped = source.splits.setdefault(split, []), source.skipped.setdefault(split, [])
-        for place, cell, fields, values in rows:
+        for place, cell, fields, values in _rows(images.root, split_files, columns):
             if label:
                 fields["label"] = values[label]
             if classnames:
                 if values[label] not in range(len(classnames)):
-                    reason = f"label unknown: {values[label]!r} of {len(classnames)} classes"
-                    skipped.append(Skipped(place, reason))
+                    skipped.append(Skipped(place, f"label unknown: {values[label]!r} of {len(classnames)} classes"))
                     continue
                 fields["class"] = classnames[values[label]]
             texts = texts_of(values[caption]) if caption else [fields["class"]]
@@ -252,10 +251,8 @@ def _holds_bytes(kind: Any) -> bool:
     return is_struct or types.is_binary(kind) or types.is_large_binary(kind)
 
 
-def _rows(
-    root: Path, files: list[Path], columns: tuple[str, ...]
-) -> Iterator[tuple[str, tuple[str, int, int], dict[str, Any], dict[str, Any]]]:
-    """Place, cell (file, row group, row in it), JSON fields and values of each row."""
+def _rows(root: Path, files: list[Path], columns: tuple[str, ...]) -> Iterator[tuple[str, Any, dict[str, Any], Any]]:
+    """Place, cell (file, row group, row in it), JSON fields, and values by column, of each row."""
     for file in files:
         name, number = str(file.relative_to(root)), itertools.count()
         for group in range(len(rows_of_groups(file))):
