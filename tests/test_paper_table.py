@@ -67,11 +67,53 @@ def test_every_stage_of_a_plan_has_settings_that_exist(scripts, path, tmp_path, 
         capsys.readouterr()
 
 
+SMALL = {
+    "title": "t",
+    "steps": 5,
+    "stages": {
+        "stage1": {"steps": 2, "objective.flops_text": 1, "objective.flops_image": 1},
+        "stage2": {"steps": 3, "objective.flops_text": 1},
+    },
+    "variants": {"stages": {"title": "s", "chain": ["stage1", "stage2"]}},
+}
+
+
+def read(scripts, folder, **changes):
+    (folder / "plan.yaml").write_text(yaml.safe_dump({**SMALL, **changes}))
+    return scripts[0].read_plan(folder / "plan.yaml")
+
+
 def test_a_plan_of_unequal_runs_is_refused(scripts, tmp_path):
-    plan = {"title": "t", "steps": 5, "variants": {"a": {"stages": [{"config": "clip", "steps": 4}]}}}
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
-    with pytest.raises(SystemExit, match="variant a takes 4 steps, the plan 5"):
-        scripts[0].read_plan(tmp_path / "plan.yaml")
+    with pytest.raises(SystemExit, match="variant stages takes 5 steps, the plan 6"):
+        read(scripts, tmp_path, steps=6)
+
+
+def test_a_variant_is_its_base_and_what_differs(scripts, tmp_path):
+    changes = {"base": "stages", "flops_text": 7, "flops_image": 8, "stair.x": 9, "stage2": {"optimizer.lr": 4}}
+    plan = read(scripts, tmp_path, variants={**SMALL["variants"], "other": {"title": "o", **changes}})
+    first, second = plan["variants"]["other"]["stages"]
+    objective = {"flops_text": 7, "flops_image": 8}
+    assert first == {"config": "stage1", "steps": 2, "settings": given(objective, stair={"x": 9})}
+    # stage 2 has no flops_image, and gets none; a setting that no stage has goes to all
+    assert second["settings"] == given({"flops_text": 7}, stair={"x": 9}, optimizer={"lr": 4})
+
+
+def given(objective, **others):
+    return {"model": {"init_args": {"objective": objective, **others}}}
+
+
+def test_a_plan_takes_from_its_base_what_it_does_not_say(scripts, tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**SMALL, "seeds": [3]}))
+    changes = {"base": "base.yaml", "stages": {"stage2": {"objective.flops_text": 5}}, "variants": SMALL["variants"]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(changes))
+    plan = scripts[0].read_plan(tmp_path / "plan.yaml")
+    assert plan["seeds"] == [3] and plan["variants"]["stages"]["stages"][1]["settings"] == given({"flops_text": 5})
+
+
+def test_a_setting_that_no_stage_has_needs_its_whole_name(scripts, tmp_path):
+    variants = {**SMALL["variants"], "other": {"base": "stages", "flops_imagine": 1}}
+    with pytest.raises(SystemExit, match=r"variant other: \['flops_imagine'\]"):
+        read(scripts, tmp_path, variants=variants)
 
 
 def test_the_table_means_over_seeds_and_chooses_on_validation(scripts, tmp_path):

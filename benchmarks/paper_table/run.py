@@ -2,9 +2,9 @@
 
     python benchmarks/paper_table/run.py benchmarks/paper_table/plans/emoji.yaml runs/paper_table/emoji [--jobs 2]
 
-Further words (`--trainer.accelerator gpu --data.workers 1`) go to every stage: where it runs, and not what is trained.
+Further arguments (`--trainer.accelerator gpu --data.workers 1`) go to every stage: where it runs, and not what is trained.
 
-A plan (`plans/*.yaml`) names data, seeds and variants; a variant is a chain of stages, each with the settings that differ.
+A plan (`plans/*.yaml`) names data, seeds, stages and variants; a variant is a chain of stages, or a base and what differs.
 Every stage goes through `main.py fit`, every measurement through `stair evaluate`, as anybody's would. A stage that has
 handed over is not trained again, variants that begin alike share what they have in common, a run that has been measured is
 not measured again; a failed run is reported, the others go on, and the next call tries it again. Validation chooses, test
@@ -39,8 +39,8 @@ def main(
     if unknown := sorted(set(only) - plan["variants"].keys()):
         sys.exit(f"{plan_path} has no variant {unknown}; it has {list(plan['variants'])}")
     out.mkdir(parents=True, exist_ok=True)
-    if plan.get("words") == "train":
-        _write_words(plan, out / "vocab.txt")
+    if plan.get("tokens") == "train":
+        _write_vocabulary(plan, out / "vocab.txt")
     wanted = [
         (name, seed)
         for seed in (seeds if seeds is not None else plan["seeds"])  # a whole table of one seed first
@@ -59,24 +59,74 @@ def main(
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """A plan, with `${STAIR_SHARED_DATA}` filled in (`../shared/data` if it is not set).
+    """A plan with the stages of every variant, and `${STAIR_SHARED_DATA}` filled in (`../shared/data` if it is not set).
+
+    `base: FILE` of a plan takes the keys that the plan lacks from another plan, and merges `stages` setting by setting.
 
     Raises:
-        SystemExit: if the variants do not see equally many samples: then nothing could be compared.
+        SystemExit: if a variant names no known setting, or the variants do not see equally many samples.
     """
-    data = os.environ.get("STAIR_SHARED_DATA", "../shared/data")
-    plan: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8").replace("${STAIR_SHARED_DATA}", data))
+    plan = _read(path)
     for name, variant in plan["variants"].items():
+        stages = _stages(plan, name, path)
+        variant["stages"] = [_nested(config, settings) for config, settings in stages.items()]
         steps = sum(stage["steps"] for stage in variant["stages"])
         if steps != plan["steps"]:
-            sys.exit(
-                f"{path}: variant {name} takes {steps} steps, the plan {plan['steps']}: all must see the same number"
-            )
+            sys.exit(f"{path}: variant {name} takes {steps} steps, the plan {plan['steps']}: give all the same number")
     return plan
 
 
-def _write_words(plan: dict[str, Any], path: Path) -> None:
-    """A vocabulary of the pieces that occur in training captions: a tenth of the cost of the whole one."""
+def _read(path: Path) -> dict[str, Any]:
+    data = os.environ.get("STAIR_SHARED_DATA", "../shared/data")
+    plan: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8").replace("${STAIR_SHARED_DATA}", data))
+    if "base" not in plan:
+        return plan
+    base = _read(path.parent / plan.pop("base"))
+    own = plan.get("stages", {})
+    stages = {config: settings | own.get(config, {}) for config, settings in base["stages"].items()}
+    return base | plan | {"stages": stages}
+
+
+def _stages(plan: dict[str, Any], name: str, path: Path) -> dict[str, dict[str, Any]]:
+    """Settings of a variant by stage: those of its base or of the plan's `stages`, with what the variant changes.
+
+    A setting of the variant replaces the value in each of its stages that has the setting, or in all if none has it;
+    settings under a stage's name are of that stage. The last part of a known setting's name is enough.
+    """
+    change = dict(plan["variants"][name])
+    base, chain, _, _ = (change.pop(key, None) for key in ("base", "chain", "title", "stages"))
+    stages = _stages(plan, base, path) if base else {config: plan["stages"][config] for config in chain}
+    names = {key.rsplit(".", 1)[-1]: key for settings in plan["stages"].values() for key in settings}
+
+    def full(settings: dict[str, Any]) -> dict[str, Any]:
+        if unknown := [key for key in settings if key not in names and "." not in key]:
+            sys.exit(f"{path}: variant {name}: {unknown} is no stage of it and no setting of `stages`")
+        return {names.get(key, key): value for key, value in settings.items()}
+
+    own = {config: full(change.pop(config, {})) for config in stages}
+    shared = full(change)
+    new = shared.keys() - {key for settings in stages.values() for key in settings}
+    return {
+        config: settings | {key: shared[key] for key in shared if key in settings or key in new} | own[config]
+        for config, settings in stages.items()
+    }
+
+
+def _nested(config: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """A stage for `main.py fit`: `objective.flops_text` becomes a key of `model.init_args`."""
+    stage: dict[str, Any] = {"config": config, "steps": settings["steps"]}
+    for name, value in settings.items():
+        if name != "steps":
+            *path, last = name.split(".")
+            folder = stage.setdefault("settings", {})
+            for part in path if path[0] == "transition" else ["model", "init_args", *path]:
+                folder = folder.setdefault(part, {})
+            folder[last] = value
+    return stage
+
+
+def _write_vocabulary(plan: dict[str, Any], path: Path) -> None:
+    """A vocabulary of the tokens that occur in training captions."""
     if path.is_file():
         return
     sys.path.insert(0, str(HOME))
@@ -156,7 +206,7 @@ def _train(
     for name, settings in (("plan", plan.get("settings")), ("stage", stage.get("settings"))):
         (home / f"{name}.yaml").write_text(yaml.safe_dump(settings or {}))
         command += ["--config", str(home / f"{name}.yaml")]
-    vocabulary = out / "vocab.txt" if plan.get("words") == "train" else plan["vocabulary"]
+    vocabulary = out / "vocab.txt" if plan.get("tokens") == "train" else plan["vocabulary"]
     command += ["--run", str(home), "--ckpt_path", "last", "--trainer.max_steps", steps]
     command += ["--trainer.val_check_interval", steps, "--trainer.enable_progress_bar", "false"]
     command += ["--seed_everything", str(seed), "--data.seed", str(seed), "--data.train", plan["train"]]
