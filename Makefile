@@ -13,7 +13,7 @@ endif
 # where this is set, each process compiles the sources of torch, transformers and timm anew, for 15 s and more
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-gpu check docs
+.PHONY: setup demo test test-gpu check check-github docs
 setup: $(VENV)/.installed
 
 # uv resolves and unpacks in parallel, twice as fast as pip; without it, pip does the same
@@ -40,6 +40,16 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) check-github
+
+SCHEMA := $(BIN)/check-jsonschema --quiet --builtin-schema
+check-github: setup
+	$(SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	$(SCHEMA) vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(SCHEMA) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(SCHEMA) vendor.dependabot .github/dependabot.yml
+	$(SCHEMA) vendor.citation-file-format CITATION.cff
+	$(BIN)/zizmor --offline --quiet .github
 
 # the site, in build/site: `pip install -e '.[dev,docs]'` first
 docs: setup

@@ -48,7 +48,7 @@ _FUNCTIONS: dict[str, _Word] = {
         "measure a model: retrieval, classification, words, cost", "stair.evaluate.open_set", "evaluate", "evaluate"
     ),
     "consolidate": _Word("a model of a training's checkpoint", "lightning_modules.consolidate", "consolidate", "train"),
-    "doctor": _Word("what is wrong with shards, and the setting that mends it", "stair.data.doctor", "doctor"),
+    "doctor": _Word("what is wrong with shards, and the setting that mends it", "stair.data.doctor", "doctor", "train"),
     "prepare": _Word(
         "make shards of images and captions, COCO, Flickr, Hugging Face data, ...", "stair.data.prepare", "SOURCES"
     ),

@@ -1,14 +1,19 @@
 """What is installed: a wheel of `stair/` alone, two commands, and a `--help` that does not wait for torch."""
 
+import ast
 import os
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from email.parser import Parser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 STAIR, LIGHTNING = "from stair.cli import main; main()", "from stair.cli import lightning_main; lightning_main()"
@@ -43,7 +48,7 @@ def test_the_wheel_holds_the_package_and_nothing_else_of_the_checkout(wheel: Pat
     assert packaged == {
         str(path.relative_to(ROOT))
         for path in (ROOT / "stair").rglob("*")
-        if path.suffix in (".py", ".css", ".html", ".js", ".md", ".yaml")
+        if path.suffix in (".py", ".typed", ".css", ".html", ".js", ".md", ".yaml")
     }
     assert {name.split("/")[0] for name in set(names) - packaged} == {wheel.name.rsplit("-", 3)[0] + ".dist-info"}
 
@@ -58,6 +63,55 @@ def test_using_a_model_does_not_need_the_trainer(wheel: Path):
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert any(line.startswith("torch>") for line in needed)
     assert not any(line.startswith(("lightning", "tensorboard")) for line in needed)
+
+
+#: extras that a folder or file may import from; the rest of stair/ has the requirements alone
+EXTRAS = {
+    "stair/serve": ["search"],
+    "stair/index": ["search"],
+    "stair/export": ["export"],
+    "stair/evaluate": ["evaluate", "openclip"],
+    "stair/data/prepare": ["prepare"],
+    "stair/data/doctor.py": ["train"],
+    "stair/cli.py": ["train"],
+    **{path: ["train"] for path in ("callbacks", "datamodules", "lightning_modules", "training", "main.py", "demo.py")},
+    "tests": ["dev", "export", "openclip"],
+}
+#: where the name differs and the package may not be installed; torch brings triton, and lightning-sdk is only looked for
+NAMES = {"open_clip": "open-clip-torch", "triton": "torch", "lightning_sdk": "torch"}
+
+
+def imports(folder: str) -> Iterator[tuple[str, str]]:
+    """Each file of a folder with each top-level package it imports."""
+    local = (
+        {path.stem for path in ROOT.iterdir()} | {"support"} | {path.stem for path in ROOT.glob("benchmarks/**/*.py")}
+    )
+    for path in [ROOT / folder] if folder.endswith(".py") else (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module]
+            for package in {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - local:
+                yield str(path.relative_to(ROOT)), package
+
+
+@pytest.mark.parametrize("folder", ["stair", *(name for name in EXTRAS if not name.startswith("stair"))])
+def test_every_imported_distribution_is_declared(wheel: Path, folder: str):
+    requirements = [
+        Requirement(line) for line in Parser().parsestr(members(wheel, "METADATA")).get_all("Requires-Dist")
+    ]
+
+    def declared(extra: str) -> set[str]:
+        those = [one for one in requirements if not one.marker or one.marker.evaluate({"extra": extra})]
+        nested = [declared(more) for one in those if one.name == "stair-embeddings" for more in one.extras]
+        return {canonicalize_name(one.name) for one in those}.union(*nested)
+
+    installed = packages_distributions()
+    for path, package in imports(folder):
+        extras = next((extras for start, extras in EXTRAS.items() if path.startswith(start)), [""])
+        allowed = set().union(*map(declared, extras))
+        names = [NAMES[package]] if package in NAMES else installed.get(package, [package])
+        assert {canonicalize_name(name) for name in names} & allowed, (path, package, extras)
 
 
 def test_training_without_a_checkout_is_refused_with_what_to_do(wheel: Path, tmp_path: Path):
