@@ -122,7 +122,8 @@ def members(file: BinaryIO, mode: str = "r:") -> Iterator[Member]:
     archive = None
     try:
         archive = tarfile.open(fileobj=file, mode=mode, tarinfo=_Header)  # type: ignore[call-overload] # noqa: SIM115
-        while (header := archive.next()) is not None:
+        # an offset of 0 is an empty archive, in which Python 3.10 would seek backwards
+        while archive.offset and (header := archive.next()) is not None:
             if header.sparse is not None:
                 raise BrokenTarError("a sparse member, which is not read")
             if header.isreg():
