@@ -111,7 +111,7 @@ def _panel(row: int, image_BV: Tensor, batch: Batch, vocabulary: Vocabulary, k: 
     ]
     never = set(vocabulary.never_active)
     captions = [
-        " ".join(vocabulary.words(i for i in caption[real].tolist() if i not in never)).replace(" ##", "")
+        " ".join(vocabulary.tokens_of(i for i in caption[real].tolist() if i not in never)).replace(" ##", "")
         for caption, real in zip(ids, mask, strict=True)
     ]
     return _Panel(batch["pixels"][row].permute(1, 2, 0).cpu().numpy(), captions, words)

@@ -62,7 +62,9 @@ class Optimizer:
         decayed, spared = [], []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                is_matrix = parameter.ndim > 1 and id(parameter) not in embeddings and not name.endswith(".words")
+                is_matrix = (
+                    parameter.ndim > 1 and id(parameter) not in embeddings and not name.endswith(".word_embeddings")
+                )
                 (decayed if is_matrix and not name.endswith(_SPARED) else spared).append(parameter)
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": spared, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]

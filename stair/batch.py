@@ -1,4 +1,4 @@
-"""The one form in which images and captions travel from data to model, in training and in evaluation.
+"""The batch of images and captions, in training and in evaluation.
 
 B images, C captions (C = B in training: one caption an image), T text positions, H × W pixels.
 """

@@ -1,7 +1,6 @@
-"""The dense baseline: CLIP (Radford et al. 2021) with the towers, the vocabulary and the loss of STAIR.
+"""The dense baseline: CLIP (Radford et al. 2021) with the towers, vocabulary, loss and training code of STAIR.
 
-What sparse, readable embeddings cost or gain can only be said against a dense model trained by the same code on the same
-pairs. All that differs from `Stair` is what stands at the end of a tower: one pooled vector and a projection.
+It differs from `Stair` only at the end of a tower: one pooled vector and a projection.
 
 B images, C captions, T positions, D width of a tower, V width of the embedding.
 """
@@ -19,15 +18,15 @@ from stair.vocabulary import Vocabulary
 
 @dataclass
 class ClipConfig(TowersConfig):
-    """What a dense model is made of.
+    """Settings of a dense model.
 
     Args:
-        vocabulary: a BERT `vocab.txt`, a folder with one, or a hub name; here it only cuts texts into pieces.
+        vocabulary: a BERT `vocab.txt`, a folder with one, or a hub name; here only the tokenizer of texts.
         image: the image tower.
         text: the text tower.
-        width: numbers in an embedding.
-        pooling: what becomes the embedding: the `mean` of all positions that `image.positions` chooses (of texts: of all
-            real ones), or the `class` token, [CLS] of texts.
+        width: dimensions of an embedding.
+        pooling: `mean` of all positions that `image.positions` selects (of texts: of all tokens), or `class`, the class
+            token of images and [CLS] of texts.
     """
 
     width: int = 512
@@ -37,17 +36,11 @@ class ClipConfig(TowersConfig):
 class DenseClip(TwoTowers):
     """Image and text encoders that end in one vector each, compared by cosine.
 
-    `z = P · pool(h_1 … h_T)` with a bias-free projection P (V, D) for each side.
-
-    Args:
-        config: what to build.
-
-    Attributes:
-        image_projection, text_projection: P of each side.
+    `z = P · pool(h_1 … h_T)` with a bias-free projection P (V, D) of each side: `image_projection`, `text_projection`.
 
     Raises:
         ValueError: if a tower cannot be built, does not fit the vocabulary, or has no class token to pool.
-        OSError: if published weights are neither in the cache nor to be fetched.
+        OSError: if published weights are neither in the cache nor downloadable.
     """
 
     family = "clip"
@@ -57,22 +50,17 @@ class DenseClip(TwoTowers):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__(config)
         if config.width < 1:
-            raise ValueError(f"width is {config.width}; give the numbers of an embedding, 512 as in CLIP")
+            raise ValueError(f"width is {config.width}; give the dimensions of an embedding, 512 as in CLIP")
         if config.pooling == "class":
             config.image = replace(config.image, positions="all")
         self.vocabulary = Vocabulary(config.vocabulary)
         self.image_encoder = ImageEncoder(config.image)
-        if config.pooling == "class" and not self.image_encoder.has_class_token:
+        if config.pooling == "class" and getattr(self.image_encoder.vit, "cls_token", None) is None:
             raise ValueError(f"{config.image.name!r} has no class token; give pooling 'mean'")
         self.text_encoder, _ = TextEncoder.build(config.text, len(self.vocabulary))
         self.image_projection = nn.Linear(self.image_encoder.width, config.width, bias=False)
         self.text_projection = nn.Linear(self.text_encoder.width, config.width, bias=False)
         self.log_scale = nn.Parameter(torch.zeros(1))
-
-    @property
-    def similarity(self) -> Literal["dot", "cosine"]:
-        """Cosine, as in CLIP."""
-        return "cosine"
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """Embeds images, with gradients; see `TwoTowers`."""

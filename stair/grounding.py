@@ -1,9 +1,9 @@
-"""Do words mean what they say? An image's words against its captions', a text's added words against its sisters'.
+"""Do terms mean what they say? An image's terms against its captions, a text's added terms against its other captions.
 
-Words are word pieces, as the vocabulary cuts them: no lemmas, so `dog` in an image and `dogs` in its caption agree only
-where the vocabulary writes the latter `dog ##s`. Exact over any number of ranks, like `stair.metrics`.
+Terms are tokens, without lemmatisation: `dog` of an image matches `dogs` of its caption only if the vocabulary splits the
+latter as `dog ##s`. Exact over any number of ranks, like `stair.metrics`.
 
-B images of an update, C captions of it, V words, K words shown.
+B images of an update, C captions of it, V terms, K terms of an image.
 """
 
 import torch
@@ -14,22 +14,21 @@ from stair.metrics import row_of_caption
 
 
 class Grounding(Metric):
-    """Do an image's strongest words occur in its captions?
+    """Do an image's heaviest terms occur in its captions?
 
-    grounding@k = mean over images of |top-k(image) ∩ words of its captions| / |top-k(image)|, where top-k holds the k
-    words of greatest weight, only active ones (> 0): with fewer than k active the share is of those there are, with
-    none it is 0. Ties in weight are broken arbitrarily. Images without a caption do not count.
+    grounding@k = mean over images of |top-k(image) ∩ tokens of its captions| / |top-k(image)|, where top-k holds the k
+    terms of greatest weight, only active ones (> 0); 0 without any. Images without a caption are ignored.
 
-    grounding@k_baseline is what an answer that never looks at the image gets: always the k words that occur in the
-    captions of most images of this set. With n(v) the images whose captions hold v, it is the sum of the k largest
-    n(v) over k times the number of images.
+    grounding@k_baseline is the same for an answer that ignores the image: the k tokens that occur in the captions of most
+    images of the set. With n(v) the images whose captions hold v, it is the sum of the k largest n(v) over k times the
+    number of images.
 
     Args:
         vocabulary_size: V.
-        k: words of an image that are looked at, at least 1.
+        k: from 1 to V.
 
     Raises:
-        ValueError: if k is not in 1 to V.
+        ValueError: if k is out of range.
     """
 
     full_state_update = False
@@ -42,7 +41,7 @@ class Grounding(Metric):
     def __init__(self, vocabulary_size: int, k: int = 10) -> None:
         super().__init__()
         if not 1 <= k <= vocabulary_size:
-            raise ValueError(f"k is {k}: wanted 1 to {vocabulary_size}, the size of the vocabulary")
+            raise ValueError(f"k is {k}; give 1 to {vocabulary_size}, the size of the vocabulary")
         self.k = k
         self.add_state("share", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("share_first", torch.zeros(()), dist_reduce_fx="sum")
@@ -50,24 +49,21 @@ class Grounding(Metric):
         self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, image_BV: Tensor, in_caption_CV: Tensor, image_id: Tensor, caption_image: Tensor) -> None:
-        """Adds images with the words of their captions.
+        """Adds images with the tokens of their captions.
 
         Args:
             image_BV: (B, V) image embeddings, at least 0.
-            in_caption_CV: (C, V) bool, the words of each caption (`Vocabulary.in_caption_terms`).
+            in_caption_CV: (C, V) bool, the tokens of each caption (`Vocabulary.in_caption_terms`).
             image_id: (B,) int64, -1 for padding.
-            caption_image: (C,) int64, the `image_id` of a caption's image, which must be in the same update; -1 for
-                padding.
+            caption_image: (C,) int64, the `image_id` of a caption's image, in the same update; -1 for padding.
 
         Raises:
             ValueError: if a caption's image is missing from the update or in it twice.
         """
         row_C = row_of_caption(image_id, caption_image)
-        real_C = row_C >= 0
-        held_BV = _captions_with(in_caption_CV[real_C], row_C[real_C], len(image_id))
-        captioned_B = torch.bincount(row_C[real_C], minlength=len(image_id)) > 0
-        held_BV = held_BV[captioned_B] > 0
-
+        in_caption_CV, row_C = in_caption_CV[row_C >= 0], row_C[row_C >= 0]
+        captioned_B = torch.bincount(row_C, minlength=len(image_id)) > 0
+        held_BV = _captions_with(in_caption_CV, row_C, len(image_id))[captioned_B] > 0
         top_BK = image_BV[captioned_B].topk(self.k)
         active_BK = top_BK.values > 0
         hit_BK = held_BV.gather(1, top_BK.indices) & active_BK
@@ -86,16 +82,15 @@ class Grounding(Metric):
 
 
 class Expansion(Metric):
-    """What does a text say beyond its in-caption terms, and is it true of the image?
+    """Which terms does a text activate beyond its own tokens, and are they true of the image?
 
-    A text's added words are its active terms that are not pieces of the text itself.
+    A text's added terms are its active terms that are no tokens of the text itself.
 
-    - added_terms: mean number of added words of a text;
+    - added_terms: mean number of added terms of a text;
     - added_share: their share of all active terms, over all texts together;
-    - added_confirmed: the share of added words that occur in *other* captions of the same image, over all texts whose
-      image has another caption. NaN where none has;
-    - added_confirmed_baseline: what the same words get beside another image, the mean over all images of the set: the share
-      that a model reaches whose added words do not depend on the text.
+    - added_confirmed: the share of added terms that occur in *other* captions of the same image, over all texts whose
+      image has another caption; NaN without any;
+    - added_confirmed_baseline: the same beside a random image, the mean over all images of the set.
 
     Args:
         vocabulary_size: V.
@@ -119,18 +114,7 @@ class Expansion(Metric):
             self.add_state(name, torch.zeros(vocabulary_size, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, text_CV: Tensor, in_caption_CV: Tensor, image_id: Tensor, caption_image: Tensor) -> None:
-        """Adds texts; all captions of an image come in one update.
-
-        Args:
-            text_CV: (C, V) text embeddings, at least 0.
-            in_caption_CV: (C, V) bool, the words of each caption (`Vocabulary.in_caption_terms`).
-            image_id: (B,) int64, -1 for padding.
-            caption_image: (C,) int64, the `image_id` of a caption's image, which must be in the same update; -1 for
-                padding.
-
-        Raises:
-            ValueError: if a caption's image is missing from the update or in it twice.
-        """
+        """Adds texts; all captions of an image belong to one update. Arguments and errors as in `Grounding.update`."""
         row_C = row_of_caption(image_id, caption_image)
         real_C = row_C >= 0
         row_C, own_CV, active_CV = row_C[real_C], in_caption_CV[real_C], text_CV[real_C] > 0
@@ -141,7 +125,7 @@ class Expansion(Metric):
         self.active += active_CV.sum()
         self.texts += len(row_C)
         self.tested += added_CV[has_other_C].sum()
-        # an added word is not in the text itself, so whoever holds it is another caption
+        # an added term is not in the text itself, so a caption that holds it is another one
         self.confirmed += (added_CV & (held_BV[row_C] > 0))[has_other_C].sum()
         self.added_V += added_CV[has_other_C].sum(0)
         self.held_V += (held_BV[row_C.unique()] > 0).sum(0)
@@ -149,16 +133,16 @@ class Expansion(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The figures of the class docstring; NaN without texts."""
-        by_chance = (self.added_V.double() @ self.held_V.double() / (self.tested * self.images)).float()
+        baseline = (self.added_V.double() @ self.held_V.double() / (self.tested * self.images)).float()
         return {
             "added_terms": self.added / self.texts,
             "added_share": self.added / self.active,
             "added_confirmed": self.confirmed / self.tested,
-            "added_confirmed_baseline": by_chance,
+            "added_confirmed_baseline": baseline,
         }
 
 
 def _captions_with(in_caption_CV: Tensor, row_C: Tensor, images: int) -> Tensor:
-    """(B, V) int32: how many captions of each image hold a word."""
+    """(B, V) int32: how many captions of each image hold a term."""
     count_BV = torch.zeros(images, in_caption_CV.shape[1], dtype=torch.int32, device=in_caption_CV.device)
     return count_BV.index_add_(0, row_C, in_caption_CV.int())

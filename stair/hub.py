@@ -11,7 +11,7 @@ from typing import Any
 
 from stair.files import read_json
 from stair.pages import render
-from stair.report.tables import markdown_table, measured
+from stair.report.tables import markdown_sections, markdown_table
 from stair.towers import FILES, folder_of, read_description
 
 
@@ -49,7 +49,7 @@ def model_card(
 
 def _measured(results: Mapping[str, Any]) -> list[str]:
     if {"model", "sets"} <= results.keys():
-        return measured(results)
+        return markdown_sections(results)
     if odd := [name for name, value in results.items() if not isinstance(value, (str, int, float))]:
         raise ValueError(f"results: {odd[0]!r} is no number or text; give those by name, or evaluation.json")
     return [markdown_table(["measure", "value"], list(results.items()))]

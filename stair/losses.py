@@ -4,7 +4,7 @@ Every rank computes the *whole* gradient of its own embeddings, so no gradient t
 multiply it by the number of ranks, because data-parallel training (DDP and FSDP alike) averages over ranks afterwards:
 the update equals that of one process with the whole batch (tests/test_losses.py shows it, and that other scalings fail).
 
-B pairs here, R ranks, G = R·B pairs on all ranks, V words, K of them: those that are not zero throughout the batch.
+B pairs here, R ranks, G = R·B pairs on all ranks, V terms, K of them: those that are active in the batch.
 Sums are fp32 (fp64 stays fp64), whatever the towers use.
 """
 
@@ -19,11 +19,11 @@ from stair.kernels.fused import refuse_second_derivative
 
 
 class Contrastive(NamedTuple):
-    """What `info_nce` returns.
+    """A contrastive loss.
 
     Attributes:
         loss: scalar, the mean over all pairs of all ranks; differentiable.
-        logit_std: scalar, the spread of all scaled logits, detached; above 3 at the start, training collapses.
+        logit_std: scalar, standard deviation of all scaled logits, detached; above 3 at the start, training collapses.
         pairs: G.
     """
 
@@ -37,7 +37,10 @@ class _Side:
 
     def __init__(self, own_BV: Tensor, gathered: Gathered, cosine: bool, exact: torch.dtype) -> None:
         self.own_BV, self.gathered, self.exact = own_BV, gathered, exact
-        self.columns_K = _worthwhile(gathered) if own_BV.device.type == "cpu" else None
+        self.columns_K: Tensor | None = None
+        # columns that are zero throughout add nothing; leaving them out is worth a copy if they are many
+        if own_BV.device.type == "cpu" and len(columns_K := gathered.columns()) < gathered.shape[1] // 2:
+            self.columns_K = columns_K
         self.factor_B = torch.ones(len(own_BV), dtype=exact, device=own_BV.device)
         if cosine:  # 1/length; an empty embedding stays empty
             length_B = torch.linalg.vector_norm(own_BV, dim=1, dtype=exact)
@@ -88,12 +91,6 @@ def _three_parts(value: Tensor) -> list[Tensor]:
         parts.append(value.bfloat16())
         value = value - parts[-1]
     return parts
-
-
-def _worthwhile(gathered: Gathered) -> Tensor | None:
-    """The columns that are not zero throughout, where leaving out the others is worth a copy; all others add nothing."""
-    columns_K = gathered.columns()
-    return columns_K if len(columns_K) < gathered.shape[1] // 2 else None
 
 
 class _GlobalInfoNCE(torch.autograd.Function):
@@ -193,14 +190,7 @@ def _expand(
 
 
 def info_nce(image: Tensor, text: Tensor, scale: Tensor, cosine: bool = False) -> Contrastive:
-    """Symmetric InfoNCE over the pairs of all ranks, of one form of the texts.
-
-    Args:
-        image: (B, V), this rank's images.
-        text: (B, V), this rank's texts.
-        scale: as all else, and the errors, in `info_nces`.
-        cosine: compare directions only.
-    """
+    """Symmetric InfoNCE over the pairs of all ranks, of one form of the texts; see `info_nces`."""
     return info_nces(image, (text,), scale, cosine)[0]
 
 
@@ -211,17 +201,14 @@ def info_nces(image: Tensor, texts: Sequence[Tensor], scale: Tensor, cosine: boo
     sides is a pair. With `cosine`, `l_ij = scale · image_i · text_j / (|image_i| |text_j|)`; an empty embedding has
     similarity 0 with all, and no gradient.
 
-    Under autocast the embeddings are rounded to autocast's type, on any number of ranks alike, since they travel in it; the
-    gradient is that at the rounded embeddings. Without it they are compared as they are.
+    Under autocast the embeddings are rounded to its type, on any number of ranks alike, since they travel in it. The
+    gradient is that at the rounded embeddings.
 
     Args:
         image: (B, V), this rank's images, of any floating type.
         texts: (B, V) each, this rank's texts.
         scale: (1,) or scalar, positive: the inverse temperature.
         cosine: compare directions only.
-
-    Returns:
-        One for each of `texts`.
 
     Raises:
         ValueError: if shapes differ or ranks hold different numbers of pairs.
@@ -234,11 +221,11 @@ def info_nces(image: Tensor, texts: Sequence[Tensor], scale: Tensor, cosine: boo
     wire = torch.get_autocast_dtype(device) if rounded else image.dtype
     with torch.autocast(device, enabled=False):
         images, *others = exchange(*(_fp32(each.detach()).to(wire) for each in (image, *texts)))
-        found = [
+        parts = [
             _global_info_nce(_fp32(image), _fp32(text), _fp32(scale), cosine, wire, (images, other))
             for text, other in zip(texts, others, strict=True)
         ]
-    return [Contrastive(loss, logit_std, len(image) * ranks()) for loss, logit_std in found]
+    return [Contrastive(loss, logit_std, len(image) * ranks()) for loss, logit_std in parts]
 
 
 def flops(embedding: Tensor) -> Tensor:
@@ -248,9 +235,6 @@ def flops(embedding: Tensor) -> Tensor:
 
     Args:
         embedding: (B, V), not negative.
-
-    Returns:
-        Scalar, differentiable.
     """
     with torch.autocast(embedding.device.type, enabled=False):
         own_V = _fp32(embedding).sum(0) / (len(embedding) * ranks())

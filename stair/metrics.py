@@ -1,12 +1,12 @@
-"""What is measured of a whole evaluation set: retrieval and sparsity, exact over any number of ranks.
+"""Retrieval and sparsity of a whole evaluation set, exact over any number of ranks.
 
-Averaging the recalls of ranks or batches gives another number than the recall of the set, so states are gathered or
-summed and the figure is computed once. Rows whose id is -1 are padding that evens out ranks, and count nowhere.
+The mean of recalls of ranks or batches is not the recall of the set. So states are gathered or summed, and each figure is
+computed once. Rows with id -1 are padding that evens out ranks, and are ignored.
 
-torchmetrics has retrieval metrics, not used here: they want one flat entry per (image, caption) pair in memory
-(5,000 x 25,000 for COCO, in each direction) and leave the order of ties to the sort. The tests compare with them.
+The retrieval metrics of torchmetrics are not used: they hold one entry per (image, caption) pair in memory (5,000 x 25,000
+for COCO, in each direction) and leave the order of ties to the sort. The tests compare with them.
 
-Shapes: B images of an update, C captions of it, N images in all, V words (or the width of a dense embedding).
+B images of an update, C captions of it, N images in all, V terms (or the width of a dense embedding).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -34,9 +34,9 @@ def row_of_caption(image_id_B: Tensor, caption_image_C: Tensor) -> Tensor:
     match_CB = (caption_image_C[:, None] == image_id_B[None, :]) & real_C[:, None]
     if not torch.equal(match_CB.sum(1), real_C.long()):
         raise ValueError(
-            f"the captions belong to images {sorted(set(caption_image_C.tolist()))}, the batch holds images "
-            f"{sorted(image_id_B.tolist())}: wanted each caption's image exactly once in the same batch; "
-            "mark repeated images and their captions with -1"
+            f"captions belong to images {sorted(set(caption_image_C.tolist()))}, the batch holds images "
+            f"{sorted(image_id_B.tolist())}: give each caption's image exactly once in the same batch, and mark repeated "
+            "images and their captions with -1"
         )
     return match_CB.int().argmax(1).masked_fill(~real_C, -1) if match_CB.numel() else caption_image_C.long()
 
@@ -44,8 +44,8 @@ def row_of_caption(image_id_B: Tensor, caption_image_C: Tensor) -> Tensor:
 class ImageRows(Metric):
     """Rows of images and of their captions, gathered from all ranks; an image that a sampler repeats counts once.
 
-    A subclass names its states and their types. The first two are `image_id` and `captions`, how many captions an image
-    has; states of captions follow each other in the order of the images.
+    A subclass names its states and their types. The first two are `image_id` and `captions`, the number of captions of an
+    image; states of captions are in the order of the images.
     """
 
     full_state_update = False
@@ -57,9 +57,9 @@ class ImageRows(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def _add(self, image_id: Tensor, caption_image: Tensor, images: Rows, captions: Rows) -> None:
-        """Adds the real rows of a batch: `images` and `captions` choose rows by an index, for the states in order."""
+        """Adds the real rows of a batch: `images` and `captions` select rows by an index, for the states in order."""
         row_C = row_of_caption(image_id, caption_image)
-        # captions in the order of their images; padding has sorted to the front and is cut off
+        # in the order of the images; padding sorts to the front
         order_C = row_C.argsort(stable=True)[int((row_C < 0).sum()) :]
         real_B = image_id >= 0
         captions_B = torch.bincount(row_C[order_C], minlength=len(image_id))
@@ -77,9 +77,9 @@ class ImageRows(Metric):
         return states, first_N, first_N.repeat_interleave(states[1])
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gathers the states of all ranks; a rank without rows takes part with empty ones of the right type.
+        """Gathers the states of all ranks.
 
-        torchmetrics would send an empty fp32 tensor from it, which breaks the gathering of integers.
+        From a rank without rows torchmetrics would send an empty fp32 tensor, which breaks the gathering of integers.
         """
         for name, dtype in self._STATES.items():
             if isinstance(rows := getattr(self, name), list):
@@ -95,19 +95,18 @@ class RetrievalRecall(ImageRows):
 
     rank(query) = 1 + number of competitors whose score is at least that of the query's best own row, where
 
-    - score is the dot product of the embeddings as given (hand in normalised rows for cosine), fp32;
-    - i2t: own rows are the image's captions, competitors the captions of all other images; images without a caption
-      are no queries;
+    - score is the fp32 dot product of the embeddings as given (normalise rows for cosine);
+    - i2t: own rows are the image's captions, competitors the captions of all other images; images without a caption are
+      no queries;
     - t2i: the own row is the caption's image, competitors are all other images.
 
-    Ties count against: an embedding that is all zero, or NaN, ranks last. recall@k is the share of queries with
-    rank <= k, mrr the mean of 1/rank, ndcg@10 counts all of an image's captions (`stair.ranking.rank`). An image seen
-    twice (a sampler that evens out ranks by repeating) counts once, with the captions it came with first. With no query
-    at all every figure is NaN.
+    Ties count against the model: an embedding of zeros, or with NaN, ranks last. recall@k is the share of queries with
+    rank <= k, mrr the mean of 1/rank, ndcg@10 counts all captions of an image (`stair.ranking.rank`). Without a query every
+    figure is NaN.
 
-    Embeddings are kept without their zeros, 8 bytes an active term, in CPU memory: a set of 30,000 rows takes 25 MB at
-    100 active terms but 7 GB when a run has gone dense, which must not take the GPU down. Gathering and ranking happen
-    on the metric's device, so that both gloo and nccl can gather; call `.to(device)` before the first update.
+    Embeddings are kept without their zeros in CPU memory, 8 bytes an active term: 30,000 rows take 25 MB at 100 active
+    terms, but 7 GB if a run has become dense. Gathering and ranking happen on the metric's device, so that both gloo and
+    nccl can gather. Call `.to(device)` before the first update.
 
     Args:
         ks: the k of recall@k, each at least 1.
@@ -119,7 +118,7 @@ class RetrievalRecall(ImageRows):
     higher_is_better = True
     _STATES = {  # noqa: RUF012 - torchmetrics needs plain class attributes
         "image_id": torch.int64,
-        "captions": torch.int64,  # of each image; its captions follow each other in the text states
+        "captions": torch.int64,
         "image_entries": torch.int64,
         "image_column": torch.int32,
         "image_weight": torch.float32,
@@ -131,7 +130,7 @@ class RetrievalRecall(ImageRows):
     def __init__(self, ks: Sequence[int] = (1, 5, 10)) -> None:
         super().__init__()
         if min(ks, default=0) < 1:
-            raise ValueError(f"ks is {tuple(ks)}: wanted one or more numbers of at least 1, as in (1, 5, 10)")
+            raise ValueError(f"ks is {tuple(ks)}; give numbers of at least 1, such as (1, 5, 10)")
         self.ks = tuple(ks)
         self.tied: dict[str, int] = {}
 
@@ -142,16 +141,13 @@ class RetrievalRecall(ImageRows):
             image_BV: (B, V) embeddings, any float type.
             text_CV: (C, V) embeddings.
             image_id: (B,) int64, unique in the set; -1 for padding.
-            caption_image: (C,) int64, the `image_id` of a caption's image, which must be in the same update; -1 for
-                padding.
+            caption_image: (C,) int64, the `image_id` of a caption's image, in the same update; -1 for padding.
 
         Raises:
             ValueError: if a caption's image is missing from the update or in it twice, or the widths differ.
         """
         if image_BV.shape[1] != text_CV.shape[1]:
-            raise ValueError(
-                f"image embeddings are {image_BV.shape[1]} wide, text embeddings {text_CV.shape[1]}: wanted one width"
-            )
+            raise ValueError(f"image embeddings are {image_BV.shape[1]} wide, text embeddings {text_CV.shape[1]}")
         self._add(
             image_id,
             caption_image,
@@ -163,15 +159,15 @@ class RetrievalRecall(ImageRows):
         """Ranks every image and every caption.
 
         Returns:
-            For `i2t` and `t2i`: `recall@k` for each k, `mrr` and `ndcg@10`, in 0 to 1; `median_rank`, from 1. The
-            attribute `tied` then has the number of queries whose best right answer scores as a wrong one does.
+            For `i2t` and `t2i`: `recall@k` for each k, `mrr` and `ndcg@10`, in 0 to 1; `median_rank`, from 1. The attribute
+            `tied` is set to the number of queries whose best own row ties with a competitor.
         """
         ranks = retrieval_ranks(*self.embeddings())
-        self.tied = {way: int(found.tied.sum()) for way, found in ranks.items()}
+        self.tied = {way: int(each.tied.sum()) for way, each in ranks.items()}
         return rank_figures(ranks, self.ks)
 
     def embeddings(self) -> tuple[SparseRows, SparseRows, Tensor]:
-        """Images in the order of their ids, their captions, and (C,) int64 the place of each caption's image."""
+        """Images in the order of their ids, their captions, and (C,) int64 the index of each caption's image."""
         (_, captions_N, *parts), first_N, first_C = self._first()
         # sparse products exist on CPU and CUDA only
         device = self.device if self.device.type == "cuda" else torch.device("cpu")
@@ -181,88 +177,58 @@ class RetrievalRecall(ImageRows):
 
 
 class SparsityStats(Metric):
-    """How many words are active, on which side, and how much the two sides overlap, over a whole set.
+    """How many terms are active on each side, and how much the two sides overlap, over a whole set.
 
-    With P(v) the share of rows in which word v is active (non-zero), over all rows of all ranks:
+    With P(v) the share of rows in which term v is active (non-zero), over all rows of all ranks:
 
-    - active_terms = Σ_v P(v), the mean number of active terms of a row, 0 to V; active_terms_p50 and active_terms_p95,
-      the smallest number that 50 % and 95 % of the rows do not exceed;
-    - dead_terms = words with P(v) = 0, those that can never be active included; always_on_terms = words with
-      P(v) > 0.9; max_share = max_v P(v);
-    - flops_per_pair = Σ_v P_image(v) · P_text(v), the multiplications a pair of rows costs an inverted index, and
-      the sign of co-activation: it nears V when both sides light up the same words always.
+    - active_terms = Σ_v P(v), the mean number of active terms of a row; active_terms_p50 and active_terms_p95, the smallest
+      number that 50 % and 95 % of the rows do not exceed;
+    - dead_terms: those with P(v) = 0, also if they can never be active; always_on_terms: those with P(v) > 0.9;
+      max_share = max_v P(v);
+    - flops_per_pair = Σ_v P_image(v) · P_text(v), the multiplications that a pair of rows costs an inverted index. It
+      approaches V if both sides always activate the same terms.
 
-    Repeated images are not recognised: mark padding with -1. A side without rows has NaN figures.
+    Repeated images count again: mark padding with -1. A side without rows has NaN figures.
 
     Args:
         vocabulary_size: V.
     """
 
     full_state_update = False
-    image_active_V: Tensor
-    text_active_V: Tensor
-    image_rows: Tensor
-    text_rows: Tensor
-    images: Tensor
-    texts: Tensor
+    active: Tensor  # (2, V), of images and texts
+    histogram: Tensor  # (2, V + 1): rows with 0, 1, … V active terms; gives percentiles that are exact over ranks
+    rows: Tensor  # (2, 1)
 
     def __init__(self, vocabulary_size: int) -> None:
         super().__init__()
-        for side in ("image", "text"):
-            self.add_state(f"{side}_active_V", torch.zeros(vocabulary_size, dtype=torch.int64), dist_reduce_fx="sum")
-            # how many rows have 0, 1, … V active terms: percentiles that are exact over ranks
-            self.add_state(f"{side}_rows", torch.zeros(vocabulary_size + 1, dtype=torch.int64), dist_reduce_fx="sum")
-            self.add_state(f"{side}s", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        for name, size in (("active", vocabulary_size), ("histogram", vocabulary_size + 1), ("rows", 1)):
+            self.add_state(name, torch.zeros(2, size, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(
-        self,
-        image_BV: Tensor,
-        text_CV: Tensor,
-        image_id: Tensor | None = None,
-        caption_image: Tensor | None = None,
+        self, image_BV: Tensor, text_CV: Tensor, image_id: Tensor | None = None, caption_image: Tensor | None = None
     ) -> None:
-        """Adds embeddings.
-
-        Args:
-            image_BV: (B, V).
-            text_CV: (C, V).
-            image_id: (B,) int64, -1 for padding; None: all rows are real.
-            caption_image: (C,) int64, -1 for padding; None: all rows are real.
-        """
-        active_BV = image_BV != 0 if image_id is None else image_BV[image_id >= 0] != 0
-        active_CV = text_CV != 0 if caption_image is None else text_CV[caption_image >= 0] != 0
-        self.image_active_V += active_BV.sum(0)
-        self.text_active_V += active_CV.sum(0)
-        self.image_rows += torch.bincount(active_BV.sum(1), minlength=len(self.image_rows))
-        self.text_rows += torch.bincount(active_CV.sum(1), minlength=len(self.text_rows))
-        self.images += len(active_BV)
-        self.texts += len(active_CV)
+        """Adds embeddings: (B, V), (C, V). Ids are (B,) and (C,) int64, -1 for padding; None: all rows are real."""
+        for side, (rows, ids) in enumerate(((image_BV, image_id), (text_CV, caption_image))):
+            active = rows != 0 if ids is None else rows[ids >= 0] != 0
+            self.active[side] += active.sum(0)
+            self.histogram[side] += torch.bincount(active.sum(1), minlength=self.histogram.shape[1])
+            self.rows[side] += len(active)
 
     def compute(self) -> dict[str, Tensor]:
         """The figures of the class docstring, those of a side as `image/...` and `text/...`."""
-        share_V = {"image": self.image_active_V / self.images, "text": self.text_active_V / self.texts}
-        figures = {"flops_per_pair": share_V["image"] @ share_V["text"]}
-        for side, active_V, rows, counts in (
-            ("image", self.image_active_V, self.images, self.image_rows),
-            ("text", self.text_active_V, self.texts, self.text_rows),
-        ):
+        share = self.active / self.rows
+        figures = {"flops_per_pair": share[0] @ share[1]}
+        for side, name in enumerate(("image", "text")):
+            known, reached = self.rows[side, 0] > 0, self.histogram[side].cumsum(0)
+            counts = {
+                "active_terms_p50": (reached >= 0.5 * self.rows[side]).int().argmax(),
+                "active_terms_p95": (reached >= 0.95 * self.rows[side]).int().argmax(),
+                "dead_terms": (self.active[side] == 0).sum(),
+                "always_on_terms": (share[side] > _ALWAYS_ON).sum(),
+            }
             figures |= {
-                f"{side}/active_terms": active_V.sum() / rows,
-                f"{side}/active_terms_p50": _percentile(counts, rows, 0.5),
-                f"{side}/active_terms_p95": _percentile(counts, rows, 0.95),
-                f"{side}/dead_terms": _counted(active_V == 0, rows),
-                f"{side}/always_on_terms": _counted(share_V[side] > _ALWAYS_ON, rows),
-                f"{side}/max_share": share_V[side].max(),
+                f"{name}/active_terms": self.active[side].sum() / self.rows[side, 0],
+                f"{name}/max_share": share[side].max(),
+                **{f"{name}/{key}": torch.where(known, count.float(), torch.nan) for key, count in counts.items()},
             }
         return figures
-
-
-def _counted(those_V: Tensor, rows: Tensor) -> Tensor:
-    """How many words; NaN without rows."""
-    return torch.where(rows > 0, those_V.sum().float(), torch.nan)
-
-
-def _percentile(counts: Tensor, rows: Tensor, share: float) -> Tensor:
-    """The smallest number that at least `share` of the rows do not exceed; NaN without rows."""
-    reached = counts.cumsum(0) >= share * rows
-    return torch.where(rows > 0, reached.int().argmax().float(), torch.nan)

@@ -1,4 +1,4 @@
-"""The model people load and ask: two towers, two vocabulary heads, one vocabulary.
+"""The STAIR model: two towers, two vocabulary heads, one vocabulary.
 
     model = Stair.from_pretrained("runs/demo/stage3/stair")
     image_BV = model.encode_image([picture])
@@ -6,14 +6,15 @@
     model.score(image_BV, text_BV)
     model.encode(images=folder_of_pictures.glob("*.jpg"))     # a sparse matrix, for many
 
-B images, C captions, N of either, T positions, V words.
+B images, C captions, N of either, T positions, V terms.
 """
 
 import hashlib
 import json
 import math
+import tempfile
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,10 +37,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class StairDesign(TowersConfig):
-    """What a STAIR model is made of, the same in all stages.
+    """Settings of a STAIR model, the same in all stages.
 
     Args:
-        vocabulary: a BERT `vocab.txt`, a folder with one, or a hub name; every word piece of it is a dimension.
+        vocabulary: a BERT `vocab.txt`, a folder with one, or a hub name; each token is a dimension.
         image: the image tower.
         text: the text tower.
         text_bias_start: initial bias of the text head, where no pretrained head gives one. Above 0 keeps in-caption terms
@@ -59,17 +60,13 @@ class StairDesign(TowersConfig):
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        check_settings(
-            "stair",
-            self,
-            {"in_caption_margin": 0 <= self.in_caption_margin < math.inf},
-            "finite, at least 0, in logits",
-        )
+        valid = {"in_caption_margin": 0 <= self.in_caption_margin < math.inf}
+        check_settings("stair", self, valid, "finite, at least 0, in logits")
 
 
 @dataclass
 class StairConfig(StairDesign):
-    """A STAIR model: its design, and what the stage that trained it sets.
+    """Settings of a trained STAIR model: its design, and what its stage sets.
 
     Args:
         vocabulary, image, text, text_bias_start, in_caption_margin: as in `StairDesign`.
@@ -82,21 +79,16 @@ class StairConfig(StairDesign):
 
 
 class Stair(TwoTowers):
-    """Image and text encoders that end in the words of one vocabulary (STAIR, section 2).
-
-    Args:
-        config: what to build.
+    """Image and text encoders that end in the terms of one vocabulary (STAIR, section 2).
 
     Attributes:
-        config: the same; `config.similarity` and `config.text_form` are set by the stage that trains the model.
-        vocabulary: V words.
-        image_encoder, image_head: the image side; its head has a word matrix of its own, a copy of the text side's.
+        vocabulary: V terms.
+        image_encoder, image_head: the image side; its head has its own word embeddings, a copy of the text side's.
         text_encoder, text_head: the text side; its head is tied to the tower's input embeddings.
-        log_scale: (1,), logarithm of the similarity's scale (inverse temperature). Not a scalar: FSDP2 refuses those.
 
     Raises:
         ValueError: if a tower cannot be built or does not fit the vocabulary.
-        OSError: if published weights are neither in the cache nor to be fetched.
+        OSError: if published weights are neither in the cache nor downloadable.
     """
 
     family = "stair"
@@ -114,23 +106,21 @@ class Stair(TwoTowers):
                 "its word embeddings, and their other layers from scratch",
                 stacklevel=2,
             )
-        text_embeddings: nn.Parameter = self.text_encoder.words.weight  # type: ignore[assignment]
+        embeddings: nn.Parameter = self.text_encoder.word_embeddings.weight  # type: ignore[assignment]
         never = self.vocabulary.never_active
-        self.text_head = VocabularyHead(
-            self.text_encoder.width, text_embeddings, never, masked_lm, config.text_bias_start
-        )
-        # A shared matrix would let stage 2 move the image embeddings although the image tower is frozen
-        image_embeddings = nn.Parameter(text_embeddings.detach().clone())
-        self.image_head = VocabularyHead(self.image_encoder.width, image_embeddings, never, masked_lm)
+        self.text_head = VocabularyHead(self.text_encoder.width, embeddings, never, masked_lm, config.text_bias_start)
+        # a shared matrix would let stage 2 change image embeddings although the image side is frozen
+        copied = nn.Parameter(embeddings.detach().clone())
+        self.image_head = VocabularyHead(self.image_encoder.width, copied, never, masked_lm)
         self.log_scale = nn.Parameter(torch.zeros(1))
 
+    @property
+    def similarity(self) -> Literal["dot", "cosine"]:
+        """How embeddings are compared; the stage that trains the model sets it."""
+        return self.config.similarity
+
     def forward(
-        self,
-        pixels: Tensor,
-        ids: Tensor,
-        mask: Tensor,
-        texts: Collection[str] = (),
-        negative_slope: float = 0.0,
+        self, pixels: Tensor, ids: Tensor, mask: Tensor, texts: Collection[str] = (), negative_slope: float = 0.0
     ) -> dict[str, Tensor]:
         """Encodes a batch, with gradients where parameters require them.
 
@@ -138,47 +128,43 @@ class Stair(TwoTowers):
             pixels: (B, 3, H, W), uint8 in 0 to 255.
             ids: (C, T) int64.
             mask: (C, T) bool.
-            texts: which forms of the texts to compute: `text_full` with all terms, `text_masked` with those of its caption
-                only. None of them: `text_CV`, as `encode_text` gives it.
-            negative_slope: for training, of pairs (C = B): slope below zero of an image's weights of the terms in its
-                caption.
+            texts: forms of the texts to compute: `text_full` with all terms, `text_masked` with in-caption terms only.
+                Without any: `text_CV`, as in `encode_text`.
+            negative_slope: for training on pairs (C = B): slope below zero of an image's in-caption terms.
 
         Returns:
-            `image_BV` and the texts asked for: fp32 and not negative, but for images with a slope.
+            `image_BV` and the texts asked for: fp32, not negative except for images with a slope.
         """
         if not texts:
             return super().forward(pixels, ids, mask)
-        encoded = self._texts(ids, mask, texts)
-        encoded["image_BV"] = self.embed_pixels(pixels, ids, negative_slope)  # last: see `ContrastiveModule.encode`
+        if "text_full" in texts:
+            encoded = {"text_full": self._text(ids, mask, self.config.in_caption_margin)}
+            if "text_masked" in texts:
+                encoded["text_masked"] = encoded["text_full"] * self.vocabulary.in_caption_terms(ids, mask)
+        else:
+            encoded = {"text_masked": self._text(ids, mask, math.inf)}
+        encoded["image_BV"] = self._image(pixels, ids, negative_slope)  # last: see `ContrastiveModule.encode`
         return encoded
 
-    def _texts(self, ids_CT: Tensor, mask_CT: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        if "text_full" not in wanted:
-            return {"text_masked": self._text(ids_CT, mask_CT, math.inf)}
-        full_CV = self._text(ids_CT, mask_CT, self.config.in_caption_margin)
-        if "text_masked" not in wanted:
-            return {"text_full": full_CV}
-        return {"text_full": full_CV, "text_masked": full_CV * self.vocabulary.in_caption_terms(ids_CT, mask_CT)}
-
-    @property
-    def similarity(self) -> Literal["dot", "cosine"]:
-        """How embeddings are compared; a stage sets it."""
-        return self.config.similarity
-
-    def embed_pixels(self, pixels: Tensor, caption_ids: Tensor | None = None, negative_slope: float = 0.0) -> Tensor:
-        """Computes the term weights of images, with gradients; see `TwoTowers`, and `VocabularyHead` for the slope."""
-        hidden_BTD = self.image_encoder(pixels)
-        everywhere_BT = torch.ones(hidden_BTD.shape[:2], dtype=torch.bool, device=hidden_BTD.device)
-        image_BV: Tensor = self.image_head(hidden_BTD, everywhere_BT, caption_ids, negative_slope=negative_slope)
-        return image_BV
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Computes the term weights of images, with gradients; see `TwoTowers`."""
+        return self._image(pixels)
 
     def embed_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Computes the term weights of texts, with gradients; see `TwoTowers`."""
         return self._text(ids, mask, math.inf if self.config.text_form == "masked" else self.config.in_caption_margin)
 
+    def _image(self, pixels: Tensor, caption_ids: Tensor | None = None, negative_slope: float = 0.0) -> Tensor:
+        hidden_BTD = self.image_encoder(pixels)
+        mask_BT = torch.ones(hidden_BTD.shape[:2], dtype=torch.bool, device=hidden_BTD.device)
+        in_caption = caption_ids if negative_slope > 0 else None
+        image_BV: Tensor = self.image_head(hidden_BTD, mask_BT, in_caption, negative_slope=negative_slope)
+        return image_BV
+
     def _text(self, ids_CT: Tensor, mask_CT: Tensor, margin: float) -> Tensor:
         # padding's id is never active, so it needs no mask
-        text_CV: Tensor = self.text_head(self.text_encoder(ids_CT, mask_CT), mask_CT, ids_CT, margin)
+        in_caption = ids_CT if margin > 0 else None
+        text_CV: Tensor = self.text_head(self.text_encoder(ids_CT, mask_CT), mask_CT, in_caption, margin)
         return text_CV
 
     def encode(
@@ -189,11 +175,11 @@ class Stair(TwoTowers):
         output: Literal["scipy", "torch"] = "scipy",
         batch_size: int = 64,
     ) -> Any:
-        """Weighs the words of any number of images or texts, and keeps only what is not zero.
+        """Computes sparse embeddings of any number of images or texts.
 
         Args:
-            images: pictures, or paths of files; read batch by batch.
-            texts: sentences. Give images or texts, not both.
+            images: PIL images, or paths of files; read batch by batch.
+            texts: texts. Give images or texts, not both.
             output: `scipy` for CSR, `torch` for a sparse CSR tensor.
             batch_size: how many are encoded at a time.
 
@@ -202,7 +188,7 @@ class Stair(TwoTowers):
             `encode_text`.
 
         Raises:
-            ValueError: if not one of both is given, or a picture cannot be decoded.
+            ValueError: if not exactly one of both is given, or an image cannot be decoded.
         """
         if (images is None) == (texts is None):
             raise ValueError("give images or texts, one of both")
@@ -210,37 +196,26 @@ class Stair(TwoTowers):
             raise ValueError("give a list, also for one: encode(texts=[text])")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; give a number from 1 up")
+        if output not in ("scipy", "torch"):
+            raise ValueError(f"output is {output!r}; give 'scipy' or 'torch'")
         from scipy import sparse
 
         from stair.embeddings import to_csr
 
         rows = [sparse.csr_matrix((0, len(self.vocabulary)), dtype="float32")]
-        if images is not None:
-            rows += [to_csr(self.encode_image([_opened(i) for i in few])) for few in _batches(images, batch_size)]
-        if texts is not None:
-            rows += [to_csr(self.encode_text(few)) for few in _batches(texts, batch_size)]
+        items: Iterator[Any] = map(_opened, images) if images is not None else iter(texts or ())
+        while batch := list(islice(items, batch_size)):
+            rows.append(to_csr(self.encode_text(batch) if images is None else self.encode_image(batch)))
         csr = sparse.vstack(rows, format="csr")
         if output == "scipy":
             return csr
-        if output != "torch":
-            raise ValueError(f"output is {output!r}; give 'scipy' or 'torch'")
-        start, words, weights = (torch.from_numpy(part) for part in (csr.indptr, csr.indices, csr.data))
-        return torch.sparse_csr_tensor(start, words, weights, csr.shape)
+        start, terms, weights = (torch.from_numpy(part) for part in (csr.indptr, csr.indices, csr.data))
+        return torch.sparse_csr_tensor(start, terms, weights, csr.shape)
 
     def push_to_hub(
         self, name: str, licence: str, data: str = "", results: Path | None = None, private: bool = False
     ) -> None:
-        """Uploads the model with a card to the hub; see `stair.hub.push`.
-
-        Args:
-            name: USER/MODEL on the hub.
-            licence: of the weights, such as `apache-2.0`; depends on the training data.
-            data: what it was trained on, in a sentence or two.
-            results: json file for the card: the evaluation.json of `stair evaluate`, or measures by name.
-            private: whether only you can see it, if it is made.
-        """
-        import tempfile
-
+        """Uploads the model with a card to the hub; arguments as in `stair.hub.push`."""
         from stair.hub import push
 
         with tempfile.TemporaryDirectory() as folder:
@@ -249,9 +224,9 @@ class Stair(TwoTowers):
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 of all that makes an embedding: weights, words, sizes. Two models are one if theirs agree.
+        """Sha256 of all that determines an embedding: weights, vocabulary, sizes. Equal for equal models.
 
-        Reads every weight: keep the value rather than asking for it again. Of a sharded model all ranks must ask.
+        Reads every weight, so keep the value. All ranks of a sharded model must ask.
         """
         image, text = self.config.image, self.config.text
         sizes = [
@@ -264,23 +239,17 @@ class Stair(TwoTowers):
         digest = hashlib.sha256(json.dumps([self.vocabulary.fingerprint, *sizes]).encode())
         for name, value in sorted(self.state_dict().items()):
             if name != "log_scale":  # scales scores, not embeddings
-                value = value.full_tensor() if hasattr(value, "full_tensor") else value  # a part of it under FSDP2
+                value = value.full_tensor() if hasattr(value, "full_tensor") else value  # sharded under FSDP2
                 digest.update(f"{name}{tuple(value.shape)}".encode())
                 digest.update(value.detach().cpu().float().contiguous().numpy())
         return digest.hexdigest()
 
     @property
     def space(self) -> "EmbeddingSpace":
-        """What this model's embeddings are comparable with; see `fingerprint`, also for when to ask."""
+        """What this model's embeddings are comparable with; see `fingerprint`, also for its cost."""
         from stair.embeddings import EmbeddingSpace
 
         return EmbeddingSpace(self.fingerprint, self.similarity, tuple(self.vocabulary.tokens))
-
-
-def _batches(items: Iterable[Any], size: int) -> Iterator[Sequence[Any]]:
-    rest = iter(items)
-    while few := list(islice(rest, size)):
-        yield few
 
 
 def _opened(image: Image | str | Path) -> Image:

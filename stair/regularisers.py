@@ -1,8 +1,7 @@
-"""What keeps embeddings sparse: the paper's FLOPs, with λ as given or adapted to a wanted number of active terms.
+"""Sparsity regularisers: the paper's FLOPs, with a given λ or one that is adapted to a target number of active terms.
 
-Both act on the mean weight of each term over the *global* batch, `m_v = 1/G Σ_i z_iv` over the G rows of all ranks, so λ
-means the same on any number of devices. As in `stair.losses`, gradients are multiplied by the number of ranks, because
-data-parallel training averages over ranks afterwards. Everything is fp32.
+Both act on the mean weight of each term over the *global* batch, so λ means the same on any number of devices. As in
+`stair.losses`, gradients are multiplied by the number of ranks, because data-parallel training averages over ranks.
 
 B rows here, G rows on all ranks, V terms.
 """
@@ -21,18 +20,16 @@ _MOST = math.log(1e4)  # λ stays within 1e-4 to 1e4 times its start
 class Flops(nn.Module):
     """`Σ_v m_v²` (Paria et al. 2020, and STAIR): the expected multiplications of two embeddings, were they independent.
 
-    A term that is active in few rows costs little, so it spreads the terms evenly over the vocabulary.
+    With the mean weight `m_v = 1/G Σ_i z_iv`. A term that is active in few rows costs little, so terms spread evenly over
+    the vocabulary.
     """
 
     def forward(self, rows: Tensor, rising: float = 1.0) -> Tensor:
-        """The value that λ is multiplied with, and in training one step of whatever the regulariser remembers.
+        """The value that λ is multiplied with; in training also updates the regulariser's state.
 
         Args:
             rows: (B, V), not negative.
-            rising: how much of λ acts at this step, 0 to 1 (`stair.losses.ramp`).
-
-        Returns:
-            Scalar, differentiable.
+            rising: the share of λ at this step, 0 to 1 (`stair.losses.ramp`).
         """
         return flops(rows)
 
@@ -45,12 +42,12 @@ class Flops(nn.Module):
 class TargetTerms(Flops):
     """FLOPs with λ adapted so that embeddings have `target` active terms on average.
 
-    After each step `factor ← factor · (active / target)^(rate · rising)`, active being the mean number of active terms of
-    the global batch: λ rises while there are too many and falls while there are too few. Ours, a plain integral control.
+    After each step `factor ← factor · (active / target)^(rate · rising)`, with the mean number of active terms of the
+    global batch: λ rises while there are too many. Not in the paper; a plain integral control.
 
     Args:
-        target: wanted active terms of an embedding, at least 1.
-        rate: how fast; at 0.02 and twice too many terms λ doubles in 50 steps.
+        target: active terms of an embedding, at least 1.
+        rate: at 0.02, with twice as many terms as the target, λ doubles in 50 steps.
     """
 
     log_factor: Tensor
@@ -62,7 +59,7 @@ class TargetTerms(Flops):
 
     def forward(self, rows: Tensor, rising: float = 1.0) -> Tensor:
         """See `Flops`."""
-        if self.training and rows.requires_grad:  # a frozen side does not answer to λ
+        if self.training and rows.requires_grad:  # a frozen side does not respond to λ
             active_V = total((rows.detach() > 0).sum(0).float() / (len(rows) * ranks()))
             self.log_factor.add_(self.rate * rising * (active_V.sum().clamp(min=1.0) / self.target).log())
             self.log_factor.clamp_(-_MOST, _MOST)

@@ -1,7 +1,7 @@
-"""What makes the figures of an evaluation set unfair, counted in one way for `stair evaluate` and for validation.
+"""What makes the figures of an evaluation set unfair, counted alike by `stair evaluate` and validation.
 
-A repeated image can be no hit for its captions, two classes of one name cannot be told apart, a caption that is cut says
-less than it did. Such samples are measured as they are; the protocol line states how many there are.
+A repeated image can be no hit for its captions, two classes of one name cannot be distinguished, a caption that is cut says
+less. Such samples are measured as they are; the protocol states how many there are.
 
 B images of an update, C captions of it, N images in all, T positions, L classes.
 """
@@ -40,26 +40,14 @@ _LABELS = {
 
 
 class Captions(NamedTuple):
-    """C captions as a model receives them.
-
-    Attributes:
-        content: equal for captions that the model cannot tell apart.
-        flags: (C,) int64, what is wrong with each.
-    """
+    """C captions as a model reads them: `content`, equal if the model cannot distinguish them; (C,) int64 `flags`."""
 
     content: list[bytes]
     flags: Tensor
 
 
 def token_captions(vocabulary: Vocabulary, ids: Tensor, mask: Tensor, cut: Tensor) -> Captions:
-    """Captions of a model with our tokenizer.
-
-    Args:
-        vocabulary: V tokens.
-        ids: (C, T) int64.
-        mask: (C, T) bool.
-        cut: (C,) bool, True where a caption was longer than the model takes.
-    """
+    """Captions of a model with our tokenizer: (C, T) int64, (C, T) bool; (C,) bool, True if longer than the model takes."""
     ids, mask, cut = ids.cpu(), mask.cpu(), cut.cpu()
     unknown_C = ((ids == vocabulary.unknown_id) & mask).any(1)
     flags_C = cut.long() * _CUT + unknown_C.long() * _UNKNOWN + (mask.sum(1) <= 2).long() * _EMPTY
@@ -67,35 +55,20 @@ def token_captions(vocabulary: Vocabulary, ids: Tensor, mask: Tensor, cut: Tenso
 
 
 def text_captions(texts: Sequence[str], cut: Tensor | None) -> Captions:
-    """Captions of a model with another tokenizer, whose unknown tokens are not counted.
-
-    Args:
-        texts: C strings.
-        cut: (C,) bool, True where a caption was longer than the model takes; None if that is not known.
-    """
+    """Captions of a model with another tokenizer; `cut` as in `token_captions`, None if unknown."""
     flags_C = torch.tensor([0 if text.strip() else _EMPTY for text in texts], dtype=torch.int64)
     return Captions([text.encode() for text in texts], flags_C if cut is None else flags_C + cut.long().cpu() * _CUT)
 
 
 class SetCounts(ImageRows):
-    """Counts over a whole set, exact over any number of ranks.
-
-    Repeated images have the same pixels, repeated captions the same tokens.
-    """
+    """Counts over a whole set, exact over any number of ranks. Repeated images have equal pixels."""
 
     _STATES = {  # noqa: RUF012 - torchmetrics needs plain class attributes
         name: torch.int64 for name in ("image_id", "captions", "image_hash", "caption_hash", "caption_flags")
     }
 
     def update(self, image_hash_B: Tensor, captions: Captions, image_id: Tensor, caption_image: Tensor) -> None:
-        """Adds images with their captions.
-
-        Args:
-            image_hash_B: (B,) int64, of `image_hashes`.
-            captions: of these images.
-            image_id: (B,) int64, unique in the set; -1 for padding.
-            caption_image: (C,) int64, the `image_id` of a caption's image; -1 for padding.
-        """
+        """Adds images with their captions: (B,) int64 of `image_hashes`; ids as in `RetrievalRecall.update`."""
         caption_hash_C = _hashes(captions.content)
         self._add(
             image_id.cpu(),
@@ -109,15 +82,15 @@ class SetCounts(ImageRows):
         (_, captions_N, *rows), first_N, first_C = self._first()
         caption_counts, hash_N = captions_N[first_N].tolist(), rows[0][first_N].tolist()
         hash_C, flags_C = rows[1][first_C].tolist(), rows[2][first_C]
-        texts = iter(hash_C)
-        of_image = [tuple(next(texts) for _ in range(count)) for count in caption_counts]
-        images_of_caption = Counter(text for own in of_image for text in set(own))
+        remaining = iter(hash_C)
+        captions_of = [tuple(next(remaining) for _ in range(count)) for count in caption_counts]
+        images_of = Counter(caption for captions in captions_of for caption in set(captions))
         return {
             "images": len(hash_N),
             "captions": len(hash_C),
-            "repeated_images": _repeats(hash_N),
-            "images_with_the_captions_of_another": _repeats(filter(None, of_image)),
-            "shared_captions": sum(images_of_caption[text] > 1 for text in hash_C),
+            "repeated_images": repeats(hash_N),
+            "images_with_the_captions_of_another": repeats(filter(None, captions_of)),
+            "shared_captions": sum(images_of[caption] > 1 for caption in hash_C),
             "images_without_captions": caption_counts.count(0) if hash_C else 0,
             "cut_captions": int((flags_C & _CUT > 0).sum()),
             "captions_with_unknown_tokens": int((flags_C & _UNKNOWN > 0).sum()),
@@ -126,13 +99,7 @@ class SetCounts(ImageRows):
 
 
 def class_counts(classes: Sequence[str], labels: Sequence[int], image_hash: Sequence[int]) -> dict[str, int]:
-    """What makes figures of classes unfair.
-
-    Args:
-        classes: L names.
-        labels: N places among the classes, -1 for none.
-        image_hash: N hashes of the images.
-    """
+    """What makes figures of L classes unfair; N labels, -1 for none, and N hashes of the images."""
     classes_of: dict[int, set[int]] = {}
     for label, image in zip(labels, image_hash, strict=True):
         if label >= 0:
@@ -140,30 +107,26 @@ def class_counts(classes: Sequence[str], labels: Sequence[int], image_hash: Sequ
     return {
         "images_without_class": sum(label < 0 for label in labels),
         "images_of_several_classes": sum(len(classes_of.get(image, ())) > 1 for image in image_hash),
-        "classes_sharing_a_name": _repeats(" ".join(name.lower().split()) for name in classes),
+        "classes_sharing_a_name": repeats(" ".join(name.lower().split()) for name in classes),
         "classes_without_images": len(set(range(len(classes))) - set(labels)),
     }
 
 
 def image_hashes(images: Tensor | Sequence[Image]) -> Tensor:
-    """(B,) int64 of pixels (B, 3, H, W) or of B pictures, equal for images of equal pixels."""
+    """(B,) int64 of (B, 3, H, W) pixels or of B images, equal for equal pixels."""
     if isinstance(images, Tensor):
         return _hashes([pixels.numpy().tobytes() for pixels in images.cpu()])
     return _hashes([repr(image.size).encode() + image.tobytes() for image in images])
 
 
 def sentences(counts: Mapping[str, int], ks: Sequence[int] = ()) -> list[str]:
-    """What a reader of the figures must know, for each count above 0.
-
-    Args:
-        counts: of `SetCounts`, `class_counts` or of ties.
-        ks: the K of recall@K, each of which is trivial for fewer than K + 1 images.
-    """
+    """What a reader of the figures must know: each count above 0, and each K of recall@K that is trivial."""
     trivial = [f"R@{k} is 100 % for any model" for k in ks if k >= counts["images"]]
     return [f"{label}: {counts[key]}" for key, label in _LABELS.items() if counts.get(key)] + trivial
 
 
-def _repeats(values: Iterable[object]) -> int:
+def repeats(values: Iterable[object]) -> int:
+    """How many values are equal to another one."""
     return sum(count for count in Counter(values).values() if count > 1)
 
 

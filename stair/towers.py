@@ -1,9 +1,6 @@
-"""Two towers over one vocabulary: what every model here can do, whatever its embeddings mean.
+"""Two towers over one vocabulary: encode, compare, save, load, for `stair.model.Stair` and `stair.clip.DenseClip`.
 
-Encode, compare, save, load. `stair.model.Stair` says what an embedding is made of words, `stair.clip.DenseClip` of 512
-nameless numbers; the two differ in nothing else.
-
-B images, C captions, T positions, V words (or the width of a dense embedding).
+B images, C captions, T positions, V terms (or the width of a dense embedding).
 """
 
 import json
@@ -26,13 +23,13 @@ from stair.images import as_rgb, eval_pixels
 from stair.vocabulary import Vocabulary
 
 _WEIGHTS, _CONFIG, _FORMAT = "model.safetensors", "config.json", 1
-#: what a saved model consists of
+#: the files of a saved model
 FILES = (_WEIGHTS, _CONFIG, "vocab.txt", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass
 class TowersConfig:
-    """What every model is made of.
+    """Settings of every model.
 
     Args:
         vocabulary: a BERT `vocab.txt`, a folder with one, or a hub name.
@@ -46,11 +43,7 @@ class TowersConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Reads what `asdict` wrote.
-
-        Raises:
-            ValueError: on fields we do not know.
-        """
+        """Reads the output of `asdict`; ValueError on unknown fields."""
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown fields {unknown} in a {cls.__name__}; known are {sorted(known)}")
@@ -58,13 +51,13 @@ class TowersConfig:
 
 
 class TwoTowers(nn.Module):
-    """What models of images and texts share.
+    """A model of images and texts.
 
     Attributes:
-        family: what `config.json` calls the kind of model; also the name of the folder of a run's exported model.
-        config_class: what the model is built from.
-        log_scale: (1,), logarithm of the similarity's scale (inverse temperature). Not a scalar: FSDP2 refuses those.
-        recorded: what a loaded model's files say of its training; it is saved with it again.
+        family: the kind of model in `config.json`; also the folder of a run's exported model.
+        config_class: settings of the model.
+        log_scale: (1,), logarithm of the similarity's scale (inverse temperature). No scalar: FSDP2 rejects those.
+        recorded: facts about a loaded model's training; saved with it again.
     """
 
     family: ClassVar[str]
@@ -83,15 +76,15 @@ class TwoTowers(nn.Module):
 
     @property
     def similarity(self) -> Literal["dot", "cosine"]:
-        """How embeddings are compared: `dot` of the weights, or `cosine`."""
-        raise NotImplementedError
+        """How embeddings are compared."""
+        return "cosine"
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """(B, V) fp32 embeddings of (B, 3, H, W) uint8 pixels, with gradients where parameters require them."""
         raise NotImplementedError
 
     def embed_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(C, V) fp32 embeddings of (C, T) word-piece ids, True in `mask` at real tokens, with gradients."""
+        """(C, V) fp32 embeddings of (C, T) token ids, True in `mask` at real tokens, with gradients."""
         raise NotImplementedError
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -101,77 +94,67 @@ class TwoTowers(nn.Module):
 
     @torch.no_grad()
     def encode_image(self, images: Sequence[Image] | Tensor) -> Tensor:
-        """Embeds images. Put the model in `eval()` mode first; `from_pretrained` returns it so.
+        """Embeds images. Call `eval()` first; `from_pretrained` has done so.
 
         Args:
-            images: pictures, cropped and resized as in evaluation; or (B, 3, H, W) uint8 pixels of the model's size.
+            images: PIL images, cropped and resized as in evaluation; or (B, 3, H, W) uint8 pixels of the model's size.
 
         Returns:
-            (B, V) fp32; of a `Stair` not negative, the weight of every word.
+            (B, V) fp32; of a `Stair` not negative.
 
         Raises:
-            ValueError: if there are none, pixels are of another type, or an image is no picture.
+            ValueError: if there are none, or they are of another type.
         """
         if not len(images):
             raise ValueError("no images: the list is empty")
-        if not isinstance(images, Tensor) and (odd := [image for image in images if not isinstance(image, Image)]):
-            raise ValueError(f"an image is a {type(odd[0]).__name__}; give PIL images, such as PIL.Image.open(path)")
         if isinstance(images, Tensor) and images.dtype != torch.uint8:
-            raise ValueError(f"pixels are of {images.dtype}; give uint8 of 0 to 255, or pictures")
+            raise ValueError(f"pixels are {images.dtype}; give uint8 in 0 to 255, or PIL images")
         if not isinstance(images, Tensor):
+            if wrong := [image for image in images if not isinstance(image, Image)]:
+                raise ValueError(
+                    f"an image is a {type(wrong[0]).__name__}; give PIL images, such as PIL.Image.open(path)"
+                )
             images = torch.stack([eval_pixels(as_rgb(image), self.config.image.image_size) for image in images])
         return self.embed_pixels(images.to(self.log_scale.device))
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Embeds texts. Put the model in `eval()` mode first; `from_pretrained` returns it so.
+        """Embeds texts. Call `eval()` first; `from_pretrained` has done so.
 
         Returns:
-            (C, V) fp32; of a `Stair` not negative, and after stage 1 only the in-caption terms are non-zero, as it was
-            trained.
+            (C, V) fp32; of a `Stair` not negative, and after stage 1 only in-caption terms are active.
 
         Raises:
-            ValueError: if there are none, or what is given is no list of strings.
+            ValueError: if there are none, or they are no list of strings.
         """
         if isinstance(texts, str) or not len(texts):
-            raise ValueError(
-                "give a list of texts, also for one: encode_text([text])" if texts else "no texts were given"
-            )
-        if odd := [text for text in texts if not isinstance(text, str)]:
-            raise ValueError(f"a text is {odd[0]!r}, of {type(odd[0]).__name__}; give strings")
+            raise ValueError("give a list of texts: encode_text([text])" if texts else "no texts: the list is empty")
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"a text is {wrong[0]!r}, of {type(wrong[0]).__name__}; give strings")
         ids, mask = self.vocabulary.tokenize(texts, self.config.text.max_tokens)
         return self.embed_tokens(ids.to(self.log_scale.device), mask.to(self.log_scale.device))
 
     def comparable(self, embedding: Tensor) -> Tensor:
-        """Embeddings ready for the dot product: as they are for `dot`, of length 1 for `cosine` (empty stay empty)."""
+        """Embeddings ready for the dot product: normalised for `cosine` (empty ones stay empty), unchanged for `dot`."""
         return nn.functional.normalize(embedding, dim=-1) if self.similarity == "cosine" else embedding
 
     def score(self, image: Tensor, text: Tensor) -> Tensor:
-        """Similarity of every image with every text.
-
-        Args:
-            image: (B, V).
-            text: (C, V).
-
-        Returns:
-            (B, C).
-        """
+        """(B, C) similarity of every image (B, V) with every text (C, V)."""
         return self.comparable(image) @ self.comparable(text).T
 
     @property
     def scale(self) -> Tensor:
-        """(1,) the similarity's scale; training holds it at 100 at most."""
+        """(1,) the similarity's scale, at most 100 in training."""
         return self.log_scale.exp()
 
     def save_pretrained(self, folder: str | Path, facts: dict[str, Any] | None = None) -> None:
-        """Writes the model: weights as safetensors, configuration as json, the tokenizer's files. No pickle.
+        """Writes the model: weights as safetensors, configuration as JSON, the tokenizer's files. No pickle.
 
-        A new folder appears complete or not at all. In a folder that exists, a saved model is replaced and other files
-        stay.
+        A new folder appears complete or not at all. In an existing folder, a saved model is replaced and other files stay.
 
         Args:
             folder: where to write.
-            facts: plain values about the training, kept in `config.json` under `training`; `recorded` by default.
+            facts: plain values about the training, for `training` in `config.json`; `recorded` by default.
 
         Raises:
             FileError: before anything is written, if the folder holds files of the same names that are no saved model.
@@ -189,29 +172,27 @@ class TwoTowers(nn.Module):
             (stage / _CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def portable_config(self) -> dict[str, Any]:
-        """The configuration without any name that would have to be looked up elsewhere."""
-        values = asdict(self.config)
-        values["vocabulary"] = "."
-        values["image"].update(name=self.image_encoder.architecture, pretrained=False)
-        values["image"]["options"].pop("checkpoint_path", None)
-        text = self.text_encoder.config.to_diff_dict()
-        text_options = {
-            k: v for k, v in text.items() if k not in ("model_type", "transformers_version", "architectures")
-        }
-        values["text"].update(name=self.text_encoder.config.model_type, pretrained=False, options=text_options)
-        return values
+        """The configuration without names that would have to be looked up elsewhere."""
+        values, bert = asdict(self.config), self.text_encoder.config
+        architecture = str(self.image_encoder.vit.pretrained_cfg["architecture"])
+        options = {k: v for k, v in values["image"]["options"].items() if k != "checkpoint_path"}
+        values["image"].update(name=architecture, pretrained=False, options=options)
+        skipped = ("model_type", "transformers_version", "architectures")
+        options = {k: v for k, v in bert.to_diff_dict().items() if k not in skipped}
+        values["text"].update(name=bert.model_type, pretrained=False, options=options)
+        return {**values, "vocabulary": "."}
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Self:
-        """Loads what `save_pretrained` wrote, in `eval()` mode, on the CPU.
+        """Loads a model that `save_pretrained` wrote, in `eval()` mode, on the CPU.
 
         Args:
             source: a folder, or the name of a repository on the hub.
 
         Raises:
             FileNotFoundError: if the folder lacks a file.
-            ValueError: if the files are not a model of this class in a format we know, or contradict each other.
-            FileError: if there is no such folder, and the hub gives no model of that name.
+            ValueError: if the files are no model of this class and format, or contradict each other.
+            FileError: if there is no such folder, and no model of that name on the hub.
         """
         folder = folder_of(source)
         content = read_description(folder)
@@ -225,7 +206,7 @@ class TwoTowers(nn.Module):
             raise ValueError(f"{folder / _CONFIG} describes no model: {type(error).__name__}: {error}") from error
         elsewhere = ":" in config.image.name or "checkpoint_path" in config.image.options
         if elsewhere or config.image.pretrained or config.text.pretrained:
-            raise ValueError(f"{folder / _CONFIG} wants weights from elsewhere; a saved model holds its own")
+            raise ValueError(f"{folder / _CONFIG} asks for weights from elsewhere; a saved model holds its own")
         config.vocabulary = str(folder)
         model = cls(config)
         if model.vocabulary.fingerprint != content["vocabulary_fingerprint"]:
@@ -236,22 +217,22 @@ class TwoTowers(nn.Module):
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Puts the weights of a saved model into one of the same design. Nothing in the file is executed.
+    """Loads the weights of a saved model of the same design. Nothing in the file is executed.
 
     Raises:
-        ValueError: if the file is damaged, lacks a weight or has one too many, or holds what is no finite float.
+        ValueError: if the file is damaged, has other weights than the model, or values that are no finite floats.
     """
     path = folder / _WEIGHTS
     try:
         with safe_open(str(path), "pt") as file:
-            kinds = {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 - no dict
+            types = {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 - no dict
         load_model(model, str(path), strict=True)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} does not hold this model's weights: {error}") from error
-    whole = sorted(name for name, value in model.state_dict().items() if value.is_floating_point())
-    # loading would turn whole numbers into floats without a word
-    if odd := [name for name in whole if not kinds.get(name, "F32").startswith(("F", "BF"))]:
-        raise ValueError(f"{path}: {odd[0]!r} is of type {kinds[odd[0]]}; weights are floating-point numbers")
+    floats = sorted(name for name, value in model.state_dict().items() if value.is_floating_point())
+    # loading would convert integers silently
+    if wrong := [name for name in floats if not types.get(name, "F32").startswith(("F", "BF"))]:
+        raise ValueError(f"{path}: {wrong[0]!r} is of type {types[wrong[0]]}; weights are floating-point numbers")
     if broken := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
         raise ValueError(f"{path}: {broken[0]!r} has values that are not finite; such a model cannot be used")
 
@@ -268,29 +249,29 @@ def read_description(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if the format is not ours.
+        ValueError: if the format is another one.
     """
     if missing := [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} is no saved model: {missing} missing")
     content = read_json(folder / _CONFIG)
     if content.get("format") != _FORMAT:
         raise ValueError(f"{folder / _CONFIG} has format {content.get('format')!r}; this version reads {_FORMAT}")
-    if missing := sorted({"model", "vocabulary_fingerprint", "training"} - content.keys()):
-        raise ValueError(f"{folder / _CONFIG} lacks {missing}: it was written by no version of this project")
-    return {"family": "stair", **content}
+    if missing := sorted({"family", "model", "vocabulary_fingerprint", "training"} - content.keys()):
+        raise ValueError(f"{folder / _CONFIG} lacks {missing}: no version of this project wrote it")
+    return content
 
 
 def folder_of(source: str | Path) -> Path:
-    """The folder of a saved model: the source itself, or what the hub has under that name.
+    """The folder of a saved model: the source itself, or a download from the hub.
 
     Raises:
-        FileError: if the source is a file, or neither a folder nor the name of a model that can be had from the hub.
+        FileError: if the source is a file, or neither a folder nor the name of a model on the hub.
     """
     if Path(source).is_dir():
         return Path(source)
     if Path(source).is_file():
         raise FileError(
-            f"{source} is a file; give a model's folder. `stair consolidate` makes one of a checkpoint", source
+            f"{source} is a file; give a model's folder, which `stair consolidate` makes of a checkpoint", source
         )
     with folder_or_hub_name(source):
         from huggingface_hub import snapshot_download

@@ -1,7 +1,6 @@
-"""The vocabulary: every dimension of an embedding is one word piece of it.
+"""The vocabulary: each dimension of an embedding is one token of a BERT WordPiece vocabulary.
 
-A BERT WordPiece vocabulary (30,522 pieces for bert-base-uncased). Some pieces can never be active in any embedding, in
-any stage (docs/method/paper.md): the special tokens and BERT's `[unusedN]` place holders, which name nothing.
+Some tokens are never active in any embedding: the special ones, and BERT's `[unusedN]` placeholders (docs/method/paper.md).
 """
 
 import copy
@@ -22,17 +21,17 @@ from stair.plain import one_line
 
 _UNUSED = re.compile(r"\[unused\d+\]")
 _FILE, _TOKENIZER, _SETTINGS = "vocab.txt", "tokenizer.json", "tokenizer_config.json"
-_MAX_BYTES = 64 << 20  # of a json file; that of 120,000 pieces has 3 MB
-# what tokenizer_config.json calls it, what tokenizer.json does, and what neither of them says
+_MAX_BYTES = 64 << 20  # of a JSON file; that of 120,000 tokens has 3 MB
+# name in tokenizer_config.json: name in tokenizer.json, default
 _NORMALISER = {
     "do_lower_case": ("lowercase", True),
-    "strip_accents": ("strip_accents", None),  # if lower-casing
+    "strip_accents": ("strip_accents", None),  # None: if lower-casing
     "tokenize_chinese_chars": ("handle_chinese_chars", True),
 }
 
 
-def refuse_halves(texts: Iterable[str]) -> None:
-    """Refuses what no tokeniser takes: halves of characters, as json and command lines can hold them.
+def check_surrogates(texts: Iterable[str]) -> None:
+    """Rejects lone surrogates, which JSON and command lines can contain and no tokenizer takes.
 
     Raises:
         ValueError: naming the text.
@@ -41,82 +40,73 @@ def refuse_halves(texts: Iterable[str]) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{one_line(text[:80])!r} holds half of a character: give text that utf-8 can write"
-            ) from error
+            raise ValueError(f"{one_line(text[:80])!r} holds half of a character; give text in valid UTF-8") from error
 
 
 class Vocabulary:
-    """WordPiece tokeniser plus what the embedding space needs to know of its words.
+    """WordPiece tokenizer, and what the embedding space needs to know of its tokens. Immutable, so thread-safe.
 
-    Nothing in it changes after construction, so any number of threads can use one.
-
-    V is the vocabulary size, B captions, T token positions.
+    V is the vocabulary size, B captions, T positions.
 
     Args:
         source: a `vocab.txt`, which is lower-casing; a folder that holds one or a `tokenizer.json`, whose tokenizer files
-            say whether it is; or the name of a model on the hub.
+            state whether it is; or the name of a model on the hub.
 
     Attributes:
-        tokens: V strings, `tokens[v]` is the piece of dimension v; pieces that continue a word begin with `##`.
-        pad_id: id of the padding token.
-        never_active: sorted ids of the pieces that are excluded from every embedding.
-        fingerprint: sha256 of the pieces in order, and of how texts are normalised where they are not lower-cased; two
-            models are comparable only if theirs agree.
+        tokens: V strings, `tokens[v]` is the token of dimension v; tokens that continue a word begin with `##`.
+        pad_id, unknown_id: ids of [PAD] and [UNK].
+        never_active: sorted ids of the tokens that are excluded from every embedding.
+        fingerprint: sha256 of the tokens in order, and of the normalisation unless it is lower-casing; two models are
+            comparable only if theirs agree.
 
     Raises:
         ValueError: if the source is no WordPiece vocabulary with the special tokens of BERT, or its tokenizer files are
-            damaged or say what no BERT tokenizer does.
-        OSError: if there is no such file, or a hub name can neither be found in the cache nor fetched.
+            damaged or describe no BERT tokenizer.
+        OSError: if there is no such file, or a hub name is neither in the cache nor downloadable.
     """
 
     def __init__(self, source: str | Path) -> None:
-        from transformers import BertTokenizer  # a second, which reading processes need not wait
+        from transformers import BertTokenizer  # takes a second, and data workers do not need it
 
         path = Path(source)
         if path.is_dir():
-            self._tokenizer = _of_folder(path)
+            self._tokenizer = _from_folder(path)
         elif path.is_file():
-            # `vocab_file=` is silently ignored by transformers 5 and gives a vocabulary of 5 words
+            # transformers 5 silently ignores `vocab_file=`
             self._tokenizer = BertTokenizer(vocab=str(path))
         elif not path.exists() and (path.is_absolute() or path.suffix == ".txt"):
             raise FileNotFoundError(f"{source} does not exist; give a BERT vocab.txt, a folder with one, or a hub name")
         else:
             with folder_or_hub_name(source):
                 self._tokenizer = BertTokenizer.from_pretrained(str(source), trust_remote_code=False)
-        # without added tokens: the tokeniser adds special ones that a file lacks
-        by_token: dict[str, int] = self._tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+        self._backend = self._tokenizer.backend_tokenizer
+        # without added tokens: the tokenizer adds special ones that a file lacks
+        by_token: dict[str, int] = self._backend.get_vocab(with_added_tokens=False)
         self.tokens: list[str] = sorted(by_token, key=by_token.__getitem__)
         missing = [t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if t not in by_token]
         dense = list(range(len(self.tokens))) == sorted(by_token.values())
         if missing or not dense or len(self.tokens) < 8:
             raise ValueError(
-                f"{source} is no WordPiece vocabulary: {len(self.tokens)} pieces, missing {missing or 'none'}, "
-                f"ids {'dense' if dense else 'with holes'}; give a BERT vocab.txt, a folder with one, or a "
-                "hub name (which needs the network once, or HF_HUB_CACHE with a copy)"
+                f"{source} is no WordPiece vocabulary: {len(self.tokens)} tokens, missing {missing or 'none'}, "
+                f"ids {'dense' if dense else 'with holes'}; give a BERT vocab.txt, a folder with one, or a hub name"
             )
-        # length is a matter of each call: set here, it would be shared by all threads
-        self._backend = self._tokenizer.backend_tokenizer
+        # `pad` cuts and pads: here, all threads would share the length
         self._backend.no_padding()
         self._backend.no_truncation()
-        self.pad_id: int = by_token["[PAD]"]
-        self.unknown_id: int = by_token["[UNK]"]
+        self.pad_id, self.unknown_id = by_token["[PAD]"], by_token["[UNK]"]
         special = set(self._tokenizer.all_special_ids)
-        self.never_active: list[int] = [
-            i for i, token in enumerate(self.tokens) if i in special or _UNUSED.fullmatch(token)
-        ]
-        facts = "\n".join(self.tokens)
-        normaliser = self._tokenizer.backend_tokenizer.normalizer
-        if not normaliser.lowercase:  # of the others it is what it was before there were any such
+        self.never_active = [i for i, token in enumerate(self.tokens) if i in special or _UNUSED.fullmatch(token)]
+        content, normaliser = "\n".join(self.tokens), self._backend.normalizer
+        if not normaliser.lowercase:
             strip, chinese = bool(normaliser.strip_accents), normaliser.handle_chinese_chars
-            facts += f"\0cased, strip_accents={strip}, handle_chinese_chars={chinese}"
-        self.fingerprint: str = hashlib.sha256(facts.encode()).hexdigest()
+            content += f"\0cased, strip_accents={strip}, handle_chinese_chars={chinese}"
+        self.fingerprint: str = hashlib.sha256(content.encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def tokenize(self, captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-        """Turns captions into ids, cut at `max_tokens`, padded to the longest of them.
+        """Token ids of captions, cut at `max_tokens`, padded to the longest of them.
 
         Args:
             captions: B strings.
@@ -126,22 +116,18 @@ class Vocabulary:
             `ids_BT` int64 and `mask_BT` bool (True at real tokens, [CLS] and [SEP] included).
 
         Raises:
-            ValueError: if a caption holds half of a character, or there is no room for a token.
+            ValueError: if a caption holds half of a character, or `max_tokens` is below 2.
         """
         return self.pad(self.encode(captions), max_tokens)
 
     def encode(self, captions: Sequence[str]) -> list[list[int]]:
-        """The ids of each caption at full length, [CLS] and [SEP] included.
-
-        Raises:
-            ValueError: if a caption holds half of a character.
-        """
-        refuse_halves(captions)
-        # the fast tokenizer itself: what wraps it takes longer than it does
+        """The ids of each caption at full length, [CLS] and [SEP] included; ValueError as in `tokenize`."""
+        check_surrogates(captions)
+        # the fast tokenizer itself: its wrapper takes longer than it does
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(captions))]
 
     def pad(self, encoded: Sequence[list[int]], max_tokens: int) -> tuple[Tensor, Tensor]:
-        """Cuts and pads what `encode` gave; see `tokenize`."""
+        """Cuts and pads the output of `encode`; see `tokenize`."""
         if max_tokens < 2:
             raise SettingError(f"max_tokens is {max_tokens}; give 2 or more: [CLS] and [SEP] take two", "max_tokens")
         cut = [ids if len(ids) <= max_tokens else [*ids[: max_tokens - 1], ids[-1]] for ids in encoded]
@@ -151,39 +137,31 @@ class Vocabulary:
         ids_BT[mask_BT] = torch.tensor([i for ids in cut for i in ids], dtype=torch.int64)
         return ids_BT, mask_BT
 
-    def pieces(self, text: str) -> list[int]:
-        """Ids of a text's word pieces without special tokens, in order, those never active left out.
-
-        Raises:
-            ValueError: if the text holds half of a character.
-        """
-        refuse_halves([text])
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+    def token_ids(self, text: str) -> list[int]:
+        """Ids of a text's tokens in order, without those that are never active; ValueError as in `tokenize`."""
+        check_surrogates([text])
         never = set(self.never_active)
-        return [i for i in ids if i not in never]
+        return [i for i in self._backend.encode(text, add_special_tokens=False).ids if i not in never]
+
+    def tokens_of(self, ids: Iterable[int]) -> list[str]:
+        """The tokens with these ids."""
+        return [self.tokens[i] for i in ids]
 
     def in_caption_terms(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The stage-1 mask: which dimensions are words of the caption itself.
+        """The mask of stage 1: (B, V) bool, True where a token occurs in the caption and can be active.
 
         Args:
             ids: (B, T) int64.
             mask: (B, T) bool.
-
-        Returns:
-            (B, V) bool, True where the piece occurs in the caption and can be active.
         """
         own_BV = torch.zeros(ids.shape[0], len(self), dtype=torch.bool, device=ids.device)
-        # padding is written too, and cleared with the never-active pieces
+        # padding is written too, and cleared with the never-active tokens
         own_BV.scatter_(1, ids.masked_fill(~mask, self.pad_id), True)
         own_BV[:, self.never_active] = False
         return own_BV
 
-    def words(self, ids: Iterable[int]) -> list[str]:
-        """The pieces with these ids."""
-        return [self.tokens[i] for i in ids]
-
     def for_reading(self) -> "Vocabulary":
-        """A copy that cannot be saved: a process that only makes ids does not import transformers for it."""
+        """A copy without `save`: a process that only tokenizes does not import transformers for it."""
         reader = copy.copy(self)
         del reader._tokenizer
         return reader
@@ -194,11 +172,11 @@ class Vocabulary:
         self._tokenizer.save_pretrained(str(folder))
 
 
-def _of_folder(folder: Path) -> Any:
-    """The tokenizer that a folder's files describe, as transformers would build it.
+def _from_folder(folder: Path) -> Any:
+    """The tokenizer of a folder's files, as transformers would build it.
 
-    Only plain values are taken from the files, and `vocab.txt` counts for the pieces: transformers would also open other
-    files that they name.
+    Only plain values are read, and `vocab.txt` has precedence for the tokens: transformers would also open other files that
+    these name.
     """
     from transformers import BertTokenizer
 
@@ -207,56 +185,50 @@ def _of_folder(folder: Path) -> Any:
         raise FileNotFoundError(f"{folder} has neither {_FILE} nor {_TOKENIZER}; give a folder with one of them")
     normaliser = _normaliser(folder, described, settings)
     try:
-        listed = {token["content"]: token for token in described.get("added_tokens", [])}
         special = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
         special = [token["content"] if isinstance(token, dict) else token for token in special]
         if (folder / _FILE).is_file():
-            pieces = WordPiece.read_file(str(folder / _FILE))
+            vocab = WordPiece.read_file(str(folder / _FILE))
         else:
-            pieces = {**described["model"]["vocab"]}  # the name of a file would be opened
-            refuse_halves(pieces)
-        # tokens that are never cut; beyond the vocabulary they would be no dimension
-        added = {pieces[content]: _added(token) for content, token in listed.items() if content in pieces}
-        return BertTokenizer(
-            vocab=pieces,
-            added_tokens_decoder=added,
-            extra_special_tokens=[token for token in special if token in pieces],
-            **normaliser,
-        )
+            vocab = {**described["model"]["vocab"]}  # a string would be opened as a file
+            check_surrogates(vocab)
+        added = {  # tokens that are never split; beyond the vocabulary they would have no dimension
+            vocab[token["content"]]: AddedToken(**{key: value for key, value in token.items() if key != "id"})
+            for token in described.get("added_tokens", [])
+            if token["content"] in vocab
+        }
+        special = [token for token in special if token in vocab]
+        return BertTokenizer(vocab=vocab, added_tokens_decoder=added, extra_special_tokens=special, **normaliser)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{folder / _TOKENIZER}, or {_SETTINGS} beside it, describes no BERT tokenizer ({type(error).__name__}: "
-            f"{one_line(str(error))[:200]}); save the tokenizer anew"
+            f"{one_line(str(error))[:200]}); save the tokenizer again"
         ) from error
 
 
-def _added(token: dict[str, Any]) -> AddedToken:
-    return AddedToken(**{key: value for key, value in token.items() if key != "id"})
-
-
 def _normaliser(folder: Path, described: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """How texts are normalised: what the settings say, as for transformers, else what `tokenizer.json` says."""
-    said = described.get("normalizer")
-    said = said if isinstance(said, dict) else {"type": said}
-    kind = said.get("type")
-    if described and kind != "BertNormalizer" and "do_lower_case" not in settings:
+    """The normalisation of texts: that of the settings, as in transformers, else of `tokenizer.json`."""
+    stated = described.get("normalizer")
+    stated = stated if isinstance(stated, dict) else {"type": stated}
+    is_bert = stated.get("type") == "BertNormalizer"
+    if described and not is_bert and "do_lower_case" not in settings:
         raise ValueError(
-            f"{folder / _TOKENIZER} has the normalizer {one_line(str(kind))[:80]}, wanted BertNormalizer: say in "
-            f"{_SETTINGS} what BERT's is to do (do_lower_case, strip_accents)"
+            f"{folder / _TOKENIZER} has the normalizer {one_line(str(stated.get('type')))[:80]}; use BertNormalizer, or "
+            f"set do_lower_case and strip_accents in {_SETTINGS}"
         )
     values = {}
-    for name, (theirs, otherwise) in _NORMALISER.items():
-        value = settings.get(name, said.get(theirs, otherwise) if kind == "BertNormalizer" else otherwise)
+    for name, (in_tokenizer, default) in _NORMALISER.items():
+        value = settings.get(name, stated.get(in_tokenizer, default) if is_bert else default)
         if not isinstance(value, bool) and (value, name) != (None, "strip_accents"):
             raise ValueError(
-                f"{folder}: {name} is {one_line(repr(value))[:80]} in {_SETTINGS} or {_TOKENIZER}; wanted true or false"
+                f"{folder}: {name} is {one_line(repr(value))[:80]} in {_SETTINGS} or {_TOKENIZER}; give true or false"
             )
         values[name] = value
     return values
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What a json file says; nothing if there is none."""
+    """The content of a JSON file; empty without one."""
     if not path.is_file():
         return {}
     if path.stat().st_size > _MAX_BYTES:

@@ -245,7 +245,7 @@ def test_panels_show_the_same_images_at_every_validation(run):
     assert len(lines) == 2 + 6
     assert lines[2].startswith("| a red ball<br>small dogs |")
     top = module.encode(make_batch(module.stair.vocabulary, 0))["image_BV"][0].topk(3)
-    for word, weight in zip(module.stair.vocabulary.words(top.indices.tolist()), top.values, strict=True):
+    for word, weight in zip(module.stair.vocabulary.tokens_of(top.indices.tolist()), top.values, strict=True):
         assert word.strip("#[]") in lines[2] and f"{weight:.2f}" in lines[2]
 
 

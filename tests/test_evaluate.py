@@ -16,7 +16,7 @@ from stair.evaluate import EvaluatedModel, EvaluationSet, Sample, evaluate, open
 from stair.evaluate.classify import class_rows, linear_probe, zero_shot
 from stair.evaluate.open_set import open_set
 from stair.evaluate.prune import cost, curve, index_bytes
-from stair.evaluate.vocabulary_probe import right_words, vocabulary_probe, word_rows
+from stair.evaluate.vocabulary_probe import correct_terms, term_rows, vocabulary_probe
 from stair.ranking import SparseRows
 from stair.report.tables import tables
 from tests.conftest import tiny_config, write_vocabulary
@@ -112,7 +112,7 @@ def test_a_dense_model_takes_the_same_road(models, shards):
     # what is held of it: 12 images of 12 numbers
     assert scenes["cost"]["index_bytes"] == 12 * 12 * 4
     assert result["sets"]["pets"]["vocabulary_probe"]["class"]["images"] == 6
-    assert {table.title for table in tables(result)} == {"Retrieval", "Classification", "Vocabulary test", "Cost"}
+    assert {table.title for table in tables(result)} == {"Retrieval", "Classification", "Vocabulary probe", "Cost"}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_dense_model_takes_the_same_road(models, shards):
         (["{models}/stair", "{sets}/pets", "--classnames", "{sets}/no.json"], r"no\.json: no such file"),
         (["{models}/stair", "{sets}/pets", "--classnames", "{sets}/pets/test-00000.tar"], "holds no names"),
         (["{models}/stair", "{sets}/pets", "--output", "{sets}/pets/classnames.json"], "File exists"),
-        (["{models}/stair", "{sets}/pets", "--vocabulary", "{sets}/scenes/vocab.txt"], "words of its own"),
+        (["{models}/stair", "{sets}/pets", "--vocabulary", "{sets}/scenes/vocab.txt"], "--vocabulary"),
         (["open_clip:ViT-B-32", "{sets}/pets"], "ARCHITECTURE:CHECKPOINT"),
         (["sentence_transformers:{models}", "{sets}/pets"], "modules.json is missing"),
     ],
@@ -270,7 +270,7 @@ def test_a_probe_that_cannot_be_learned_costs_no_other_figure(models):
         ),
     ]
     said = []
-    result, _ = evaluate(open_model(str(models / "stair")), sets, say=said.append)
+    result, _ = evaluate(open_model(str(models / "stair")), sets, progress=said.append)
     assert "linear_probe" not in result["sets"]["one class"] and "zero_shot" in result["sets"]["one class"]
     assert any("no linear probe of one class" in line for line in said)
     assert result["sets"]["some"]["linear_probe"]["images"] == {"train": 2, "val": 2, "test": 2}
@@ -314,8 +314,8 @@ def test_the_probe_learns_on_train_and_chooses_on_val():
     assert linear_probe(*wrong, 8)["top1"] == 0
 
 
-def test_right_words_are_whole_and_name_something(vocabulary):
-    words = vocabulary.words(right_words(vocabulary, ["A small dog runs.", "two dogs, the sea of zzz"]))
+def test_correct_terms_are_whole_and_name_something(vocabulary):
+    words = vocabulary.tokens_of(correct_terms(vocabulary, ["A small dog runs.", "two dogs, the sea of zzz"]))
     # `dogs` is cut into dog ##s; a, the, of, two say nothing
     assert sorted(words) == ["dog", "runs", "sea", "small"]
 
@@ -350,7 +350,7 @@ def test_the_vocabulary_test_says_what_naming_the_commonest_words_would_get():
 
 def test_the_vocabulary_test_of_a_dense_model_embeds_every_whole_word(models, vocabulary):
     evaluated = open_model(str(models / "clip"))
-    rows, ids = word_rows(evaluated)
+    rows, ids = term_rows(evaluated)
     assert not [v for v in ids.tolist() if vocabulary.tokens[v].startswith(("##", "["))]
     dog = vocabulary.tokens.index("dog")
     image = evaluated.encoder.encode_text(["dog"])
@@ -473,7 +473,7 @@ def test_sentence_transformers_models_are_opened_as_what_they_are(monkeypatch, t
         evaluated = open_model(f"sentence_transformers:{tmp_path / family}")
         assert type(evaluated.encoder.model).__name__ == family
         assert evaluated.kind == {"SparseEncoder": "sparse"}.get(family, "dense")
-        assert evaluated.words is None
+        assert evaluated.terms is None
         assert evaluated.encoder.similarity == "dot" and "9 tokens" in evaluated.truncation
         assert evaluated.encoder.encode_image([picture("red")]).tolist() == [[0, 0, 3]]
     # its dimensions have names where its tokenizer has the words that are given, in their order
@@ -481,7 +481,7 @@ def test_sentence_transformers_models_are_opened_as_what_they_are(monkeypatch, t
     for tokens, named in ((vocabulary.tokens, True), (vocabulary.tokens[::-1], False)):
         table = {token: i for i, token in enumerate(tokens)}
         monkeypatch.setattr(SentenceDouble, "tokenizer", SimpleNamespace(get_vocab=table.copy), raising=False)
-        assert (open_model(source, str(vocab_file)).words is not None) == named
+        assert (open_model(source, str(vocab_file)).terms is not None) == named
     monkeypatch.setattr(SentenceDouble, "similarity_fn_name", "euclidean")
     with pytest.raises(ValueError, match="only cosine and dot"):
         open_model(f"sentence_transformers:{tmp_path / 'SparseEncoder'}")

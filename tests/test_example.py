@@ -54,7 +54,7 @@ def test_the_head_and_its_gradients_equal_the_plain_head(margin: float):
     got_BV = head(hidden_BTD, mask_BT, ids_BT, margin)
     torch.testing.assert_close(got_BV[:, 1:], want_BV[:, 1:], atol=1e-5, rtol=1e-5)
     want = torch.autograd.grad((want_BV * cotangent_BV).sum(), [oracle.dense.weight, oracle.E, oracle.b])
-    got = torch.autograd.grad((got_BV * cotangent_BV).sum(), [head.dense.weight, head.words, head.bias])
+    got = torch.autograd.grad((got_BV * cotangent_BV).sum(), [head.dense.weight, head.word_embeddings, head.bias])
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 

@@ -9,13 +9,13 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from stair.exchange import _GAPS, Gathered, _message, _places, _steps, exchange
+from stair.exchange import _GAPS, Gathered, _active_indices, _message, _steps, exchange
 from stair.losses import flops, info_nce
 
 
 def packed(own, payload):
     """An embedding as it travels, of one rank."""
-    place, kind = _places(own), _GAPS[payload]
+    place, kind = _active_indices(own), _GAPS[payload]
     numbers, gaps = len(place) + 2, len(place) + int(_steps(place, kind)[0].sum()) + 3  # another rank has more
     return Gathered(payload, [_message(own, place, kind, numbers, gaps)], numbers, own.shape, own.dtype)
 

@@ -48,12 +48,12 @@ def test_the_winner_of_a_word_is_the_position_without_which_it_weighs_less(tiny_
     head = tiny_stair.image_head
     hidden = head.norm(torch.nn.functional.gelu(head.dense(hidden)))
     place = {token: v for v, token in enumerate(tiny_stair.vocabulary.tokens)}
-    assert len(reading.words) == int((tiny_stair.encode_image([picture]) > 0).sum()) > 5
-    for n, word in enumerate(reading.words):
+    assert len(reading.terms) == int((tiny_stair.encode_image([picture]) > 0).sum()) > 5
+    for n, word in enumerate(reading.terms):
         mask = torch.ones(hidden.shape[:2], dtype=torch.bool)
-        whole = vocabulary_max_reference(hidden, mask, head.words, head.bias)[0, place[word]]
-        mask[0, reading.winners[n]] = False
-        without = vocabulary_max_reference(hidden, mask, head.words, head.bias)[0, place[word]]
+        whole = vocabulary_max_reference(hidden, mask, head.word_embeddings, head.bias)[0, place[word]]
+        mask[0, reading.positions[n]] = False
+        without = vocabulary_max_reference(hidden, mask, head.word_embeddings, head.bias)[0, place[word]]
         assert without < whole and reading.weights[n] == pytest.approx(float(whole), rel=1e-5)
         assert reading.evidence[n].max() == pytest.approx(float(whole), rel=1e-5)
         row, column = reading.patch(n)
@@ -68,8 +68,8 @@ def test_words_of_a_class_token_lie_on_no_patch(vocab_file, picture):
     config.image.positions = "all"
     torch.manual_seed(0)
     reading = read_image(Stair(config).eval(), picture)
-    outside = {n for n in range(len(reading.words)) if reading.patch(n) is None}
-    assert outside == {n for n in range(len(reading.words)) if reading.winners[n] == 0}
+    outside = {n for n in range(len(reading.terms)) if reading.patch(n) is None}
+    assert outside == {n for n in range(len(reading.terms)) if reading.positions[n] == 0}
     assert outside
     assert draw(reading, 3)
 
@@ -78,11 +78,11 @@ def test_a_sentence_tells_its_tokens_and_its_expansions(tiny_stair):
     reading = read_text(tiny_stair, "two dogs")
     assert reading.tokens == ["[CLS]", "two", "dog", "##s", "[SEP]"]
     weights = tiny_stair.encode_text(["two dogs"])[0]
-    assert dict(zip(reading.words, reading.weights.tolist(), strict=True)) == {
+    assert dict(zip(reading.terms, reading.weights.tolist(), strict=True)) == {
         tiny_stair.vocabulary.tokens[v]: float(weights[v]) for v in weights.nonzero()[:, 0].tolist()
     }
-    own = {word for n, word in enumerate(reading.words) if not reading.expands(n)}
-    assert own == {"two", "dog", "##s"} & set(reading.words) and len(own) < len(reading.words)
+    own = {word for n, word in enumerate(reading.terms) if not reading.expands(n)}
+    assert own == {"two", "dog", "##s"} & set(reading.terms) and len(own) < len(reading.terms)
 
 
 def test_what_a_tokens_evidence_for_a_word_is_at_most_is_the_words_weight(tiny_stair):
@@ -90,7 +90,7 @@ def test_what_a_tokens_evidence_for_a_word_is_at_most_is_the_words_weight(tiny_s
         tiny_stair.text_head.bias += 0.7
     tiny_stair.config.in_caption_margin = 0.7
     reading = read_text(tiny_stair, "two dogs")
-    assert any(reading.expands(n) for n in range(len(reading.words))), "the test would say nothing"
+    assert any(reading.expands(n) for n in range(len(reading.terms))), "the test would say nothing"
     np.testing.assert_allclose(reading.evidence.max(axis=1), reading.weights, rtol=1e-5, atol=1e-6)
 
 

@@ -234,7 +234,7 @@ def test_what_people_type_is_a_query_or_refused(tmp_path, slow):
 
 
 def test_half_of_a_character_is_refused_by_name_wherever_text_is_cut_into_pieces(vocabulary):
-    for cut in (vocabulary.pieces, lambda text: vocabulary.tokenize(["a dog", text], 12)):
+    for cut in (vocabulary.token_ids, lambda text: vocabulary.tokenize(["a dog", text], 12)):
         with pytest.raises(ValueError, match=r"two .*ud800.*dogs.*holds half of a character"):
             cut("two \ud800\ndogs")
 

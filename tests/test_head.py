@@ -239,7 +239,9 @@ def test_own_words_with_a_leak_go_below_zero_by_its_slope_and_no_others_do(margi
     own = torch.tensor(
         [[1, 7, 9, 7, 2], [2, 19, 3, 0, 0], [7, 8, 9, 2, 1]]
     )  # doubles, specials; a row without positions
-    logits = torch.stack([head.norm(torch.nn.functional.gelu(head.dense(row))) @ head.words.T for row in hidden])
+    logits = torch.stack(
+        [head.norm(torch.nn.functional.gelu(head.dense(row))) @ head.word_embeddings.T for row in hidden]
+    )
     logits = logits.masked_fill(~mask[..., None], -1e4).amax(1) + head.bias
     held = torch.zeros(3, 20, dtype=torch.bool).scatter(1, own, True)
     held[:, :3] = False

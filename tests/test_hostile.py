@@ -36,8 +36,8 @@ from stair.explain_page import page
 from stair.images import decode_image
 from stair.index import commands
 from stair.index.storage import FILE
+from stair.pages import write_html
 from stair.plain import escape, one_line, plain
-from stair.report import write_html
 from stair.report.tables import Table
 from stair.serve.app import PAGE
 from tests.test_index import SPACE, embeddings

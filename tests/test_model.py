@@ -30,7 +30,7 @@ def test_vocabulary_keeps_special_and_unused_pieces_out(vocab_file):
 def test_own_words_are_the_captions_pieces_and_no_others(vocab_file):
     vocabulary = Vocabulary(vocab_file)
     ids, mask = vocabulary.tokenize(["Red DOGS dog", "zzz"], 12)
-    own = [vocabulary.words(row.nonzero().flatten().tolist()) for row in vocabulary.in_caption_terms(ids, mask)]
+    own = [vocabulary.tokens_of(row.nonzero().flatten().tolist()) for row in vocabulary.in_caption_terms(ids, mask)]
     assert [sorted(words) for words in own] == [["##s", "dog", "red"], []]
 
 
@@ -152,7 +152,7 @@ def written(name, **changes):
         (lambda d: (d / "tokenizer_config.json").write_text("[" * 100_000), r"tokenizer_config\.json is not JSON"),
         (lambda d: (d / "tokenizer_config.json").write_text("[]"), r"tokenizer_config\.json holds a list"),
         (lambda d: os.truncate(d / "tokenizer_config.json", (64 << 20) + 1), "has at most 67108864"),
-        (written("tokenizer_config.json", do_lower_case="no"), "do_lower_case is 'no' in .*; wanted true or false"),
+        (written("tokenizer_config.json", do_lower_case="no"), "do_lower_case is 'no' in .*; give true or false"),
         (written("tokenizer_config.json", extra_special_tokens=[{}]), "describes no BERT tokenizer .KeyError"),
         (written("tokenizer.json", added_tokens=[{"content": ["a"]}]), "describes no BERT tokenizer .TypeError"),
         (written("tokenizer.json", added_tokens=[{"content": "a", "special": 3}]), "describes no BERT tokenizer"),
@@ -183,9 +183,7 @@ def test_a_normaliser_that_is_not_berts_is_refused_unless_the_settings_say_what_
     written("tokenizer.json", normalizer={"type": "Lowercase"})(tmp_path)
     assert Vocabulary(tmp_path).tokenize(["Apple"], 9)[0].tolist() == [[2, 6, 3]]
     (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(
-        ValueError, match="has the normalizer Lowercase, wanted BertNormalizer: say in tokenizer_config"
-    ):
+    with pytest.raises(ValueError, match="has the normalizer Lowercase; use BertNormalizer, or set do_lower_case"):
         Vocabulary(tmp_path)
 
 
@@ -231,7 +229,7 @@ def test_a_saved_model_answers_the_same_after_loading(tiny_stair, captions, pixe
     assert loaded.config.similarity == "cosine" and not loaded.training
     loaded.save_pretrained(tmp_path / "again")
     assert Stair.from_pretrained(tmp_path / "again").recorded == {"stage": 3}
-    assert loaded.text_head.words is loaded.text_encoder.words.weight
+    assert loaded.text_head.word_embeddings is loaded.text_encoder.word_embeddings.weight
     names = {p.name for p in (tmp_path / "m").iterdir()}
     assert names >= {"model.safetensors", "config.json", "vocab.txt"} and not [
         n for n in names if "bin" in n or "pt" in n
@@ -338,9 +336,9 @@ def test_published_text_weights_and_masked_lm_head_are_loaded(tmp_path, vocab_fi
     want[:, stair.vocabulary.never_active] = 0
     torch.testing.assert_close(stair.encode_text(captions), want, atol=1e-5, rtol=1e-5)
     # the image head starts from the same words and bias, in a matrix of its own
-    torch.testing.assert_close(stair.image_head.words, stair.text_head.words)
+    torch.testing.assert_close(stair.image_head.word_embeddings, stair.text_head.word_embeddings)
     torch.testing.assert_close(stair.image_head.bias, stair.text_head.bias)
-    assert stair.image_head.words.data_ptr() != stair.text_head.words.data_ptr()
+    assert stair.image_head.word_embeddings.data_ptr() != stair.text_head.word_embeddings.data_ptr()
     # and what was loaded can be saved and loaded without the folder it came from
     stair.save_pretrained(tmp_path / "saved")
     torch.testing.assert_close(
@@ -357,7 +355,7 @@ def test_a_published_encoder_without_a_masked_lm_head_gives_its_words_and_says_s
         stair = Stair(config)
     words = published.bert.embeddings.word_embeddings.weight
     for head in (stair.text_head, stair.image_head):
-        torch.testing.assert_close(head.words, words, check_stride=False)
+        torch.testing.assert_close(head.word_embeddings, words, check_stride=False)
     assert set(stair.text_head.bias.tolist()) == {0.25}  # from scratch, as the settings say
 
 
@@ -409,7 +407,7 @@ def test_published_image_weights_and_normalisation_are_loaded(tmp_path, vocab_fi
         (ImageTower("resnet18", False, 32), None, "resnet18"),
         (None, TextTower("no-such-type", False, 12), "no model type 'no-such-type'"),
         (None, TextTower("bert", False, 99, TEXT_OPTIONS), "max_tokens is 99.*16 positions"),
-        (None, TextTower("bert", False, 12, {**TEXT_OPTIONS, "vocab_size": 7}), "knows 7 words"),
+        (None, TextTower("bert", False, 12, {**TEXT_OPTIONS, "vocab_size": 7}), "knows 7 tokens"),
     ],
 )
 def test_towers_that_cannot_be_built_are_named(vocab_file, image, text, message):

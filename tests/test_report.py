@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stair.report import Hit, Picture, Search, StageRow, encode_png, shared_words, top_words, write_page
+from stair.report import Hit, Picture, Search, StageRow, encode_png, shared_terms, top_terms, write_page
 from stair.vocabulary import Vocabulary
 
 HOSTILE = "<script>alert(1)</script><img src=\"http://evil.example/x\" onerror='x()'>&amp;"
@@ -40,7 +40,7 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
 
 def render(path: Path, text: str = "a red star") -> str:
     words = [("star", 2.0), (text, 0.5)]
-    hit = Hit(IMAGE, score=3.0, shared=[("star", 2.0), (text, 0.25)], caption=text, wanted=True)
+    hit = Hit(IMAGE, score=3.0, shared=[("star", 2.0), (text, 0.25)], caption=text, is_target=True)
     write_page(
         path,
         title=text,
@@ -79,7 +79,7 @@ def test_images_arrive_unchanged(tmp_path: Path):
 def test_contributions_of_all_words_sum_to_the_dot_product(vocabulary: Vocabulary):
     generator = torch.Generator().manual_seed(0)
     a_V, b_V = (torch.rand(len(vocabulary), generator=generator) for _ in range(2))
-    shared = shared_words(a_V, b_V, vocabulary, len(vocabulary))
+    shared = shared_terms(a_V, b_V, vocabulary, len(vocabulary))
     assert sum(value for _, value in shared) == pytest.approx(float(a_V @ b_V), rel=1e-6)
     assert [value for _, value in shared] == sorted((value for _, value in shared), reverse=True)
     for word, value in shared:
@@ -89,23 +89,23 @@ def test_contributions_of_all_words_sum_to_the_dot_product(vocabulary: Vocabular
 
 def test_contributions_in_half_precision_are_multiplied_in_full(vocabulary: Vocabulary):
     a_V = torch.full((len(vocabulary),), 1.0078125, dtype=torch.bfloat16)
-    [(_, value)] = shared_words(a_V, a_V, vocabulary, 1)
+    [(_, value)] = shared_terms(a_V, a_V, vocabulary, 1)
     assert value == 1.0078125**2
 
 
-def test_top_words_are_the_active_ones_largest_first_and_ties_in_order(vocabulary: Vocabulary):
+def test_top_terms_are_the_active_ones_largest_first_and_ties_in_order(vocabulary: Vocabulary):
     embedding_V = torch.zeros(len(vocabulary))
     embedding_V[[5, 6, 8, 9]] = torch.tensor([0.5, 1.5, 0.5, 0.1])
-    assert top_words(embedding_V, vocabulary, 3) == [("star", 1.5), ("red", 0.5), ("ship", 0.5)]
-    assert [word for word, _ in top_words(embedding_V, vocabulary, 100)] == ["star", "red", "ship", "##s"]
-    assert top_words(torch.zeros(len(vocabulary)), vocabulary, 3) == []
+    assert top_terms(embedding_V, vocabulary, 3) == [("star", 1.5), ("red", 0.5), ("ship", 0.5)]
+    assert [word for word, _ in top_terms(embedding_V, vocabulary, 100)] == ["star", "red", "ship", "##s"]
+    assert top_terms(torch.zeros(len(vocabulary)), vocabulary, 3) == []
 
 
 def test_an_embedding_of_another_vocabulary_is_refused(vocabulary: Vocabulary):
-    with pytest.raises(ValueError, match=r"shape \(7,\).*vocabulary of 10"):
-        top_words(torch.zeros(7), vocabulary, 3)
-    with pytest.raises(ValueError, match="share no words"):
-        shared_words(torch.zeros(10), torch.zeros(1), vocabulary, 3)
+    with pytest.raises(ValueError, match=r"shape \(7,\).*10 terms"):
+        top_terms(torch.zeros(7), vocabulary, 3)
+    with pytest.raises(ValueError, match="shapes"):
+        shared_terms(torch.zeros(10), torch.zeros(1), vocabulary, 3)
 
 
 def test_recall_is_shown_in_percent_the_best_is_marked_and_gaps_stay_gaps(tmp_path: Path):
@@ -119,7 +119,7 @@ def test_own_words_differ_from_added_ones_and_the_rest_of_a_score_is_told(tmp_pa
     assert '<li class="own"><span class="word">star</span>' in page
     assert '<li class="added"><span class="word">sea</span>' in page
     # 3.0 scored, 2.0 and 0.25 shown
-    assert 'other words</span><span class="weight">0.75</span>' in page
+    assert 'other terms</span><span class="weight">0.75</span>' in page
 
 
 def test_a_page_of_nothing_but_a_title_is_a_page(tmp_path: Path):

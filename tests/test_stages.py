@@ -446,7 +446,7 @@ def test_a_share_of_own_words_mixes_the_loss_of_the_whole_text_with_that_of_its_
     whole_CV = out["text_full"]
     own_CV = torch.zeros_like(whole_CV)
     for c, ids in enumerate(batch["ids"]):
-        for word in stage.stair.vocabulary.words(ids[batch["mask"][c]].tolist()):
+        for word in stage.stair.vocabulary.tokens_of(ids[batch["mask"][c]].tolist()):
             if not word.startswith("["):
                 at = stage.stair.vocabulary.tokens.index(word)
                 own_CV[c, at] = whole_CV[c, at]

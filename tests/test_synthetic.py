@@ -145,7 +145,7 @@ def test_every_word_of_a_caption_is_one_piece_and_captions_fit_32_tokens(folder:
     vocabulary = Vocabulary(folder / "vocab.txt")
     for sample in train:
         for caption in sample["captions"]:
-            assert vocabulary.words(vocabulary.pieces(caption)) == caption.split()
+            assert vocabulary.tokens_of(vocabulary.token_ids(caption)) == caption.split()
             assert len(caption.split()) + 2 <= 32
     assert 200 < len(vocabulary) < 400
 

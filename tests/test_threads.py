@@ -40,7 +40,7 @@ def test_a_vocabulary_cuts_and_reads_texts_in_many_threads(vocab_file):
     texts = [LONG] * 8
     same_in_threads(
         [
-            lambda: len(vocabulary.pieces(LONG)),
+            lambda: len(vocabulary.token_ids(LONG)),
             lambda: vocabulary.tokenize(texts, 12)[0].tolist(),
             lambda: vocabulary.tokenize(texts, 30)[0].tolist(),
         ],

@@ -136,9 +136,9 @@ def _write_vocabulary(plan: dict[str, Any], path: Path) -> None:
 
     whole = Vocabulary(plan["vocabulary"])
     samples = entries(plan["train"], CAPTION_TYPES)
-    used = {i for entry in samples for text in captions(read_entry(entry).members) for i in whole.pieces(text)}
+    used = {i for entry in samples for text in captions(read_entry(entry).members) for i in whole.token_ids(text)}
     special = [token for token in whole.tokens if token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")]
-    path.write_text("\n".join([*special, *whole.words(sorted(used))]) + "\n", encoding="utf-8")
+    path.write_text("\n".join([*special, *whole.tokens_of(sorted(used))]) + "\n", encoding="utf-8")
 
 
 def _run(plan: dict[str, Any], out: Path, name: str, seed: int, further: Sequence[str]) -> str:

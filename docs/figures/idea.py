@@ -58,7 +58,7 @@ def draw(figure: Figure, model: Stair, pixels_CHW: Tensor, caption: str, image_V
         figure.text((start + end) / 2, height, "→", ha="center", va="center", fontsize=18)
     terms = product_V.topk(3).indices.tolist()
     parts = " + ".join(
-        f"{product_V[term]:.2f} {word}" for term, word in zip(terms, model.vocabulary.words(terms), strict=True)
+        f"{product_V[term]:.2f} {word}" for term, word in zip(terms, model.vocabulary.tokens_of(terms), strict=True)
     )
     figure.text(
         0.5,
@@ -76,7 +76,7 @@ def bars(axes: Axes, model: Stair, side_V: Tensor, shared: set[int]) -> None:
     weights, terms = side_V.topk(min(SHOWN, int(side_V.count_nonzero())))
     rows = range(len(terms))
     axes.barh(rows, weights.tolist(), color=[SHARED if term in shared else OTHER for term in terms.tolist()])
-    axes.set_yticks(rows, model.vocabulary.words(terms.tolist()), fontsize=9)
+    axes.set_yticks(rows, model.vocabulary.tokens_of(terms.tolist()), fontsize=9)
     axes.set_ylim(SHOWN - 0.5, -0.5)
     axes.set_xticks([])
     axes.tick_params(length=0)

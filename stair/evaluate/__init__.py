@@ -1,6 +1,6 @@
-"""Measuring a finished model: retrieval, classification, sparsity, cost, and whether words mean what they say.
+"""Measuring a trained model: retrieval, classification, sparsity, search cost, and what its terms mean.
 
-The command `stair evaluate` reads shards and folders (stair/evaluate/open_set.py); `evaluate` takes any samples:
+`stair evaluate` reads tars and folders (stair/evaluate/open_set.py). `evaluate` takes any samples:
 
     from stair.evaluate import EvaluationSet, Sample, evaluate, open_model
 

@@ -1,9 +1,8 @@
 """Models that can be evaluated: exported ones, open_clip checkpoints, sentence-transformers models on disk.
 
-Nothing is unpickled: open_clip checkpoints must be safetensors or weights only, sentence-transformers loads without remote
-code.
+Nothing is unpickled: open_clip reads safetensors or weights only, sentence-transformers loads without remote code.
 
-B images or texts, V words (or the width of a dense embedding).
+B images or texts, V terms (or the width of a dense embedding).
 """
 
 import pickle
@@ -11,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from PIL.Image import Image
@@ -24,94 +23,6 @@ from stair.towers import TwoTowers, folder_of, read_description
 from stair.vocabulary import Vocabulary
 
 
-class Encoder(Protocol):
-    """What embeds."""
-
-    @property
-    def similarity(self) -> Literal["dot", "cosine"]:
-        """How embeddings are compared."""
-        ...
-
-    def encode_image(self, images: Sequence[Image]) -> Tensor:
-        """(B, V) embeddings of RGB images of any size."""
-        ...
-
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """(B, V) embeddings of texts."""
-        ...
-
-
-@runtime_checkable
-class Cutting(Protocol):
-    """A model with its own tokenizer that states which texts it cuts."""
-
-    def cut(self, texts: Sequence[str]) -> Tensor:
-        """(B,) bool, True where a text is longer than the model takes."""
-        ...
-
-
-@dataclass(frozen=True)
-class EvaluatedModel:
-    """A model with what tables say of it.
-
-    Attributes:
-        encoder: the model.
-        name: what tables call it.
-        kind: `sparse` or `dense`.
-        words: names the dimensions; None where they have no names.
-        vocabulary: words to choose among in the vocabulary test; that of `words`, or any other for a dense model.
-        truncation: what becomes of long texts, as printed beside the figures.
-        facts: about its training, for the model card.
-    """
-
-    encoder: Encoder
-    name: str
-    kind: Literal["sparse", "dense"]
-    words: Vocabulary | None
-    vocabulary: Vocabulary | None
-    truncation: str
-    facts: dict[str, object]
-
-
-def open_model(source: str, vocabulary: str | None = None) -> EvaluatedModel:
-    """Opens a model to evaluate.
-
-    Args:
-        source: a folder of an exported model (STAIR or dense CLIP), a STAIR model of the hub, or
-            `open_clip:ARCHITECTURE:CHECKPOINT` or `sentence_transformers:FOLDER`.
-        vocabulary: words for the vocabulary test of a model that has none of its own.
-
-    Raises:
-        FileNotFoundError: if there is no such model.
-        FileError: if it is none that can be read.
-        MissingPackageError: if it needs a package that is not installed.
-    """
-    scheme, _, rest = source.partition(":")
-    extra = Vocabulary(vocabulary) if vocabulary else None
-    if scheme == "open_clip":
-        return _open_clip(rest, extra)
-    if scheme == "sentence_transformers":
-        return _sentence_transformers(rest, extra)
-    folder = folder_of(source)
-    description = read_description(folder)
-    families: dict[str, type[TwoTowers]] = {family.family: family for family in (Stair, DenseClip)}
-    if description["family"] not in families:
-        raise FileError(
-            f"{folder} holds a model of family {description['family']!r}; known are {sorted(families)}", folder
-        )
-    config = description["model"]
-    model = families[description["family"]].from_pretrained(folder)
-    name = "/".join(Path(source).resolve().parts[-3:]) if Path(source).is_dir() else source
-    cut = f"texts cut at {config['text']['max_tokens']} word pieces"
-    truncation = f"{cut}, images centre-cropped to {config['image']['image_size']} px"
-    facts = dict(description["training"])
-    if not isinstance(model, Stair):
-        return EvaluatedModel(model, name, "dense", None, extra or model.vocabulary, truncation, facts)
-    if extra and extra.tokens != model.vocabulary.tokens:
-        raise SettingError(f"{source} has words of its own: leave --vocabulary out", "vocabulary")
-    return EvaluatedModel(model, name, "sparse", model.vocabulary, model.vocabulary, truncation, facts)
-
-
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -120,16 +31,21 @@ class OpenClip:
     """A model of open_clip, with its own preprocessing and tokenizer.
 
     Args:
-        architecture: such as `ViT-B-32`.
-        checkpoint: a file, or the tag of published weights.
+        source: `ARCHITECTURE:CHECKPOINT`, such as `ViT-B-32:weights.safetensors`; the checkpoint is a file, or the tag of
+            published weights.
 
     Raises:
         SettingError: if open_clip has no such model.
     """
 
-    similarity: Literal["dot", "cosine"] = "cosine"
+    similarity: Literal["cosine"] = "cosine"
+    kind: Literal["dense"] = "dense"
+    tokens = None
 
-    def __init__(self, architecture: str, checkpoint: str) -> None:
+    def __init__(self, source: str) -> None:
+        architecture, _, checkpoint = source.partition(":")
+        if not checkpoint:
+            raise SettingError(f"open_clip:{source}: give open_clip:ARCHITECTURE:CHECKPOINT", "model")
         open_clip = import_extra("open_clip", "open_clip_torch", "openclip")
         try:
             model, _, self.preprocess = open_clip.create_model_and_transforms(
@@ -137,46 +53,34 @@ class OpenClip:
             )
             self.tokenize = open_clip.get_tokenizer(architecture)
         except (RuntimeError, OSError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            reason = str(error)[:200]  # the message lists every model there is
-            raise SettingError(
-                f"open_clip cannot open {architecture!r} with {checkpoint!r}: {reason}", "model"
-            ) from error
+            reason = str(error)[:200]  # the whole message lists all models
+            raise SettingError(f"open_clip cannot open {source!r}: {reason}", "model") from error
+        self.name = f"{architecture} {Path(checkpoint).name}"
         self.model = model.to(_device()).eval()
-        self._lock = threading.Lock()  # tokenizers of transformers keep how they cut texts
-        self.context: int = self.tokenize.context_length
+        self.max_tokens: int = self.tokenize.context_length
+        self._lock = threading.Lock()  # tokenizers of transformers store the truncation length
 
     @torch.no_grad()
     def encode_image(self, images: Sequence[Image]) -> Tensor:
         """(B, V) embeddings."""
-        found: Tensor = self.model.encode_image(torch.stack([self.preprocess(i) for i in images]).to(_device()))
-        return found
+        embedding: Tensor = self.model.encode_image(torch.stack([self.preprocess(i) for i in images]).to(_device()))
+        return embedding
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """(B, V) embeddings."""
-        found: Tensor = self.model.encode_text(self._ids(texts, self.context).to(_device()))
-        return found
+        embedding: Tensor = self.model.encode_text(self._ids(texts, self.max_tokens).to(_device()))
+        return embedding
 
     def cut(self, texts: Sequence[str]) -> Tensor:
-        """(B,) bool, True where a text is longer than the model takes."""
-        longer = self._ids(["", *texts], self.context + 2)[:, self.context]
-        return longer[1:] != longer[0]
+        """(B,) bool, True where a text is longer than the model's limit."""
+        beyond = self._ids(["", *texts], self.max_tokens + 2)[:, self.max_tokens]
+        return beyond[1:] != beyond[0]
 
     def _ids(self, texts: Sequence[str], length: int) -> Tensor:
         with self._lock:
             ids: Tensor = self.tokenize(list(texts), context_length=length)
         return ids
-
-
-def _open_clip(place: str, vocabulary: Vocabulary | None) -> EvaluatedModel:
-    architecture, _, checkpoint = place.partition(":")
-    if not checkpoint:
-        wanted = "open_clip:ARCHITECTURE:CHECKPOINT, a file or the tag of published weights"
-        raise SettingError(f"open_clip:{place}: give {wanted}", "model")
-    model = OpenClip(architecture, checkpoint)
-    cut = f"texts cut at {model.context} tokens, images by open_clip's own preprocessing"
-    name = f"{architecture} {Path(checkpoint).name}"
-    return EvaluatedModel(model, name, "dense", None, vocabulary, cut, {"source": "open_clip"})
 
 
 class SentenceModel:
@@ -186,7 +90,7 @@ class SentenceModel:
         folder: of the model.
 
     Raises:
-        FileError: if there is no such model.
+        FileError: if it holds no such model, or one that compares by neither cosine nor dot product.
     """
 
     def __init__(self, folder: str) -> None:
@@ -195,39 +99,90 @@ class SentenceModel:
             raise FileError(f"{folder} is no sentence-transformers model: modules.json is missing", path)
         library = import_extra("sentence_transformers", "sentence-transformers", "openclip")
         settings = path / "config_sentence_transformers.json"
-        self.sparse = settings.is_file() and '"SparseEncoder"' in settings.read_text(encoding="utf-8")
-        family = library.SparseEncoder if self.sparse else library.SentenceTransformer
+        sparse = settings.is_file() and '"SparseEncoder"' in settings.read_text(encoding="utf-8")
+        family = library.SparseEncoder if sparse else library.SentenceTransformer
         self.model: Any = family(folder, device=str(_device()), trust_remote_code=False)
-        self._lock = threading.Lock()
-        named = self.model.similarity_fn_name
-        if named not in ("cosine", "dot"):
-            raise FileError(f"{folder} compares by {named!r}; only cosine and dot can be ranked here", path)
-        self.similarity: Literal["dot", "cosine"] = named
+        self.similarity: Literal["dot", "cosine"] = self.model.similarity_fn_name
+        if self.similarity not in ("cosine", "dot"):
+            raise FileError(f"{folder} compares by {self.similarity!r}; only cosine and dot can be ranked", path)
+        self.name, self.max_tokens = path.name, self.model.max_seq_length
+        self.kind: Literal["sparse", "dense"] = "sparse" if sparse else "dense"
+        self._lock = threading.Lock()  # `encode` sets the model's mode, its tokenizer stores the truncation length
 
     @property
-    def tokens(self) -> list[str]:
-        """The pieces of its tokenizer, by id; none where it has no such tokenizer."""
-        known: dict[str, int] = getattr(getattr(self.model, "tokenizer", None), "get_vocab", dict)()
-        return sorted(known, key=known.__getitem__)
+    def tokens(self) -> list[str] | None:
+        """Names of the dimensions: the tokens of its tokenizer by id. None for a dense model."""
+        ids: dict[str, int] = getattr(getattr(self.model, "tokenizer", None), "get_vocab", dict)()
+        return sorted(ids, key=ids.__getitem__) if self.kind == "sparse" else None
 
     def encode_image(self, images: Sequence[Image]) -> Tensor:
         """(B, V) embeddings."""
-        return self._encode(list(images))
+        return self.encode_text(images)
 
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
+    def encode_text(self, texts: Sequence[Any]) -> Tensor:
         """(B, V) embeddings."""
-        return self._encode(list(texts))
-
-    def _encode(self, inputs: list[Any]) -> Tensor:
-        with self._lock:  # `encode` sets the model's mode, and its tokenizer keeps how it cuts texts
-            found: Tensor = self.model.encode(inputs, convert_to_tensor=True, show_progress_bar=False)
-        return found.to_dense() if found.is_sparse or found.is_sparse_csr else found
+        with self._lock:
+            embedding: Tensor = self.model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
+        return embedding.to_dense() if embedding.is_sparse or embedding.is_sparse_csr else embedding
 
 
-def _sentence_transformers(place: str, vocabulary: Vocabulary | None) -> EvaluatedModel:
-    model = SentenceModel(place)
-    cut = f"texts cut at {model.model.max_seq_length} tokens, images by the model's own preprocessing"
-    # a sparse model of another tokenizer has other words: its dimensions stay nameless here
-    words = vocabulary if model.sparse and vocabulary is not None and model.tokens == vocabulary.tokens else None
-    kind: Literal["sparse", "dense"] = "sparse" if model.sparse else "dense"
-    return EvaluatedModel(model, Path(place).name, kind, words, vocabulary, cut, {"source": "sentence-transformers"})
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model and its description in tables.
+
+    Attributes:
+        encoder: the model. Has `similarity` (`dot` or `cosine`), `encode_image` (RGB images of any size) and `encode_text`,
+            both to (B, V); optionally `cut(texts)`, (B,) bool, which texts are longer than the model's limit.
+        name: of the model.
+        kind: `sparse` or `dense`.
+        terms: names of the dimensions; None where they have no names.
+        vocabulary: terms of the vocabulary probe: `terms`, or any other for a dense model.
+        truncation: how long texts and large images are cut, for the protocol.
+        facts: about its training, for the model card.
+    """
+
+    encoder: TwoTowers | OpenClip | SentenceModel
+    name: str
+    kind: Literal["sparse", "dense"]
+    terms: Vocabulary | None
+    vocabulary: Vocabulary | None
+    truncation: str
+    facts: dict[str, object]
+
+
+def open_model(source: str, vocabulary: str | None = None) -> EvaluatedModel:
+    """Opens a model to evaluate.
+
+    Args:
+        source: folder of an exported model (STAIR or dense CLIP), a STAIR model of the hub,
+            `open_clip:ARCHITECTURE:CHECKPOINT` or `sentence_transformers:FOLDER`.
+        vocabulary: terms of the vocabulary probe, for a model without its own.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        FileError: if the files are not those of a known model.
+        MissingPackageError: if a package is missing.
+    """
+    scheme, _, rest = source.partition(":")
+    extra = Vocabulary(vocabulary) if vocabulary else None
+    third_party: dict[str, type[OpenClip] | type[SentenceModel]]
+    third_party = {"open_clip": OpenClip, "sentence_transformers": SentenceModel}
+    if scheme in third_party:
+        encoder = third_party[scheme](rest)
+        terms = extra if extra is not None and encoder.tokens == extra.tokens else None
+        texts = f"texts cut at {encoder.max_tokens} tokens, images by the model's own preprocessing"
+        return EvaluatedModel(encoder, encoder.name, encoder.kind, terms, extra, texts, {"source": scheme})
+    folder = folder_of(source)
+    description = read_description(folder)
+    families = {family.family: family for family in (Stair, DenseClip)}
+    if (family := families.get(description["family"])) is None:
+        raise FileError(f"{folder}: unknown model family {description['family']!r}. Known: {sorted(families)}", folder)
+    model = family.from_pretrained(folder)
+    name = "/".join(Path(source).resolve().parts[-3:]) if Path(source).is_dir() else source
+    sizes = model.config.text.max_tokens, model.config.image.image_size
+    truncation = "texts cut at {} tokens, images centre-cropped to {} px".format(*sizes)
+    if not isinstance(model, Stair):
+        return EvaluatedModel(model, name, "dense", None, extra or model.vocabulary, truncation, model.recorded)
+    if extra and extra.tokens != model.vocabulary.tokens:
+        raise SettingError(f"{source} has its own vocabulary. Leave --vocabulary out", "vocabulary")
+    return EvaluatedModel(model, name, "sparse", model.vocabulary, model.vocabulary, truncation, model.recorded)

@@ -6,34 +6,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stair import __version__
-from stair.evaluate.embed import Embedded
-from stair.evaluate.models import EvaluatedModel
-from stair.evaluate.sets import EvaluationSet
-from stair.files import write_text
-from stair.pages import render
-from stair.plain import one_line
-from stair.report import Picture, top_words, write_html
-from stair.report.tables import measured, protocol, tables
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as TerminalTable
 
-_EXAMPLES, _WORDS = 12, 10
+from stair import __version__
+from stair.evaluate.models import EvaluatedModel
+from stair.evaluate.run import EmbeddedSet
+from stair.evaluate.sets import EvaluationSet
+from stair.files import write_json, write_text
+from stair.pages import render, write_html
+from stair.plain import one_line
+from stair.report import Picture, encode_png
+from stair.report.tables import DIRECTIONS, markdown_sections, protocol, tables
+
+_EXAMPLES = 12
 
 
 def show(result: Mapping[str, Any]) -> None:
     """Prints the tables to the terminal."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table as Drawn
-
     console = Console(markup=False, emoji=False)  # names come from data
-    for found in tables(result):
-        drawn = Drawn(title=found.title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
-        for place, head in enumerate(found.heads):
-            drawn.add_column(head, justify="right" if place else "left")
-        for line in found.lines:
-            drawn.add_row(*map(one_line, line))
-        console.print(drawn)
-        for note in found.notes:
+    for table in tables(result):
+        printed = TerminalTable(title=table.title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+        for i, head in enumerate(table.heads):
+            printed.add_column(head, justify="right" if i else "left")
+        for row in table.rows:
+            printed.add_row(*map(one_line, row))
+        console.print(printed)
+        for note in table.notes:
             console.print(one_line(note), style="dim")
 
 
@@ -42,97 +42,84 @@ def write(
     result: Mapping[str, Any],
     evaluated: EvaluatedModel,
     sets: Sequence[EvaluationSet],
-    embedded: Mapping[str, Embedded],
+    embedded: Mapping[str, EmbeddedSet],
 ) -> None:
-    """Writes `evaluation.json`, `report.html` and `model_card.md` into a folder, each whole or not at all."""
-    write_text(folder / "evaluation.json", json.dumps(_without_nan(result), indent=2, ensure_ascii=False) + "\n")
+    """Writes `evaluation.json`, `report.html` and `model_card.md` into a folder, each atomically."""
+    write_json(
+        folder / "evaluation.json", json.loads(json.dumps(result), parse_constant=lambda _: None)
+    )  # NaN is no JSON
     write_text(folder / "model_card.md", model_card(result))
-    examples = [pictures for what in sets if (pictures := _examples(evaluated, what, embedded[what.name]))]
-    content = render(
-        "evaluation.html", tables=list(tables(result)), plots=_plots(result), pictures=(examples or [[]])[0]
-    )
-    notes = [protocol(name, figures) for name, figures in result["sets"].items()]
+    examples = (pictures for what in sets if (pictures := _examples(evaluated, what, embedded[what.name])))
+    content = render("evaluation.html", tables=list(tables(result)), plots=_plots(result), pictures=next(examples, []))
     model = result["model"]
     head = f"{model['kind']} model, compared by {model['similarity']}, evaluated by stair {__version__}"
-    write_html(folder / "report.html", f"Evaluation of {evaluated.name}", [head, *notes], [content])
+    notes = [head, *(protocol(name, figures) for name, figures in result["sets"].items())]
+    write_html(folder / "report.html", f"Evaluation of {evaluated.name}", notes, [content])
 
 
 def model_card(result: Mapping[str, Any]) -> str:
-    """Markdown that says what the model is, how it was measured and what came out."""
+    """Markdown: what the model is, how it was measured, the results."""
     model = result["model"]
     values = {key: model[key] for key in ("name", "similarity", "training")}
-    card = render(
-        "card.md", **values, sparse=model["kind"] == "sparse", results=measured(result), licence="", data="", model=None
-    )
-    return f"{card}\n"
+    values |= {"sparse": model["kind"] == "sparse", "results": markdown_sections(result)}
+    return render("card.md", **values, licence="", data="", model=None) + "\n"
 
 
 def _plots(result: Mapping[str, Any]) -> list[tuple[str, bytes]]:
-    """Recall against active terms of each set that was pruned, and accuracy of each class."""
+    """Recall against active terms of each pruned set, and accuracy of each class."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    def png(figure: Figure) -> bytes:
-        buffer = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
-        return buffer.getvalue()
-
     plots = []
     for name, figures in result["sets"].items():
+        figure = Figure(figsize=(7, 3.4), dpi=110, layout="constrained")
         if "pruned" in figures:
-            figure = Figure(figsize=(7, 3.4), dpi=110, layout="constrained")
-            axis = figure.subplots()
-            for way, spoken in (("t2i", "text → image"), ("i2t", "image → text")):
-                for marks, side, style in (("top", "both", "o-"), ("top", "images", "^:"), ("≥", "both", "s--")):
-                    points = sorted(
-                        (p["images"], 100 * p[way])
-                        for p in figures["pruned"]
-                        if p["kept"] == "all" or (p["side"] == side and p["kept"].startswith(marks))
-                    )
-                    label = f"{spoken}, {marks}" + (", images only" if side == "images" else "")
-                    if points:
-                        axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-            axis.set_xscale("log", base=2)
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.set(xlabel="active terms an image", ylabel="R@1, %")
-            axis.legend(fontsize=8)
-            axis.grid(alpha=0.3)
-            plots.append((f"Recall against active terms: {name}", png(figure)))
-        per_class = [found for found in figures.get("zero_shot", {}).get("per_class", []) if found["images"]]
+            _plot_recall(figure.subplots(), figures["pruned"])
+            plots.append((f"Recall against active terms: {name}", figure))
+        per_class = [each for each in figures.get("zero_shot", {}).get("per_class", []) if each["images"]]
         if 1 < len(per_class) <= 50:
             figure = Figure(figsize=(7, 0.6 + 0.22 * len(per_class)), dpi=110, layout="constrained")
             axis = figure.subplots()
-            per_class.sort(key=lambda found: found["top1"])
-            axis.barh(range(len(per_class)), [100 * found["top1"] for found in per_class])
-            axis.set_yticks(range(len(per_class)), [found["name"] for found in per_class], fontsize=7, parse_math=False)
+            per_class.sort(key=lambda each: each["top1"])
+            axis.barh(range(len(per_class)), [100 * each["top1"] for each in per_class])
+            axis.set_yticks(range(len(per_class)), [each["name"] for each in per_class], fontsize=7, parse_math=False)
             axis.set_xlabel("zero-shot top-1, %")
-            plots.append((f"Accuracy of each class: {name}", png(figure)))
-    return plots
-
-
-def _examples(evaluated: EvaluatedModel, what: EvaluationSet, embedded: Embedded) -> list[Picture]:
-    """The first images of a set, not chosen, with their words; nothing for dense models."""
-    vocabulary = evaluated.words
-    if vocabulary is None:
-        return []
-    pictures = []
-    for place in range(min(_EXAMPLES, len(what.samples))):
-        sample = what.samples[place]
-        told = list(sample.captions) or ([what.classes[sample.label]] if sample.label is not None else [])
-        own = frozenset(vocabulary.words(i for text in told for i in vocabulary.pieces(text)))
-        weight_V = embedded.images.columns(place, place + 1, embedded.width)[:, 0]
+            plots.append((f"Accuracy of each class: {name}", figure))
+    drawn = []
+    for title, figure in plots:
         buffer = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
+        drawn.append((title, buffer.getvalue()))
+    return drawn
+
+
+def _plot_recall(axis: Any, pruned: Sequence[Mapping[str, Any]]) -> None:
+    for way, direction in DIRECTIONS.items():
+        for cut, side, style in (("top", "both", "o-"), ("top", "images", "^:"), ("≥", "both", "s--")):
+            points = sorted(
+                (row["images"], 100 * row[way])
+                for row in pruned
+                if row["kept"] == "all" or (row["side"] == side and row["kept"].startswith(cut))
+            )
+            label = f"{direction}, {cut}" + (", images only" if side == "images" else "")
+            axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="active terms of an image", ylabel="R@1, %")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+
+
+def _examples(evaluated: EvaluatedModel, what: EvaluationSet, rows: EmbeddedSet) -> list[Picture]:
+    """The first images of a set with their terms; nothing for dense models."""
+    pictures: list[Picture] = []
+    if evaluated.terms is None:
+        return pictures
+    for i in range(min(_EXAMPLES, len(what.samples))):
+        sample = what.samples[i]
+        captions = list(sample.captions) or ([what.classes[sample.label]] if sample.label is not None else [])
         thumbnail = sample.image.copy()
         thumbnail.thumbnail((208, 208))
-        thumbnail.save(buffer, "PNG")
-        pictures.append(Picture(buffer.getvalue(), told, top_words(weight_V, vocabulary, _WORDS), own))
+        weight_V = rows.images.columns(i, i + 1, rows.width)[:, 0]
+        pictures.append(Picture.of(encode_png(thumbnail), captions, weight_V, evaluated.terms))
     return pictures
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON knows no NaN: what was not measured is null."""
-    if isinstance(value, Mapping):
-        return {str(key): _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and value != value else value

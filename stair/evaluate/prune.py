@@ -1,10 +1,11 @@
-"""What sparsity buys: recall against size when embeddings are pruned, the bytes of an index, the time of a search.
+"""What sparsity buys: recall of pruned embeddings, bytes of an index, time of a search.
 
-N images, C captions, V words (or the width of a dense embedding).
+N images, C captions, V terms (or the width of a dense embedding).
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from stair.ranking import SparseRows, retrieval_figures
 
-_SEARCHES = 200
-_FOUND = 10
+_QUERIES, _HITS = 200, 10
 
 
 def curve(
@@ -25,76 +25,68 @@ def curve(
     most: Sequence[int],
     shares: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """Recall when both sides keep only their heaviest words, and when images alone do, as in an index asked by whole texts.
+    """Recall when both sides keep only their heaviest terms, and when images alone do, as in an index.
 
     Args:
-        images, texts: weights as the model gives them. With `cosine` they are brought to length 1 after pruning.
+        images, texts: weights as the model gives them. For `cosine` they are normalised after pruning.
         owner: (C,) int64, the image of each caption.
         similarity: `dot` or `cosine`.
-        most: keep so many words of each embedding at most.
-        shares: keep words of at least this share of the embedding's heaviest.
+        most: numbers of terms to keep of each embedding.
+        shares: keep terms of at least this share of the embedding's heaviest.
 
     Returns:
-        A line each: `kept`, whose words were cut (`side`: `both` or `images`), mean active terms of `images` and `texts`,
-        `i2t` and `t2i` recall@1, `index_bytes` of the images. The first line is of everything.
+        A row for each cut, the first without one: `kept`, pruned `side` (`both` or `images`), mean active terms of `images`
+        and `texts`, `i2t` and `t2i` recall@1, `index_bytes` of the images.
     """
-    longest, longest_text = (int(rows.entries.max()) if len(rows.entries) else 0 for rows in (images, texts))
-
-    def cuts() -> Iterator[tuple[str, str, SparseRows, SparseRows]]:  # one at a time in memory
-        yield "all", "both", images, texts
-        for k in most:
-            if k < max(longest, longest_text):
-                yield f"top {k}", "both", images.largest(k), texts.largest(k)
-        for k in most:
-            if k < longest:
-                yield f"top {k}", "images", images.largest(k), texts
-        for share in shares:
-            yield f"≥ {share:g} of the heaviest", "both", images.above(share), texts.above(share)
-
-    lines = []
-    for kept, side, some_images, some_texts in cuts():
-        pair = (some_images.unit(), some_texts.unit()) if similarity == "cosine" else (some_images, some_texts)
-        figures = retrieval_figures(*pair, owner, (1,))
-        lines.append(
+    longest_image, longest_text = (int(rows.entries.max()) if len(rows.entries) else 0 for rows in (images, texts))
+    cuts: list[tuple[str, str, Callable[[SparseRows], SparseRows]]] = [("all", "both", lambda rows: rows)]
+    cuts += [
+        (f"top {k}", "both", partial(SparseRows.largest, k=k)) for k in most if k < max(longest_image, longest_text)
+    ]
+    cuts += [(f"top {k}", "images", partial(SparseRows.largest, k=k)) for k in most if k < longest_image]
+    cuts += [(f"≥ {share:g} of the heaviest", "both", partial(SparseRows.above, share=share)) for share in shares]
+    rows = []
+    for kept, side, prune in cuts:
+        pruned = prune(images), prune(texts) if side == "both" else texts
+        pair = tuple(each.unit() for each in pruned) if similarity == "cosine" else pruned
+        figures = retrieval_figures(pair[0], pair[1], owner, (1,))
+        rows.append(
             {
                 "kept": kept,
                 "side": side,
-                "images": float(some_images.entries.float().mean()),
-                "texts": float(some_texts.entries.float().mean()),
+                "images": float(pruned[0].entries.float().mean()),
+                "texts": float(pruned[1].entries.float().mean()),
                 "i2t": float(figures["i2t/recall@1"]),
                 "t2i": float(figures["t2i/recall@1"]),
-                "index_bytes": index_bytes(some_images),
+                "index_bytes": index_bytes(pruned[0]),
             }
         )
-    return lines
+    return rows
 
 
 def index_bytes(rows: SparseRows) -> int:
-    """Bytes of an inverted index without compression: 4 for the row and 4 for the weight of every entry, 8 for the start
-    of each list (as many lists as there are words in use)."""
+    """Bytes of an uncompressed inverted index: 8 for each entry (row and weight), 8 for each term in use."""
     return 8 * len(rows.column) + 8 * len(rows.column.unique())
 
 
 def cost(images: SparseRows, texts: SparseRows, width: int, sparse: bool) -> dict[str, float]:
-    """What searching the images costs, by texts one at a time on one thread: exact, ten best.
+    """What an exact search of the ten best images costs, by one text at a time, on one thread.
 
-    A sparse model is searched through its inverted lists (scipy), a dense one by a matrix-vector product.
+    A sparse model is searched through inverted lists (scipy), a dense one by a matrix-vector product.
 
     Returns:
-        `index_bytes`, and `search_ms_p50`, `search_ms_p95`, over at most 200 searches, none left out.
+        `index_bytes`, and over at most 200 texts `search_ms_p50` and `search_ms_p95`.
     """
     gallery = images.scipy(width)
     lists = gallery.T.tocsr() if sparse else gallery.toarray()
     seconds = []
     with threadpool_limits(1):
-        for query in texts.scipy(width)[:_SEARCHES]:
+        for query in texts.scipy(width)[:_QUERIES]:
             full_V = query.toarray()[0]
-            clock = time.perf_counter()
+            start = time.perf_counter()
             score_N = query.data @ lists[query.indices] if sparse else lists @ full_V
-            best = min(_FOUND, len(score_N))
+            best = min(_HITS, len(score_N))
             np.argpartition(-score_N, best - 1)[:best]
-            seconds.append(time.perf_counter() - clock)
-    found = {"index_bytes": float(index_bytes(images) if sparse else lists.nbytes)}
-    for q in (50, 95) if seconds else ():
-        found[f"search_ms_p{q}"] = 1000 * float(np.percentile(seconds, q))
-    return found
+            seconds.append(time.perf_counter() - start)
+    times = {f"search_ms_p{q}": 1000 * float(np.percentile(seconds, q)) for q in ((50, 95) if seconds else ())}
+    return {"index_bytes": float(index_bytes(images) if sparse else lists.nbytes), **times}

@@ -1,7 +1,6 @@
 """What an evaluation reads: images with captions, images with classes, or both."""
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,11 +13,11 @@ class Sample:
 
     Attributes:
         image: RGB.
-        captions: what is said of it; may be empty.
-        label: place of its class among the set's classes, None where it has none.
+        captions: texts that describe it; may be empty.
+        label: index of its class in the set's `classes`; None without a class.
 
     Raises:
-        ValueError: if captions are one text and no list of them.
+        ValueError: if captions are one string.
     """
 
     image: Image
@@ -27,25 +26,15 @@ class Sample:
 
     def __post_init__(self) -> None:
         if isinstance(self.captions, str):
-            raise ValueError(f"captions are the text {self.captions[:40]!r}; give a list, also of one")
-
-
-def images_told_alike(captions: Iterable[Sequence[str]]) -> int:
-    """How many images with captions have the same as another: nobody could tell them apart by text."""
-    times = Counter(tuple(told) for told in captions if told)
-    return sum(count for count in times.values() if count > 1)
+            raise ValueError(f"captions are the string {self.captions[:40]!r}; give a list of captions")
 
 
 class Samples(Protocol):
-    """N samples, read when asked for: a list, or something that opens files."""
+    """N samples by index: a list, or an object that reads files on access."""
 
-    def __len__(self) -> int:
-        """N."""
-        ...
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Sample:
-        """Sample `index`, from 0."""
-        ...
+    def __getitem__(self, index: int, /) -> Sample: ...
 
 
 @dataclass(frozen=True)
@@ -53,12 +42,12 @@ class EvaluationSet:
     """A set to measure a model on.
 
     Attributes:
-        name: what tables call it.
+        name: of the set, in tables.
         samples: what is measured.
-        split: which part of the data they are, as printed beside the figures.
-        classes: names of the classes; empty where the set has none.
-        train, val: labelled samples for the linear probe: it learns on the one, its regulariser is chosen on the other.
-        retrieval: whether captions tell images apart. False for sets whose captions only name the class.
+        split: which part of the data they are, for the protocol.
+        classes: names of the classes; empty without classes.
+        train, val: labelled samples of the linear probe: it trains on the first, its penalty is chosen on the second.
+        retrieval: whether captions distinguish images. False if they only name the class.
     """
 
     name: str
@@ -68,9 +57,3 @@ class EvaluationSet:
     train: Samples = field(default_factory=list)
     val: Samples = field(default_factory=list)
     retrieval: bool = True
-
-
-def batches(samples: Samples, size: int) -> Iterator[list[Sample]]:
-    """The samples in order, `size` at a time."""
-    for first in range(0, len(samples), size):
-        yield [samples[i] for i in range(first, min(first + size, len(samples)))]

@@ -34,7 +34,7 @@ class _Graph(nn.Module):
 
     def _non_zeros(self, hidden_BTD: Tensor, mask_BT: Tensor, lowered_BV: Tensor | float = 0.0) -> NonZeros:
         hidden_BTE = self.head.norm(nn.functional.gelu(self.head.dense(hidden_BTD)))
-        logits_BTV = hidden_BTE @ self.head.words.T
+        logits_BTV = hidden_BTE @ self.head.word_embeddings.T
         highest_BV = logits_BTV.masked_fill(~mask_BT[..., None], -1e30).amax(dim=1) + self.head.bias
         weight_BV = torch.log1p(torch.relu(highest_BV - lowered_BV)) * self.active_V
         at = weight_BV.nonzero()

@@ -206,7 +206,9 @@ class SparseIndex:
             return Query(*self._state.row(self._number(like)), len(self.space.tokens))
         if words is not None:
             model = self._model
-            return query_of_words(words, self.space, (self._vocabulary if model is None else model.vocabulary).pieces)
+            return query_of_words(
+                words, self.space, (self._vocabulary if model is None else model.vocabulary).token_ids
+            )
         row = self._row(query)
         return query_of_weights(row.indices, row.data, self.space)
 

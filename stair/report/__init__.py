@@ -1,8 +1,7 @@
-"""Pages that show what a model learned: a file to open, mail or keep, without a server or the network."""
+"""Pages that show what a model learned: one HTML file, without a server or the network."""
 
-from stair.pages import write_html
-from stair.report.parts import Hit, Picture, Search, StageRow, write_page
-from stair.report.words import encode_png, shared_words, top_words
+from stair.report.page import Hit, Picture, Search, StageRow, write_model_page, write_page
+from stair.report.terms import encode_png, shared_terms, top_terms
 
 __all__ = [
     "Hit",
@@ -10,8 +9,8 @@ __all__ = [
     "Search",
     "StageRow",
     "encode_png",
-    "shared_words",
-    "top_words",
-    "write_html",
+    "shared_terms",
+    "top_terms",
+    "write_model_page",
     "write_page",
 ]

@@ -1,69 +1,83 @@
-"""The figures of an evaluation as tables of text, whatever draws them: terminal, page or model card."""
+"""The figures of an evaluation as tables of text, for the terminal, the page and the model card."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from stair.set_counts import sentences
 
-_WAYS = {"t2i": "text → image", "i2t": "image → text"}
+DIRECTIONS = {"t2i": "text → image", "i2t": "image → text"}
+_CLASSIFICATION_NOTE = (
+    "Zero-shot: a class is the mean of its templates' embeddings, term by term; the JSON lists the templates. Linear "
+    "probe: logistic regression, its penalty chosen on validation."
+)
+_PROBE_NOTE = (
+    "All terms of the vocabulary compete: a sparse model's weights are ranked, a dense model embeds each word as a text. "
+    "Correct terms are whole words, no stop words; images without one are skipped. Frequency baseline: the most common "
+    "correct terms of this set for every image."
+)
+_TERMS_NOTE = (
+    "Terms are tokens. grounding@K: share of an image's K heaviest terms that its captions contain; `baseline`: the same "
+    "of the K most common caption tokens. added: active terms of a text outside the caption; confirmed: contained in "
+    "another caption of its image (`baseline`: of any image of the set)."
+)
+_COST_NOTE = (
+    "Exact search for the ten best images by one text, one thread. Index: 8 bytes an entry, uncompressed; 4 bytes a number "
+    "for a dense model."
+)
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of text.
-
-    Attributes:
-        title: heading.
-        heads: of the columns, the first names the lines.
-        lines: cells.
-        notes: what one must know to read it.
-    """
+class Table(NamedTuple):
+    """A table of text: title, column heads, rows of cells, notes below."""
 
     title: str
     heads: Sequence[str]
-    lines: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:
-    """Every table that an evaluation fills, in the order to be read.
-
-    Args:
-        result: of `stair.evaluate.run.evaluate`.
-    """
+    """The tables that a result of `stair.evaluate.evaluate` fills, in reading order."""
     sets: Mapping[str, Any] = result["sets"]
-    makers = (_retrieval, _classification, _vocabulary_probe, _words, _cost)
-    yield from (table for maker in makers if (table := maker(sets)).lines)
+    yield from (table for make in (_retrieval, _classification, _probe, _terms, _cost) if (table := make(sets)).rows)
+    heads = ["terms kept", "of", "an image", "a text", "t→i R@1", "i→t R@1", "index bytes"]
     for name, figures in sets.items():
         if "pruned" in figures:
-            yield _pruned(name, figures["pruned"])
+            rows = [
+                [row["kept"], row["side"]]
+                + [_number(row[key]) for key in ("images", "texts")]
+                + [_percent(row[key]) for key in ("t2i", "i2t")]
+                + [f"{row['index_bytes']:,.0f}"]
+                for row in figures["pruned"]
+            ]
+            yield Table(
+                f"Quality against size: {name}", heads, rows, ["`images`: only images are pruned, as in an index."]
+            )
 
 
-def measured(result: Mapping[str, Any]) -> list[str]:
-    """Markdown of an evaluation for a card: how each set was taken, then the tables."""
-    protocols = "\n".join(f"- {protocol(name, figures)}" for name, figures in result["sets"].items())
-    return [protocols, *map(_markdown, tables(result))]
+def markdown_sections(result: Mapping[str, Any]) -> list[str]:
+    """Markdown of an evaluation for a card: the protocol of each set, then the tables."""
+    sections = ["\n".join(f"- {protocol(name, figures)}" for name, figures in result["sets"].items())]
+    for table in tables(result):
+        notes = table.notes if table.title != "Retrieval" else ()
+        sections.append("\n\n".join([f"### {table.title}", markdown_table(table.heads, table.rows), *notes]))
+    return sections
 
 
-def markdown_table(heads: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
-    """A table; numbers with four digits, to the right, and the first column to the left."""
-    rule = ["---", *("--:" for _ in heads[1:])]
-    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in [heads, rule, *lines])
-
-
-def _cell(value: object) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _markdown(found: Table) -> str:
-    notes = [note for note in found.notes if found.title != "Retrieval"]
-    return "\n\n".join([f"### {found.title}", markdown_table(found.heads, found.lines), *notes])
+def markdown_table(heads: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A table; numbers have four digits, all columns but the first are right-aligned."""
+    cells = [
+        [
+            (f"{value:.4g}" if isinstance(value, float) else str(value)).replace("|", "\\|").replace("\n", " ")
+            for value in row
+        ]
+        for row in (heads, *rows)
+    ]
+    cells.insert(1, ["---", *("--:" for _ in heads[1:])])
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def protocol(name: str, figures: Mapping[str, Any]) -> str:
-    """One sentence that says how a set's figures were taken."""
+    """One sentence: how a set was measured."""
     p = figures["protocol"]
     least, most = p["captions_an_image"]["least"], p["captions_an_image"]["most"]
     captions = f"{least}" if least == most else f"{least} to {most}"
@@ -71,7 +85,7 @@ def protocol(name: str, figures: Mapping[str, Any]) -> str:
     unfair = "".join(f"; {sentence}" for sentence in sentences(p, p["recall_at"] if "retrieval" in figures else ()))
     return (
         f"{name}: split {p['split']}, {p['images']} images with {captions} captions each ({p['captions']}){unfair}; "
-        f"compared by {p['similarity']}; {p['truncation']}; {p['queries']}; {p['ties']}; {memory:.0f} MiB held"
+        f"compared by {p['similarity']}; {p['truncation']}; {p['queries']}; {p['ties']}; {memory:.0f} MiB of memory"
     )
 
 
@@ -86,109 +100,61 @@ def _number(value: float | None) -> str:
 
 
 def _retrieval(sets: Mapping[str, Any]) -> Table:
-    lines, ks, notes = [], [], []
-    for name, figures in sets.items():
-        if "retrieval" not in figures:
-            continue
-        ks = figures["protocol"]["recall_at"]
-        notes.append(protocol(name, figures))
-        for way, spoken in _WAYS.items():
-            found = {key.partition("/")[2]: value for key, value in figures["retrieval"].items() if key.startswith(way)}
-            recalls = [_percent(found[f"recall@{k}"]) for k in ks]
-            rest = [_percent(found["mrr"]), _percent(found["ndcg@10"]), _number(found["median_rank"])]
-            lines.append([f"{name}, {spoken}", *recalls, *rest])
+    ranked = {name: figures for name, figures in sets.items() if "retrieval" in figures}
+    ks: Sequence[int] = next((figures["protocol"]["recall_at"] for figures in ranked.values()), ())
+    rows = [
+        [f"{name}, {direction}"]
+        + [_percent(figures["retrieval"][f"{way}/{key}"]) for key in (*(f"recall@{k}" for k in ks), "mrr", "ndcg@10")]
+        + [_number(figures["retrieval"][f"{way}/median_rank"])]
+        for name, figures in ranked.items()
+        for way, direction in DIRECTIONS.items()
+    ]
     heads = ["retrieval, %", *(f"R@{k}" for k in ks), "MRR", "nDCG@10", "median rank"]
-    return Table("Retrieval", heads, lines, notes)
+    return Table("Retrieval", heads, rows, [protocol(name, figures) for name, figures in ranked.items()])
 
 
 def _classification(sets: Mapping[str, Any]) -> Table:
-    lines = []
-    for name, figures in sets.items():
-        if "zero_shot" in figures:
-            shot, probe = figures["zero_shot"], figures.get("linear_probe", {})
-            accuracies = [_percent(shot[key]) for key in ("top1", "top5", "mean_class_top1")]
-            sizes = [str(shot["images"]), str(shot["classes"])]
-            lines.append([name, *accuracies, _percent(probe.get("top1")), *sizes])
-    heads = ["accuracy, %", "top-1", "top-5", "mean of classes", "linear probe", "images", "classes"]
-    note = (
-        "Zero-shot: a class is the mean of its templates' embeddings, taken word by word; the JSON lists the templates. "
-        "Linear probe: logistic regression, its penalty chosen on validation."
-    )
-    return Table("Classification", heads, lines, [note])
-
-
-def _vocabulary_probe(sets: Mapping[str, Any]) -> Table:
-    lines = []
-    for name, figures in sets.items():
-        for kind, found in figures.get("vocabulary_probe", {}).items():
-            what = f"{name}, {'class name' if kind == 'class' else 'caption words'}"
-            size = [f"{found['images']:.0f}", f"{found['skipped']:.0f}"]
-            lines.append([what, *_tops(found, ""), _number(found["median_rank"]), *size])
-            lines.append([f"{what}: the commonest", *_tops(found, "frequency_baseline/"), "", *size])
-    heads = ["right word among all, %", "top-1", "top-5", "top-10", "median rank", "images", "left out"]
-    note = (
-        "Every word of the vocabulary competes: a sparse model's weights are read straight off, a dense one embeds each "
-        "word alone. Right are whole words, no stop words; images without one are left out. The commonest: what saying the "
-        "same words of every image gets, this set's own commonest first; a model that is not above it has named a habit."
-    )
-    return Table("Vocabulary test", heads, lines, [note])
-
-
-def _tops(found: Mapping[str, float], of: str) -> list[str]:
-    return [_percent(found[f"{of}top{k}"]) for k in (1, 5, 10)]
-
-
-def _words(sets: Mapping[str, Any]) -> Table:
-    found = {name: figures["words"] for name, figures in sets.items() if figures.get("words")}
-    rows = list(dict.fromkeys(key for words in found.values() for key in words))
-    shares = ("grounding/", "share", "confirmed")
-    lines = [
-        [key.removeprefix("sparsity/").removeprefix("grounding/").replace("_", " ")]
-        + [
-            (_percent if any(mark in key for mark in shares) else _number)(words.get(key))
-            + (" %" if any(mark in key for mark in shares) else "")
-            for words in found.values()
-        ]
-        for key in rows
+    rows = [
+        [name]
+        + [_percent(shot[key]) for key in ("top1", "top5", "mean_class_top1")]
+        + [_percent(figures.get("linear_probe", {}).get("top1")), str(shot["images"]), str(shot["classes"])]
+        for name, figures in sets.items()
+        if (shot := figures.get("zero_shot"))
     ]
-    note = (
-        "Words are word pieces. grounding@K: share of an image's K heaviest words that its captions hold; `frequent` is "
-        "what the K commonest caption words get. added: active terms of a text that are not its own; confirmed: held by "
-        "another caption of its image (`any`: by those of any image of the set)."
-    )
-    return Table("Words", ["", *found], lines if found else [], [note])
+    heads = ["accuracy, %", "top-1", "top-5", "mean of classes", "linear probe", "images", "classes"]
+    return Table("Classification", heads, rows, [_CLASSIFICATION_NOTE])
+
+
+def _probe(sets: Mapping[str, Any]) -> Table:
+    rows = []
+    for name, figures in sets.items():
+        for source, found in figures.get("vocabulary_probe", {}).items():
+            title = f"{name}, {'class name' if source == 'class' else 'caption terms'}"
+            size = [f"{found['images']:.0f}", f"{found['skipped']:.0f}"]
+            for label, prefix in (("", ""), (": frequency baseline", "frequency_baseline/")):
+                shares = [_percent(found[f"{prefix}top{k}"]) for k in (1, 5, 10)]
+                rows.append([title + label, *shares, "" if label else _number(found["median_rank"]), *size])
+    heads = ["correct term, %", "top-1", "top-5", "top-10", "median rank", "images", "skipped"]
+    return Table("Vocabulary probe", heads, rows, [_PROBE_NOTE])
+
+
+def _terms(sets: Mapping[str, Any]) -> Table:
+    figures_of = {name: figures["words"] for name, figures in sets.items() if figures.get("words")}
+    rows = []
+    for key in dict.fromkeys(key for figures in figures_of.values() for key in figures):
+        title = key.removeprefix("sparsity/").removeprefix("grounding/").replace("_", " ")
+        if any(part in key for part in ("grounding/", "share", "confirmed")):
+            rows.append([title, *(f"{_percent(figures.get(key))} %" for figures in figures_of.values())])
+        else:
+            rows.append([title, *(_number(figures.get(key)) for figures in figures_of.values())])
+    return Table("Terms", ["", *figures_of], rows, [_TERMS_NOTE])
 
 
 def _cost(sets: Mapping[str, Any]) -> Table:
-    lines = [
-        [
-            name,
-            f"{figures['cost']['index_bytes']:,.0f}",
-            *(f"{figures['cost'].get(f'search_ms_{p}', float('nan')):.3f}" for p in ("p50", "p95")),
-        ]
+    rows = [
+        [name, f"{cost['index_bytes']:,.0f}"]
+        + [f"{cost.get(f'search_ms_{p}', float('nan')):.3f}" for p in ("p50", "p95")]
         for name, figures in sets.items()
-        if "cost" in figures
+        if (cost := figures.get("cost"))
     ]
-    note = (
-        "Exact search for the ten best images by one text, one thread; an index of 8 bytes an entry, uncompressed; of a "
-        "dense model 4 a number."
-    )
-    return Table("Cost", ["", "index bytes", "search ms p50", "p95"], lines, [note])
-
-
-def _pruned(name: str, lines: Sequence[Mapping[str, Any]]) -> Table:
-    cells = [
-        [
-            line["kept"],
-            line["side"],
-            _number(line["images"]),
-            _number(line["texts"]),
-            _percent(line["t2i"]),
-            _percent(line["i2t"]),
-            f"{line['index_bytes']:,.0f}",
-        ]
-        for line in lines
-    ]
-    heads = ["words kept", "of", "an image", "a text", "t→i R@1", "i→t R@1", "index bytes"]
-    note = "`images`: only images are pruned, as in an index that whole texts ask."
-    return Table(f"Quality against size: {name}", heads, cells, [note])
+    return Table("Cost", ["", "index bytes", "search ms p50", "p95"], rows, [_COST_NOTE])

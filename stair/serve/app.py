@@ -27,7 +27,7 @@ from starlette.routing import Route
 from stair.data.folders import find_file
 from stair.data.items import read_cell
 from stair.embeddings import to_csr
-from stair.explain import PictureReading, read_image, shares_on_patches
+from stair.explain import read_image
 from stair.explain_page import overlay
 from stair.images import decode_image
 from stair.index import SparseIndex
@@ -123,8 +123,8 @@ class _SearchPage:
         picture = self._picture(self._known(request))
         weights = _weights(_parsed(request.query_params.get("words", "{}")))
         with self._one_at_a_time:
-            reading: PictureReading = read_image(self.model, picture)
-        return _image_response(overlay(reading.image, shares_on_patches(reading, weights), _SIDE), "PNG")
+            reading = read_image(self.model, picture)
+        return _image_response(overlay(reading.image, reading.heat_of(weights), _SIDE), "PNG")
 
     def _known(self, request: Request) -> str:
         name = request.query_params.get("id", "")
