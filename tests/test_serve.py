@@ -115,7 +115,7 @@ def test_pictures_come_from_files_and_from_places_in_them(client, pictures, tiny
         answer = client.get("/picture", params={"id": f"id {n} & é"})
         assert answer.headers["content-type"] == "image/jpeg"
         assert Image.open(io.BytesIO(answer.content)).size == pictures[n].size
-    word = read_image(tiny_stair, pictures[0]).words[0]
+    word = read_image(tiny_stair, pictures[0]).terms[0]
     cold, hot = (
         np.asarray(
             Image.open(io.BytesIO(client.get("/heat", params={"id": "id 0 & é", "words": words}).content)), np.int64
