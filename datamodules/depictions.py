@@ -60,13 +60,11 @@ def _cells(box: Box, count: int) -> list[Box]:
 
 
 def _shifted(colour: Colour, shifts: Iterable[int]) -> Colour:
-    red, green, blue = (min(255, max(0, c + shift)) for c, shift in zip(colour, shifts, strict=True))
-    return red, green, blue
+    return tuple(min(255, max(0, c + shift)) for c, shift in zip(colour, shifts, strict=True))
 
 
 def _mix(colour: Colour, other: Colour, share: float) -> Colour:
-    red, green, blue = (round(a + (b - a) * share) for a, b in zip(colour, other, strict=True))
-    return red, green, blue
+    return tuple(round(a + (b - a) * share) for a, b in zip(colour, other, strict=True))
 
 
 def _draw_object(

@@ -11,7 +11,7 @@ import yaml
 from PIL import ImageDraw
 
 Point = tuple[float, float]
-Colour = tuple[int, int, int]
+Colour = tuple[int, ...]  # red, green, blue
 Box = tuple[float, float, float, float]
 
 TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("scenes.yaml").read_text(encoding="utf-8"))
@@ -45,7 +45,7 @@ def _petal(number: float) -> list[Point]:
 
 _FORMS: dict[str, Callable[..., list[Point]]] = {
     "arc": _arc,
-    "cra": lambda *numbers: _arc(*numbers)[::-1],
+    "arc_back": lambda *numbers: _arc(*numbers)[::-1],
     "star": _star,
     "rectangle": _rectangle,
     "heart": _heart,
@@ -132,14 +132,7 @@ def _bricks(draw: ImageDraw.ImageDraw, side: int, tones: tuple[Colour, ...], rng
             draw.line((x, row * height, x, (row + 1) * height), fill=tones[1], width=line)
 
 
-PATTERNS = {
-    "specks": _specks,
-    "blades": _blades,
-    "waves": _waves,
-    "tiles": _tiles,
-    "stripes": _stripes,
-    "bricks": _bricks,
-}
+PATTERNS = {paint.__name__[1:]: paint for paint in (_specks, _blades, _waves, _tiles, _stripes, _bricks)}
 
 
 class Background(NamedTuple):

@@ -143,14 +143,7 @@ def causes_of(samples: Iterable[SampleFacts]) -> Counter[str]:
 def diagnose(
     source: str, samples: Sequence[SampleFacts], requirements: Requirements, reasons: Sequence[str]
 ) -> list[Diagnostic]:
-    """What is wrong with at least one sample of a source.
-
-    Args:
-        source: its name.
-        samples: that were read.
-        requirements: of the run.
-        reasons: why no more were read, of each shard.
-    """
+    """What is wrong with the samples of a source; `reasons` say of each shard why no more were read."""
     if not samples:
         return worded(source, [("no samples", {"count": len(reasons), "reason": reasons[0]})])
     findings = [*_bad(samples, requirements), *_images(samples, requirements), *_captions(samples, requirements)]
@@ -167,10 +160,10 @@ def _bad(samples: Sequence[SampleFacts], requirements: Requirements) -> Iterator
         missing["no image"] = [*IMAGE_TYPES]
     if not any(sample.captions for sample in samples):
         missing["no caption"] = [*CAPTION_TYPES]
-    for cause, wanted in missing.items():
+    for cause, expected in missing.items():
         reason = first.get("dotted key") or first.get(cause) or next(iter(first.values()))
         members = [name for sample in samples for name in sample.members][:10]
-        yield "no usable member", {"wanted": wanted, "reason": reason, "members": members}
+        yield "no usable member", {"expected": expected, "reason": reason, "members": members}
     if (bad := causes.total()) and not missing:
         listed = ", ".join(f"{count} {cause} (the first: {first[cause]})" for cause, count in causes.items())
         stops = bad == total or (bad > requirements.max_bad_share * total and total >= _CERTAIN)

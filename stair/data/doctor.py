@@ -86,8 +86,8 @@ def doctor(
         write_indices([shard for spec in sources.values() for shard in expand(spec.shards) if not is_remote(shard)])
     reports, findings = {}, list[Diagnostic]()
     for name, source in sources.items():
-        reports[name], found = _examine(name, source, requirements, settings, samples, seconds / len(sources))
-        findings += found
+        reports[name], of_source = _examine(name, source, requirements, settings, samples, seconds / len(sources))
+        findings += of_source
     findings += diagnostics.worded("the run", _of_run(reports, settings, ranks))
     if json:
         print(json_format.dumps({"sources": reports, "findings": [one._asdict() for one in findings]}, indent=1))
@@ -121,8 +121,10 @@ def _sources(data: list[str]) -> dict[str, Shards]:
                 sources |= mixture({str(name): Shards(**one) if isinstance(one, dict) else one for name, one in named})
             except (TypeError, AttributeError, yaml.YAMLError) as error:
                 reason = getattr(error, "problem", None) or error
-                wanted = "'{name: spec, ...}' or '{name: {shards: spec, weight: 1.0}, ...}'"
-                raise SettingError(f"{spec!r} is no mapping of sources ({reason}); wanted {wanted}", "data") from error
+                expected = "'{name: spec, ...}' or '{name: {shards: spec, weight: 1.0}, ...}'"
+                raise SettingError(
+                    f"{spec!r} is no mapping of sources ({reason}); wanted {expected}", "data"
+                ) from error
         elif spec not in files:
             sources[spec] = Shards(spec)
     return sources
@@ -144,9 +146,9 @@ def _examine(
         facts += [diagnostics.inspect(sample, requirements) for sample in read]
         reasons.append(reason or "not a tar, or empty")
     findings = list(_of_shards(shards, bool(stated))) + [("unknown vocabulary", {})] * (not requirements.vocabulary)
-    found = [*diagnostics.worded(name, findings), *diagnostics.diagnose(name, facts, requirements, reasons)]
-    found.sort(key=lambda one: ("stops", "warns", "notes").index(one.severity))
-    return _report(shards, facts, requirements.max_tokens, stated), found
+    worded = [*diagnostics.worded(name, findings), *diagnostics.diagnose(name, facts, requirements, reasons)]
+    worded.sort(key=lambda one: ("stops", "warns", "notes").index(one.severity))
+    return _report(shards, facts, requirements.max_tokens, stated), worded
 
 
 @dataclass
@@ -166,12 +168,9 @@ class ShardFacts:
 
 
 def inspect_shards(paths: Sequence[str], seconds: float, remote: Remote) -> list[ShardFacts]:
-    """Counts a source by index files, by `NNNNN_stats.json` of img2dataset, and by headers as far as the seconds reach.
+    """Counts samples by index files, by `NNNNN_stats.json` of img2dataset, and by headers as far as the seconds reach.
 
-    Shards that are not local are counted only by an index beside them.
-
-    Raises:
-        FileError: if an index is damaged, at which a run would stop.
+    Remote shards are counted only by an index beside them. FileError if an index is damaged, at which a run would stop.
     """
     shards = {path: ShardFacts(path) for path in paths}
     with suppress(FileError, LastingError):  # no index: their number stays unknown
@@ -316,8 +315,7 @@ def write_indices(shards: list[str]) -> None:
     """Reads local shards from front to end and writes `index.json` into each of their folders.
 
     Raises:
-        FileError: if one cannot be read to its end: an index would make its loss official. Or if another tool's index is
-            there, or a `stair prepare` that is not finished.
+        FileError: if one cannot be read to its end, `stair prepare` is not finished, or another tool's index is there.
     """
     folders: dict[Path, list[Path]] = {}
     for shard in map(Path, dict.fromkeys(shards)):
@@ -325,11 +323,8 @@ def write_indices(shards: list[str]) -> None:
     for folder, paths in folders.items():
         with preparing(folder) as state:
             if plans := sorted(state.glob("*.plan")):
-                raise FileError(
-                    f"{folder} is being prepared ({plans[0].relative_to(folder)}): finish `stair prepare` first, with the "
-                    "same command; it writes the index itself",
-                    folder,
-                )
+                what = f"{folder} is being prepared ({plans[0].relative_to(folder)})"
+                raise FileError(f"{what}: finish `stair prepare` first, with the same command", folder)
             records, _ = run({path: () for path in paths}, _count, state, "index", workers=0)
             finish(folder, state, records)
 

@@ -221,9 +221,9 @@ def _check_columns(table: Table, side: Side, column: str, id_column: str | None)
     # lists and bytes would be taken for a path or text by the way Python spells them
     is_text = column not in table.bytes_columns and ("<" not in kind or kind.startswith("dictionary<"))
     if not is_text and not (side == "images" and _IMAGES.fullmatch(kind)):
-        wanted = {"images": "paths of images, their bytes, or {bytes, path}", "texts": "one text a row"}[side]
+        expected = {"images": "paths of images, their bytes, or {bytes, path}", "texts": "one text a row"}[side]
         remedy = "Choose with --column, or make shards with `stair prepare datasets` and embed these"
-        raise SettingError(f"{table.path}: column {column!r} holds {kind}; wanted {wanted}. {remedy}", "column")
+        raise SettingError(f"{table.path}: column {column!r} holds {kind}; wanted {expected}. {remedy}", "column")
     if id_column in table.bytes_columns:
         kind = table.columns[id_column]
         raise SettingError(
@@ -252,8 +252,10 @@ def _metadata(table: Table, row: Row, others: tuple[str | None, ...]) -> dict[st
         except UnicodeError as error:
             raise ValueError(f"not UTF-8: column {key!r}; save the table as UTF-8") from error
         except ValueError as error:
-            wanted = "a text, a finite number (integers of 64 bits), true or false, a date, or a list of these; or null"
-            raise FileError(f"{table.path}, {row.place}: {key!r} is {error}; wanted {wanted}", table.path) from error
+            expected = (
+                "a text, a finite number (integers of 64 bits), true or false, a date, or a list of these; or null"
+            )
+            raise FileError(f"{table.path}, {row.place}: {key!r} is {error}; wanted {expected}", table.path) from error
     return metadata
 
 

@@ -138,9 +138,9 @@ def karpathy(captions: Path, images: Path, out: Path, **settings: Any) -> None:
             texts = [sentence["raw"] for sentence in entry["sentences"]]
             splits.setdefault(split, []).append(_input(names, texts, **facts))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        wanted = "an object with `images`, each with `filename`, `split` and `sentences`, such as dataset_coco.json"
+        expected = "an object with `images`, each with `filename`, `split` and `sentences`, such as dataset_coco.json"
         reason = f"{type(error).__name__}: {error}"
-        raise FileError(f"{captions} is no Karpathy split file ({reason}); wanted {wanted}", captions) from error
+        raise FileError(f"{captions} is no Karpathy split file ({reason}); wanted {expected}", captions) from error
     write_shards(Source(str(captions), splits, ImageFiles.of(images)), out, **settings)
 
 
@@ -160,8 +160,8 @@ def classes(
         if template.format("a") == template.format("b"):
             raise ValueError("all classes would have the same caption")
     except (ValueError, LookupError, AttributeError) as error:
-        wanted = "text with {} for the name, as in 'a photo of a {}'"
-        raise SettingError(f"{template=}: {error}; wanted {wanted}", "template") from error
+        expected = "text with {} for the name, as in 'a photo of a {}'"
+        raise SettingError(f"{template=}: {error}; wanted {expected}", "template") from error
     folders, files, skipped = class_files(images)
     if not folders:
         raise FileError(f"no folder of a class in {images}; wanted one for each class, with its images", images)
@@ -211,8 +211,8 @@ def datasets(
     splits = _arrow_files(images.root)
     files = [file for files_of_split in splits.values() for file in files_of_split]
     if not files:
-        wanted = "what `save_to_disk` writes (dataset_info.json or dataset_dict.json) or parquet files"
-        raise FileError(f"{data} holds no data set: wanted {wanted}", data)
+        expected = "what `save_to_disk` writes (dataset_info.json or dataset_dict.json) or parquet files"
+        raise FileError(f"{data} holds no data set: wanted {expected}", data)
     schema = arrow_schema(files[0])
     if other := [file for file in files if arrow_schema(file).names != schema.names]:
         raise FileError(f"{other[0]} has other columns than {files[0]}, which has {schema.names}", other[0])
@@ -267,10 +267,10 @@ def _arrow_files(root: Path) -> dict[str, list[Path]]:
         return {str(split): _saved(root / str(split)) for split in splits}
     if (root / "state.json").is_file():
         return {str(known_json(root / "state.json").get("_split") or _split_of(root)): _saved(root)}
-    found: dict[str, list[Path]] = {}
+    files: dict[str, list[Path]] = {}
     for path in sorted(root.rglob("*.parquet")):
-        found.setdefault(_split_of(path, path.parent), []).append(path)
-    return found
+        files.setdefault(_split_of(path, path.parent), []).append(path)
+    return files
 
 
 def _split_of(*paths: Path) -> str:

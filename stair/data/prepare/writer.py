@@ -230,10 +230,9 @@ def open_tar(file: BinaryIO) -> TarWriter:
 
 
 def encode(data: bytes, max_side: int, max_pixels: int) -> tuple[str, bytes, str]:
-    """How an image goes into a shard: as it is if it is a JPEG, PNG or WebP of at most `max_side` pixels a side (0: any).
+    """Type and bytes of an image in a shard, and why they are not the original ones (empty if they are).
 
-    Returns its type, its bytes, and why they are not the original ones (empty if they are). Errors are those of
-    `decode_image`, by which training reads it.
+    Errors are those of `decode_image`, by which training reads it.
     """
     image, kind = decode_image(data, max_pixels), image_format(data)
     reason = "" if kind else "of another format than JPEG, PNG, WebP"
@@ -287,14 +286,8 @@ def run(
 ) -> tuple[dict[Path, Record], list[Skipped]]:
     """Makes the shards without a current record; returns all records by path, and all skipped inputs.
 
-    Args:
-        jobs: arguments after the path, by path of the shard.
-        work: function of a module that makes a shard and returns its record.
-        state: folder of the records.
-        fingerprint: of the inputs and settings; records with another one, or of a changed shard, do not count.
-        workers: processes; 0 is one for each core.
-        max_bad_share: greatest share of skipped inputs; beyond it, StairError. The records stay.
-        skipped: inputs that are skipped without a job.
+    A job is `work(path, *arguments)`. A record with another fingerprint, or of a changed shard, is not current. `skipped`
+    are inputs without a job. If more than `max_bad_share` of all are skipped, StairError; the records stay.
     """
     records = {path: known_json(state / f"{path.name}.json") for path in jobs}
     missing = {path for path in jobs if records[path].get("state") != [fingerprint, _modified(path)]}
