@@ -75,7 +75,7 @@ def test_the_site_builds_strictly_and_asks_no_other_host(tmp_path: Path) -> None
         name = page.relative_to(ROOT / "docs").with_suffix("")
         assert (name.with_name("index.html") if name.name == "index" else name / "index.html") in built
     settings = (tmp_path / "reference" / "settings" / "index.html").read_text(encoding="utf-8")
-    assert "--model.init_args.objective.masked_loss_weight" in settings and "--trainer.max_steps" in settings
+    assert "…objective.masked_loss_weight" in settings and "--trainer.max_steps" in settings
     commands = (tmp_path / "reference" / "commands" / "index.html").read_text(encoding="utf-8")
     assert all(
         f">stair {word}" in commands for word in ("embed", "index", "prepare folder", "export sqlite", "evaluate")

@@ -81,11 +81,12 @@ def _settings() -> Iterator[str]:
 def _models(modules: ModuleType) -> Iterator[str]:
     """The settings of the model's classes: the first in full, of the others what differs."""
     first: dict[str, Entry] = {}
+    yield "`…` stands for `--model.init_args.`.\n"
     for name in sorted(modules.__all__, key=lambda name: (not name.startswith("Stage"), name)):
         parser = ArgumentParser()
         parser.add_class_arguments(getattr(modules, name))
         entries = {
-            entry[0].replace("--", "--model.init_args.", 1): entry
+            entry[0].replace("--", "…", 1): entry
             for _, found in _groups(parser.format_help())
             for entry in found
         }

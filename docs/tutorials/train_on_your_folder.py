@@ -21,7 +21,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 
 def sh(commands: str) -> None:
     """Runs commands of the shell; stops at the first that fails."""
-    print(commands)
+    print(commands, flush=True)
     subprocess.run(["bash", "-ec", commands], check=True)
 
 
