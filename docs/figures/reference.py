@@ -86,9 +86,7 @@ def _models(modules: ModuleType) -> Iterator[str]:
         parser = ArgumentParser()
         parser.add_class_arguments(getattr(modules, name))
         entries = {
-            entry[0].replace("--", "…", 1): entry
-            for _, found in _groups(parser.format_help())
-            for entry in found
+            entry[0].replace("--", "…", 1): entry for _, found in _groups(parser.format_help()) for entry in found
         }
         yield f"### {name}\n"
         if first:
