@@ -47,7 +47,7 @@ assert abs(best.score - sum(term.contribution for term in best.terms)) < 1e-6
 
 # %%
 text = read_text(model, QUERY)
-for n, (term, weight) in enumerate(zip(text.words, text.weights, strict=True)):
+for n, (term, weight) in enumerate(zip(text.terms, text.weights, strict=True)):
     print(f"{weight:.3f}  {term}{'  (expansion)' if text.expands(n) else ''}")
 
 # %% [markdown]
@@ -80,8 +80,8 @@ subprocess.run([*command, "--image", HOME / "photos" / best.id, "--text", QUERY]
 # %%
 last = index.search(QUERY, k=len(index))[-1]
 seen = read_image(model, Image.open(HOME / "photos" / last.id))
-print(f"{last.id} scores {last.score:.5f}; its heaviest terms are {', '.join(seen.words[:8])}")
-print("terms of the query that it lacks:", sorted(set(text.words) - set(seen.words)))
+print(f"{last.id} scores {last.score:.5f}; its heaviest terms are {', '.join(seen.terms[:8])}")
+print("terms of the query that it lacks:", sorted(set(text.terms) - set(seen.terms)))
 
 # %% [markdown]
 # ## 5. Change the query by hand
