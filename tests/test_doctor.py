@@ -21,7 +21,7 @@ from stair.data.diagnostics import first_samples
 from stair.data.doctor import doctor
 from stair.data.remote import Remote
 from stair.data.samples import types_of
-from stair.errors import FileError
+from stair.errors import FileError, SettingError
 from tests.support.files import encoded, write_tar
 
 WORDS = [f"word{n}" for n in range(700)]
@@ -228,8 +228,9 @@ def test_files_of_a_shells_glob_are_one_source_and_a_mapping_is_several(tmp_path
     assert [source["shards"] for source in report["sources"].values()] == [2]
     report, _ = told(capsys, f"{{one: {tmp_path}/a-*.tar, two: {{shards: {tmp_path}/b-0.tar}}}}")
     assert {name: source["samples"] for name, source in report["sources"].items()} == {"one": 40, "two": 20}
-    with pytest.raises(ValueError, match="is no mapping of sources"):
+    with pytest.raises(SettingError) as refused:
         doctor(["{one: {shardz: x}}"])
+    assert refused.value.setting == "data"
 
 
 def test_shards_on_a_server_are_counted_by_their_index_and_asked_for_without_one(tmp_path, capsys):
@@ -287,8 +288,9 @@ def test_the_index_it_writes_is_true_and_a_shard_that_changed_since_is_named(tmp
 def test_an_index_is_not_written_for_a_shard_that_cannot_be_read(tmp_path):
     whole = write_tar(tmp_path / "a.tar", members(range(20))).read_bytes()
     (tmp_path / "a.tar").write_bytes(whole[:5000])
-    with pytest.raises(ValueError, match="cut short"):
+    with pytest.raises(FileError) as refused:
         doctor([str(tmp_path / "a.tar")], write_index=True)
+    assert refused.value.path == tmp_path / "a.tar"
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
 
 

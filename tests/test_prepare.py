@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 import unicodedata
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from stair.data.prepare import cc, classes, datasets, emoji, folder, karpathy
 from stair.data.prepare.writer import make_shard
 from stair.data.samples import captions, image_bytes
 from stair.data.tars import stream
-from stair.errors import FileError, SettingError
+from stair.errors import FileError, SettingError, StairError
 from tests.support.files import members_of, plain_image, write_tar
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +69,14 @@ def by_file(out: Path, pattern: str = "*.tar") -> dict[str, dict]:
             "image": next(sample[kind] for kind in ("jpg", "png", "webp") if kind in sample)
         }
     return found
+
+
+@contextmanager
+def refused(path: Path):
+    """What is done here ends with an error that names the path."""
+    with pytest.raises(FileError) as wrong:
+        yield
+    assert wrong.value.path == path
 
 
 def report(out: Path, split: str = "train") -> dict:
@@ -151,9 +160,10 @@ def test_what_cannot_be_used_is_counted_by_cause_and_listed_and_too_much_of_it_s
     table = write_csv(tmp_path / "t.csv", rows + bad)
     text = table.read_bytes().replace(b'"a,b,c"', b"a,b,c") + b"3.jpg,caf\xe9\n"
     table.write_bytes(text)
-    with pytest.raises(ValueError, match=r"of 30 inputs cannot be used.*run again with a higher") as stopped:
+    with pytest.raises(StairError):
         folder(table, images, tmp_path / "out", workers=1, max_pixels=10_000)
-    assert "2 path outside" in str(stopped.value)
+    listed = json.loads((tmp_path / "out" / ".prepare" / "skipped.json").read_text())
+    assert sum(entry["cause"] == "path outside" for entry in listed) == 2
     assert not list((tmp_path / "out").glob("index.json"))
 
     folder(table, images, tmp_path / "out", workers=1, max_pixels=10_000, max_bad_share=0.5)
@@ -189,21 +199,22 @@ def test_a_quote_that_is_not_closed_costs_its_own_line_alone(tmp_path):
 def test_a_table_or_a_template_that_is_none_is_refused_by_name(tmp_path):
     images = write_images(tmp_path / "images" / "cat", 1).parent
     (tmp_path / "t.parquet").write_bytes(b"no parquet")
-    with pytest.raises(ValueError, match=r"t.parquet cannot be read"):
+    with refused(tmp_path / "t.parquet"):
         folder(tmp_path / "t.parquet", images, tmp_path / "out", workers=1)
-    with pytest.raises(ValueError, match=r"t.parquet cannot be read"):
+    with refused(tmp_path / "t.parquet"):
         datasets(tmp_path, tmp_path / "out", workers=1)
     for template in ("a photo", "{x}", "{", "{.x}"):
-        with pytest.raises(SettingError, match="template="):
+        with pytest.raises(SettingError) as wrong:
             classes(images, tmp_path / "out", template=template, workers=1)
-    with pytest.raises(FileError, match="nowhere"):
+        assert wrong.value.setting == "template"
+    with refused(tmp_path / "nowhere"):
         classes(tmp_path / "nowhere", tmp_path / "out", workers=1)
 
 
 def test_columns_that_cannot_be_told_are_asked_for(tmp_path):
     images = write_images(tmp_path / "images", 1)
     (tmp_path / "t.csv").write_text("a,b\n0.jpg,text\n")
-    with pytest.raises(SettingError, match=r"\['a', 'b'\].*--image_column") as missing:
+    with pytest.raises(SettingError) as missing:
         folder(tmp_path / "t.csv", images, tmp_path / "out")
     assert missing.value.setting == "image_column"
     folder(tmp_path / "t.csv", images, tmp_path / "out", image_column="a", caption_column="b", workers=1)
@@ -327,7 +338,7 @@ def test_the_same_again_does_nothing_and_something_else_in_its_place_is_refused(
     assert "nothing done" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     other = write_csv(tmp_path / "u.csv", [("1.jpg", "another")])
-    with pytest.raises(ValueError, match=r"holds split 'train' made of other inputs or with other settings"):
+    with refused(out):
         folder(other, images, out, workers=1)
     # another split lies beside it, in the same index
     folder(other, images, out, split="val", workers=1)
@@ -346,7 +357,7 @@ def test_two_at_a_time_in_one_folder_are_refused(tmp_path):
     (tmp_path / "out" / ".prepare").mkdir(parents=True)
     with open(tmp_path / "out" / ".prepare" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another `stair prepare` writes to"):
+        with refused(tmp_path / "out" / ".prepare" / "lock"):
             folder(table, images, tmp_path / "out", workers=1)
 
 
@@ -403,7 +414,7 @@ def test_karpathy_splits_are_kept_and_restval_joins_train(tmp_path):
     first = found["train"]["val2014/0.jpg"]
     assert (first["cocoid"], first["split"], first["captions"]) == (17, "train", ["A cat .", "One."])
     assert first["image"] == (images / "val2014" / "0.jpg").read_bytes()
-    with pytest.raises(ValueError, match="is no Karpathy split file"):
+    with refused(tmp_path / "t.csv"):
         karpathy(write_csv(tmp_path / "t.csv", []), images, tmp_path / "out2")
 
 
@@ -468,7 +479,7 @@ def test_a_table_of_addresses_is_answered_with_the_command_that_fetches_it(tmp_p
     with pytest.raises(ValueError, match=r"sed -i '1s/\^/caption\\turl\\n/'.*img2dataset --url_list .*cc3m.tsv"):
         cc(tmp_path / "cc3m.tsv")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no NNNNN_stats\.json"):
+    with refused(tmp_path / "empty"):
         cc(tmp_path / "empty")
 
 
@@ -542,7 +553,7 @@ def test_a_row_that_names_a_file_outside_the_data_set_is_skipped(tmp_path):
     parquet.write_table(table, inside / "train.parquet")
     datasets(inside, tmp_path / "out", image_column="image", workers=1, max_bad_share=0.5)
     assert report(tmp_path / "out")["skipped"] == {"path outside": 1}
-    with pytest.raises(ValueError, match="holds no data set"):
+    with refused(tmp_path / "out"):
         datasets(tmp_path / "out", tmp_path / "out2")
 
 
@@ -568,10 +579,10 @@ def test_folders_of_classes_become_labels_and_names(tmp_path):
     (tmp_path / "names.txt").write_text("001.tench tench, Tinca tinca\n002.great_white shark\n003.cup cup\n")
     classes(tmp_path / "images", tmp_path / "named", workers=1, names=tmp_path / "names.txt", max_bad_share=0.3)
     assert json.loads((tmp_path / "named" / "classnames.json").read_text())["classes"] == ["tench", "shark", "cup"]
-    with pytest.raises(ValueError, match="lists other classes"):
+    with refused(tmp_path / "named" / "classnames.json"):
         classes(tmp_path / "images", tmp_path / "named", split="val", workers=1, max_bad_share=0.3)
     (tmp_path / "few.json").write_text('["a", "b"]')
-    with pytest.raises(ValueError, match="2 names for 3 folders"):
+    with refused(tmp_path / "few.json"):
         classes(tmp_path / "images", tmp_path / "x", names=tmp_path / "few.json")
 
 
@@ -662,7 +673,7 @@ def test_colour_glyphs_are_drawn_in_their_colours_and_blank_ones_are_said(tmp_pa
         assert image.getpixel((32, 32)) == (255, 0, 0) and image.getpixel((0, 0)) == (255, 255, 255)
     assert json.loads(sample["json"])["class"] == "grinning face"
     assert report(tmp_path / "out", "val")["skipped"] == {"glyph blank": 1}
-    with pytest.raises(ValueError, match="is no font"):
+    with refused(tmp_path / "no.ttf"):
         (tmp_path / "no.ttf").write_text("no font")
         emoji(tmp_path / "out2", font=tmp_path / "no.ttf")
 
@@ -702,7 +713,7 @@ def test_the_doctor_writes_no_index_into_a_folder_that_is_not_finished_and_leave
     with pytest.raises(KeyboardInterrupt):
         folder(table, images, tmp_path / "out", shard_samples=4, workers=1)
     before = contents(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"train.plan\): finish `stair prepare` first"):
+    with refused(tmp_path / "out"):
         write_indices([str(path) for path in (tmp_path / "out").glob("*.tar")])
     assert contents(tmp_path / "out") == before
     monkeypatch.setattr(
