@@ -5,16 +5,20 @@ H × W pixels, S the side of the square that a model takes.
 
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit: 256 MiB of RGB
 
 # what the web serves; Pillow's other formats include some that start external programs
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# by EXIF orientation, from 2
+_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+_TURNS: dict[Any, Image.Transpose] = {n: Image.Transpose[name] for n, name in enumerate(_NAMES, 2)}
 
 
 def decode_image(
@@ -24,19 +28,17 @@ def decode_image(
 
     Args:
         data: the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file.
-        max_pixels: largest width × height that is decoded; checked on the header, before any pixel is.
-        enough: pixels that suffice for the shorter side. A JPEG is then decoded at 1/2, 1/4 or 1/8 of its size if no side
-            becomes shorter than that. None for full size.
+        max_pixels: largest width × height that is decoded; checked on the header.
+        enough: pixels that suffice for the shorter side: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if no side
+            becomes shorter. None for full size.
         converted: a list to which is added what else than 8-bit grayscale or RGB the image was: some of `CMYK`,
-            `16 bits`, `palette`, `transparency`, `animation`, `EXIF orientation`.
+            `16 bits`, `palette`, `transparency`, `animation` (the first frame is taken), `EXIF orientation`.
 
     Returns:
-        An RGB image. The EXIF orientation has been applied, transparency laid over white; grayscale, palette, CMYK and
-        16-bit images are converted, of an animation it is the first frame. Colour profiles are not applied.
+        An RGB image. Colour profiles are not applied.
 
     Raises:
-        ValueError: if it cannot be. The message begins with the cause and a colon: `image empty`, `image too large`
-            or `image undecodable`.
+        ValueError: `image empty: ...`, `image too large: ...` or `image undecodable: ...`.
     """
     if not data:
         raise ValueError("image empty: 0 bytes")
@@ -89,14 +91,14 @@ def _conversions(image: Image.Image, is_deep: bool) -> Iterator[str]:
         yield "transparency"
     if image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False):
         yield "animation"
-    if _is_turned(image):
+    if _turn(image) is not None:
         yield "EXIF orientation"
 
 
-def _is_turned(image: Image.Image) -> bool:
+def _turn(image: Image.Image) -> Image.Transpose | None:
     if image.format == "JPEG" and not image.info.keys() & {"exif", "xmp"}:
-        return False  # most JPEGs; asking would take as long as a tenth of decoding a small one
-    return image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+        return None  # most JPEGs; asking would take as long as a tenth of decoding a small one
+    return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -104,8 +106,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
     The EXIF orientation is applied and removed, so a second call changes nothing.
     """
-    if _is_turned(image):
-        image = ImageOps.exif_transpose(image)
+    if (turn := _turn(image)) is not None:
+        image = image.transpose(turn)  # `ImageOps.exif_transpose` fails on damaged EXIF, which it writes again
+        for key in ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"):  # where Pillow looks for it
+            image.info.pop(key, None)
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16 bits at 255, which turns such images white
         image = Image.fromarray((np.asarray(image).clip(0, 65_535) // 257).astype(np.uint8))
