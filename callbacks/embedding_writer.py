@@ -3,10 +3,9 @@
     lightning predict --config configs/stage3.yaml --run runs/mine --data.test '{coco: val/*.tar}' \
         --trainer.callbacks+=callbacks.embedding_writer.EmbeddingWriter --trainer.callbacks.folder embeddings \
         --return_predictions false
-
-C captions, V words.
 """
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +25,21 @@ class EmbeddingWriter(L.Callback):
 
     Args:
         folder: where.
-        top: keep only so many words of each, the heaviest.
+        top: keep at most this many terms of each, the heaviest.
         threshold: keep only weights above this.
     """
 
     def __init__(self, folder: str, top: int | None = None, threshold: float = 0.0) -> None:
         self.folder, self.top, self.threshold = Path(folder), top, threshold
         self._space: EmbeddingSpace | None = None
-        self._rows: dict[tuple[str, str], tuple[list[sparse.csr_matrix], list[str]]] = {}
+        self._rows: dict[tuple[str, str], list[tuple[sparse.csr_matrix, list[str]]]] = defaultdict(list)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses models without words, and a folder that holds embeddings already; takes the model's fingerprint.
-
-        Here and not at the end, where embeddings could be lost for it; on all ranks, as a sharded model wants it.
+        """Takes the model's fingerprint, on all ranks, as a sharded model needs it.
 
         Raises:
             SettingError: if the model is dense.
-            FileError: if there are embeddings.
+            FileError: if the folder holds embeddings.
         """
         if not isinstance(getattr(pl_module, "stair", None), Stair):
             raise SettingError("EmbeddingWriter writes sparse embeddings; this model's are dense", "model.class_path")
@@ -61,27 +58,25 @@ class EmbeddingWriter(L.Callback):
     ) -> None:
         """Keeps the non-zeros of a batch."""
         name = list(trainer.datamodule.test_names)[dataloader_idx]
-        keys = dict(zip(outputs["image_id"].tolist(), outputs["key"], strict=True))
-        self._keep(name, "images", outputs["image_BV"], outputs["image_id"].tolist(), list(outputs["key"]))
-        image_of_C = outputs["caption_image"].tolist()
-        numbers = [image_of_C[:c].count(image) for c, image in enumerate(image_of_C)]
-        names = [f"{keys[image]}#{number}" for image, number in zip(image_of_C, numbers, strict=True)]
-        self._keep(name, "texts", outputs["text_CV"], image_of_C, names)
-
-    def _keep(self, name: str, side: str, embedding: Any, images: list[int], ids: list[str]) -> None:
-        # rows of image -1 only even out the ranks
-        kept = [n for n, image in enumerate(images) if image >= 0]
-        rows, names = self._rows.setdefault((name, side), ([], []))
-        rows.append(to_csr(embedding, self.top, self.threshold)[kept])
-        names += [ids[n] for n in kept]
+        images, owners = outputs["image_id"].tolist(), outputs["caption_image"].tolist()
+        keys = dict(zip(images, outputs["key"], strict=True))
+        texts = [f"{keys[image]}#{owners[:c].count(image)}" for c, image in enumerate(owners)]
+        for side, embedding, image_ids, ids in (
+            ("images", outputs["image_BV"], images, list(outputs["key"])),
+            ("texts", outputs["text_CV"], owners, texts),
+        ):
+            real = [n for n, image in enumerate(image_ids) if image >= 0]  # the others only even out the ranks
+            rows = to_csr(embedding, self.top, self.threshold)[real]
+            self._rows[name, side].append((rows, [ids[n] for n in real]))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes this rank's parts."""
         space = self._space
         assert space is not None  # since `on_predict_start`
-        for (name, side), (rows, ids) in self._rows.items():
+        for (name, side), parts in self._rows.items():
             folder = self.folder / name / side
-            part = Embeddings(sparse.vstack(rows, format="csr"), ids, space)
+            vectors = sparse.vstack([rows for rows, _ in parts], format="csr")
+            part = Embeddings(vectors, [name for _, ids in parts for name in ids], space)
             part.save(folder / f"part-{trainer.global_rank:05}.safetensors")
             if trainer.is_global_zero:
                 plan = {"model": space.model, "similarity": space.similarity, "side": side, "parts": trainer.world_size}

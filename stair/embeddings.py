@@ -30,17 +30,11 @@ _SUFFIXES = (".safetensors", ".parquet")
 
 @dataclass(frozen=True)
 class EmbeddingSpace:
-    """What makes two embeddings comparable.
+    """What makes two embeddings comparable."""
 
-    Attributes:
-        model: fingerprint of the weights that made them (`Stair.fingerprint`).
-        similarity: `dot`, or `cosine`: then the dot product is taken of rows of length 1.
-        tokens: the V terms.
-    """
-
-    model: str
-    similarity: str
-    tokens: tuple[str, ...] = field(repr=False)
+    model: str  # fingerprint of the weights that made them (`Stair.fingerprint`)
+    similarity: str  # `dot`, or `cosine`: then the dot product is taken of rows of length 1
+    tokens: tuple[str, ...] = field(repr=False)  # the V terms
 
     @cached_property
     def vocabulary(self) -> str:
@@ -53,11 +47,7 @@ class EmbeddingSpace:
         return {token: v for v, token in enumerate(self.tokens)}
 
     def check_same(self, other: "EmbeddingSpace", what: str) -> None:
-        """Checks that embeddings of another space, called `what` in the message, are comparable.
-
-        Raises:
-            ValueError: if model, vocabulary or similarity differ.
-        """
+        """Raises a ValueError that begins with `what` if model, vocabulary or similarity of the other space differ."""
         for name in ("model", "vocabulary", "similarity"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
@@ -79,24 +69,15 @@ class EmbeddingSpace:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """N sparse embeddings of one model.
+    """N sparse embeddings of one model. ValueError if lengths differ."""
 
-    Attributes:
-        vectors: (N, V) CSR, float32, the weights as the model gave them, not normalised.
-        ids: N strings.
-        space: what they are comparable with.
-        metadata: N dictionaries of plain values that the user gave (columns of a table), or none at all.
-        source: N dictionaries that state where each item came from (`stair.data.items.Item.source`), or none at all.
-
-    Raises:
-        ValueError: if lengths differ.
-    """
-
-    vectors: sparse.csr_matrix
+    vectors: sparse.csr_matrix  # (N, V), float32, the weights as the model gave them, not normalised
     ids: Sequence[str]
     space: EmbeddingSpace
-    metadata: Sequence[dict[str, Any]] = ()
-    source: Sequence[dict[str, Any]] = ()
+    metadata: Sequence[
+        dict[str, Any]
+    ] = ()  # plain values that the user gave, such as columns of a table, or none at all
+    source: Sequence[dict[str, Any]] = ()  # where each item came from (`stair.data.items.Item.source`), or none at all
 
     def __post_init__(self) -> None:
         count = len(self.ids)

@@ -19,17 +19,11 @@ _NO_RANK = 2**62  # beyond every cut
 
 
 class SparseRows(NamedTuple):
-    """N rows of an embedding matrix without their zeros.
+    """N rows of an embedding matrix without their zeros."""
 
-    Attributes:
-        entries: (N,) int64, how many a row has.
-        column: (sum of entries,) int32, their columns, row after row.
-        weight: (sum of entries,) fp32, their values.
-    """
-
-    entries: Tensor
-    column: Tensor
-    weight: Tensor
+    entries: Tensor  # (N,) int64, how many a row has
+    column: Tensor  # (sum of entries,) int32, their columns, row after row
+    weight: Tensor  # (sum of entries,) fp32, their values
 
     @classmethod
     def of(cls, rows_NV: Tensor) -> "SparseRows":
@@ -113,17 +107,11 @@ class SparseRows(NamedTuple):
 
 
 class Ranks(NamedTuple):
-    """Ranks of the right answers of each query; queries that have none are left out.
+    """Ranks of the right answers of each query; queries that have none are left out."""
 
-    Attributes:
-        first: (N,) int64, rank of the best right answer among the wrong ones, from 1.
-        gain: (N,) fp32, nDCG@`cut` with binary relevance.
-        tied: (N,) bool, whether a wrong answer scores as the best right one does, or a score is NaN.
-    """
-
-    first: Tensor
-    gain: Tensor
-    tied: Tensor
+    first: Tensor  # (N,) int64, rank of the best right answer among the wrong ones, from 1
+    gain: Tensor  # (N,) fp32, nDCG@`cut` with binary relevance
+    tied: Tensor  # (N,) bool, whether a wrong answer scores as the best right one does, or a score is NaN
 
 
 def rank(query: SparseRows, owner_N: Tensor, gallery: SparseRows, owner_M: Tensor, width: int, cut: int = 10) -> Ranks:

@@ -40,10 +40,7 @@ def opened(folder: Path, engine: str, longest_id: int | None = None, int64: bool
         folder: of the index.
         engine: its name, for messages.
         longest_id: most UTF-8 bytes of an id; then ids of no bytes are errors too.
-        int64: whether integers beyond 64 bits would lose digits.
-
-    Raises:
-        SettingError: naming the document that does not fit, or if there are no documents.
+        int64: whether integers beyond 64 bits are errors, as they would lose digits.
     """
     index = SparseIndex.open(folder)
     if not len(index):
@@ -67,14 +64,10 @@ def _beyond_int64(value: Any) -> int | None:
 
 @contextmanager
 def new_target(out: Path, folder: bool = False) -> Iterator[Path]:
-    """Where to write a file or folder that appears as `out` when it is complete.
-
-    Args:
-        out: must not exist; a folder may be empty.
-        folder: whether it is a folder, which is made.
+    """Where to write a file (or folder, which is made) that appears as `out` when it is complete.
 
     Raises:
-        FileError: before anything is written, if `out` exists.
+        FileError: before anything is written, if `out` exists; an empty folder may.
     """
     if out.is_symlink() or (out.exists() and not (folder and out.is_dir() and not any(out.iterdir()))):
         raise FileError(f"{out} exists; give a new name, or remove it", out)
@@ -95,11 +88,7 @@ def new_target(out: Path, folder: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def engine_errors(engine: str) -> Iterator[None]:
-    """Turns errors of an engine, panics of its Rust code too, into one line.
-
-    Raises:
-        EngineError: with the engine's reason.
-    """
+    """Turns errors of an engine, panics of its Rust code too, into an EngineError of one line."""
     try:
         yield
     except (StairError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit):

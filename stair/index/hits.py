@@ -11,13 +11,7 @@ from stair.index.storage import State
 
 @dataclass(frozen=True)
 class SharedTerm:
-    """What one term adds to a score.
-
-    Attributes:
-        token: of the term.
-        query: its weight in the query.
-        document: its weight in the document.
-    """
+    """What one term adds to a score: its token, and its weights in query and document."""
 
     token: str
     query: float
@@ -31,13 +25,7 @@ class SharedTerm:
 
 @dataclass(repr=False, eq=False)  # not frozen: that makes ten hits cost as much as the search
 class Hit:
-    """A document of a result.
-
-    Attributes:
-        id: as it was added.
-        score: dot product of query and document: the contributions of `terms`, added up in the order of the vocabulary in
-            float64.
-    """
+    """A document of a result. The score is the sum of `terms`, in the order of the vocabulary in float64."""
 
     id: str
     score: float
@@ -70,9 +58,8 @@ class Hit:
 class Hits(list[Hit]):
     """Hits, best first.
 
-    Attributes:
-        not_comparable: for each condition with `<`, `<=`, `>` or `>=` of the filter, how many documents have no value that
-            compares with it, if there are any. These do not match.
+    `not_comparable`: for each condition of the filter with `<`, `<=`, `>` or `>=`, how many documents have no value that
+    compares with it, if there are any. These do not match.
     """
 
     def __init__(self, hits: Iterable[Hit] = (), not_comparable: dict[str, int] | None = None) -> None:

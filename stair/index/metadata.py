@@ -35,6 +35,8 @@ _COMPARE: dict[str, tuple[Callable[[Any, Any], Any], Any]] = {
     ">": (operator.gt, pc.greater),
     ">=": (operator.ge, pc.greater_equal),
 }
+_EQUALITY = ("=", "!=")
+_HALF = re.compile("[\ud800-\udfff]")  # half of a character, as in file names that are no UTF-8
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _QUOTED = r'"((?:[^"]|"")*)"'
 _CONDITION = rf"(?:\s*{_QUOTED}\s*|([^\"=<>!]+))(!=|<=|>=|=|<|>)\s*(?:{_QUOTED}\s*|((?!and\s|[\s=<>!]).*?))(?:{{}}$)"
@@ -66,11 +68,6 @@ class Condition:
         return f"{'stair:' if self.owner == 'stair' else ''}{self.key}{self.sign}{self.value}"
 
     @cached_property
-    def is_ordered(self) -> bool:
-        """Whether the sign is one of `<`, `<=`, `>`, `>=`."""
-        return self.sign not in ("=", "!=")
-
-    @cached_property
     def number(self) -> int | float | None:
         """The value as a number, if it is one."""
         return _number(self.value)
@@ -79,9 +76,9 @@ class Condition:
         """Whether it is true of a value, `!=` read as `=`; None if the two do not compare. A list equals its members."""
         literal: Any = None
         if isinstance(value, list):
-            return None if self.is_ordered else any(self.holds(member) for member in value)
+            return None if self.sign not in _EQUALITY else any(self.holds(member) for member in value)
         if isinstance(value, bool):
-            literal = None if self.is_ordered else {"true": True, "false": False}.get(self.value.lower())
+            literal = None if self.sign not in _EQUALITY else {"true": True, "false": False}.get(self.value.lower())
         elif isinstance(value, (int, float)):
             literal = self.number
         elif isinstance(value, str):
@@ -149,7 +146,7 @@ def to_table(ids: Sequence[str], metadata: Sequence[Row] = (), source: Sequence[
     Raises:
         SettingError: if an id, a key or a text is no valid Unicode, or a value has no type here: with key and id.
     """
-    if wrong := [name for name in ids if not is_unicode(name)]:
+    if wrong := [name for name in ids if _HALF.search(name)]:
         raise SettingError(f"id {wrong[0]!r} is not valid Unicode; rename it", "ids")
     columns: dict[str, list[Any]] = {ID: list(ids)}
     for owner, rows in (("user", metadata), ("stair", source)):
@@ -194,15 +191,6 @@ def _typed(value: Any) -> tuple[str, Any]:
     return "json", text
 
 
-def is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: file names that are no UTF-8 hold halves of characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 class Documents:
     """Ids and metadata of N documents: one or several tables of `to_table`, concatenated."""
 
@@ -229,12 +217,12 @@ class Documents:
 
     def find(self, name: str) -> int | None:
         """The number of the document with an id."""
-        number = pc.index(self.ids, pa.scalar(name, _TEXT)).as_py() if is_unicode(name) else -1
-        return number if number >= 0 else None
+        number = -1 if _HALF.search(name) else pc.index(self.ids, pa.scalar(name, _TEXT)).as_py()
+        return None if number < 0 else number
 
     def has(self, names: Iterable[Any]) -> pa.ChunkedArray:
         """(N,) whether the id of a document is one of some names."""
-        usable = [name for name in names if isinstance(name, str) and is_unicode(name)]
+        usable = [name for name in names if isinstance(name, str) and not _HALF.search(name)]
         return pc.is_in(self.ids, value_set=pa.array(usable, _TEXT))
 
     def present(self, names: Iterable[Any]) -> set[str]:
@@ -271,7 +259,7 @@ class Documents:
         for condition in conditions(where):
             true_N, compared = self._matching(condition)
             mask_N = mask_N & true_N if len(mask_N) else true_N
-            if condition.is_ordered and compared < len(self):
+            if condition.sign not in _EQUALITY and compared < len(self):
                 not_comparable[str(condition)] = len(self) - compared
         return mask_N, not_comparable
 

@@ -23,8 +23,7 @@ Arrays = dict[str, NDArray[Any]]
 def canonical(vectors: Any, num_terms: int) -> sparse.csr_matrix:
     """CSR as an index stores it: float32, terms of a row ascending, no explicit zeros, no duplicates.
 
-    Raises:
-        ValueError: if the shape is not (N, num_terms), or a weight is negative or not finite.
+    ValueError if the shape is not (N, num_terms), or a weight is negative or not finite.
     """
     csr = sparse.csr_matrix(vectors, dtype=np.float32)
     if csr is vectors or np.shares_memory(csr.data, getattr(vectors, "data", np.empty(0))):
@@ -39,10 +38,7 @@ def canonical(vectors: Any, num_terms: int) -> sparse.csr_matrix:
 
 
 def invert(csr: sparse.csr_matrix) -> Arrays:
-    """Arrays of a segment.
-
-    Args:
-        csr: (N, V), as `canonical` returns it.
+    """Arrays of a segment, from (N, V) as `canonical` returns it.
 
     Returns:
         `row_start` (N+1,), `row_terms` (P,), `row_weights` (P,): the rows as they are;

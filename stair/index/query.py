@@ -1,26 +1,23 @@
 """Queries: weighted words as people type them (`dog:2 beach -people`), or a vector, ready for the dot product."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
+from torch import Tensor
 
-from stair.embeddings import EmbeddingSpace
+from stair.embeddings import EmbeddingSpace, to_csr
 
 _LARGEST = 1e30  # products with weights of documents stay within float32
 
 
 @dataclass(frozen=True)
 class Query:
-    """Terms and weights.
-
-    Attributes:
-        terms: (Q,) int64, ascending.
-        weights: (Q,) float32; negative ones keep documents away.
-        size: V.
-    """
+    """Term ids (Q,) int64, ascending; their weights (Q,) float32, negative ones keep documents away; V."""
 
     terms: NDArray[Any]
     weights: NDArray[Any]
@@ -34,10 +31,7 @@ class Query:
 
 
 def parse_words(text: str) -> dict[str, float]:
-    """Reads weighted words.
-
-    Args:
-        text: words between spaces; `word:2` weighs 2, `word` 1, `-word` -1, `-word:0.5` -0.5. Weights of a word add up.
+    """Reads weighted words: `word:2` weighs 2, `word` 1, `-word` -1, `-word:0.5` -0.5; weights of one word add up.
 
     Raises:
         ValueError: if there is no word, or a weight is no number.
@@ -60,13 +54,7 @@ def parse_words(text: str) -> dict[str, float]:
 def query_of_words(
     words: str | Mapping[str, float], space: EmbeddingSpace, tokenize: Callable[[str], list[int]]
 ) -> Query:
-    """The query of weighted words.
-
-    Args:
-        words: weights by word, or a text for `parse_words`. A word that is a term of the vocabulary is that term, another
-            one its tokens.
-        space: of the index.
-        tokenize: gives the ids of a word's tokens.
+    """The query of weighted words: text for `parse_words`, or weights. A word is a term of the vocabulary, or its tokens.
 
     Raises:
         ValueError: if a word has no token that can be active, or a weight is not finite.
@@ -80,11 +68,31 @@ def query_of_words(
             raise ValueError(f"the vocabulary has no token of {word!r}")
         for v in ids:
             weights[v] = weights.get(v, 0.0) + weight
-    return query_of_weights(list(weights), list(weights.values()), space)
+    return _query(list(weights), list(weights.values()), space)
 
 
-def query_of_weights(terms: Sequence[int], weights: Sequence[float], space: EmbeddingSpace) -> Query:
-    """A query of term ids, scaled to length 1 where the space compares by cosine; weights of 0 are left out."""
+def query_of_vector(vector: Any, space: EmbeddingSpace) -> Query:
+    """The query of V weights: one row of CSR, a tensor or an array.
+
+    Raises:
+        ValueError: if it is none of these, of another size, or a weight is not finite.
+    """
+    if isinstance(vector, Tensor):
+        row = to_csr(vector.to_dense().reshape(1, -1), threshold=-math.inf)
+    elif sparse.issparse(vector) or isinstance(vector, np.ndarray):
+        row = sparse.csr_matrix(vector, dtype=np.float32, copy=True)
+    else:
+        given = f"query is a {type(vector).__name__}"
+        raise ValueError(f"{given}; give a text, a picture (PIL.Image.open(path)), or one row of weights")
+    if row.shape != (1, len(space.tokens)):
+        raise ValueError(f"query of shape {row.shape}; give one row of {len(space.tokens)} weights")
+    if not np.isfinite(row.data).all():
+        raise ValueError("a weight of the query is not finite")
+    row.sum_duplicates()
+    return _query(row.indices, row.data, space)
+
+
+def _query(terms: Sequence[int], weights: Sequence[float], space: EmbeddingSpace) -> Query:
     terms_Q, weights_Q = np.asarray(terms, np.int64), np.asarray(weights, np.float32)
     terms_Q, weights_Q = terms_Q[weights_Q != 0], weights_Q[weights_Q != 0]
     if space.similarity == "cosine" and len(weights_Q):

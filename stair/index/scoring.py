@@ -25,11 +25,7 @@ Arrays4 = tuple[Array, Array, Array, Array]
 
 
 class Best:
-    """The best documents so far, over all segments: scores falling, equal ones in the order of addition.
-
-    Args:
-        k: how many at most.
-    """
+    """The k best documents so far, over all segments: scores falling, equal ones in the order of addition."""
 
     def __init__(self, k: int) -> None:
         self.scores = np.full(k, -np.inf)
@@ -38,15 +34,15 @@ class Best:
 
 
 def search_segment(arrays: Arrays, query: Arrays2, dense_V: Array, allowed: Array, first: int, best: Best) -> None:
-    """Adds a segment's documents to the best.
+    """Adds a segment's documents with scores above 0 to the best.
 
     Args:
         arrays: of the segment, as `invert` made them.
         query: terms (Q,) int64 ascending, and weights (Q,) float32.
-        dense_V: the same weights, (V,) float32, made once for all segments.
+        dense_V: the same weights, made once for all segments.
         allowed: (N,) bool, or empty where all documents are.
         first: number of the segment's first document.
-        best: grows in place. Only scores above 0 enter.
+        best: grows in place.
     """
     if len(query[0]) == 0 or len(arrays["terms"]) == 0:
         return

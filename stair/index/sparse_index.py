@@ -1,14 +1,5 @@
-"""`SparseIndex`: exact search of sparse embeddings, on disk, memory-mapped.
+"""`SparseIndex`: exact search of sparse embeddings, on disk, memory-mapped. N documents, V terms."""
 
-    index = SparseIndex.build("birds.index", model.encode(images=pictures), ids=names, model=model)
-    for hit in index.search("red bicycle", k=10):
-        print(hit.id, hit.score, hit.terms[:3])
-
-An open index keeps the file that it opened until it makes a change itself. Any number of threads can search it.
-N documents, V terms.
-"""
-
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, pairwise
@@ -17,12 +8,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL.Image import Image
 from scipy import sparse
 
-from stair.embeddings import Embeddings, EmbeddingSpace, to_csr
+from stair.embeddings import Embeddings, EmbeddingSpace
 from stair.errors import SettingError
 from stair.index.hits import Hit, Hits
-from stair.index.query import Query, query_of_weights, query_of_words
+from stair.index.query import Query, query_of_vector, query_of_words
 from stair.index.storage import State, write_index
 
 if TYPE_CHECKING:
@@ -32,7 +24,11 @@ Metadata = Sequence[dict[str, Any]]
 
 
 class SparseIndex:
-    """An index that is open.
+    """An open index. It keeps the file that it opened until it makes a change itself; any number of threads can search it.
+
+        index = SparseIndex.build("birds.index", model.encode(images=pictures), ids=names, model=model)
+        for hit in index.search("red bicycle", k=10):
+            print(hit.id, hit.score, hit.terms[:3])
 
     Args:
         folder: of the index.
@@ -69,12 +65,10 @@ class SparseIndex:
 
         Args:
             folder: where; must not be an index yet.
-            vectors: (N, V) CSR as `Stair.encode` returns it; or `Embeddings`, which bring ids and metadata along, or an
-                iterable of them.
+            vectors: (N, V) CSR of `Stair.encode`; or `Embeddings`, which have ids, metadata and model, or an iterable.
             ids: N strings, all different; `0`, `1`, … by default.
             metadata: N dictionaries of text, finite numbers, booleans, dates, None, or lists and dictionaries of these.
-                They come back with hits as they are, and filters use them.
-            model: the model of the vectors; not needed for `Embeddings`.
+            model: the model of the vectors.
 
         Raises:
             FileExistsError: if there is an index already.
@@ -89,11 +83,7 @@ class SparseIndex:
         return cls(folder, model)
 
     def use(self, model: "Stair") -> None:
-        """Takes a model to encode texts and images of queries.
-
-        Raises:
-            ValueError: if the documents are of another model.
-        """
+        """Takes a model to encode texts and images of queries; ValueError if the documents are of another one."""
         self.space.check_same(model.space, f"model for {self.folder}")
         self._model = model
 
@@ -115,7 +105,7 @@ class SparseIndex:
 
     @property
     def keys(self) -> list[str]:
-        """Names of the metadata that some document has, and of its source with `stair:` before, as filters take them."""
+        """Names that filters take: of the metadata of any document, and of its source with `stair:` before."""
         return self._state.documents.keys
 
     @property
@@ -126,19 +116,11 @@ class SparseIndex:
         return {"documents": len(self), "nonzeros": nonzeros, "bytes": self._state.size, **about}
 
     def verify(self) -> None:
-        """Compares the checksum and all numbers. Opening compares the checksum up to 8 MiB only.
-
-        Raises:
-            FileError: if something differs.
-        """
+        """Compares the checksum and all numbers; FileError if something differs. Opening does so for small files only."""
         self._state.verify()
 
     def vector(self, name: str) -> dict[str, float]:
-        """The terms of a document, heaviest first; scaled to length 1 where the similarity is cosine.
-
-        Raises:
-            SettingError: if there is no such document.
-        """
+        """The terms of a document, heaviest first, of length 1 for cosine; SettingError if there is no such document."""
         terms, weights = self._state.row(self._number(name))
         return {self.space.tokens[terms[i]]: float(weights[i]) for i in np.argsort(-weights, kind="stable")}
 
@@ -176,13 +158,11 @@ class SparseIndex:
         """The k documents of highest dot product with a query, exactly.
 
         Args:
-            query: a text or a picture (PIL), which the index's model encodes; or a vector: one row of CSR, a tensor or
-                array of V weights, as the model gave it.
+            query: a text or a picture (PIL) for the index's model; or V weights: one row of CSR, a tensor or an array.
             k: how many at most. Only documents of a score above 0 are hits.
             words: weighted words, such as `dog:2 beach -people`, or weights by word.
             like: id of a document whose vector is the query; it is left out of the hits.
-            where: conditions on metadata that all must hold: one text such as `split=test and year>=2010`, or a list
-                with a text for each (docs/guides/search.md).
+            where: conditions on metadata, such as `split=test and year>=2010`, or a list of them (docs/guides/search.md).
 
         Returns:
             Hits, best first; equal scores in the order of addition.
@@ -205,12 +185,17 @@ class SparseIndex:
         if like is not None:
             return Query(*self._state.row(self._number(like)), len(self.space.tokens))
         if words is not None:
-            model = self._model
-            return query_of_words(
-                words, self.space, (self._vocabulary if model is None else model.vocabulary).token_ids
+            vocabulary = self._vocabulary if self._model is None else self._model.vocabulary
+            return query_of_words(words, self.space, vocabulary.token_ids)
+        return query_of_vector(query if not isinstance(query, (str, Image)) else self._encode(query), self.space)
+
+    def _encode(self, query: str | Image) -> sparse.csr_matrix:
+        if self._model is None:
+            raise ValueError(
+                "a text or a picture needs the model to encode it: SparseIndex.open(folder, model=...); "
+                "weighted words need none: search(words='dog:2 beach')"
             )
-        row = self._row(query)
-        return query_of_weights(row.indices, row.data, self.space)
+        return self._model.encode(texts=[query]) if isinstance(query, str) else self._model.encode(images=[query])
 
     def top(self, query: Query, k: int, where: str | Sequence[str] = ()) -> Hits:
         """As `search`, for a query that is ready."""
@@ -226,32 +211,6 @@ class SparseIndex:
         ids = state.documents.ids
         return Hits([Hit(ids[n].as_py(), score, n, query, state) for n, score in scored], not_comparable)
 
-    def _row(self, query: Any) -> sparse.csr_matrix:
-        from PIL.Image import Image
-        from torch import Tensor
-
-        if isinstance(query, (str, Image)):
-            if self._model is None:
-                raise ValueError(
-                    "a text or a picture needs the model to encode it: SparseIndex.open(folder, model=...); "
-                    "weighted words need none: search(words='dog:2 beach')"
-                )
-            row = self._model.encode(texts=[query]) if isinstance(query, str) else self._model.encode(images=[query])
-        elif isinstance(query, Tensor):
-            row = to_csr(query.to_dense().reshape(1, -1), threshold=-math.inf)
-        elif sparse.issparse(query) or isinstance(query, np.ndarray):
-            row = sparse.csr_matrix(query, dtype=np.float32, copy=True)
-        else:
-            raise ValueError(
-                f"query is a {type(query).__name__}; give a text, a picture (PIL.Image.open(path)), or one row of weights"
-            )
-        if row.shape != (1, len(self.space.tokens)):
-            raise ValueError(f"query of shape {row.shape}; give one row of {len(self.space.tokens)} weights")
-        if not np.isfinite(row.data).all():
-            raise ValueError("a weight of the query is not finite")
-        row.sum_duplicates()
-        return row
-
     @cached_property
     def _vocabulary(self) -> Any:
         from stair.vocabulary import Vocabulary
@@ -262,34 +221,20 @@ class SparseIndex:
             return Vocabulary(path)
 
     def add(
-        self,
-        vectors: Any,
-        ids: Sequence[str] | None = None,
-        metadata: Metadata = (),
-        replace: bool = False,
+        self, vectors: Any, ids: Sequence[str] | None = None, metadata: Metadata = (), replace: bool = False
     ) -> "SparseIndex":
-        """Adds documents, all or none. Readers see the index before or after it.
-
-        Arguments and errors as for `build`, and
+        """Adds documents, all or none; readers see the index before or after it. Arguments and errors as for `build`.
 
         Args:
-            replace: whether a document replaces the one of the same id; refused otherwise.
-
-        Raises:
-            SettingError: if an id is there already or occurs twice.
+            replace: whether a document replaces the one of the same id; a SettingError otherwise.
         """
-        return self._changed(_parts(vectors, ids, metadata, self._model), (), replace)
+        write_index(self.folder, _parts(vectors, ids, metadata, self._model), replace=replace)
+        self._state = State(self.folder)
+        return self
 
     def delete(self, ids: str | Sequence[str]) -> "SparseIndex":
-        """Deletes documents, all or none.
-
-        Raises:
-            SettingError: if there is no such document.
-        """
-        return self._changed((), [ids] if isinstance(ids, str) else ids, False)
-
-    def _changed(self, parts: Iterable[Embeddings], delete: Iterable[str], replace: bool) -> "SparseIndex":
-        write_index(self.folder, parts, delete, replace)
+        """Deletes documents, all or none; SettingError if one does not exist."""
+        write_index(self.folder, delete=[ids] if isinstance(ids, str) else ids)
         self._state = State(self.folder)
         return self
 

@@ -35,21 +35,14 @@ Rows = tuple[sparse.csr_matrix, pa.Table]
 
 
 class State:
-    """An index file that is open.
-
-    Args:
-        folder: of the index.
+    """An index file that is open; FileNotFoundError if there is none, FileError if it is damaged or of another format.
 
     Attributes:
         space: what its vectors are comparable with.
         segments: arrays of each segment, in the order of addition.
-        first: number of each segment's first document.
+        first: number of each segment's first document, and the number of all documents.
         documents: ids and metadata of all.
         size: bytes of the file.
-
-    Raises:
-        FileNotFoundError: if there is no index.
-        FileError: if it is damaged, or of another format.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -92,11 +85,7 @@ class State:
             raise FileError(f"{self.path} is damaged ({why}); build the index again", self.path) from error
 
     def check_digest(self) -> None:
-        """Compares the file with its checksum.
-
-        Raises:
-            FileError: if it differs.
-        """
+        """Compares the file with its checksum; FileError if it differs."""
         at = max(0, self.size - _DIGEST)
         if hashlib.sha256(self._data.slice(0, at)).digest() != self._data.slice(at).to_pybytes():
             raise FileError(f"{self.path} is not what was written (sha256 differs); build the index again", self.path)
@@ -105,13 +94,7 @@ class State:
         """Reads everything: the checksum, the metadata, the rows, and that the postings agree with the rows.
 
         A checksum shows damage by accident. The rest shows numbers that point out of their arrays, which whoever made the
-        index could have written with a matching checksum.
-
-        Args:
-            postings: whether to build the postings again for the comparison, which takes as long as building the index.
-
-        Raises:
-            FileError: if something differs.
+        index could have written with a matching checksum. FileError if something differs.
         """
         self.check_digest()
         with self._damage():
@@ -155,19 +138,12 @@ def write_index(
     replace: bool = False,
     space: EmbeddingSpace | None = None,
 ) -> None:
-    """Deletes and adds documents in one step, all or none of them.
-
-    Args:
-        folder: of the index.
-        parts: what is added.
-        delete: ids of documents to delete.
-        replace: whether what is added replaces documents of the same id, which is an error otherwise.
-        space: of a new index; without it, the folder's index is changed.
+    """Deletes and adds documents in one step, all or none of them; with the `space` of a new index, builds it.
 
     Raises:
         FileExistsError: if there is an index already, and a space is given.
         FileError: if another process is writing, or the index is damaged.
-        SettingError: if there is no document to delete, or an id is there already or occurs twice.
+        SettingError: if there is no document to delete, an id occurs twice, or is there already without `replace`.
         ValueError: if vectors are of another model, or no weights of documents.
     """
     if space is not None and (folder / FILE).exists():

@@ -203,14 +203,9 @@ async def _problem(request: Request, error: Exception) -> Response:
 
 
 def application(index: SparseIndex, model: Stair, pictures: Path | None, hosts: list[str]) -> Starlette:
-    """The server.
+    """The server of an index, its model, and the folder that the `file` of documents is relative to, if there is one.
 
-    Args:
-        index: what is searched.
-        model: encodes queries; must be the index's.
-        pictures: folder that the `file` of documents is relative to; None shows no pictures.
-        hosts: names under which it answers. Any other is refused, so that no web site can reach it by a name of its own
-            that points to this machine.
+    It answers under the names in `hosts` only, so that no web site can reach it by a name that points to this machine.
     """
     page = _SearchPage(index, model, pictures)
     posts = {"/api/text": page.text, "/api/image": page.image, "/api/search": page.search}
