@@ -1,5 +1,6 @@
 """The documentation agrees with the records, and its links lead somewhere."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks" / "paper_table" / "README.md"]
+FOLDERS = ("stair", "callbacks", "lightning_modules", "datamodules", "training")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -62,7 +64,40 @@ def test_prose_is_wrapped_and_the_documentation_is_short() -> None:
         assert not long, page
 
 
+def test_the_messages_that_a_page_explains_are_those_of_the_code() -> None:
+    """Words of an error or a warning in docs/operations/errors.md; "…" stands for what varies."""
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    joined = [
+        [getattr(part, "value", "…") for part in node.values] for node in nodes if isinstance(node, ast.JoinedStr)
+    ]
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    texts += ["".join(part if isinstance(part, str) else "…" for part in parts) for parts in joined]
+    texts.append((ROOT / "stair" / "data" / "diagnostics.yaml").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "operations" / "errors.md").read_text(encoding="utf-8")
+    sections = page.partition("## Messages")[2].partition("## What a failure")[0]
+    named = [
+        name for row in re.findall(r"^\| (`.*?) \|", sections, re.MULTILINE) for name in re.findall("`(.+?)`", row)
+    ]
+    ours = [name for name in named if name not in ("CUDA out of memory", "Killed") and "/" not in name]
+    pattern = {name: ".*?".join(map(re.escape, name.split("…"))) for name in ours}
+    assert [name for name in ours if not any(re.search(pattern[name], text, re.DOTALL) for text in texts)] == []
+
+
 @pytest.mark.slow
+def test_the_settings_that_pages_name_exist() -> None:
+    """Names such as `data.workers`, against the parsers of all commands."""
+    pages = runpy.run_path(str(ROOT / "docs" / "figures" / "reference.py"))["pages"]()
+    known = set(re.findall(r"^\| `(?:--|…)?([\w.]+)`", "\n".join(pages.values()), re.MULTILINE))
+    groups = "data|objective|optimizer|transition|health|watchdog|trainer"
+    for page in ROOT.glob("docs/**/*.md"):
+        text = page.read_text(encoding="utf-8")
+        named = set(re.findall(rf"`(?:--|…|--model\.init_args\.)?((?:{groups})\.[a-z_.]+?)(?:[ :=][^`]*)?`", text))
+        assert named <= known, page
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_site_builds_strictly_and_asks_no_other_host(tmp_path: Path) -> None:
     """Without network; every page, and no font, script or picture of another host."""
     if not all(importlib.util.find_spec(name) for name in ("mkdocs", "material", "mkdocstrings")):
