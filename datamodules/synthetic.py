@@ -120,7 +120,7 @@ def _vocabulary(samples: list[_Sample]) -> list[str]:
 
 
 def main() -> None:
-    """The command `python -m datamodules.synthetic`."""
+    """The command."""
     parser = argparse.ArgumentParser(prog="python -m datamodules.synthetic", description="Draws the demo data set.")
     parser.add_argument("folder", type=Path)
     for name, parameter in list(inspect.signature(write_scenes).parameters.items())[1:]:

@@ -63,11 +63,7 @@ class Item:
     place: str = ""  # file and line, if it came from a table
 
     def read(self) -> bytes:
-        """The bytes of an image.
-
-        Raises:
-            ValueError: `image missing: ...` or `file unreadable: ...`.
-        """
+        """The bytes of an image; ValueError `image missing: ...` or `file unreadable: ...`."""
         if self.path is None:
             raise ValueError("image missing: the item is a text")
         try:
@@ -90,11 +86,7 @@ class Listing:
 
 
 def read_cell(path: Path, row_group: int, row: int, column: str) -> bytes:
-    """The image in a cell of a parquet file: bytes, or Hugging Face's `{bytes, path}`.
-
-    Raises:
-        ValueError: `image missing: ...` if the cell has none.
-    """
+    """The image in a cell of a parquet file: bytes, or Hugging Face's `{bytes, path}`; ValueError `image missing: ...`."""
     cell = read_group(path, row_group, (column,))[column][row].as_py()
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     if data is None:
@@ -226,9 +218,7 @@ def _check_columns(table: Table, side: Side, column: str, id_column: str | None)
         raise SettingError(f"{table.path}: column {column!r} holds {kind}; wanted {expected}. {remedy}", "column")
     if id_column in table.bytes_columns:
         kind = table.columns[id_column]
-        raise SettingError(
-            f"{table.path}: ids in column {id_column!r} are {kind}; wanted texts or numbers", "id_column"
-        )
+        raise SettingError(f"{table.path}: column {id_column!r} holds {kind}; wanted texts or numbers", "id_column")
 
 
 def _id(row: Row, column: str | None, number: int) -> str:
@@ -252,9 +242,7 @@ def _metadata(table: Table, row: Row, others: tuple[str | None, ...]) -> dict[st
         except UnicodeError as error:
             raise ValueError(f"not UTF-8: column {key!r}; save the table as UTF-8") from error
         except ValueError as error:
-            expected = (
-                "a text, a finite number (integers of 64 bits), true or false, a date, or a list of these; or null"
-            )
+            expected = "a text, a finite number (integers of 64 bits), a truth value, a date, a list of these, or null"
             raise FileError(f"{table.path}, {row.place}: {key!r} is {error}; wanted {expected}", table.path) from error
     return metadata
 
@@ -287,7 +275,7 @@ def _tar(path: Path, side: Side, notes: list[Skipped]) -> Iterator[Item | Skippe
                 name = f"{stem}/{sample.key}"
                 notes += [Skipped(name, warning) for warning in sample.warnings]
                 try:
-                    yield from _sample(file, path, name, sample, side, lines, notes)
+                    yield from _sample(file, name, sample, side, lines, notes)
                 except ValueError as error:
                     yield Skipped(name, str(error))
     except (BrokenTarError, OSError) as error:
@@ -297,15 +285,10 @@ def _tar(path: Path, side: Side, notes: list[Skipped]) -> Iterator[Item | Skippe
 
 
 def _sample(
-    file: BinaryIO,
-    path: Path,
-    name: str,
-    sample: Grouped[tuple[int, int]],
-    side: Side,
-    lines: bool,
-    notes: list[Skipped],
+    file: BinaryIO, name: str, sample: Grouped[tuple[int, int]], side: Side, lines: bool, notes: list[Skipped]
 ) -> Iterator[Item | Skipped]:
     """The image or the captions of a sample of a tar; ValueError if it cannot be used."""
+    path = Path(file.name)
     if sample.problems:
         raise ValueError(sample.problems[0])
     offset, length = sample.members[image_type(sample.members)] if side == "images" else (0, 0)
@@ -320,9 +303,8 @@ def _sample(
             notes.append(Skipped(name, f"without captions: {error}"))
     if side == "images":
         source = {"file": printable(path.name), "offset": offset, "length": length, "key": sample.key}
-        yield Item(
-            name, path, offset, length, source=source | ({"captions": list(filter(None, texts))} if texts else {})
-        )
+        source |= {"captions": [text for text in texts if text]} if texts else {}
+        yield Item(name, path, offset, length, source=source)
         return
     for number, text in enumerate(texts):
         place = f"{name}#{number}"

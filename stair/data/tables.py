@@ -157,11 +157,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def arrow_schema(path: Path) -> Any:
-    """The columns of a file in parquet or, with the suffix .arrow, in Arrow's stream format.
-
-    Raises:
-        FileError: if it is neither.
-    """
+    """The columns of a file in parquet or, with the suffix .arrow, in Arrow's stream format; FileError if it is neither."""
     try:
         return _arrow_stream(path).schema if path.suffix == ".arrow" else parquet.read_schema(path)
     except pa.ArrowException as error:

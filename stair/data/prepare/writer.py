@@ -360,7 +360,9 @@ def _end_with_parent() -> None:  # else a process whose parent is killed would w
 
 def index_entries(folder: Path) -> dict[str, dict[str, Any]]:
     """`samples`, `bytes` and `sha256` of each shard by its name, as `index.json` states; FileError if it is damaged."""
-    return dict(read_json(folder / MANIFEST)["shards"]) if read_manifest(str(folder), LOCAL) else {}
+    known = read_manifest(str(folder), LOCAL)
+    stated = read_json(folder / MANIFEST)["shards"] if known else {}
+    return {name: {**stated[name], "samples": samples, "bytes": size} for name, (samples, size) in known.items()}
 
 
 def finish(
