@@ -197,7 +197,7 @@ def test_every_entry_of_a_folder_is_taken_or_named_in_every_command(stair, model
         (home / "cat" / name).unlink()
     (home / "cat" / "folder.jpg").rmdir()
     printed = stair("evaluate", model, home, "--output", tmp_path / "e")
-    assert "skipped dog/x.avif: not an image" in printed and f"{len(good)} images taken, 2 skipped" in printed
+    assert "skipped dog/x.avif: not an image" in printed and f"{len(good)} images, 2 files skipped" in printed
 
 
 def test_a_name_that_is_no_utf8_is_used_under_a_printable_id_from_folder_to_search_page(
@@ -422,7 +422,7 @@ def test_images_outside_of_class_folders_and_behind_links_to_the_root_belong_to_
     for name in ("root", "self.jpg"):
         (home / "cat" / name).unlink()
     printed = stair("evaluate", model, home, "--output", tmp_path / "e")
-    assert "skipped loose.jpg: no class" in printed and "2 images taken, 1 skipped" in printed
+    assert "skipped loose.jpg: no class" in printed and "2 images, 1 files skipped" in printed
 
 
 # ---- before the first item is encoded
