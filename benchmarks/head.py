@@ -129,7 +129,7 @@ def limit_runs(args, kind, share):
     packed, ranges = packing.by_slot(mask), [(0, args.words)]
     rows = hidden.flatten(0, 1)[packed.source_N].to(kind)
     embedding, slot = fused._Packed.project(hidden.to(kind), mask, weight.to(kind), bias, ranges)
-    won = backward.Won(torch.ones_like(embedding), embedding, slot, packed)
+    maxima = backward.Maxima(torch.ones_like(embedding), embedding, slot, packed)
     chunks = list(fused._chunks(ranges, len(rows), fused._CHUNK_NUMBERS))
     first = chunks[0]
     logits = rows @ weight[first].to(kind).T
@@ -140,8 +140,8 @@ def limit_runs(args, kind, share):
         reduction.slot_by_slot(logits, packed, bias[first], *filled)
 
     runs = {
-        "sparse": lambda: backward.sparse_gradients(won, rows, weight),
-        "dense": lambda: backward.dense_gradients(won, rows, weight, chunks),
+        "sparse": lambda: backward.sparse_gradients(maxima, rows, weight),
+        "dense": lambda: backward.dense_gradients(maxima, rows, weight, chunks),
         "look up": lambda: reduce(0),
         "all": lambda: reduce(10**9),
     }

@@ -82,7 +82,7 @@ def test_of_equal_positions_the_first_has_the_gradient():
 
 def test_words_that_cannot_be_active_are_zero_on_a_gpu():
     mask, inputs = head_inputs(4, 9, 64, 300, 1.0, torch.bfloat16)
-    some = vocabulary_max(inputs[0], mask, *inputs[1:], words=((7, 130), (200, 300)))
+    some = vocabulary_max(inputs[0], mask, *inputs[1:], active_ranges=((7, 130), (200, 300)))
     whole = vocabulary_max(inputs[0], mask, *inputs[1:])
     whole[:, :7], whole[:, 130:200] = 0, 0
     assert torch.equal(some, whole) and some.any()

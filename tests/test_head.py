@@ -118,7 +118,7 @@ def test_more_positions_than_a_byte_counts(form):
 
 def test_words_outside_the_ranges_stay_zero_and_get_no_gradient(form):
     hidden, mask, weight, bias = inputs(3, 4, 3, 9, keep=1.1)
-    out = vocabulary_max(hidden, mask, weight, bias, words=((2, 4), (6, 9)))
+    out = vocabulary_max(hidden, mask, weight, bias, active_ranges=((2, 4), (6, 9)))
     whole = vocabulary_max_reference(hidden, mask, weight, bias)
     keep = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1, 1])
     torch.testing.assert_close(out, whole * keep)

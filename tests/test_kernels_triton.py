@@ -77,7 +77,7 @@ def main():
     assert (got[1][:, 1:] == 0).all() and want[1].abs().sum() > 0
     compare([got[0], got[1][:, :1], *got[2:]], want, 1e-5)
     # words that can never be active; a number that is none reaches the loss
-    out = vocabulary_max(once[0], mask[:, :1], *once[1:], words=((2, 5), (9, 20)))
+    out = vocabulary_max(once[0], mask[:, :1], *once[1:], active_ranges=((2, 5), (9, 20)))
     whole = vocabulary_max_reference(once[0], mask[:, :1], *once[1:])
     whole[:, [0, 1, 5, 6, 7, 8]] = 0
     compare([out], [whole], 1e-5)
@@ -146,7 +146,7 @@ def test_the_forward_kernel_compiles_for_hopper_to_tensor_cores_and_copy_engine_
 @pytest.mark.parametrize(
     ("name", "constants", "options"),
     [
-        ("list_by_word", {"BLOCK_B": 8, "BLOCK_V": 32}, {"num_warps": 1}),
+        ("list_by_term", {"BLOCK_B": 8, "BLOCK_V": 32}, {"num_warps": 1}),
         ("list_by_position", {"BLOCK_V": 1024, "BINS": 256}, {"num_warps": 8}),
         ("compressed_rows_product", {"BLOCK_A": 8, "BLOCK_D": 256}, {"num_warps": 1}),
     ],
@@ -158,7 +158,7 @@ def test_the_backward_kernels_compile_for_hopper_without_spills_and_global_atomi
     kernel = getattr(head, name)
     ptx, usage = compiled(kernel, signature(kernel, constants, source_ptr="*bf16"), constants, options, tmp_path)
     assert "atom.global" not in ptx
-    # triton 3.9 keeps two registers of `list_by_word` on the stack, 3.6 none
+    # triton 3.9 keeps two registers of `list_by_term` on the stack, 3.6 none
     assert usage["STACK"] <= 8 and usage["LOCAL"] == 0 < usage["REG"]
 
 

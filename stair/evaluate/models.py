@@ -6,7 +6,6 @@ B images or texts, V terms (or the width of a dense embedding).
 """
 
 import pickle
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +54,8 @@ class OpenClip:
         except (RuntimeError, OSError, TypeError, ValueError, pickle.UnpicklingError) as error:
             reason = str(error)[:200]  # the whole message lists all models
             raise SettingError(f"open_clip cannot open {source!r}: {reason}", "model") from error
-        self.name = f"{architecture} {Path(checkpoint).name}"
         self.model = model.to(_device()).eval()
-        self.max_tokens: int = self.tokenize.context_length
-        self._lock = threading.Lock()  # tokenizers of transformers store the truncation length
+        self.name, self.max_tokens = f"{architecture} {Path(checkpoint).name}", self.tokenize.context_length
 
     @torch.no_grad()
     def encode_image(self, images: Sequence[Image]) -> Tensor:
@@ -69,28 +66,22 @@ class OpenClip:
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """(B, V) embeddings."""
-        embedding: Tensor = self.model.encode_text(self._ids(texts, self.max_tokens).to(_device()))
+        ids = self.tokenize(list(texts), context_length=self.max_tokens)
+        embedding: Tensor = self.model.encode_text(ids.to(_device()))
         return embedding
 
     def cut(self, texts: Sequence[str]) -> Tensor:
         """(B,) bool, True where a text is longer than the model's limit."""
-        beyond = self._ids(["", *texts], self.max_tokens + 2)[:, self.max_tokens]
-        return beyond[1:] != beyond[0]
-
-    def _ids(self, texts: Sequence[str], length: int) -> Tensor:
-        with self._lock:
-            ids: Tensor = self.tokenize(list(texts), context_length=length)
-        return ids
+        beyond = self.tokenize(["", *texts], context_length=self.max_tokens + 2)[:, self.max_tokens]
+        longer: Tensor = beyond[1:] != beyond[0]
+        return longer
 
 
 class SentenceModel:
-    """A sentence-transformers model of images and texts, dense or sparse (`SparseEncoder`).
-
-    Args:
-        folder: of the model.
+    """A sentence-transformers model of images and texts, dense or sparse (`SparseEncoder`), in a folder.
 
     Raises:
-        FileError: if it holds no such model, or one that compares by neither cosine nor dot product.
+        FileError: if it is no such model, or one that compares by neither cosine nor dot product.
     """
 
     def __init__(self, folder: str) -> None:
@@ -102,12 +93,11 @@ class SentenceModel:
         sparse = settings.is_file() and '"SparseEncoder"' in settings.read_text(encoding="utf-8")
         family = library.SparseEncoder if sparse else library.SentenceTransformer
         self.model: Any = family(folder, device=str(_device()), trust_remote_code=False)
+        self.kind: Literal["sparse", "dense"] = "sparse" if sparse else "dense"
+        self.name, self.max_tokens = path.name, self.model.max_seq_length
         self.similarity: Literal["dot", "cosine"] = self.model.similarity_fn_name
         if self.similarity not in ("cosine", "dot"):
             raise FileError(f"{folder} compares by {self.similarity!r}; only cosine and dot can be ranked", path)
-        self.name, self.max_tokens = path.name, self.model.max_seq_length
-        self.kind: Literal["sparse", "dense"] = "sparse" if sparse else "dense"
-        self._lock = threading.Lock()  # `encode` sets the model's mode, its tokenizer stores the truncation length
 
     @property
     def tokens(self) -> list[str] | None:
@@ -121,8 +111,7 @@ class SentenceModel:
 
     def encode_text(self, texts: Sequence[Any]) -> Tensor:
         """(B, V) embeddings."""
-        with self._lock:
-            embedding: Tensor = self.model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
+        embedding: Tensor = self.model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
         return embedding.to_dense() if embedding.is_sparse or embedding.is_sparse_csr else embedding
 
 
@@ -159,16 +148,13 @@ def open_model(source: str, vocabulary: str | None = None) -> EvaluatedModel:
         vocabulary: terms of the vocabulary probe, for a model without its own.
 
     Raises:
-        FileNotFoundError: if there is no such model.
-        FileError: if the files are not those of a known model.
-        MissingPackageError: if a package is missing.
+        FileError, FileNotFoundError: if there is no such model, or one of an unknown kind.
+        MissingPackageError: if it needs a package that is not installed.
     """
     scheme, _, rest = source.partition(":")
     extra = Vocabulary(vocabulary) if vocabulary else None
-    third_party: dict[str, type[OpenClip] | type[SentenceModel]]
-    third_party = {"open_clip": OpenClip, "sentence_transformers": SentenceModel}
-    if scheme in third_party:
-        encoder = third_party[scheme](rest)
+    if scheme in ("open_clip", "sentence_transformers"):
+        encoder = OpenClip(rest) if scheme == "open_clip" else SentenceModel(rest)
         terms = extra if extra is not None and encoder.tokens == extra.tokens else None
         texts = f"texts cut at {encoder.max_tokens} tokens, images by the model's own preprocessing"
         return EvaluatedModel(encoder, encoder.name, encoder.kind, terms, extra, texts, {"source": scheme})

@@ -64,7 +64,7 @@ def embed(evaluated: EvaluatedModel, what: EvaluationSet, batch_size: int = 64, 
     start, encoder, vocabulary, counts = time.perf_counter(), evaluated.encoder, evaluated.terms, SetCounts()
     V = len(vocabulary) if vocabulary else 1
     sparsity, grounding, expansion = SparsityStats(V), Grounding(V, min(top_k, V)), Expansion(V)
-    images, texts, hashes, width = [], [], [], 1
+    images, texts, owners, hashes, width = [], [], [], [], 1
     captions: list[list[str]] = []
     labels: list[int] = []
     for first in range(0, len(what.samples), batch_size):
@@ -83,6 +83,7 @@ def embed(evaluated: EvaluatedModel, what: EvaluationSet, batch_size: int = 64, 
         text_CV = encoder.encode_text(flat).float().cpu() if flat else image_BV[:0]
         images.append(SparseRows.of(image_BV))
         texts.append(SparseRows.of(text_CV))
+        owners.append(owner)
         width = image_BV.shape[1]
         if vocabulary is not None:
             sparsity.update(image_BV, text_CV)
@@ -100,9 +101,7 @@ def embed(evaluated: EvaluatedModel, what: EvaluationSet, batch_size: int = 64, 
     return EmbeddedSet(
         images=SparseRows.cat(images),
         texts=SparseRows.cat(texts),
-        owner=torch.arange(len(captions)).repeat_interleave(
-            torch.tensor([len(own) if what.retrieval else 0 for own in captions])
-        ),
+        owner=torch.cat(owners),
         captions=captions,
         labels=torch.tensor(labels),
         width=width,

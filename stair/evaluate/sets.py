@@ -9,20 +9,11 @@ from PIL.Image import Image
 
 @dataclass(frozen=True)
 class Sample:
-    """One image.
+    """One image; ValueError if its captions are one string."""
 
-    Attributes:
-        image: RGB.
-        captions: texts that describe it; may be empty.
-        label: index of its class in the set's `classes`; None without a class.
-
-    Raises:
-        ValueError: if captions are one string.
-    """
-
-    image: Image
+    image: Image  # RGB
     captions: Sequence[str] = ()
-    label: int | None = None
+    label: int | None = None  # index of its class in the set's `classes`
 
     def __post_init__(self) -> None:
         if isinstance(self.captions, str):
@@ -39,21 +30,12 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A set to measure a model on.
-
-    Attributes:
-        name: of the set, in tables.
-        samples: what is measured.
-        split: which part of the data they are, for the protocol.
-        classes: names of the classes; empty without classes.
-        train, val: labelled samples of the linear probe: it trains on the first, its penalty is chosen on the second.
-        retrieval: whether captions distinguish images. False if they only name the class.
-    """
+    """A set to measure a model on."""
 
     name: str
     samples: Samples
-    split: str = "all"
-    classes: Sequence[str] = ()
-    train: Samples = field(default_factory=list)
-    val: Samples = field(default_factory=list)
-    retrieval: bool = True
+    split: str = "all"  # which part of the data they are, for the protocol
+    classes: Sequence[str] = ()  # names
+    train: Samples = field(default_factory=list)  # labelled: the linear probe is trained on these
+    val: Samples = field(default_factory=list)  # labelled: these choose its penalty
+    retrieval: bool = True  # whether captions distinguish images; False if they only name the class

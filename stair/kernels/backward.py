@@ -1,11 +1,11 @@
-"""Gradients of the vocabulary head from the winners alone, in PyTorch operations.
+"""Gradients of the vocabulary head from the argmax positions alone, in PyTorch operations.
 
-Only the position that won a word, and only words that are active, receive a gradient. With `z = log(1 + s)` its factor
-is `dz/ds = exp(-z)`, so z and the winner's slot are all that has to be kept. Seen as an N × V matrix of gradients with one
-entry for every active (row, word), both gradients are products with it: of its sparse form while few words are active,
-of its dense form, a chunk of words at a time, while most are.
+Only active terms have a gradient, and only at their argmax position. With `z = log(1 + s)` its factor is
+`dz/ds = exp(-z)`, so z and the argmax slot are all that is kept. Seen as an N × V matrix of gradients with one entry for
+every active (row, term), both gradients are products with it: of its sparse form if few terms are active, of its dense
+form, a chunk of terms at a time, otherwise.
 
-B rows, N packed positions, D width, V words, C words of a chunk, A active (row, word) pairs.
+B rows, N packed positions, D width, V terms, C terms of a chunk, A active (row, term) pairs.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from stair.kernels.packing import Packing
 _GATHER_COST = {torch.float64: 20, torch.float32: 35, torch.bfloat16: 80, torch.float16: 80}
 
 
-class Won(NamedTuple):
-    """Incoming gradients, and which slot won each word.
+class Maxima(NamedTuple):
+    """Incoming gradients, and the argmax slot of each term.
 
     Attributes:
         grad_BV: gradient of the embedding.
@@ -43,18 +43,18 @@ def few_are_active(embedding: Tensor, positions: int, compute: torch.dtype) -> b
 
 
 class Entries(NamedTuple):
-    """The N × V matrix of gradients, entry by entry: ordered by word, and of a word by row."""
+    """The N × V matrix of gradients, entry by entry: ordered by term, and of a term by row."""
 
     position_A: Tensor
-    word_A: Tensor
+    term_A: Tensor
     value_A: Tensor
 
 
-def entries(won: Won) -> Entries:
+def entries(maxima: Maxima) -> Entries:
     """Entries of the active terms."""
-    word_A, row_A = won.embedding_BV.T.nonzero(as_tuple=True)
-    value_A = won.grad_BV[row_A, word_A] * torch.exp(-won.embedding_BV[row_A, word_A])
-    return Entries(won.packing.position(row_A, won.slot_BV[row_A, word_A]), word_A, value_A)
+    term_A, row_A = maxima.embedding_BV.T.nonzero(as_tuple=True)
+    value_A = maxima.grad_BV[row_A, term_A] * torch.exp(-maxima.embedding_BV[row_A, term_A])
+    return Entries(maxima.packing.position(row_A, maxima.slot_BV[row_A, term_A]), term_A, value_A)
 
 
 def edges(index: Tensor, size: int) -> Tensor:
@@ -64,36 +64,36 @@ def edges(index: Tensor, size: int) -> Tensor:
     return edge
 
 
-def sparse_gradients(won: Won, packed_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sparse_gradients(maxima: Maxima, packed_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of packed positions (N, D), weight (V, D) and bias (V,): two products in compressed rows."""
     N, V = len(packed_ND), len(weight_VD)
-    position_A, word_A, value_A = entries(won)
-    by_word_VN = torch.sparse_csr_tensor(edges(word_A, V), position_A, value_A, (V, N), check_invariants=False)
-    grad_weight_VD = by_word_VN @ packed_ND.to(value_A.dtype)
-    grad_bias_V = (by_word_VN @ torch.ones(N, 1, dtype=value_A.dtype, device=value_A.device))[:, 0]
+    position_A, term_A, value_A = entries(maxima)
+    by_term_VN = torch.sparse_csr_tensor(edges(term_A, V), position_A, value_A, (V, N), check_invariants=False)
+    grad_weight_VD = by_term_VN @ packed_ND.to(value_A.dtype)
+    grad_bias_V = (by_term_VN @ torch.ones(N, 1, dtype=value_A.dtype, device=value_A.device))[:, 0]
     order_A = position_A.argsort(stable=True)
     by_position_NV = torch.sparse_csr_tensor(
-        edges(position_A, N), word_A[order_A], value_A[order_A], (N, V), check_invariants=False
+        edges(position_A, N), term_A[order_A], value_A[order_A], (N, V), check_invariants=False
     )
     return by_position_NV @ weight_VD.to(value_A.dtype), grad_weight_VD, grad_bias_V
 
 
 def dense_gradients(
-    won: Won, packed_ND: Tensor, weight_VD: Tensor, chunks: Sequence[slice]
+    maxima: Maxima, packed_ND: Tensor, weight_VD: Tensor, chunks: Sequence[slice]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same by products of matrices of packed_ND's type."""
-    grad_packed_ND = won.grad_BV.new_zeros(packed_ND.shape)
-    grad_weight_VD = won.grad_BV.new_zeros(weight_VD.shape)
-    grad_bias_V = won.grad_BV.new_zeros(len(weight_VD))
+    grad_packed_ND = maxima.grad_BV.new_zeros(packed_ND.shape)
+    grad_weight_VD = maxima.grad_BV.new_zeros(weight_VD.shape)
+    grad_bias_V = maxima.grad_BV.new_zeros(len(weight_VD))
     # a row without any real position has no gradient, and no place to scatter a zero to
-    filled = len(won.grad_BV) if won.packing.in_order else int((won.packing.length_B > 0).sum())
-    rows = slice(None) if filled == len(won.grad_BV) else won.packing.length_B.nonzero()[:, 0]
-    row_B1 = torch.arange(len(won.grad_BV), device=packed_ND.device)[rows, None]
+    filled = len(maxima.grad_BV) if maxima.packing.in_order else int((maxima.packing.length_B > 0).sum())
+    rows = slice(None) if filled == len(maxima.grad_BV) else maxima.packing.length_B.nonzero()[:, 0]
+    row_B1 = torch.arange(len(maxima.grad_BV), device=packed_ND.device)[rows, None]
     for chunk in chunks if filled else ():
-        embedding_BC = won.embedding_BV[rows, chunk]
-        # the factor of ReLU: nothing for words that are not active
-        grad_BC = torch.exp(-embedding_BC).mul_(won.grad_BV[rows, chunk]).mul_(embedding_BC > 0)
-        position_BC = won.packing.position(row_B1, won.slot_BV[rows, chunk])
+        embedding_BC = maxima.embedding_BV[rows, chunk]
+        # the factor of ReLU: nothing for terms that are not active
+        grad_BC = torch.exp(-embedding_BC).mul_(maxima.grad_BV[rows, chunk]).mul_(embedding_BC > 0)
+        position_BC = maxima.packing.position(row_B1, maxima.slot_BV[rows, chunk])
         scattered_NC = packed_ND.new_zeros(len(packed_ND), grad_BC.shape[1])
         scattered_NC.scatter_(0, position_BC, grad_BC.to(packed_ND.dtype))
         grad_packed_ND += scattered_NC @ weight_VD[chunk].to(packed_ND.dtype)

@@ -1,13 +1,13 @@
 """The vocabulary head without its B × T × V tensor, for CPU and GPU alike.
 
-Done plainly, 256 images of 197 patches against 30,522 words are 1.5 billion numbers. Three observations remove them:
+Done plainly, 256 images of 197 patches against 30,522 terms are 1.5 billion numbers. Three observations remove them:
 
 * log(1 + ReLU(·)) is monotone, so the max over positions is taken first and the activation applied to B × V numbers;
 * the vocabulary is walked in chunks (reduction.py), so at most N × chunk numbers exist at a time, and padding is left
   out beforehand (packing.py);
-* backwards only the winners of active terms count (backward.py).
+* the backward pass uses only the argmax positions of active terms count (backward.py).
 
-B rows, T positions, N = real positions of all rows, packed without padding, D width, V words, C words of a chunk.
+B rows, T positions, N = real positions of all rows, packed without padding, D width, V terms, C terms of a chunk.
 """
 
 import functools
@@ -64,12 +64,12 @@ class _Packed:
         """Gradients of hidden states, weight and bias."""
         packed = packing.by_slot(mask_BT)
         packed_ND = hidden_BTD.flatten(0, 1)[packed.source_N]
-        won = backward.Won(grad_BV, embedding_BV, slot_BV, packed)
+        maxima = backward.Maxima(grad_BV, embedding_BV, slot_BV, packed)
         if backward.few_are_active(embedding_BV, len(packed_ND), packed_ND.dtype):
-            grads = backward.sparse_gradients(won, packed_ND, weight_VD)
+            grads = backward.sparse_gradients(maxima, packed_ND, weight_VD)
         else:
             chunks = list(_chunks(ranges, len(packed_ND), _CHUNK_NUMBERS))
-            grads = backward.dense_gradients(won, packed_ND, weight_VD, chunks)
+            grads = backward.dense_gradients(maxima, packed_ND, weight_VD, chunks)
         grad_hidden_BTD = torch.zeros_like(hidden_BTD)
         grad_hidden_BTD.flatten(0, 1)[packed.source_N] = grads[0].to(hidden_BTD.dtype)
         return grad_hidden_BTD, *grads[1:]
@@ -211,7 +211,7 @@ def vocabulary_max(
     mask: Tensor,
     weight: Tensor,
     bias: Tensor,
-    words: Sequence[tuple[int, int]] | None = None,
+    active_ranges: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
     """Computes `z_bv = log(1 + ReLU(max_t hidden_bt · weight_v + bias_v))` over real positions (STAIR, eq. of section 2).
 
@@ -223,7 +223,7 @@ def vocabulary_max(
         mask: (B, T) bool, True at positions that count. A row without any gives zeros.
         weight: (V, D).
         bias: (V,).
-        words: ranges `[first, end)` of the words that can be active; others are zero and cost nothing. All by default.
+        active_ranges: `[first, end)` of the terms that can be active; others are zero and cost nothing. All by default.
 
     Returns:
         (B, V) in fp32 (fp64 for fp64 input), not negative.
@@ -240,6 +240,6 @@ def vocabulary_max(
     device = hidden.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        edges = [edge for pair in words or ((0, len(weight)),) for edge in pair]
+        edges = [edge for pair in active_ranges or ((0, len(weight)),) for edge in pair]
         embedding: Tensor = _project(hidden, mask.bool(), weight, weight.detach().to(compute), bias, edges)[0]
     return embedding

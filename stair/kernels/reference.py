@@ -1,4 +1,4 @@
-"""The plain form of the vocabulary head: the formula, word for word. It holds B·T·V numbers, so it is for tests only."""
+"""The plain form of the vocabulary head: the formula, literally. It holds B·T·V numbers, so it is for tests only."""
 
 import torch
 from torch import Tensor

@@ -1,16 +1,16 @@
 """The vocabulary head's Triton form, for NVIDIA GPUs: logits never leave the chip, and nothing waits for the host.
 
-Forward: a program multiplies a block of words with all positions of a few rows, a tile of `SLOTS` positions of each row at
+Forward: a program multiplies a block of terms with all positions of a few rows, a tile of `SLOTS` positions of each row at
 a time. The columns of a tile are ordered position by position, so the maximum over positions is a maximum over registers
 of one thread: no atomics, no exchange between threads, and every embedding is written once.
 
-Backward: active entries are listed by word and, within each row, by position. Both gradients are then products of
+Backward: active entries are listed by term and, within each row, by position. Both gradients are then products of
 compressed rows with a dense matrix. Lists have room for all entries, so their sizes need not be known on the host, and
-their order is that of rows and of words, so the result is deterministic.
+their order is that of rows and of terms, so the result is deterministic.
 
 This module needs triton, which comes with torch for CUDA on Linux; stair/kernels/fused.py imports it where it can be used.
 
-B rows, T positions, D width, V words.
+B rows, T positions, D width, V terms.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ LIST = {"BLOCK_V": 1024, "num_warps": 8}
 
 
 @triton.jit
-def _maximum(a, b):  # type: ignore[no-untyped-def]  # what is no number stays so
+def _maximum(a, b):  # type: ignore[no-untyped-def]  # NaN stays NaN
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -43,7 +43,7 @@ def project_max(  # type: ignore[no-untyped-def]
     V, T, D, row_blocks, row_block_size,
     BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Embeddings, and positions that reach the maximum, of one block of words and of rows."""
+    """Embeddings, and positions that reach the maximum, of one block of terms and of rows."""
     block = tl.program_id(0) % row_blocks
     first_v = (tl.program_id(0) // row_blocks) * BLOCK_V
     v = first_v + tl.arange(0, BLOCK_V)
@@ -66,7 +66,7 @@ def project_max(  # type: ignore[no-untyped-def]
         best = _maximum(best, highest)
     row = tl.load(row_ptr + block * ROWS + tl.arange(0, ROWS))
     score = best + bias[:, None]
-    # a maximum would swallow what is no number; infinity gets through to the loss
+    # a maximum would drop NaN; infinity reaches the loss
     score = tl.where(score != score, float("inf"), tl.maximum(score, 0.0))
     above = 1.0 + score
     lost = tl.where(score < 1.0, (score - (above - 1.0)) / above, 0.0)  # what the sum lost of a small score
@@ -78,11 +78,11 @@ def project_max(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def list_by_word(  # type: ignore[no-untyped-def]
+def list_by_term(  # type: ignore[no-untyped-def]
     grad_ptr, embedding_ptr, position_ptr, begin_ptr, end_ptr, column_ptr, value_ptr, bias_ptr,
     B, T, V, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Active entries of each word, row by row: which position, and its gradient; and the sums of the gradients."""
+    """Active entries of each term, row by row: which position, and its gradient; and the sums of the gradients."""
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     begin = v.to(tl.int64) * B
     count = tl.zeros((BLOCK_V,), dtype=tl.int32)
@@ -110,7 +110,7 @@ def list_by_position(  # type: ignore[no-untyped-def]
     grad_ptr, embedding_ptr, position_ptr, begin_ptr, end_ptr, column_ptr, value_ptr, active_ptr,
     T, V, BLOCK_V: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Active entries of each position of a row, word by word: which word, and its gradient. BINS is above T."""
+    """Active entries of each position of a row, term by term: which term, and its gradient. BINS is above T."""
     row = tl.program_id(0).to(tl.int64) * V
     none: tl.constexpr = BINS - 1
     i, t = tl.arange(0, BLOCK_V), tl.arange(0, BINS)
@@ -132,7 +132,7 @@ def list_by_position(  # type: ignore[no-untyped-def]
         inside = start + i < total
         v = tl.load(active_ptr + row + start + i, mask=inside, other=0)
         position = tl.where(inside, tl.load(position_ptr + row + v).to(tl.int32), none)
-        # by position, and of a position by word; each goes where its position's begin in the row, less where they do here
+        # by position, and of a position by term; each goes where its position's begin in the row, less where they do here
         order = tl.sort(position * BLOCK_V + i)
         counts = tl.histogram(position, BINS)
         place = row + i + tl.gather(begin - (tl.cumsum(counts, axis=0) - counts), order // BLOCK_V, axis=0)
@@ -214,7 +214,7 @@ def project(
         mask_BT: (B, T) bool, True at positions that count.
         weight_VD: (V, D) of the same type.
         bias_V: (V,) fp32.
-        ranges: `[first, end)` of the words that can be active.
+        ranges: `[first, end)` of the terms that can be active.
 
     Returns:
         (B, V) fp32, and (B, V) positions in T, meaningful where the embedding is positive.
@@ -280,16 +280,16 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states (B, T, D), in their type, and of weight (V, D) and bias (V,), in fp32.
 
-    Neither the mask nor the ranges are read: a position or a word that does not count has no active entry.
+    Neither the mask nor the ranges are read: a position or a term that does not count has no active entry.
     """
     (B, T, D), V = hidden_BTD.shape, len(weight_VD)
     device = hidden_BTD.device
     entries = grad_BV.contiguous(), embedding_BV, position_BV
-    by_word, grad_bias_V = _rows(V, B * V, device), torch.empty(V, device=device)
-    list_by_word[(triton.cdiv(V, 32),)](*entries, *by_word, grad_bias_V, B, T, V, BLOCK_B=8, BLOCK_V=32, num_warps=1)
-    grad_weight_VD = _product(by_word, hidden_BTD.reshape(B * T, D), torch.float32)
-    # what was listed by word is used up
-    by_position = _rows(B * T, 0, device)._replace(column=by_word.column, value=by_word.value)
+    by_term, grad_bias_V = _rows(V, B * V, device), torch.empty(V, device=device)
+    list_by_term[(triton.cdiv(V, 32),)](*entries, *by_term, grad_bias_V, B, T, V, BLOCK_B=8, BLOCK_V=32, num_warps=1)
+    grad_weight_VD = _product(by_term, hidden_BTD.reshape(B * T, D), torch.float32)
+    # what was listed by term is used up
+    by_position = _rows(B * T, 0, device)._replace(column=by_term.column, value=by_term.value)
     bins = triton.next_power_of_2(T + 1)
     active_BV = torch.empty(B, V, dtype=torch.int32, device=device)
     list_by_position[(B,)](*entries, *by_position, active_BV, T, V, BINS=bins, **LIST)

@@ -6,8 +6,8 @@ term adds to the score of a search hit.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,34 +22,20 @@ _IMAGES, _TERMS, _HITS = 24, 10, 5
 _GROUPS = {"t2i": "text → image", "i2t": "image → text"}
 
 
-@dataclass(frozen=True)
-class StageRow:
-    """A row of the results table.
-
-    Attributes:
-        name: what was measured, such as `stage 1, grounding`.
-        metrics: figures by name, such as `t2i/recall@1`; rows may lack some. Recall and grounding are shown in percent.
-    """
+class StageRow(NamedTuple):
+    """A row of the results table: figures by name, such as `t2i/recall@1`. Recall and grounding are shown in percent."""
 
     name: str
     metrics: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A held-out image with its active terms.
-
-    Attributes:
-        image: bytes of a PNG, JPEG, WebP or GIF file.
-        captions: of the image; the first is also the alternative text.
-        terms: of its embedding, largest weight first (`top_terms`).
-        in_caption: the tokens of its captions.
-    """
+class Picture(NamedTuple):
+    """A held-out image, the bytes of a PNG, JPEG, WebP or GIF file, with its active terms."""
 
     image: bytes
-    captions: Sequence[str]
-    terms: Terms
-    in_caption: frozenset[str]
+    captions: Sequence[str]  # the first is also the alternative text
+    terms: Terms  # of its embedding (`top_terms`)
+    in_caption: frozenset[str]  # tokens of the captions
 
     @classmethod
     def of(cls, image: bytes, captions: Sequence[str], embedding_V: Tensor, vocabulary: Vocabulary) -> "Picture":
@@ -57,40 +43,23 @@ class Picture:
         return cls(image, captions, top_terms(embedding_V, vocabulary, _TERMS), _tokens(vocabulary, captions))
 
 
-@dataclass(frozen=True)
-class Hit:
-    """An image that a query retrieved.
-
-    Attributes:
-        image: bytes of a PNG, JPEG, WebP or GIF file.
-        score: dot product of query and image, the sum of all contributions.
-        shared: contributions to the score, largest first (`shared_terms`); the others are shown as one remainder.
-        caption: of the image.
-        is_target: whether it is the image that the query describes.
-    """
+class Hit(NamedTuple):
+    """An image that a query retrieved."""
 
     image: bytes
-    score: float
-    shared: Terms
+    score: float  # the sum of all contributions
+    shared: Terms  # contributions to the score (`shared_terms`); the others are shown as one remainder
     caption: str = ""
-    is_target: bool = False
+    is_target: bool = False  # whether the query describes this image
 
 
-@dataclass(frozen=True)
-class Search:
-    """A text query with its best images.
-
-    Attributes:
-        query: the sentence.
-        terms: of the query's embedding, largest weight first (`top_terms`).
-        in_caption: the tokens of the sentence; all other terms are expansions.
-        hits: best first.
-    """
+class Search(NamedTuple):
+    """A text query with its best images."""
 
     query: str
-    terms: Terms
-    in_caption: frozenset[str]
-    hits: Sequence[Hit]
+    terms: Terms  # of the query's embedding (`top_terms`)
+    in_caption: frozenset[str]  # tokens of the query; all other terms are expansions
+    hits: Sequence[Hit]  # best first
 
 
 def write_page(
