@@ -24,34 +24,21 @@ from stair.model import Stair
 
 @dataclass(frozen=True)
 class Reading:
-    """The active terms of one item.
+    """The W active terms of one item, heaviest first."""
 
-    Attributes:
-        terms: W tokens, heaviest first.
-        weights: (W,) float32, as the model gives them.
-        positions: (W,) argmax position of each term, the first of equal ones.
-        evidence: (W, T) the weight that each position alone would give; `weights` is its maximum over T.
-    """
-
-    terms: Sequence[str]
-    weights: NDArray[np.float32]
-    positions: NDArray[np.int64]
-    evidence: NDArray[np.float32]
+    terms: Sequence[str]  # tokens
+    weights: NDArray[np.float32]  # (W,), as the model gives them
+    positions: NDArray[np.int64]  # (W,) argmax position, the first of equal ones
+    evidence: NDArray[np.float32]  # (W, T) the weight that each position alone would give; its maximum is the weight
 
 
 @dataclass(frozen=True)
 class ImageReading(Reading):
-    """The active terms of an image.
+    """The active terms of an image."""
 
-    Attributes:
-        image: the square that the model sees.
-        grid: R rows and C columns of patches.
-        prefix: positions before the first patch (class and register tokens).
-    """
-
-    image: Image.Image
-    grid: tuple[int, int]
-    prefix: int
+    image: Image.Image  # the square that the model sees
+    grid: tuple[int, int]  # R rows and C columns of patches
+    prefix: int  # positions before the first patch (class and register tokens)
 
     def heat(self, term: int) -> NDArray[np.float32]:
         """(R, C) evidence of each patch for a term, by its index in `terms`; zeros where patches are not read."""
@@ -74,13 +61,9 @@ class ImageReading(Reading):
 
 @dataclass(frozen=True)
 class TextReading(Reading):
-    """The active terms of a text.
+    """The active terms of a text."""
 
-    Attributes:
-        tokens: T tokens as the encoder reads them, [CLS] and [SEP] included.
-    """
-
-    tokens: Sequence[str]
+    tokens: Sequence[str]  # T, as the encoder reads them, [CLS] and [SEP] included
 
     def expands(self, term: int) -> bool:
         """Whether a term, by its index in `terms`, is not in the text."""
@@ -89,17 +72,10 @@ class TextReading(Reading):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why two items match.
+    """Why two items match."""
 
-    Attributes:
-        score: their similarity: contributions added in float64 in the order of the vocabulary, as a search does.
-        shared: terms of both items, largest contribution first.
-        query: reading of the first item.
-        document: reading of the second.
-    """
-
-    score: float
-    shared: Sequence[SharedTerm]
+    score: float  # contributions added in float64 in the order of the vocabulary, as in a search
+    shared: Sequence[SharedTerm]  # largest contribution first
     query: Reading
     document: Reading
 

@@ -58,7 +58,7 @@ def explain_command(
     if isinstance(subject, Explanation):
         for term in subject.shared[:words]:
             print(f"{term.contribution:9.4f}  {one_line(term.token)}  ({term.query:.4f} x {term.document:.4f})")
-        print(f"{subject.score:9.4f}  score, of {len(subject.shared)} shared words")
+        print(f"{subject.score:9.4f}  score, of {len(subject.shared)} shared terms")
     print(out)
 
 

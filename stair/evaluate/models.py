@@ -117,26 +117,15 @@ class SentenceModel:
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model and its description in tables.
+    """A model and its description in tables."""
 
-    Attributes:
-        encoder: the model. Has `similarity` (`dot` or `cosine`), `encode_image` (RGB images of any size) and `encode_text`,
-            both to (B, V); optionally `cut(texts)`, (B,) bool, which texts are longer than the model's limit.
-        name: of the model.
-        kind: `sparse` or `dense`.
-        terms: names of the dimensions; None where they have no names.
-        vocabulary: terms of the vocabulary probe: `terms`, or any other for a dense model.
-        truncation: how long texts and large images are cut, for the protocol.
-        facts: about its training, for the model card.
-    """
-
-    encoder: TwoTowers | OpenClip | SentenceModel
+    encoder: TwoTowers | OpenClip | SentenceModel  # (B, V) embeddings of RGB images of any size, and of texts
     name: str
     kind: Literal["sparse", "dense"]
-    terms: Vocabulary | None
-    vocabulary: Vocabulary | None
-    truncation: str
-    facts: dict[str, object]
+    terms: Vocabulary | None  # names of the dimensions; None without names
+    vocabulary: Vocabulary | None  # of the vocabulary probe: `terms`, or any other for a dense model
+    truncation: str  # how texts and images are cut, for the protocol
+    facts: dict[str, object]  # about its training, for the model card
 
 
 def open_model(source: str, vocabulary: str | None = None) -> EvaluatedModel:

@@ -8,19 +8,9 @@ from typing import Any
 
 from torch.utils.data import Subset
 
+from stair.data import samples as fields
 from stair.data.folders import class_files, class_names, read_names
 from stair.data.pairs import Entry, entries, opened, whole_captions
-from stair.data.samples import (
-    CAPTION_TYPES,
-    CLASS_TYPES,
-    NoCaptionError,
-    Skipped,
-    class_number,
-    image_bytes,
-    json_fields,
-    printable,
-    skipped_lines,
-)
 from stair.data.specs import require
 from stair.data.tars import expand
 from stair.errors import FileError, SettingError
@@ -98,17 +88,10 @@ def evaluate(
 def open_set(
     place: str, split: str | None = None, classnames: str | None = None, captions: int | None = None
 ) -> EvaluationSet:
-    """A set of the command line.
-
-    Args:
-        place: `PLACE` or `name=PLACE`; see `evaluate`, also for the others.
-        split: which part of a folder.
-        classnames: file of class names.
-        captions: number of captions of each image; all if None.
+    """A set of the command line, `PLACE` or `name=PLACE`; other arguments as in `evaluate`.
 
     Raises:
-        FileNotFoundError: if nothing is there.
-        ValueError: if it is no set.
+        FileNotFoundError, ValueError: if nothing is there, or no set.
     """
     name, sign, path = place.partition("=")
     if not sign or "/" in name or Path(place).exists():  # an `=` of the path
@@ -129,7 +112,7 @@ class _TarSamples:
     """Samples of tars. A class is their `.cls`, their `label`, or their `class` looked up among the class names."""
 
     def __init__(self, spec: str, classes: Sequence[str], max_captions: int | None = None) -> None:
-        self._entries = entries(spec, CAPTION_TYPES + CLASS_TYPES)
+        self._entries = entries(spec, fields.CAPTION_TYPES + fields.CLASS_TYPES)
         self._count, self._max_captions = len(classes), max_captions
         self._labels: dict[str, list[int]] = {}
         for label, name in enumerate(classes):
@@ -141,30 +124,30 @@ class _TarSamples:
     def __getitem__(self, index: int, /) -> Sample:
         with opened(self._entries[index]) as sample:
             captions, label = self._annotation(sample.members, self._entries[index])
-            return Sample(decode_image(image_bytes(sample.members)), captions, label)
+            return Sample(decode_image(fields.image_bytes(sample.members)), captions, label)
 
     def annotations(self) -> list[tuple[tuple[str, ...], int | None]]:
         """Captions and label of each sample."""
-        found = []
+        annotations = []
         for entry in self._entries:
             with opened(entry) as sample:
-                found.append(self._annotation(sample.members, entry))
-        return found
+                annotations.append(self._annotation(sample.members, entry))
+        return annotations
 
     def _annotation(self, members: dict[str, bytes], entry: Entry) -> tuple[tuple[str, ...], int | None]:
         label = self._label(members) if self._labels else None
         try:
             return tuple(whole_captions(members, entry.lines)[: self._max_captions]), label
-        except NoCaptionError:
+        except fields.NoCaptionError:
             if label is None:
                 raise
             return (), label
 
     def _label(self, members: dict[str, bytes]) -> int | None:
-        if (number := class_number(members)) is not None:
+        if (number := fields.class_number(members)) is not None:
             return number
-        fields = json_fields(members)
-        name, label = fields.get("class"), fields.get("label")
+        annotation = fields.json_fields(members)
+        name, label = annotation.get("class"), annotation.get("label")
         labels = self._labels.get(name, []) if isinstance(name, str) else []
         if isinstance(label, int) and (label in labels or (name is None and 0 <= label < self._count)):
             return label
@@ -238,13 +221,19 @@ class _FolderSamples:
         self.classes = names if classes is None else classes
         labels = {name: label for label, name in enumerate(self.classes)}
         skipped += [
-            Skipped(printable(f.name), "no class: not among the classes") for f, n in files if names[n] not in labels
+            fields.Skipped(fields.printable(file.name), "no class: not among the classes")
+            for file, n in files
+            if names[n] not in labels
         ]
         self._files = [(file.path, labels[names[n]]) for file, n in files if names[n] in labels]
         for each in skipped:
             if each.cause not in ("not an image by its name", "no class"):
                 raise FileError(f"{folder / each.place}: {each.reason}", folder / each.place)
-        print(*skipped_lines(skipped), f"{folder}: {len(self._files)} images, {len(skipped)} files skipped", sep="\n")
+        print(
+            *fields.skipped_lines(skipped),
+            f"{folder}: {len(self._files)} images, {len(skipped)} files skipped",
+            sep="\n",
+        )
 
     def __len__(self) -> int:
         return len(self._files)

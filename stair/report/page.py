@@ -71,15 +71,7 @@ def write_page(
     searches: Sequence[Search] = (),
     notes: Sequence[str] = (),
 ) -> None:
-    """Writes the page atomically; a part without content is omitted.
-
-    Args:
-        path: of the HTML file. Missing parent folders are created.
-        title: heading of the page.
-        stages: rows of the results table.
-        pictures: held-out images.
-        searches: text queries.
-        notes: data, hardware, sizes, seeds.
+    """Writes the page atomically, with `notes` below its title; a part without content is omitted.
 
     Raises:
         ValueError: if an image is of another format.

@@ -128,12 +128,12 @@ def _classification(sets: Mapping[str, Any]) -> Table:
 def _probe(sets: Mapping[str, Any]) -> Table:
     rows = []
     for name, figures in sets.items():
-        for source, found in figures.get("vocabulary_probe", {}).items():
+        for source, probe in figures.get("vocabulary_probe", {}).items():
             title = f"{name}, {'class name' if source == 'class' else 'caption terms'}"
-            size = [f"{found['images']:.0f}", f"{found['skipped']:.0f}"]
+            size = [f"{probe['images']:.0f}", f"{probe['skipped']:.0f}"]
             for label, prefix in (("", ""), (": frequency baseline", "frequency_baseline/")):
-                shares = [_percent(found[f"{prefix}top{k}"]) for k in (1, 5, 10)]
-                rows.append([title + label, *shares, "" if label else _number(found["median_rank"]), *size])
+                shares = [_percent(probe[f"{prefix}top{k}"]) for k in (1, 5, 10)]
+                rows.append([title + label, *shares, "" if label else _number(probe["median_rank"]), *size])
     heads = ["correct term, %", "top-1", "top-5", "top-10", "median rank", "images", "skipped"]
     return Table("Vocabulary probe", heads, rows, [_PROBE_NOTE])
 

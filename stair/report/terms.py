@@ -15,15 +15,7 @@ Terms = Sequence[tuple[str, float]]
 
 
 def top_terms(embedding: Tensor, vocabulary: Vocabulary, k: int) -> list[tuple[str, float]]:
-    """The active terms of an embedding with their weights.
-
-    Args:
-        embedding: (V,), any floating type.
-        vocabulary: names the V dimensions.
-        k: how many at most.
-
-    Returns:
-        Up to `k` pairs of token and weight above 0, largest first, equal ones in the order of the vocabulary.
+    """Up to `k` pairs of token and weight above 0 of a (V,) embedding, largest first, equal ones in vocabulary order.
 
     Raises:
         ValueError: if the embedding is not of this vocabulary.
@@ -36,15 +28,7 @@ def top_terms(embedding: Tensor, vocabulary: Vocabulary, k: int) -> list[tuple[s
 
 
 def shared_terms(a: Tensor, b: Tensor, vocabulary: Vocabulary, k: int) -> list[tuple[str, float]]:
-    """The contribution of each term to the dot product of two embeddings.
-
-    Args:
-        a, b: (V,), any floating type.
-        vocabulary: names the V dimensions.
-        k: how many at most; the contributions of all terms sum to the dot product.
-
-    Returns:
-        Up to `k` pairs of token and product of its two weights, largest first.
+    """Up to `k` pairs of token and contribution to the dot product of two (V,) embeddings, largest first.
 
     Raises:
         ValueError: if an embedding is not of this vocabulary.
