@@ -135,7 +135,7 @@ def write_model_page(
         notes=(
             lead,
             "Most captions leave out most of a scene, so several images fit: text → image cannot reach 100%.",
-            f"The first row is the grounding of always naming the {_TERMS} most common caption tokens.",
+            f"Frequency baseline: random order, and the {_TERMS} most common caption tokens for every image.",
             f"The vocabulary has {len(model.vocabulary)} tokens: the words of the training captions, and letters. The "
             "images below are the first of the held-out set, not selected.",
         ),
