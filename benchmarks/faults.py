@@ -28,7 +28,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import lightning_modules.checkpoints as checkpoints
+import lightning_modules.run_folder as run_folder
 import stair.files as files
 import stair.towers as towers
 from datamodules.synthetic import write_scenes
@@ -146,8 +146,8 @@ def arm(kill: Kill) -> None:
         "start": (ContrastiveModule, "configure_optimizers"),
         "step": (StairStage, "training_step"),
         "validation": (ContrastiveModule, "validation_step"),
-        "checkpoint": (checkpoints.torch, "save"),
-        "rename": (checkpoints, "put"),
+        "checkpoint": (run_folder.torch, "save"),
+        "rename": (files.Path, "replace"),
         "export": (towers, "save_model"),
         "index": (files.os, "fsync"),
     }

@@ -1,37 +1,39 @@
-"""The two checkpoints of a training, `last.ckpt` and `best.ckpt`. Always on; further ones go into `trainer.callbacks`.
+"""What a training writes into its stage's folder: `last.ckpt`, `best.ckpt`, and the settings. Always on.
 
-Their place follows from the stage's folder alone (`lightning_modules/run_folder.py`): loggers, other callbacks and the
-spelling of the path have no influence.
+The paths follow from the stage's folder alone (lightning_modules/run_folder.py), not from loggers or other callbacks.
 """
 
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
+from jsonargparse import Namespace
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.lightning_private import validation_seconds
-from lightning_modules.run_folder import checkpoint, checkpoints, read_checkpoint, save_last
+from lightning_modules.run_folder import checkpoint_folder, checkpoint_path, read_checkpoint, save_last
 from stair.errors import SettingError
 
 
-class _InPlace(ModelCheckpoint):
-    """A ModelCheckpoint in the stage's folder, of one fixed name."""
+class _FixedCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint in the stage's folder, of one name. `filename` is the name without `.ckpt`."""
 
     @property
     def state_key(self) -> str:
-        """The class: neither settings nor paths make it another one."""
+        """The class alone: other settings or paths have the same state."""
         return type(self).__qualname__
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes the folder from the trainer.
 
         Raises:
             SettingError: if a callback of `trainer.callbacks` has the same folder and name.
         """
-        self.dirpath = str(checkpoints(trainer.default_root_dir))
+        self.dirpath = str(checkpoint_folder(trainer.default_root_dir))
         for other in trainer.callbacks:
             if type(other) is ModelCheckpoint and other.filename == self.filename:
                 folder = other.dirpath or ("" if trainer.loggers else self.dirpath)
@@ -46,42 +48,44 @@ class _InPlace(ModelCheckpoint):
         """Restores nothing: a path in a checkpoint may be another spelling of this one, or of another folder."""
 
 
-class LastCheckpoint(_InPlace):
-    """Writes `last.ckpt`, which `--ckpt_path last` resumes from.
+class LastCheckpoint(_FixedCheckpoint):
+    """Writes `last.ckpt`, which `--ckpt_path last` resumes from: at step 0, at each validation, and at an early stop.
 
-    At step 0, at each validation, and where something stops the training. Where nothing is validated: every
-    `trainer.val_check_interval` steps, at the end of each epoch if that is a share of an epoch, or at its interval of time.
+    Without validations: every `trainer.val_check_interval` steps or seconds, at the end of each epoch if that is a share.
     """
 
     def __init__(self) -> None:
         super().__init__(filename="last", enable_version_counter=False)
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Takes folder and times from the trainer."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        times: dict[str, Any] = {}
         validates = trainer.limit_val_batches != 0 and bool(getattr(trainer.datamodule, "val_names", True))
-        times = {} if stage != "fit" or validates else _times(trainer)
-        ModelCheckpoint.__init__(self, filename="last", enable_version_counter=False, **times)
-        super().setup(trainer, pl_module, stage)
-        if times:
+        if stage == "fit" and not validates:
+            if (seconds := validation_seconds(trainer)) is not None:
+                times = {"train_time_interval": timedelta(seconds=seconds)}
+            elif isinstance(trainer.val_check_interval, int):
+                times = {"every_n_train_steps": trainer.val_check_interval}
+            else:
+                times = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
             rank_zero_info(
                 "nothing is validated (data.val is not given, or trainer.limit_val_batches is 0), so there is no "
                 f"best.ckpt. last.ckpt is written by {', '.join(f'{key}={value}' for key, value in times.items())}"
             )
+        ModelCheckpoint.__init__(self, filename="last", enable_version_counter=False, **times)
+        super().setup(trainer, pl_module, stage)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the beginning, so that a run that is ended at any later time can be resumed."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if trainer.global_step == 0 and not trainer.fast_dev_run:
             save_last(trainer)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Saves where it is time to, and where a callback or `trainer.max_time` stops the training."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *args)
         if trainer.should_stop and not trainer.fast_dev_run:
             save_last(trainer)
 
 
-class BestCheckpoint(_InPlace):
+class BestCheckpoint(_FixedCheckpoint):
     """Writes `best.ckpt` at the validations whose score is better than that of the `best.ckpt` that is there.
 
     Args:
@@ -92,14 +96,14 @@ class BestCheckpoint(_InPlace):
     def __init__(self, monitor: str = "val/recall", mode: Literal["max", "min"] = "max") -> None:
         super().__init__(filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Takes the place from the trainer, and the score to beat from the file.
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes the folder from the trainer, and the score to beat from the file.
 
         Raises:
             SettingError: if `best.ckpt` was chosen by another score.
         """
         super().setup(trainer, pl_module, stage)
-        path = checkpoint(trainer.default_root_dir, "best")
+        path = checkpoint_path(trainer.default_root_dir, "best")
         if stage != "fit" or not path.exists():
             return
         state = read_checkpoint(path)["callbacks"].get(self.state_key, {})
@@ -115,10 +119,32 @@ class BestCheckpoint(_InPlace):
             self.best_model_path = self.kth_best_model_path = name
 
 
-def _times(trainer: L.Trainer) -> dict[str, Any]:
-    """When to save instead of at validations."""
-    if (seconds := validation_seconds(trainer)) is not None:
-        return {"train_time_interval": timedelta(seconds=seconds)}
-    if isinstance(trainer.val_check_interval, int):
-        return {"every_n_train_steps": trainer.val_check_interval}
-    return {"every_n_epochs": 1, "save_on_train_epoch_end": True}  # a share of an epoch
+class SaveSettings(Callback):
+    """Saves the settings of a training as `config.yaml`, those of validate as `validate/validate.yaml`, and so on.
+
+    `config.yaml` states what trained the checkpoints beside it: it is written with them, or at the end without any.
+
+    Args:
+        parser: of the command.
+        config: the settings, without what follows from them.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace) -> None:
+        self.parser, self.config = parser, config
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            self._save(trainer, f"{trainer.state.fn.value}/{trainer.state.fn.value}.yaml")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.training or trainer.validating:
+            self._save(trainer, "config.yaml")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer, "config.yaml")
+
+    def _save(self, trainer: Trainer, name: str) -> None:
+        if trainer.is_global_zero:
+            path = Path(trainer.default_root_dir, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)

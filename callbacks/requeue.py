@@ -1,88 +1,88 @@
-"""Leaving in time: a signal becomes one checkpoint between two batches, and under SLURM the same job once more.
+"""A signal becomes one checkpoint between two batches, and under SLURM the same job once more.
 
-Lightning's own requeueing saves inside the signal handler, with a barrier. A rank that sits in an all-reduce meanwhile
-never gets there, and both wait until the time limit (upstream issue 21406). Here a handler only notes the signal.
+Lightning saves inside the signal handler, with a barrier. A rank that sits in an all-reduce meanwhile never gets there
+(upstream issue 21406). Here a handler only notes the signal.
 """
 
-import json
 import logging
 import os
 import signal
 import subprocess
 import threading
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import lightning as L
 import torch
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks.lightning_private import restore_at_end, stop_own_requeueing, validation_is_due
 from lightning_modules.contrastive import planned_steps
 from lightning_modules.run_folder import save_last
-from stair.errors import SettingError
+from stair.errors import check_settings
+from stair.files import read_json, write_json
 
-log = logging.getLogger(__name__)
-
-#: the greatest over all ranks counts: a job that is being ended is not queued again
-_ORDER = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+_ORDER = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # the greatest over all ranks counts
 _IDLE_STARTS = 2  # in a row, after which a job is not requeued
+_log = rank_zero_only(logging.getLogger(__name__).log)
 
 
-class Requeue(L.Callback):
-    """Saves and leaves on SIGUSR1, SIGTERM and SIGINT (Ctrl-C).
+class Requeue(Callback):
+    """Saves `last.ckpt` and leaves on SIGUSR1, SIGTERM and SIGINT (Ctrl-C), without validation or export.
 
-    All ranks agree between batches, save `last.ckpt`, and leave before the next batch without validation or export. Then
+    All ranks agree between batches. Then
 
     - SIGUSR1 under SLURM (`#SBATCH --signal=SIGUSR1@300`, without `B:`): the job is requeued. If SLURM refuses, training
       continues, and SIGTERM at the time limit saves again.
-    - SIGTERM under SLURM: the job is requeued if it was preempted or reached its time limit. A cancelled job stays so.
-    - else: the process ends with 128 + the signal's number, so that nothing takes the stage for finished. A second SIGINT
-      ends it at once, without saving.
+    - SIGTERM under SLURM: the job is requeued if it was preempted or reached its time limit, not if it was cancelled.
+    - else: the process ends with 128 + the signal's number. A second SIGINT ends it at once, without saving.
 
-    Signals that came while Python started wait until training starts (`stair.launch.prepare`). SIGTERM then ends the run
-    before the first step; after SIGUSR1 there is time for one. A job is not requeued after two starts in a row without
-    progress, counted in `requeue.json` of the stage's folder.
-
-    Where a validation is due or runs, a signal waits for its end, as a resumed run would leave it out: the signal's lead
-    must be longer than a validation. After the last planned step it is ignored.
+    Signals that came while Python started wait until training starts (`stair.launch.prepare`): SIGTERM then ends the run
+    before the first step, SIGUSR1 after it. After two starts in a row without progress (`requeue.json` in the stage's
+    folder) a job is not requeued. A signal waits for a validation that is due or runs, which a resumed run would leave out.
+    After the last planned step it is ignored.
 
     Args:
-        every: steps between two agreements of the ranks, at least 1; a signal is acted on at most that much late. A
-            single process needs none.
+        every: steps between two agreements of several ranks, at least 1; a signal is acted on at most that much late.
 
     Raises:
         SettingError: if `every` is out of range.
     """
 
     def __init__(self, every: int = 5) -> None:
-        if every < 1:
-            raise SettingError(f"every={every}: give at least 1", "requeue.every")
         self.every = every
+        check_settings("requeue", self, {"every": every >= 1}, "at least 1")
         self._previous: dict[int, Any] = {}
         self._clear()
 
     def _clear(self) -> None:
-        self._noted = 0  # on this rank: 0, or 1 + the place in _ORDER
+        self._noted = 0  # on this rank: 0, or 1 + the position in _ORDER
         self._agreed = 0  # on all ranks
         self._waited = False  # for a validation
         self._saved: Path | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Replaces the signal handlers, before workers start and before Lightning would."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._clear()
         self._pid = os.getpid()
         stop_own_requeueing(trainer)
         if stage == "fit" and threading.current_thread() is threading.main_thread():
             self._previous = {signum: signal.signal(signum, self._note) for signum in _ORDER}
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Replaces Lightning's handler of SIGTERM, which waits for other ranks, and acts on signals that came before.
+    def _note(self, signum: int, frame: Any) -> None:
+        if os.getpid() != self._pid:  # a forked worker
+            return
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            # not print: a buffered stream may be in use
+            os.write(2, b"SIGINT: saving after this step. Once more ends the process at once, without saving\n")
+        self._noted = max(self._noted, 1 + _ORDER.index(signal.Signals(signum)))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Acts on signals that came before. Lightning's handler of SIGTERM, set by now, would wait for other ranks.
 
         Raises:
-            SystemExit: to leave, where the job is being ended already.
+            SystemExit: to leave, if the job is being ended already.
         """
         if self._previous:
             signal.signal(signal.SIGTERM, self._note)
@@ -93,22 +93,10 @@ class Requeue(L.Callback):
         if self._agreed >= 1 + _ORDER.index(signal.SIGTERM):
             self._leave(trainer, f"step {trainer.global_step}, where it had started: nothing is new to save")
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Restores the handlers, also before training has begun."""
-        restore_at_end(trainer, self._previous)
+    def on_exception(self, trainer: Trainer, *args: Any) -> None:
+        restore_at_end(trainer, self._previous)  # also before training has begun
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() == self._pid:  # forked workers have the handler too
-            if signum == signal.SIGINT:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                # not print: a buffered stream may be in use
-                os.write(2, b"SIGINT: saving after this step. Once more ends the process at once, without saving\n")
-            self._noted = max(self._noted, 1 + _ORDER.index(signal.Signals(signum)))
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Agrees, and saves. The step's figures are logged after this."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if not self._agreed and (trainer.world_size == 1 or trainer.global_step % self.every == 0):
             self._agree(trainer)
         if not self._agreed or trainer.global_step >= planned_steps(trainer):
@@ -118,22 +106,20 @@ class Requeue(L.Callback):
             return
         self._saved = save_last(trainer)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Leaves, if the state is saved.
 
         Raises:
-            SystemExit: to leave; the status is that of the first rank, 0 on others (their launcher would kill the first).
+            SystemExit: with the status of the first rank, 0 on others (their launcher would kill the first).
         """
         if self._saved is not None:
             self._leave(trainer, f"step {trainer.global_step}, saved in {self._saved}")
 
-    def _agree(self, trainer: L.Trainer) -> None:
+    def _agree(self, trainer: Trainer) -> None:
         noted = torch.tensor(self._noted, device=trainer.strategy.root_device)
         self._agreed = int(trainer.strategy.reduce(noted, reduce_op="max"))
 
-    def _leave(self, trainer: L.Trainer, where: str) -> None:
+    def _leave(self, trainer: Trainer, state: str) -> None:
         signum, refusal = _ORDER[self._agreed - 1], ""
         if SLURMEnvironment.detect() and signum != signal.SIGINT:
             if trainer.is_global_zero:
@@ -141,49 +127,44 @@ class Requeue(L.Callback):
                 refusal = _requeue(signum, _count_idle(Path(trainer.default_root_dir) / "requeue.json", progress))
             refusal = trainer.strategy.broadcast(refusal)
             if not refusal:
-                _log(logging.WARNING, f"{signum.name}: this SLURM job goes on later from {where}")
+                _log(logging.WARNING, f"{signum.name}: this SLURM job goes on later from {state}")
                 raise SystemExit(0)
             if signum == signal.SIGUSR1:
-                self._stay(refusal, where)
+                _log(
+                    logging.ERROR,
+                    f"SIGUSR1. {refusal}Training goes on until the time limit, and this job will NOT come back by itself: "
+                    f"submit it again, with --requeue. The state is that of {state}",
+                )
+                later = self._noted if self._noted > self._agreed else 0  # SIGTERM, meanwhile
+                self._clear()
+                self._noted = later
                 return
-        how = "To go on, give the same command with --ckpt_path last"
-        _log(logging.WARNING, f"{signum.name}: stopped at {where}. {refusal}{how}")
-        raise SystemExit(128 + signum if trainer.is_global_zero else 0)
-
-    def _stay(self, refusal: str, where: str) -> None:
         _log(
-            logging.ERROR,
-            f"SIGUSR1. {refusal}Training goes on until the time limit, and this job will NOT come back by itself: submit "
-            f"it again, with --requeue. The state is that of {where}",
+            logging.WARNING,
+            f"{signum.name}: stopped at {state}. {refusal}To go on, give the same command with --ckpt_path last",
         )
-        later = self._noted if self._noted > self._agreed else 0  # SIGTERM, meanwhile
-        self._clear()
-        self._noted = later
+        raise SystemExit(128 + signum if trainer.is_global_zero else 0)
 
 
 def _count_idle(record: Path, progress: bool) -> int:
     """How many starts of this job in a row made no progress, with this one. The record is of one job."""
-    job = os.environ["SLURM_JOB_ID"]
     if progress:
         record.unlink(missing_ok=True)
         return 0
-    last = json.loads(record.read_text()) if record.exists() else {}
+    job, last = os.environ["SLURM_JOB_ID"], read_json(record) if record.exists() else {}
     idle = 1 + (last["idle_starts"] if last.get("job") == job else 0)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps({"job": job, "idle_starts": idle}))
+    write_json(record, {"job": job, "idle_starts": idle})
     return idle
 
 
-def _requeue(signum: signal.Signals, idle: int = 0) -> str:
+def _requeue(signum: signal.Signals, idle: int) -> str:
     """Asks SLURM to run this job again, after `idle` starts without progress. Returns why not, empty if it will."""
-    env = os.environ
-    job = env["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in env:  # the id of one task is also that of the array
-        job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    job = os.environ["SLURM_JOB_ID"]
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):  # the id of one task is also that of the array
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     if signum == signal.SIGTERM:
         state = _scontrol("show", "job", "-o", job).stdout
-        # within the grace time of a preemption it still runs, and would be a failed job if it ended by itself. What is
-        # ending for another reason was cancelled, or is being requeued already
+        # a preempted job still runs in its grace time. What ends for another reason was cancelled or is being requeued
         if "JobState=RUNNING" not in state and "Reason=TimeLimit" not in state:
             return "SLURM is ending this job. "
     if idle >= _IDLE_STARTS:
@@ -191,11 +172,11 @@ def _requeue(signum: signal.Signals, idle: int = 0) -> str:
             f"{idle} starts in a row made no progress, so this job is not requeued. --time must be longer than the lead of "
             "--signal and the start of the program together. "
         )
-    done = _scontrol("requeue", job)
-    if done.returncode in (0, -signal.SIGTERM):  # requeueing ends the job's processes, scontrol among them
+    result = _scontrol("requeue", job)
+    if result.returncode in (0, -signal.SIGTERM):  # requeueing ends the job's processes, scontrol among them
         return ""
-    output = (done.stderr + done.stdout).strip()
-    return f"SLURM does not requeue this job: `scontrol requeue {job}` ended with {done.returncode}: {output}. "
+    output = (result.stderr + result.stdout).strip()
+    return f"SLURM does not requeue this job: `scontrol requeue {job}` ended with {result.returncode}: {output}. "
 
 
 def _scontrol(*args: str) -> subprocess.CompletedProcess[str]:
@@ -204,8 +185,3 @@ def _scontrol(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, 1, "", str(error))
-
-
-@rank_zero_only
-def _log(level: int, message: str) -> None:
-    log.log(level, message)

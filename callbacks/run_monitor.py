@@ -1,119 +1,130 @@
-"""How fast the run goes, what it waits for, and what it skips. Loss, λ, scale and rates belong to the stage.
+"""How fast a run goes, what it waits for, what it skips, and what each source of a mixture gives.
 
-Figures are those of all ranks: ranks move in lock step, so the slowest one is the pace of all.
+Figures are those of all ranks. Ranks move in lock step, so the slowest one sets the pace.
 """
 
 import resource
-import sys
 import time
+from collections import Counter
 from datetime import timedelta
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_modules.contrastive import planned_steps
 from stair.batch import Batch
 
-_COUNTED = ("skipped", "converted")  # of the data module, each a count by cause
+_COUNTED = ("skipped", "converted")  # of the data module: counts by cause, and with `_by_source` by source
 
 
-def logs_now(trainer: L.Trainer, batch_idx: int) -> bool:
-    """True in `on_train_batch_end` of the batches after which the loggers write: elsewhere a figure would be lost."""
-    stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-    return stepped and trainer.log_every_n_steps > 0 and trainer.global_step % trainer.log_every_n_steps == 0
+def logs_now(trainer: Trainer) -> bool:
+    """Whether loggers write after this step, in `on_train_batch_end`. Elsewhere a figure would be lost."""
+    return bool(trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0)
 
 
-class StepProgress(TQDMProgressBar):
-    """Lightning's bar, shown only on a terminal: in a log file each refresh would be a line."""
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Disables the bar outside of a terminal."""
-        super().setup(trainer, pl_module, stage)
-        if not sys.stderr.isatty():
-            self.disable()
+def of_all_ranks(trainer: Trainer, value: Any) -> list[Any]:
+    """A value of each rank, by rank. All ranks call it."""
+    values = [value] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
-class RunMonitor(L.Callback):
-    """Logs the pace of training at every `trainer.log_every_n_steps`, over the steps since the last time.
+class RunMonitor(Callback):
+    """Logs at every `trainer.log_every_n_steps`, over the steps since the last time.
 
     - `run/pairs_per_second`: pairs of all ranks a second, without validation.
-    - `run/seconds_per_step`, `run/seconds_waiting`: a step, and the part of it between the end of one step and the
-      start of the next, on the slowest rank: input that is not ready (and checkpoints, when one was written).
-    - `run/max_memory_gib`: greatest memory PyTorch has held on a CUDA device since the start, largest over ranks.
-    - `run/skipped/<cause>`, `run/converted/<kind>`: samples skipped, and images that were CMYK, of 16 bits, turned by EXIF,
-      ..., since the start, all ranks together. Of a mixture also `run/skipped/<source>/<cause>`.
+    - `run/seconds_per_step`, `run/seconds_waiting`: a step, and the part of it between two steps, on the slowest rank:
+      the start of loaders, input that is not ready, checkpoints.
+    - `run/max_memory_gib`: most memory held on a CUDA device since the start, largest over ranks.
+    - `run/skipped/<cause>`, `run/converted/<kind>`: samples skipped and images converted (CMYK, 16 bits, EXIF
+      rotation, ...) since this start. Of a mixture also `run/skipped/<source>/<cause>`.
 
-    Where no progress bar is shown, each time is also a line in the log: step, loss, recall of the last validation, pace,
-    greatest memory of the process (of the device, if it is CUDA), time left.
+    Of a `data.train` that is a mixture also:
+
+    - `source/<name>/pairs`: pairs since the start of the run, interruptions included.
+    - `source/<name>/loss`: mean contrastive loss of the source's pairs in this batch, against the global batch.
+    - `source/<name>/skipped`, `source/<name>/converted`: as above, since this start.
+
+    Without a progress bar, each time is also a line in the log.
     """
 
     def __init__(self) -> None:
+        self._earlier: dict[str, int] = {}  # pairs by source before this start, of all ranks
+        self._by_source: Counter[str] = Counter()  # since, of this rank
+        self._restart()
+
+    def _restart(self) -> None:
         self._pairs, self._steps, self._seconds, self._waiting = 0, 0, 0.0, 0.0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock: the start of loaders counts as waiting."""
+    def on_train_start(self, *args: Any) -> None:
         self._last = time.perf_counter()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock again."""
-        self._last = time.perf_counter()
+    on_validation_end = on_train_start
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
-        """Takes the time since the last step's end."""
+    def on_train_batch_start(self, *args: Any) -> None:
         self._waiting += time.perf_counter() - self._last
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Counts the step, and logs where it is time to."""
         now = time.perf_counter()
-        self._seconds += now - self._last
-        self._last = now
-        self._steps += 1
-        self._pairs += len(batch["pixels"])
-        if logs_now(trainer, batch_idx):
-            figures = self._figures(trainer, pl_module.device)
+        self._seconds, self._last = self._seconds + now - self._last, now
+        self._steps, self._pairs = self._steps + 1, self._pairs + len(batch["pixels"])
+        if _sources(trainer):
+            self._by_source.update(batch["source"])
+        if logs_now(trainer):
+            figures = self._figures(trainer, pl_module.device, outputs, batch)
             pl_module.log_dict(figures, batch_size=1)
-            self._pairs, self._steps, self._seconds, self._waiting = 0, 0, 0.0, 0.0
+            self._restart()
             if not getattr(trainer.progress_bar_callback, "is_enabled", False):
                 rank_zero_info(_line(trainer, float(outputs["loss"]), figures))
 
-    def _figures(self, trainer: L.Trainer, device: torch.device) -> dict[str, float]:
-        mine = {
-            "pairs": self._pairs,
-            "seconds": self._seconds,
-            "waiting": self._waiting / self._steps,
-            "memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
-            **{what: dict(getattr(trainer.datamodule, what, {})) for what in _COUNTED},
-        }
-        ranks = [mine]
-        if trainer.world_size > 1:
-            # as objects: ranks meet different causes of skipping, and it is one exchange for everything
-            ranks = [{} for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(ranks, mine)
-        slowest = max(rank["seconds"] for rank in ranks)
+    def _figures(self, trainer: Trainer, device: torch.device, outputs: Any, batch: Batch) -> dict[str, float]:
+        data, sources = trainer.datamodule, _sources(trainer)
+        counts = {f"run/{what}/{cause}": n for what in _COUNTED for cause, n in getattr(data, what, {}).items()}
+        for name in sources:
+            pairs = zip(batch["source"], outputs["pair_loss_B"].tolist(), strict=True)
+            losses = [loss for source, loss in pairs if source == name]
+            counts[f"source/{name}/loss"], counts[f"source/{name}/logged"] = sum(losses), len(losses)
+            counts[f"source/{name}/pairs"] = self._by_source[name]
+            counts |= {f"source/{name}/{what}": getattr(data, f"{what}_by_source").get(name, 0) for what in _COUNTED}
+        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        # as objects: ranks skip for different causes, and it is one exchange for everything
+        mine = self._pairs, self._seconds, self._waiting, memory, counts
+        by: Any = zip(*of_all_ranks(trainer, mine), strict=True)
+        pairs, seconds, waiting, memories, by_rank = by
         figures = {
-            "run/pairs_per_second": sum(rank["pairs"] for rank in ranks) / slowest,
-            "run/seconds_per_step": slowest / self._steps,
-            "run/seconds_waiting": max(rank["waiting"] for rank in ranks),
+            "run/pairs_per_second": sum(pairs) / max(seconds),
+            "run/seconds_per_step": max(seconds) / self._steps,
+            "run/seconds_waiting": max(waiting) / self._steps,
+            **{name: float(sum(rank.get(name, 0) for rank in by_rank)) for rank in by_rank for name in rank},
         }
         if device.type == "cuda":
-            figures["run/max_memory_gib"] = max(rank["memory"] for rank in ranks) / 2**30
-        for what in _COUNTED:
-            for cause in {cause for rank in ranks for cause in rank[what]}:
-                figures[f"run/{what}/{cause}"] = float(sum(rank[what].get(cause, 0) for rank in ranks))
+            figures["run/max_memory_gib"] = max(memories) / 2**30
+        for name in sources:
+            figures[f"source/{name}/pairs"] += self._earlier.get(name, 0)
+            loss, logged = figures.pop(f"source/{name}/loss"), figures.pop(f"source/{name}/logged")
+            if logged:
+                figures[f"source/{name}/loss"] = loss / logged
         return figures
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if _sources(trainer):
+            checkpoint["source_pairs"] = dict(sum(of_all_ranks(trainer, self._by_source), Counter(self._earlier)))
 
-def _line(trainer: L.Trainer, loss: float, figures: dict[str, float]) -> str:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._earlier = checkpoint.get("source_pairs", {})
+
+
+def _sources(trainer: Trainer) -> list[str]:
+    """Names of the sources of a mixture; empty for one source."""
+    return list(getattr(trainer.datamodule, "source_names", []))
+
+
+def _line(trainer: Trainer, loss: float, figures: dict[str, float]) -> str:
     step, planned = trainer.global_step, planned_steps(trainer)
     left = timedelta(seconds=round((planned - step) * figures["run/seconds_per_step"]))
     memory = figures.get("run/max_memory_gib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

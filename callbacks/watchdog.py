@@ -1,7 +1,7 @@
-"""A run that stands still ends, and prints where: a collective that some rank never joins would wait for the job's end.
+"""A run that makes no progress ends and prints where: a collective that a rank never joins would wait until the job's end.
 
-A thread watches the clock, since the main one may be inside a collective, which releases Python's lock. It counts ticks:
-the timer of `faulthandler.dump_traceback_later` would end a run that SLURM suspended, and prints no rank.
+A thread counts ticks, as the main one may be inside a collective. `faulthandler.dump_traceback_later` would also end a run
+that SLURM suspended, and prints no rank.
 """
 
 import faulthandler
@@ -10,38 +10,34 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
-import lightning as L
+from lightning import Callback, Trainer
 
-from stair.errors import SettingError
+from stair.errors import check_settings
 
 _EXIT = 70  # EX_SOFTWARE
 _TICKS = 10  # in a limit
-
-# what a process does after each hook; a figure is the trainer's step
-_PLACES = {
-    "setup": "getting ready",
-    "on_train_start": "waiting for the batch after step {}: input is starting",
-    "on_train_batch_start": "in the training step after step {}: computing, or waiting for other ranks",
-    "on_train_batch_end": "waiting for the batch after step {}: input, or what is logged",
-    "on_validation_start": "in an evaluation",
-    "on_validation_batch_end": "in an evaluation",
+# what a process does after each hook
+_ACTIVITIES = {
+    "setup": "starting",
+    "on_train_start": "waiting for the first batch",
+    "on_train_batch_start": "in the training step: computing, or waiting for other ranks",
+    "on_train_batch_end": "waiting for the batch, or logging",
+    **dict.fromkeys(("on_validation_start", "on_test_start", "on_predict_start"), "in an evaluation"),
+    **dict.fromkeys(("on_validation_batch_end", "on_test_batch_end", "on_predict_batch_end"), "in an evaluation"),
     "on_validation_end": "after an evaluation",
-    "on_test_start": "in an evaluation",
-    "on_test_batch_end": "in an evaluation",
-    "on_predict_start": "in an evaluation",
-    "on_predict_batch_end": "in an evaluation",
     "on_save_checkpoint": "writing a checkpoint",
     "on_load_checkpoint": "loading a checkpoint",
     "on_train_end": "exporting the model",
 }
 
 
-class Watchdog(L.Callback):
+class Watchdog(Callback):
     """Ends the process with status 70, its rank and the stacks of its threads when no hook has run for a time.
 
-    Every rank watches itself, so the messages together tell the ranks that wait for input from those that wait for others.
-    Time in which the process was suspended does not count.
+    Each rank watches itself: the messages together tell ranks that wait for input from those that wait for others. Time in
+    which the process was suspended does not count.
 
     Args:
         limit: seconds without a hook, longer than the slowest start, checkpoint or final count of an evaluation; 0 for no
@@ -52,60 +48,42 @@ class Watchdog(L.Callback):
     """
 
     def __init__(self, limit: float = 1200.0) -> None:
-        if limit < 0:
-            raise SettingError(f"limit={limit}: wanted seconds, or 0 for no watchdog", "watchdog.limit")
         self.limit = limit
-        self._end: threading.Event | None = None
+        check_settings("watchdog", self, {"limit": limit >= 0}, "seconds, or 0 for no watchdog")
+        self._end = threading.Event()
 
-    def _move(self, hook: str, trainer: L.Trainer) -> None:
-        if hook == "setup":
-            self._start(trainer)
-        self._place, self._ticks = _PLACES[hook].format(trainer.global_step), 0
-
-    def _start(self, trainer: L.Trainer) -> None:
-        self._stop()
-        if self.limit:
-            self._rank = f"rank {trainer.global_rank} of {trainer.world_size} on {socket.gethostname()}"
+    def _record(self, hook: str, trainer: Trainer) -> None:
+        self._activity, self._ticks = f"{_ACTIVITIES[hook]}, after step {trainer.global_step}", 0
+        if hook == "setup" and self.limit:
+            self._end.set()
             self._end = threading.Event()
-            threading.Thread(target=self._watch, args=(self._end,), daemon=True).start()
+            rank = f"rank {trainer.global_rank} of {trainer.world_size} on {socket.gethostname()}"
+            threading.Thread(target=self._watch, args=(rank, self._end), daemon=True).start()
 
-    def _watch(self, end: threading.Event) -> None:
-        self._ticks = 0
-        while not end.wait(self.limit / _TICKS):
+    def _watch(self, rank: str, end: threading.Event) -> None:
+        while self._ticks <= _TICKS:
+            if end.wait(self.limit / _TICKS):
+                return
             self._ticks += 1
-            if self._ticks > _TICKS:
-                self._abort()
-
-    def _abort(self) -> None:
-        print(
-            f"watchdog: {self._rank} has not moved for {self.limit:g} s. It is {self._place}. Compare with the messages of "
-            "other ranks: one that waits for input, or is missing, holds up the rest. Ending this process. The same "
-            "command with --ckpt_path last goes on from the last checkpoint; if the run was only slow, raise "
-            "--watchdog.limit. Stacks of all threads:",
-            file=sys.__stderr__,
-            flush=True,
+        message = (
+            f"watchdog: {rank} has not moved for {self.limit:g} s. It is {self._activity}. Compare with the messages of "
+            "other ranks: one that waits for input, or is missing, holds up the rest. This process ends. To go on from the "
+            "last checkpoint: the same command with --ckpt_path last. If the run was only slow, raise --watchdog.limit. "
+            "Stacks of all threads:"
         )
-        assert sys.__stderr__ is not None
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        print(message, file=sys.__stderr__, flush=True)
+        faulthandler.dump_traceback(2, all_threads=True)
         os._exit(_EXIT)
 
-    def _stop(self) -> None:
-        if self._end is not None:
-            self._end.set()
-            self._end = None
+    def teardown(self, *args: Any, **options: Any) -> None:
+        self._end.set()
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stops watching."""
-        self._stop()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Stops watching."""
-        self._stop()
+    on_exception = teardown
 
 
 def _hook(name: str) -> Callable[..., None]:
-    return lambda self, trainer, *args, **kwargs: self._move(name, trainer)
+    return lambda self, trainer, *args, **options: self._record(name, trainer)
 
 
-for _name in _PLACES:
+for _name in _ACTIVITIES:
     setattr(Watchdog, _name, _hook(_name))

@@ -1,8 +1,7 @@
-"""`stair consolidate`: a model to use, of a training's checkpoint."""
+"""`stair consolidate`: a model to use, from a training's checkpoint."""
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from lightning_modules.parallel import rebuilt
 from lightning_modules.run_folder import read_checkpoint
@@ -11,13 +10,11 @@ from stair.errors import FileError
 from stair.files import write_text
 from stair.model import Stair
 
-_KINDS = {kind.family: kind for kind in (Stair, DenseClip)}
+_FAMILIES = {family.family: family for family in (Stair, DenseClip)}
 
 
 def consolidate(checkpoint: str, out: str) -> None:
-    """Writes the model of a checkpoint as a folder for `from_pretrained`.
-
-    The folder states that its stage is not finished, and no stage starts from it.
+    """Writes the model of a checkpoint as a folder for `from_pretrained`. No stage starts from it.
 
     Args:
         checkpoint: a checkpoint file of a training.
@@ -31,18 +28,15 @@ def consolidate(checkpoint: str, out: str) -> None:
         raise FileError(f"{target} exists; give another name, or remove it", target)
     if not source.is_file():
         raise FileError(f"{source}: there is no such checkpoint file", source)
-    content: dict[str, Any] = read_checkpoint(source)
+    content = read_checkpoint(source)
     if "towers" not in content:
-        raise FileError(
-            f"{source} does not state which model it holds: it was written by no run of this version", source
-        )
-    described = content["towers"]
-    prefix = f"{described['family']}."
+        raise FileError(f"{source} does not state which model it holds: it was not written by a run of STAIR", source)
+    towers = content["towers"]
+    prefix = f"{towers['family']}."
     weights = {name.removeprefix(prefix): w for name, w in content["state_dict"].items() if name.startswith(prefix)}
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = Path(folder) / "vocab.txt"
-        write_text(vocabulary, "\n".join(described["words"]) + "\n")
-        model = rebuilt(_KINDS[described["family"]], described["model"], str(vocabulary), weights)
-        facts = {"stage": described["stage"], "steps": content["global_step"], "finished": False}
-        model.save_pretrained(target, facts)
+        write_text(vocabulary, "\n".join(towers["words"]) + "\n")
+        model = rebuilt(_FAMILIES[towers["family"]], towers["model"], str(vocabulary), weights)
+        model.save_pretrained(target, {"stage": towers["stage"], "steps": content["global_step"], "finished": False})
     print(f"{target}: step {content['global_step']} of {source}")

@@ -1,12 +1,11 @@
 """How a model is laid over devices and memory: sharded, compiled, recomputed. Nothing here changes what is computed.
 
 Sharding is FSDP2: every rank keeps its part of each parameter and of the optimiser's state, and a unit's parameters are
-gathered for as long as the unit computes. A tower's blocks are units, each module of the image side is one, and the rest
-(the text side's embeddings and head, which share a matrix, and the scale) is the root. So what stage 2 freezes lies in
-units of its own, which are never reduced.
+gathered while the unit computes. A tower's blocks are units, each module of the image side is one, and the rest (the text
+side's embeddings and head, which share a matrix, and the scale) is the root. So what stage 2 freezes is never reduced.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -30,22 +29,26 @@ from torch.utils.checkpoint import checkpoint
 from stair.encoders import attention_on
 from stair.towers import TwoTowers
 
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-def blocks(tower: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a tower: of its lists of modules of one class, the one with the most parameters."""
-    lists = [
-        list(m) for m in tower.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len({*map(type, m)}) == 1
-    ]
-    return max(lists, key=lambda members: sum(p.numel() for m in members for p in m.parameters()), default=[])
+
+def blocks(*towers: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of towers: of each, of its lists of modules of one class, the one with the most parameters."""
+    largest: list[nn.Module] = []
+    for tower in towers:
+        lists = [list(m) for m in tower.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+        lists = [members for members in lists if len({*map(type, members)}) == 1]
+        largest += max(lists, key=lambda members: sum(p.numel() for m in members for p in m.parameters()), default=[])
+    return largest
 
 
 def recompute(towers: TwoTowers) -> None:
-    """Keeps of every block and head only what goes in; backwards it is computed again, with the same random state.
+    """Keeps of every block and head only its input; backwards it is computed again, with the same random state.
 
     The forward methods are wrapped and not the modules: names of parameters stay, and FSDP's hooks remain outside.
     """
-    heads = [module for module in towers.children() if module not in (towers.image_encoder, towers.text_encoder)]
-    for module in chain(blocks(towers.image_encoder), blocks(towers.text_encoder), heads):
+    encoders = towers.image_encoder, towers.text_encoder
+    for module in [*blocks(*encoders), *(module for module in towers.children() if module not in encoders)]:
         module.forward = partial(checkpoint, partial(_again, module.forward), use_reentrant=False)
 
 
@@ -57,46 +60,41 @@ def _again(forward: Callable[..., Any], hidden: torch.Tensor, *more: Any, **name
 
 def compile_blocks(towers: TwoTowers, backend: str) -> None:
     """Compiles the blocks of both towers; all blocks of a tower are one code, compiled once."""
-    for module in chain(blocks(towers.image_encoder), blocks(towers.text_encoder)):
+    for module in blocks(towers.image_encoder, towers.text_encoder):
         module.forward = torch.compile(module.forward, backend=backend)
 
 
 def shard(towers: TwoTowers, mesh: DeviceMesh) -> None:
     """Shards a model, in place.
 
-    Parameters are gathered and gradients reduced in fp32, also in bf16-mixed, where autocast rounds what is gathered as it
-    does without sharding: the result is that of `ddp`. Gathering blocks in bf16 would halve those bytes, and round norms.
+    Parameters are gathered and gradients reduced in fp32, also in bf16-mixed: the result is that of `ddp`. Gathering
+    blocks in bf16 would halve those bytes, and round norms.
 
     Args:
         towers: on any device; what is frozen must be so already.
         mesh: (ranks,).
     """
-    for module in chain(blocks(towers.image_encoder), blocks(towers.text_encoder)):
+    images = [module for name, module in towers.named_children() if name.startswith("image")]
+    for module in [*blocks(towers.image_encoder, towers.text_encoder), *images, towers]:
         fully_shard(module, mesh=mesh)
-    for name, module in towers.named_children():
-        if name.startswith("image"):
-            fully_shard(module, mesh=mesh)
-    fully_shard(towers, mesh=mesh)
 
 
 def gathered(towers: TwoTowers) -> TwoTowers | None:
     """The model itself; of a sharded one a whole copy on the CPU of the first rank, None on others. All ranks call it."""
     if not isinstance(towers, FSDPModule):
         return towers
-    state = get_model_state_dict(towers, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = get_model_state_dict(towers, options=_WHOLE)
     if not state:
         return None
-    kind = next(kind for kind in type(towers).__mro__ if not issubclass(kind, FSDPModule))
-    return rebuilt(kind, towers.portable_config(), towers.config.vocabulary, state)
+    family = next(cls for cls in type(towers).__mro__ if not issubclass(cls, FSDPModule))
+    return rebuilt(family, towers.portable_config(), towers.config.vocabulary, state)
 
 
-def rebuilt(
-    kind: type[TwoTowers], config: dict[str, Any], vocabulary: str, weights: dict[str, torch.Tensor]
-) -> TwoTowers:
-    """A model from its portable configuration, its vocabulary and its weights."""
-    values = kind.config_class.from_dict(config)
+def rebuilt(family: type[Any], config: dict[str, Any], vocabulary: str, weights: dict[str, Any]) -> TwoTowers:
+    """A model from its class, its portable configuration, its vocabulary and its weights."""
+    values = family.config_class.from_dict(config)
     values.vocabulary = vocabulary
-    model = kind(values)  # type: ignore[call-arg]  # every kind is made of its configuration
+    model: TwoTowers = family(values)
     model.load_state_dict(weights)
     return model
 
@@ -108,7 +106,7 @@ class FullySharded(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        """Connects the ranks; "auto" would have sharded over nodes and cut tensors within."""
+        """Connects the ranks; "auto" would shard over nodes and cut tensors within."""
         # private: the constructor takes a number that is known only here (upstream pull request 19878)
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
@@ -117,11 +115,8 @@ class FullySharded(ModelParallelStrategy):
         """The optimiser's full state on rank 0, as an unsharded optimiser gives it; empty on other ranks."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_optimizer_state_dict(self.model, optimizer, options=options)
-        if not state:
-            return state
-        return _renamed(state, {name: i for i, name in enumerate(_parameters(state))})
+        state = get_optimizer_state_dict(self.model, optimizer, options=_WHOLE)
+        return _renamed(state, list(range(len(_parameters(state))))) if state else state
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Loads model and optimisers from a checkpoint of any strategy; returns the rest."""
@@ -129,23 +124,20 @@ class FullySharded(ModelParallelStrategy):
         saved: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, saved.pop("state_dict"), options=options)
-        # Lightning takes the numbers for places in model.parameters(), which several groups are not
+        # Lightning takes the numbers for positions in model.parameters(), which several groups are not
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         for optimizer, state in zip(self.optimizers, saved.pop("optimizer_states", []), strict=False):
-            state = _renamed(state, dict(zip(_parameters(state), _names(self.model, optimizer), strict=True)))
-            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state, options=options)
+            ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=_renamed(state, ordered), options=options)
         return saved
 
 
-def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[str]:
-    by_id = {id(parameter): name for name, parameter in model.named_parameters()}
-    return (by_id[id(parameter)] for group in optimizer.param_groups for parameter in group["params"])
-
-
-def _parameters(state: dict[str, Any]) -> Iterator[Any]:
+def _parameters(state: dict[str, Any]) -> list[Any]:
     """What an optimiser's state dict calls the parameters, in the order of the groups."""
-    return chain(*(group["params"] for group in state["param_groups"]))
+    return list(chain(*(group["params"] for group in state["param_groups"])))
 
 
-def _renamed(state: dict[str, Any], new: dict[Any, Any]) -> dict[str, Any]:
+def _renamed(state: dict[str, Any], names: list[Any]) -> dict[str, Any]:
+    new = dict(zip(_parameters(state), names, strict=True))
     groups = [{**group, "params": [new[old] for old in group["params"]]} for group in state["param_groups"]]
     return {"state": {new[old]: value for old, value in state["state"].items()}, "param_groups": groups}

@@ -34,9 +34,9 @@ class TextObjective:
         scale_start: start of the learnable scale (inverse temperature): a number in (0, 100]; `measure` sets it so that
             the first batch's scaled logits, of the text form with the greater weight, have standard deviation 1; `keep`
             takes the scale of the previous stage.
-        regulariser: `flops`, the paper's, or `target`: FLOPs with λ adapted so that a wanted number of terms is active,
+        regulariser: `flops`, the paper's, or `target`: FLOPs with λ adapted so that a given number of terms is active,
             where λ below is the start.
-        target_text: wanted active terms of a text, of the regulariser `target`; at least 1.
+        target_text: active terms of a text, of the regulariser `target`; at least 1.
         flops_text: λ of the text embeddings.
         flops_ramp_steps: optimiser steps over which λ grows quadratically from 0; 0 for none.
         flops_text_form: the text form that λ_text acts on: `masked` (in-caption terms) or `full`. None: `masked` in
@@ -66,19 +66,20 @@ class TextObjective:
     def __post_init__(self) -> None:
         """Checks the ranges."""
         start, weight = self.scale_start, self.masked_loss_weight
+        valid = {
+            "scale_start": start in ("measure", "keep") if isinstance(start, str) else 0 < start <= 100,
+            "flops_image": 0 <= self.flops_image < math.inf,
+            "flops_text": 0 <= self.flops_text < math.inf,
+            "flops_ramp_steps": self.flops_ramp_steps >= 0,
+            "target_image": self.target_image >= 1,
+            "target_text": self.target_text >= 1,
+            "masked_loss_weight": weight is None or 0 <= weight <= 1,
+            "negative_slope": 0 <= self.negative_slope <= 1,
+        }
         check_settings(
             "objective",
             self,
-            {
-                "scale_start": start in ("measure", "keep") if isinstance(start, str) else 0 < start <= 100,
-                "flops_image": 0 <= self.flops_image < math.inf,
-                "flops_text": 0 <= self.flops_text < math.inf,
-                "flops_ramp_steps": self.flops_ramp_steps >= 0,
-                "target_image": self.target_image >= 1,
-                "target_text": self.target_text >= 1,
-                "masked_loss_weight": weight is None or 0 <= weight <= 1,
-                "negative_slope": 0 <= self.negative_slope <= 1,
-            },
+            valid,
             "scale_start is a number in (0, 100], 'measure' or 'keep'; λ and steps are finite and at least 0, targets at "
             "least 1; masked_loss_weight (or null) and negative_slope are in [0, 1]",
         )
@@ -91,7 +92,7 @@ class Objective(TextObjective):
     Args:
         similarity, scale_start, regulariser, target_text, flops_text, flops_ramp_steps, flops_text_form,
             masked_loss_weight: as in `TextObjective`.
-        target_image: wanted active terms of an image, of the regulariser `target`; at least 1.
+        target_image: active terms of an image, of the regulariser `target`; at least 1.
         flops_image: λ of the image embeddings.
         negative_slope: slope below zero of an image's in-caption terms, in training only, 0 (the paper's form) to 1. ReLU
             has no gradient where a term is inactive: one that is inactive for every image never recovers.
@@ -109,9 +110,7 @@ class StairStage(ContrastiveModule):
         stair: the model; its weights come from the previous stage where there is one.
         objective: the loss.
         optimizer: how parameters move.
-        micro_batch_size: pairs encoded at a time on a device, None for all; see `ContrastiveModule`.
-        recompute: compute blocks and heads again backwards instead of keeping their activations.
-        compile: backend of torch.compile for the towers' blocks, such as `inductor`; None does not compile.
+        layout: `micro_batch_size`, `recompute` and `compile`, see `ContrastiveModule`.
 
     Attributes:
         weights: weight of each contrastive term by the text form it compares, greatest first; terms of weight 0 are absent.
@@ -124,43 +123,29 @@ class StairStage(ContrastiveModule):
     export_name = "stair"
     text_form: ClassVar[Literal["masked", "full"]] = "full"
 
-    def __init__(
-        self,
-        stair: StairDesign,
-        objective: Objective,
-        optimizer: Optimizer,
-        micro_batch_size: int | None = None,
-        recompute: bool = False,
-        compile: str | None = None,
-    ) -> None:
+    def __init__(self, stair: StairDesign, objective: Objective, optimizer: Optimizer, **layout: Any) -> None:
         start = None if isinstance(objective.scale_start, str) else objective.scale_start
-        super().__init__(optimizer, start, micro_batch_size, recompute, compile)
+        super().__init__(optimizer, start, **layout)
         # set by the stage, so the settings of `stair` do not have them
-        trained = {"similarity": objective.similarity, "text_form": self.text_form}
-        self.stair = Stair(StairConfig(**{**vars(stair), **trained}))
+        by_stage = {"similarity": objective.similarity, "text_form": self.text_form}
+        self.stair = Stair(StairConfig(**{**vars(stair), **by_stage}))
         self.objective = objective
         masked = self.text_form == "masked"
         weight = float(masked) if objective.masked_loss_weight is None else objective.masked_loss_weight
         if weight == float(not masked):
-            instead = "above 0, or leave the mask out and begin with stage 3" if masked else "below 1, or run stage 1"
+            allowed = "above 0, or begin with stage 3 for no mask" if masked else "below 1, or run stage 1"
             raise SettingError(
-                f"objective.masked_loss_weight is {weight} in stage {self.stage}: give a share {instead}; null is the "
+                f"objective.masked_loss_weight is {weight} in stage {self.stage}: give a weight {allowed}; null is the "
                 "paper's form",
                 "objective.masked_loss_weight",
             )
         weights = {"text_masked": weight, "text_full": 1 - weight}
         self.weights = {name: w for name, w in sorted(weights.items(), key=lambda item: -item[1]) if w > 0}
-        self._text = "text_masked" if masked else "text_full"
-        regularised = objective.flops_text_form or self.text_form
-        self._regularised_text = f"text_{regularised}"
+        self._evaluated = f"text_{self.text_form}"
+        self._regularised = f"text_{objective.flops_text_form or self.text_form}"
         target = objective.regulariser == "target"
         self.regulariser_image = TargetTerms(objective.target_image) if target else Flops()
         self.regulariser_text = TargetTerms(objective.target_text) if target else Flops()
-
-    @classmethod
-    def home(cls) -> str:
-        """`stage1`, `stage2` or `stage3`."""
-        return f"stage{cls.stage}"
 
     @property
     def towers(self) -> Stair:
@@ -170,47 +155,45 @@ class StairStage(ContrastiveModule):
     def embed(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Embeds one micro-batch: in training `image_BV` and the text forms that the loss needs, see `Stair.forward`."""
         if not self.training:
-            encoded: dict[str, Tensor] = self.stair(pixels, ids, mask)
-            return encoded
-        texts = {*self.weights, self._text, self._regularised_text}
+            return super().embed(pixels, ids, mask)
+        forms = {*self.weights, self._evaluated, self._regularised}
         slope = 0.0 if "image" in self.frozen else self.objective.negative_slope
-        encoded = self.stair(pixels, ids, mask, texts, slope)
+        encoded: dict[str, Tensor] = self.stair(pixels, ids, mask, forms, slope)
         return encoded
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One step: encode, compare with all ranks, regularise. Returns and logs the parts by name."""
         encoded, cosine = self.encode(batch), self.stair.similarity == "cosine"
         signed_BV, image_BV = encoded["image_BV"], encoded["image_BV"].relu()
-        texts = {name: encoded[name] for name in self.weights}
+        texts = [encoded[name] for name in self.weights]
         if self.trainer.global_step == 0 and batch_idx == 0 and self.objective.scale_start == "measure":
-            self._measure_scale(signed_BV, texts[next(iter(texts))], cosine)
-        parts = info_nces(signed_BV, list(texts.values()), self.stair.scale, cosine)
-        contrastive = torch.stack([w * part.loss for w, part in zip(self.weights.values(), parts, strict=True)]).sum()
+            self._measure_scale(signed_BV, texts[0], cosine)
+        parts = dict(zip(self.weights, info_nces(signed_BV, texts, self.stair.scale, cosine), strict=True))
+        contrastive = torch.stack([w * parts[name].loss for name, w in self.weights.items()]).sum()
+        pair_loss_B = torch.stack([w * parts[name].pair_loss_B for name, w in self.weights.items()]).sum(0)
         rising = ramp(self.trainer.global_step, self.objective.flops_ramp_steps)
         lambda_image = rising * self.objective.flops_image * self.regulariser_image.factor
         lambda_text = rising * self.objective.flops_text * self.regulariser_text.factor
         flops_image = self.regulariser_image(image_BV, rising)
-        flops_text = self.regulariser_text(encoded[self._regularised_text], rising)
-        loss = contrastive + lambda_image * flops_image + lambda_text * flops_text
+        flops_text = self.regulariser_text(encoded[self._regularised], rising)
         logged = {
-            "loss": loss,
+            "loss": contrastive + lambda_image * flops_image + lambda_text * flops_text,
             "contrastive": contrastive,
-            **{f"contrastive_{name.removeprefix('text_')}": part.loss for name, part in zip(texts, parts, strict=True)},
+            **{f"contrastive_{name.removeprefix('text_')}": part.loss for name, part in parts.items()},
             "flops_image": flops_image,
             "flops_text": flops_text,
             "lambda_image": lambda_image,
             "lambda_text": lambda_text,
-            "logit_std": parts[0].logit_std,  # of the term with the greatest weight
+            "logit_std": next(iter(parts.values())).logit_std,  # of the term with the greatest weight
         }
-        compared = [(self.weights[name], signed_BV, text_BV) for name, text_BV in texts.items()]
-        return self.report(logged, {**encoded, "image_BV": image_BV, "text_CV": encoded[self._text]}, compared)
+        return self.report(logged, {**encoded, "image_BV": image_BV, "text_CV": encoded[self._evaluated]}, pair_loss_B)
 
     def _measure_scale(self, image_BV: Tensor, text_BV: Tensor, cosine: bool) -> None:
         one = torch.ones(1, device=self.device)
-        spread = info_nce(image_BV.detach(), text_BV.detach(), one, cosine).logit_std
-        if not spread.isfinite():  # a scale made of it would never be a number again
+        deviation = info_nce(image_BV.detach(), text_BV.detach(), one, cosine).logit_std
+        if not deviation.isfinite():  # a scale made of it would never be a number again
             raise RuntimeError(
                 "the first batch's logits are not finite, so objective.scale_start cannot be measured: give "
                 "trainer.precision bf16-mixed or 32-true, or start from other weights"
             )
-        self.set_scale(1.0 / max(float(spread), 1e-6))
+        self.set_scale(1.0 / max(float(deviation), 1e-6))

@@ -1,7 +1,6 @@
 """Stage 2, expansion: the image side is frozen, the text is unmasked.
 
-The text side learns to add words a caption leaves out (synonyms, consequences), taught by grounded image embeddings that
-no longer move.
+The text side learns terms that a caption leaves out (synonyms, consequences) from grounded images that no longer move.
 """
 
 from typing import Any
@@ -17,12 +16,5 @@ class Stage2(StairStage):
     stage = 2
     frozen = ("image",)
 
-    def __init__(
-        self,
-        stair: StairDesign,
-        objective: TextObjective,
-        optimizer: Optimizer,
-        micro_batch_size: int | None = None,
-        **more: Any,
-    ) -> None:
-        super().__init__(stair, objective, optimizer, micro_batch_size, **more)
+    def __init__(self, stair: StairDesign, objective: TextObjective, optimizer: Optimizer, **layout: Any) -> None:
+        super().__init__(stair, objective, optimizer, **layout)  # type: ignore[arg-type]  # has the same fields

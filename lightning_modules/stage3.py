@@ -4,6 +4,6 @@ from lightning_modules.stage import StairStage
 
 
 class Stage3(StairStage):
-    """Both sides, all words; starts from stage 2 (STAIR, section 3, stage 3)."""
+    """Both sides, all terms; starts from stage 2 (STAIR, section 3, stage 3)."""
 
     stage = 3

@@ -64,24 +64,8 @@ class TrainingError(StairError, RuntimeError):
     """A training that cannot go on, whatever is restarted: weights or losses are not finite, or embeddings are empty."""
 
 
-@contextmanager
-def errors_name(what: str) -> Iterator[None]:
-    """Begins the messages of errors inside it with `what`, such as "source 'coco'"; nothing if empty."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if what:
-            error.args = (f"{what}: {error}",)
-        raise
-
-
 class EngineError(StairError):
-    """An error of other software that a command calls.
-
-    Args:
-        engine: name of the software.
-        reason: what it reported.
-    """
+    """An error of other software that a command calls: its name, and the reason it reported."""
 
     def __init__(self, engine: str, reason: str) -> None:
         super().__init__(f"{engine}: {reason}")
@@ -89,12 +73,7 @@ class EngineError(StairError):
 
 
 class MissingPackageError(StairError):
-    """A package that only some commands need is not installed.
-
-    Args:
-        package: its name on the package index.
-        extra: the extra of this project that installs it.
-    """
+    """A package that only some commands need is not installed: its name on the package index, and our extra with it."""
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"package {package} is missing; {install(extra)}")
@@ -116,3 +95,14 @@ def import_extra(module: str, package: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingPackageError(package, extra) from error
+
+
+@contextmanager
+def errors_name(what: str) -> Iterator[None]:
+    """Begins the messages of errors inside it with `what`, such as "source 'coco'"; nothing if empty."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if what:
+            error.args = (f"{what}: {error}",)
+        raise

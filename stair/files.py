@@ -1,7 +1,7 @@
 """Files on disk: atomic writes, locks, checksums, JSON. Every other module writes through this one.
 
 A file or folder appears complete under its name, or not at all. It has the mode that the umask gives, and it is on disk
-when the call returns. Files of others in the same folder are left alone. POSIX only.
+when the call returns. Files of others in the same folder stay. POSIX only.
 """
 
 import errno
@@ -22,12 +22,11 @@ from typing import Any
 from stair.errors import FileError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_IN_RUST = re.compile(r"os error (\d+)")
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Writes a file beside its place and renames it. A symbolic link is replaced, its target is left alone.
+    """Writes a file beside its place and renames it. A symbolic link is replaced, its target stays.
 
     Args:
         path: the file. Missing parent folders are created.
@@ -37,13 +36,19 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Raises:
         FileError: if `path` is a folder.
-        OSError: if the disk is full, with `path` and the bytes that are free.
+        OSError: if the disk is full, with `path` and the free bytes.
     """
     if path.is_dir() and not path.is_symlink():
         raise FileError(f"{path} is a folder; give the name of a file", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.{platform.node()}."
-    _remove_stale(path.parent.glob(f"{glob.escape(prefix)}*.part"))
+    for stale in path.parent.glob(f"{glob.escape(prefix)}*.part"):  # of killed processes of this machine
+        try:
+            os.kill(int(stale.name.split(".")[-3]), 0)
+        except ProcessLookupError:
+            remove(stale)
+        except (PermissionError, ValueError):
+            pass
     part = path.with_name(f"{prefix}{os.getpid()}.{secrets.token_hex(4)}.part")
     with removed_on_failure(path, part):
         mode = new_file_mode(part)
@@ -72,10 +77,10 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path, last: str, names: Collection[str], is_ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """Writes the files of a folder beside their places, then renames them. Other files in the folder are left alone.
+    """Writes the files of a folder beside their places, then renames them.
 
-    A new folder appears at once. In a folder that exists, `last` goes first and comes last: while the files are replaced
-    the folder is invalid, and never a mix of old and new files.
+    A new folder appears at once. In a folder that exists, `last` goes first and comes last: while files are replaced the
+    folder is invalid, and never a mix of old and new files.
 
     Args:
         folder: where the files go. Missing parent folders are created.
@@ -89,59 +94,46 @@ def atomic_folder(folder: Path, last: str, names: Collection[str], is_ours: Call
     Raises:
         FileError: before anything is written, if `folder` is a file, holds files of others under these names, or is
             written by another process.
-        OSError: if the disk is full, with `folder` and the bytes that are free.
+        OSError: if the disk is full, with `folder` and the free bytes.
     """
-    stage = _stage(folder)
+    # a folder may be a mount point or a link: only inside is the same file system
+    stage = (folder if folder.is_dir() else folder.parent) / f".{folder.absolute().name}.part"
     with lock(stage.with_suffix(".lock"), f"{folder} is being written by another process; try again later"):
-        check_folder(folder, last, names, is_ours)
+        _check_folder(folder, stage, last, names, is_ours)
         remove(stage)
         stage.mkdir()
         with removed_on_failure(folder, stage):
             mode = new_file_mode(stage / ".mode")
             yield stage
-            for path in stage.rglob("*"):
-                if path.is_file():
-                    path.chmod(mode)
-                    sync(path)
-            _move_in(stage, folder, last, names)
+            written = [path.relative_to(stage) for path in stage.rglob("*") if path.is_file()]
+            for path in written:
+                (stage / path).chmod(mode)
+                sync(stage / path)
+            if not folder.is_dir():
+                stage.rename(folder)
+                sync(folder.parent)
+                return
+            for name in [last, *({*names} - {str(path) for path in written})]:
+                (folder / name).unlink(missing_ok=True)
+            for path in sorted(written, key=lambda path: path == Path(last)):
+                (folder / path.parent).mkdir(parents=True, exist_ok=True)
+                (stage / path).replace(folder / path)
+            shutil.rmtree(stage)
+            sync(folder)
 
 
-def check_folder(folder: Path, last: str, names: Collection[str], is_ours: Callable[[Path], bool]) -> None:
-    """Checks that `atomic_folder` may write to a folder, so that a command can fail before its work.
-
-    Raises:
-        FileError: if `folder` is a file, or holds files of others under these names.
-    """
+def _check_folder(
+    folder: Path, stage: Path, last: str, names: Collection[str], is_ours: Callable[[Path], bool]
+) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileError(f"{folder} is a file; give the name of a folder", folder)
     present = sorted(name for name in {last, *names} if os.path.lexists(folder / name))
-    ours = is_ours(folder / last) if last in present else (_stage(folder) / last).is_file()  # killed in `_move_in`
+    ours = is_ours(folder / last) if last in present else (stage / last).is_file()  # killed between two renames
     if present and not ours:
         raise FileError(
             f"{folder} holds {', '.join(present)}, which this project did not write. Give another folder, or move them",
             folder,
         )
-
-
-def _stage(folder: Path) -> Path:
-    inside = folder.is_dir()  # a folder may be a mount point or a link: only inside is the same file system
-    return (folder if inside else folder.parent) / f".{folder.absolute().name}.part"
-
-
-def _move_in(stage: Path, folder: Path, last: str, names: Collection[str]) -> None:
-    if not folder.is_dir():
-        stage.rename(folder)
-        sync(folder.parent)
-        return
-    written = [path.relative_to(stage) for path in stage.rglob("*") if path.is_file()]
-    (folder / last).unlink(missing_ok=True)
-    for name in {*names} - {str(path) for path in written}:
-        (folder / name).unlink(missing_ok=True)
-    for path in sorted(written, key=lambda path: path == Path(last)):
-        (folder / path.parent).mkdir(parents=True, exist_ok=True)
-        (stage / path).replace(folder / path)
-    shutil.rmtree(stage)
-    sync(folder)
 
 
 @contextmanager
@@ -153,13 +145,14 @@ def removed_on_failure(path: Path, unfinished: Path) -> Iterator[None]:
         unfinished: what is being written.
 
     Raises:
-        OSError: of the number that the system gave, with `path` and the bytes that are free.
+        OSError: of the number that the system gave, with `path` and the free bytes.
     """
     try:
         yield
     except BaseException as error:
         number = _no_room_number(error)
-        free = _free_bytes(path) if number else 0
+        existing = next(folder for folder in path.absolute().parents if folder.is_dir())
+        free = shutil.disk_usage(existing).free if number else 0
         with suppress(OSError):
             remove(unfinished)
         if number is None:
@@ -171,16 +164,12 @@ def removed_on_failure(path: Path, unfinished: Path) -> Iterator[None]:
 def _no_room_number(error: BaseException | None) -> int | None:
     """The system's number of a write that failed for lack of room, however the writer wrapped it."""
     while error is not None:
-        in_rust = _IN_RUST.search(str(error))
+        in_rust = re.search(r"os error (\d+)", str(error))
         number = error.errno if isinstance(error, OSError) else int(in_rust[1]) if in_rust else None
         if number in _NO_ROOM:
             return number
         error = error.__cause__ or error.__context__
     return None
-
-
-def _free_bytes(path: Path) -> int:
-    return shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
 
 
 def new_file_mode(path: Path) -> int:
@@ -189,17 +178,6 @@ def new_file_mode(path: Path) -> int:
     mode = path.stat().st_mode & 0o777
     path.unlink()
     return mode
-
-
-def _remove_stale(parts: Iterator[Path]) -> None:
-    """Removes what killed processes of this machine left."""
-    for part in parts:
-        try:
-            os.kill(int(part.name.split(".")[-3]), 0)
-        except ProcessLookupError:
-            remove(part)
-        except (PermissionError, ValueError):
-            pass
 
 
 def remove(path: Path) -> None:
@@ -240,20 +218,16 @@ def lock(path: Path, message: str = "", wait: bool = False) -> Iterator[None]:
                 raise FileError(message or f"{path} is locked by another process; try again later", path) from error
             except OSError:
                 pass
-            if not _is_open_file(path, file.fileno()):
-                continue  # the holder before removed it
+            try:
+                if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    continue  # the holder before removed it
+            except FileNotFoundError:
+                continue
             try:
                 yield
             finally:
                 path.unlink(missing_ok=True)
             return
-
-
-def _is_open_file(path: Path, handle: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(handle))
-    except FileNotFoundError:
-        return False
 
 
 def sha256(path: Path) -> str:

@@ -31,20 +31,12 @@ def prepare(args: Sequence[str]) -> None:
     if "SLURM_JOB_ID" in os.environ and args[:1] == ["fit"]:
         # a task that a signal ends meanwhile is a failed job to SLURM; callbacks/requeue.py releases them
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
-    for name in _config_files(args):
-        if (
-            not re.search(r"[{:\n]", name) and not Path(name).expanduser().is_file()
-        ):  # settings may stand there themselves
-            fail(f"--config {name}: no such file; the current folder is {Path.cwd()}")
-
-
-def _config_files(args: Sequence[str]) -> Iterator[str]:
     for arg, following in zip(args, [*args[1:], ""], strict=False):
-        name, equals, value = arg.partition("=")
-        if name in ("--config", "-c"):
-            yield value if equals else following
-        elif arg.startswith("-c"):
-            yield arg[2:].removeprefix("=")
+        if match := re.match(r"(?:--config|-c)(?:=(.*))?\Z|-c(.+)\Z", arg, re.DOTALL):
+            name = next((group for group in match.groups() if group is not None), following)
+            # settings may stand there themselves
+            if not re.search(r"[{:\n]", name) and not Path(name).expanduser().is_file():
+                fail(f"--config {name}: no such file; the current folder is {Path.cwd()}")
 
 
 def launched_processes() -> tuple[str, int, int] | None:
@@ -64,22 +56,18 @@ def launched_processes() -> tuple[str, int, int] | None:
 def one_line_errors(*types: type[Exception]) -> Iterator[None]:
     """Ends the process with one line instead of a traceback if an error is the user's.
 
-    That is a `StairError`, and what is raised before the first training step as a ValueError, an OSError or one of `types`.
+    That is a `StairError`, and before the first training step a ValueError, an OSError or one of `types`.
     """
     try:
         yield
     except Exception as raised:
-        error = raised
-        if "jsonargparse" in _files(raised)[-1] and isinstance(raised.__cause__, Exception):
-            error = raised.__cause__  # of a class that was built; the text around it lists all its settings
-        training = any(name.endswith(_LOOP) for name in _files(raised))
+        files = [frame.filename for frame in traceback.extract_tb(raised.__traceback__)]
+        # of a class that was built; the text of jsonargparse around it lists all its settings
+        error = raised.__cause__ if "jsonargparse" in files[-1] and isinstance(raised.__cause__, Exception) else raised
+        training = any(name.endswith(_LOOP) for name in files)
         if not isinstance(error, StairError if training else (ValueError, OSError, *types)):
             raise
         fail(str(error))
-
-
-def _files(error: Exception) -> list[str]:
-    return [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
 
 
 def fail(message: str, status: int = 1) -> NoReturn:

@@ -23,11 +23,13 @@ class Contrastive(NamedTuple):
 
     Attributes:
         loss: scalar, the mean over all pairs of all ranks; differentiable.
+        pair_loss_B: (B,) the loss of each pair of this rank, detached.
         logit_std: scalar, standard deviation of all scaled logits, detached; above 3 at the start, training collapses.
         pairs: G.
     """
 
     loss: Tensor
+    pair_loss_B: Tensor
     logit_std: Tensor
     pairs: int
 
@@ -109,7 +111,7 @@ class _GlobalInfoNCE(torch.autograd.Function):
         cosine: bool,
         wire: torch.dtype,
         gathered: tuple[Gathered, Gathered],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         B, exact = len(image_BV), scale.dtype
         image_BV, text_BV = image_BV.to(wire), text_BV.to(wire)
         image, text = (_Side(*own, cosine, exact) for own in zip((image_BV, text_BV), gathered, strict=True))
@@ -121,10 +123,11 @@ class _GlobalInfoNCE(torch.autograd.Function):
         from_text_BG = from_image_BG.T if ranks() == 1 else text.scored(image, scale)
         image_lse_B, text_lse_B = from_image_BG.logsumexp(1), from_text_BG.logsumexp(1)
         image_lse_G, text_lse_G = gather(image_lse_B), gather(text_lse_B)
+        pair_loss_B = (image_lse_B + text_lse_B) / 2 - from_image_BG[pair]
         moments = total(
             torch.stack(
                 [
-                    (image_lse_B + text_lse_B - 2 * from_image_BG[pair]).sum(dtype=torch.float64) / (2 * G),
+                    pair_loss_B.sum(dtype=torch.float64) / G,
                     from_image_BG.sum(dtype=torch.float64) / G**2,
                     from_image_BG.double().square().sum() / G**2,
                 ]
@@ -152,11 +155,11 @@ class _GlobalInfoNCE(torch.autograd.Function):
             saved += [grad_BK, other.columns_K, *((along_B, side.own_BV) if cosine else (None, None))]
         ctx.save_for_backward((A_BG * from_image_BG).sum().div(scale).reshape(scale.shape), *saved)
         ctx.shape = image_BV.shape
-        ctx.mark_non_differentiable(logit_std)
-        return moments[0].to(exact), logit_std
+        ctx.mark_non_differentiable(pair_loss_B, logit_std)
+        return moments[0].to(exact), pair_loss_B, logit_std
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         scale_gradient, *saved = ctx.saved_tensors
         factor = ranks() * grad_loss
@@ -165,7 +168,7 @@ class _GlobalInfoNCE(torch.autograd.Function):
 
 
 # under torch.compile a clean break: what travels is known from the numbers only
-_global_info_nce: Callable[..., tuple[Tensor, Tensor]] = torch.compiler.disable(_GlobalInfoNCE.apply)
+_global_info_nce: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.compiler.disable(_GlobalInfoNCE.apply)
 
 
 def _expand(
@@ -225,7 +228,7 @@ def info_nces(image: Tensor, texts: Sequence[Tensor], scale: Tensor, cosine: boo
             _global_info_nce(_fp32(image), _fp32(text), _fp32(scale), cosine, wire, (images, other))
             for text, other in zip(texts, others, strict=True)
         ]
-    return [Contrastive(loss, logit_std, len(image) * ranks()) for loss, logit_std in parts]
+    return [Contrastive(*each, len(image) * ranks()) for each in parts]
 
 
 def flops(embedding: Tensor) -> Tensor:

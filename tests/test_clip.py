@@ -13,6 +13,7 @@ from lightning_modules.optimizer import Optimizer
 from main import main
 from stair import Stair
 from stair.clip import ClipConfig, DenseClip
+from stair.errors import SettingError
 from tests.conftest import tiny_config, write_small_scenes
 
 ROOT = Path(__file__).parents[1]
@@ -91,8 +92,9 @@ def test_the_export_is_loaded_measured_and_refused_as_what_it_is(finished, scene
 
 
 def test_a_dense_run_starts_from_nothing_and_says_so(finished, scenes, tmp_path):
-    with pytest.raises(ValueError, match="clip begins from nothing"):
+    with pytest.raises(SettingError) as refused:
         main(words(scenes, tmp_path / "r", "--transition.init_from", str(finished / "clip" / "clip")))
+    assert refused.value.setting == "transition.init_from"
 
 
 def test_the_loss_of_a_step_is_clips(vocab_file, captions, pixels, monkeypatch):
@@ -146,8 +148,9 @@ def test_a_saved_model_says_the_same_when_loaded(vocab_file, captions, pixels, t
 def test_settings_that_cannot_be_are_refused(vocab_file):
     with pytest.raises(ValueError, match="width is 0"):
         Clip(tiny_config(vocab_file), Optimizer(), width=0)
-    with pytest.raises(ValueError, match="scale_start is 101"):
+    with pytest.raises(SettingError) as refused:
         Clip(tiny_config(vocab_file), Optimizer(), scale_start=101)
+    assert refused.value.setting == "model.init_args.scale_start"
     config = tiny_config(vocab_file)
     config.image.options |= {"class_token": False, "global_pool": "avg"}
     with pytest.raises(ValueError, match="no class token"):
@@ -166,5 +169,6 @@ def test_a_stage_can_start_after_another_than_the_one_before(scenes, tmp_path):
         assert cli.trainer.global_step == 2
         if after == 0:
             shutil.rmtree(tmp_path / "r" / "stage3")
-    with pytest.raises(ValueError, match="stage 3 can start from 0"):
+    with pytest.raises(SettingError) as refused:
         main([*line, "--transition.init_stage", "3"])
+    assert refused.value.setting == "transition.init_stage"

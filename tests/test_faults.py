@@ -19,7 +19,7 @@ from scipy import sparse
 from torch.utils.data import IterableDataset
 
 from datamodules.workers import ReadingLoader
-from lightning_modules.checkpoints import WholeFiles, keep_whole
+from lightning_modules.run_folder import AtomicCheckpoints, write_atomically
 from main import main
 from stair import Embeddings, SparseIndex, Stair
 from stair.data.prepare import folder as prepare_folder
@@ -62,10 +62,10 @@ def contents(folder):
 
 def test_a_checkpoint_that_finds_no_room_leaves_the_old_one(full):
     target = full / "last.ckpt"
-    WholeFiles().save_checkpoint({"weights": torch.ones(10_000)}, target)
+    AtomicCheckpoints().save_checkpoint({"weights": torch.ones(10_000)}, target)
     before = contents(full)
     with pytest.raises(OSError, match=no_room(target)):
-        WholeFiles().save_checkpoint({"weights": torch.rand(2_000_000)}, target)
+        AtomicCheckpoints().save_checkpoint({"weights": torch.rand(2_000_000)}, target)
     assert contents(full) == before and torch.load(target, weights_only=True)["weights"].sum() == 10_000
 
 
@@ -143,7 +143,7 @@ def trainer(tmp_path):
     trainer = L.Trainer(
         accelerator="cpu", default_root_dir=tmp_path, callbacks=[keeper], num_sanity_val_steps=0, **off, **more
     )
-    keep_whole(trainer)
+    write_atomically(trainer)
     return trainer
 
 
@@ -187,11 +187,11 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(trainer, tmp
 
 
 def test_a_strategy_with_its_own_way_keeps_it(trainer):
-    assert type(trainer.strategy.checkpoint_io) is WholeFiles
+    assert type(trainer.strategy.checkpoint_io) is AtomicCheckpoints
     from lightning.fabric.plugins import XLACheckpointIO
 
     trainer.strategy.checkpoint_io = own = object.__new__(XLACheckpointIO)
-    keep_whole(trainer)
+    write_atomically(trainer)
     assert trainer.strategy.checkpoint_io is own
 
 

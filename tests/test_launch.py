@@ -169,7 +169,9 @@ def test_a_text_that_yaml_reads_as_something_else_stays_as_typed(value, monkeypa
         given.extend([index, text, names])
 
     monkeypatch.setattr(cli, "typed_command", command, raising=False)
-    cli._call(cli._Word("", "stair.cli", "typed_command"), "x", [value, "--text", value, "--names", value])
+    monkeypatch.setitem(cli._COMMANDS, "x", ("", "stair.cli", "typed_command", ""))
+    monkeypatch.setattr("sys.argv", ["stair", "x", value, "--text", value, "--names", value])
+    cli.main()
     assert given == [value] * 3
 
 

@@ -17,6 +17,7 @@ from callbacks import requeue
 from callbacks.requeue import Requeue
 from datamodules.synthetic import write_scenes
 from main import main
+from stair.errors import FileError, SettingError
 from tests.test_stages import SMALL, start, weights, words
 
 ROOT = Path(__file__).parents[1]
@@ -127,8 +128,9 @@ def test_forked_workers_note_nothing():
 
 
 def test_out_of_range_arguments_are_refused():
-    with pytest.raises(ValueError, match=r"every=0.*at least 1"):
+    with pytest.raises(SettingError) as refused:
         Requeue(0)
+    assert refused.value.setting == "requeue.every"
 
 
 # ------------------------------------------------------------------ SLURM, asked through a stand-in for scontrol
@@ -160,11 +162,11 @@ def test_sigusr1_requeues_the_job_and_leaves(fit, scontrol):
     assert status == 0 and trainer.global_step == 4 and asked.read_text() == "requeue 17\n"
 
 
-def test_a_task_of_an_array_is_requeued_and_not_the_array(scontrol, monkeypatch):
+def test_a_task_of_an_array_is_requeued_and_not_the_array(fit, scontrol, monkeypatch):
     asked = scontrol(0)
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "15")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    assert requeue._requeue(signal.SIGUSR1) == "" and asked.read_text() == "requeue 15_2\n"
+    assert fit(Line(when=3, signum=signal.SIGUSR1))[0] == 0 and asked.read_text() == "requeue 15_2\n"
 
 
 # as SLURM 22.05 shows them: in a preemption's grace time, at the time limit, cancelled, requeued by another hand
@@ -226,8 +228,9 @@ def test_a_checkpoint_of_lightnings_own_requeueing_is_not_resumed_from(tmp_path,
     (tmp_path / "small.yaml").write_text(SMALL)
     (tmp_path / "r" / "stage1").mkdir(parents=True)
     (tmp_path / "r" / "stage1" / "hpc_ckpt_1.ckpt").write_text("of another run")
-    with pytest.raises(ValueError, match=r"hpc_ckpt_1\.ckpt"):
+    with pytest.raises(FileError) as refused:
         main(words(tmp_path, 1, tmp_path / "r"))
+    assert refused.value.path.name == "hpc_ckpt_1.ckpt"
 
 
 def test_where_slurm_refuses_training_goes_on_and_says_so(fit, scontrol, caplog, tmp_path):

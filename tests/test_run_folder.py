@@ -6,17 +6,18 @@ import os
 import shutil
 import socket
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_modules import run_lock
-from lightning_modules.inputs import _flat
-from lightning_modules.run_folder import resume_path
+from lightning_modules.run_folder import checkpoint_to_resume, training_inputs
 from main import StairCLI, main
 from stair.errors import FileError, SettingError
 from tests.conftest import write_small_scenes
@@ -172,7 +173,7 @@ def test_what_is_of_no_training_does_not_keep_one_from_beginning(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(bytes(1000 if name.startswith("validate") else 88))
-    assert resume_path("last", tmp_path, tmp_path / "stair") is None
+    assert checkpoint_to_resume("last", tmp_path, tmp_path / "stair", {}) is None
 
 
 @pytest.mark.parametrize("size", [0, 5000])
@@ -277,13 +278,17 @@ def test_a_finished_stage_is_not_complete_for_data_of_the_same_names_and_sizes(s
 @pytest.mark.parametrize("name", ["vocabulary.txt", "tower"])
 def test_a_moved_file_of_the_model_is_the_same_input_and_a_changed_one_is_not(tmp_path, name):
     digests = []
+    trainer = defaultdict(lambda: None, callbacks=None)
     for folder, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         path = tmp_path / folder / name
         path.parent.mkdir()
         if name == "tower":
             path.mkdir()
         (path / "model.safetensors" if name == "tower" else path).write_bytes(content)
-        digests.append(_flat({"text": {"name": str(path)}}, "model.init_args.stair"))
+        stair = Namespace(text=Namespace(name=str(path)))
+        settings = {"trainer": trainer, "data": Namespace(train=None), "seed_everything": 0}
+        model = Namespace(class_path="Stage1", init_args=Namespace(stair=stair))
+        digests.append(training_inputs(Namespace(model=model, **settings), None))
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -362,13 +367,16 @@ def test_config_yaml_states_the_settings_that_trained_what_is_there(scenes, copy
 
 def locked(home, age=0.0, **changes):
     home.mkdir(parents=True, exist_ok=True)
-    (home / "lock").write_text(json.dumps({**run_lock._holder(), **changes}))
+    (home / "lock").write_text(json.dumps({**run_lock.lock_holder(), **changes}))
     os.utime(home / "lock", (time.time() - age,) * 2)
 
 
 @pytest.mark.parametrize(
     "holder",
-    [{"process": os.getppid(), "started": run_lock._started(os.getppid())}, {"host": "node7", "job": "12", "age": 60}],
+    [
+        {"process": os.getppid(), "started": run_lock.process_start(os.getppid())},
+        {"host": "node7", "job": "12", "age": 60},
+    ],
 )
 def test_a_second_job_in_a_folder_is_refused_by_naming_the_first(scenes, tmp_path, holder):
     locked(tmp_path / "r" / "stage1", **holder)

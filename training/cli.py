@@ -5,6 +5,7 @@ It overrides or calls private methods of LightningCLI that have no public equiva
 """
 
 import importlib
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,22 +15,25 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Pr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from callbacks.checkpoints import BestCheckpoint, LastCheckpoint, SaveSettings
 from callbacks.health import Health
 from callbacks.requeue import Requeue
 from callbacks.retrieval_panels import RetrievalPanels
-from callbacks.run_monitor import RunMonitor, StepProgress
-from callbacks.settings import SaveSettings
-from callbacks.source_monitor import SourceMonitor
+from callbacks.run_monitor import RunMonitor
 from callbacks.sparsity_monitor import SparsityMonitor
 from callbacks.stage_transition import StageTransition, stage_before
 from callbacks.watchdog import Watchdog
-from lightning_modules.checkpoints import keep_whole
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.inputs import checkpoint_to_resume, is_complete, training_inputs
-from lightning_modules.run_folder import check_leftover, existing_checkpoint
+from lightning_modules.run_folder import (
+    check_leftover,
+    checkpoint_path,
+    checkpoint_to_resume,
+    is_complete,
+    training_inputs,
+    write_atomically,
+)
 from lightning_modules.run_lock import training_lock
-from stair.errors import SettingError, StairError
+from stair.errors import FileError, SettingError, StairError
 from stair.launch import fail
 from training.settings import check_data, expand_paths, listed, match_launcher, place_loggers, stage_folder
 
@@ -38,19 +42,17 @@ ALWAYS_ON = {
     "sparsity": SparsityMonitor,
     "panels": RetrievalPanels,
     "monitor": RunMonitor,
-    "sources": SourceMonitor,
     "health": Health,
     "watchdog": Watchdog,
     "rates": LearningRateMonitor,
-    "bar": StepProgress,
-    "requeue": Requeue,  # after those above: what it saves holds what they noted
+    "requeue": Requeue,  # after those above: what it saves holds their state
     "last": LastCheckpoint,
     "best": BestCheckpoint,
 }
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser; an error is one line that names the file, without the 200 of its usage."""
+    """Lightning's parser; an error is one line that names the file, without the usage."""
 
     _reading = ""
 
@@ -71,7 +73,7 @@ class StairCLI(LightningCLI):
 
     _home: Path  # the stage's folder
     _complete = False  # the stage is trained, and there is nothing to do
-    _start_from: str | None = None  # by --run; not in the settings, as saved ones serve other commands too
+    _init_from: str | None = None  # by --run; not in the settings, as saved ones serve other commands too
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._inputs: dict[str, Any] = {}
@@ -91,46 +93,49 @@ class StairCLI(LightningCLI):
         for key, callback in ALWAYS_ON.items():
             parser.add_lightning_class_args(callback, key)
         parser.set_defaults({"rates.logging_interval": "step"})
-        parser.link_arguments("model.init_args.stair.vocabulary", "data.vocabulary")
-        parser.link_arguments("model.init_args.stair.image.image_size", "data.image_size")
-        parser.link_arguments("model.init_args.stair.text.max_tokens", "data.max_tokens")
+        for name in ("vocabulary", "image.image_size", "text.max_tokens"):
+            parser.link_arguments(f"model.init_args.stair.{name}", f"data.{name.split('.')[-1]}")
 
     def before_instantiate_classes(self) -> None:
         """Resolves paths and `--run`: the stage's folder, what it starts from, and the checkpoint to load."""
-        config = self.config[self.subcommand]
+        command, config = self.subcommand, self.config[self.subcommand]
         match_launcher(config.trainer)
         expand_paths(config)
-        self._saved = config.clone()  # what follows from it may be otherwise where the folder has moved to
-        family = _family_of(config.model.class_path)
+        self._saved = config.clone()  # what follows from it may change when the folder has moved
+        module, name = config.model.class_path.rsplit(".", 1)
+        family: type[ContrastiveModule] = getattr(importlib.import_module(module), name)
         self._home = stage_folder(config, family.home())
         if config.weights_only is None:
             config.weights_only = True  # Lightning would unpickle, and so run, what comes over http
-        place_loggers(config.trainer, self._home, self.subcommand)
+        place_loggers(config.trainer, self._home, command)
         export = Path(config.transition.export_to or self._home / family.export_name)
-        if self.subcommand == "fit":
-            check_data(self.subcommand, config)
+        if command == "fit":
+            check_data(command, config)
             self._prepare_fit(config, family, export)
             return
         if config.ckpt_path in ("last", "best"):
-            config.ckpt_path = str(existing_checkpoint(self._home, config.ckpt_path))
+            path = checkpoint_path(self._home, config.ckpt_path)
+            if not path.exists():
+                raise FileError(f"there is no {path}: give the run's folder with --run, or --ckpt_path FILE", path)
+            config.ckpt_path = str(path)
         elif config.ckpt_path is None:
             check_leftover(self._home)
-            self._start_from = str(export) if config.run is not None else None
-        if (self._start_from or config.transition.init_from or config.ckpt_path) is None:
+            self._init_from = str(export) if config.run is not None else None
+        if (self._init_from or config.transition.init_from or config.ckpt_path) is None:
             raise SettingError(
-                f"{self.subcommand} has no model, only weights as they start: give --run RUN, "
-                "--transition.init_from RUN/stage3/stair or --ckpt_path FILE",
+                f"{command} has no model, only initial weights: give --run RUN, --transition.init_from RUN/stage3/stair "
+                "or --ckpt_path FILE",
                 "run",
             )
-        check_data(self.subcommand, config)
+        check_data(command, config)
 
     def _prepare_fit(self, config: Any, family: type[ContrastiveModule], export: Path) -> None:
         """What the stage starts from, and what it does in a folder where a training has been."""
         if config.run is not None and (previous := stage_before(family, config.transition.init_stage)) > 0:
-            self._start_from = str(Path(config.run) / f"stage{previous}" / family.export_name)
+            self._init_from = str(Path(config.run) / f"stage{previous}" / family.export_name)
         if config.trainer.fast_dev_run:
             return
-        self._inputs = training_inputs(config, config.transition.init_from or self._start_from)
+        self._inputs = training_inputs(config, config.transition.init_from or self._init_from)
         if config.ckpt_path == "last" and is_complete(export, self._inputs):
             rank_zero_info(f"{export} is finished, and came from the same inputs: there is nothing to do")
             self._complete = True
@@ -148,7 +153,7 @@ class StairCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
-        """Fails if the planned steps were not done: a later stage would find nothing to start from.
+        """Fails if the planned steps were not done: a later stage would find no model to start from.
 
         Raises:
             StairError: with the step and the reason.
@@ -157,13 +162,15 @@ class StairCLI(LightningCLI):
             raise StairError(reason)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """The trainer, whose checkpoints are whole or absent."""
         transition = self.config_init[self.subcommand].transition
-        transition.init_from, transition.inputs = transition.init_from or self._start_from, self._inputs
+        transition.init_from, transition.inputs = transition.init_from or self._init_from, self._inputs
         settings = SaveSettings(self._parser(self.subcommand), self._saved)
         always_on = [each for each in [*callbacks, settings] if _applies(each, config)]
-        trainer = super()._instantiate_trainer({**config, "default_root_dir": str(self._home)}, always_on)
-        keep_whole(trainer)
+        config = {**config, "default_root_dir": str(self._home)}
+        if not sys.stderr.isatty() and not any(isinstance(each, ProgressBar) for each in listed(config["callbacks"])):
+            config["enable_progress_bar"] = False  # in a log file each refresh would be a line
+        trainer = super()._instantiate_trainer(config, always_on)
+        write_atomically(trainer)
         return trainer
 
     def _parse_ckpt_path(self) -> None:
@@ -171,18 +178,9 @@ class StairCLI(LightningCLI):
 
 
 def _applies(callback: Callback, trainer: dict[str, Any]) -> bool:
-    """Whether an always-on callback goes with the trainer's settings, which the user may have switched something off by."""
+    """Whether an always-on callback goes with the trainer's settings, by which the user may have disabled something."""
     if isinstance(callback, LearningRateMonitor):
         return trainer["logger"] is not False
     if isinstance(callback, ModelCheckpoint):
         return trainer["enable_checkpointing"] is not False
-    if isinstance(callback, ProgressBar):
-        theirs = any(isinstance(each, ProgressBar) for each in listed(trainer["callbacks"]))
-        return trainer["enable_progress_bar"] is not False and not theirs
     return not (isinstance(callback, SaveSettings) and trainer["fast_dev_run"])
-
-
-def _family_of(class_path: str) -> type[ContrastiveModule]:
-    module, name = class_path.rsplit(".", 1)
-    family: type[ContrastiveModule] = getattr(importlib.import_module(module), name)
-    return family

@@ -42,8 +42,7 @@ def expand_paths(config: Namespace) -> None:
     Raises:
         SettingError: if `run` or `trainer.default_root_dir` names a variable that is not set.
     """
-    for key, value in vars(config).items():
-        config[key] = _expanded(value)
+    _expanded(config)
     for key in ("run", "trainer.default_root_dir"):
         value = config.get(key)
         if value and _UNKNOWN.search(str(value)):
@@ -85,20 +84,20 @@ def match_launcher(trainer: Any) -> None:
             )
 
 
-def check_data(subcommand: str, config: Any) -> None:
-    """Refuses a command that would end with nothing done.
+def check_data(command: str, config: Any) -> None:
+    """Refuses a command that would do nothing.
 
     Raises:
         SettingError: naming the setting that is missing, or that leaves no batch.
     """
-    kind = {"fit": "train", "validate": "val"}.get(subcommand, "test")
-    if not config.data[kind]:
-        spec = "SHARDS" if kind == "train" else "'{NAME: SHARDS}'"
-        raise SettingError(f"{subcommand} has no data: give --data.{kind} {spec}", f"data.{kind}")
-    limit = f"limit_{ {'fit': 'train', 'validate': 'val'}.get(subcommand, subcommand) }_batches"
+    name, limit = {"fit": ("train", "train"), "validate": ("val", "val")}.get(command, ("test", command))
+    if not config.data[name]:
+        spec = "SHARDS" if name == "train" else "'{NAME: SHARDS}'"
+        raise SettingError(f"{command} has no data: give --data.{name} {spec}", f"data.{name}")
+    limit = f"limit_{limit}_batches"
     if config.trainer[limit] == 0:
-        raise SettingError(f"trainer.{limit} is 0: {subcommand} would do nothing", f"trainer.{limit}")
-    if subcommand == "predict" and not config.trainer.callbacks:
+        raise SettingError(f"trainer.{limit} is 0: {command} would do nothing", f"trainer.{limit}")
+    if command == "predict" and not config.trainer.callbacks:
         rank_zero_warn(
             "predict writes no embeddings: trainer.callbacks has no callback that does. Give "
             "--trainer.callbacks+=callbacks.embedding_writer.EmbeddingWriter --trainer.callbacks.folder FOLDER"
@@ -110,7 +109,7 @@ def stage_folder(config: Any, name: str) -> Path:
 
     Args:
         config: its settings.
-        name: of the stage, the folder's in a run.
+        name: of the stage's folder in a run.
 
     Raises:
         SettingError: if run is empty, or the folder is given twice.
@@ -128,15 +127,15 @@ def stage_folder(config: Any, name: str) -> Path:
     return Path(config.run) / name
 
 
-def place_loggers(trainer: Any, home: Path, subcommand: str) -> None:
+def place_loggers(trainer: Any, home: Path, command: str) -> None:
     """Has loggers write into the stage's folder, unless theirs is given; those of validate, test and predict apart."""
     for logger in listed(trainer.logger):
         options = getattr(logger, "init_args", {})
         if options.get("save_dir", "") in (None, "."):
             options["save_dir"] = str(home)
         # that of base.yaml: its curves begin at step 0 too
-        if subcommand != "fit" and options.get("name") == "tensorboard":
-            options["name"] = subcommand
+        if command != "fit" and options.get("name") == "tensorboard":
+            options["name"] = command
 
 
 def listed(value: Any) -> list[Any]:
