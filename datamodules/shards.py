@@ -279,19 +279,19 @@ class ImageTextShards(LightningDataModule):
             raise ValueError("nothing to train on: give shards, as in --data.train 'shards/*.tar'")
         return self._loader
 
-    def val_dataloader(self) -> list[DataLoader]:
+    def val_dataloader(self) -> list[DataLoader[Any]]:
         """One loader a validation set, in the order of `val_names`."""
         return self._loaders("val")
 
-    def test_dataloader(self) -> list[DataLoader]:
+    def test_dataloader(self) -> list[DataLoader[Any]]:
         """One loader a test set, in the order of `test_names`."""
         return self._loaders("test")
 
-    def predict_dataloader(self) -> list[DataLoader]:
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
         """As `test_dataloader`."""
         return self._loaders("test")
 
-    def _loaders(self, part: str) -> list[DataLoader]:
+    def _loaders(self, part: str) -> list[DataLoader[Any]]:
         options = self.collate, self.eval_batch_size, self.workers, *self._rank_of()
         return [evaluation_loader(pairs, *options) for pairs in self._sets[part]]
 

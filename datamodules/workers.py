@@ -26,7 +26,7 @@ def start_server(*modules: str) -> None:
 
 
 # a forked process, as of the strategy ddp_fork, has no server of its own yet
-os.register_at_fork(after_in_child=forkserver._forkserver.__init__)  # type: ignore[attr-defined]
+os.register_at_fork(after_in_child=forkserver._forkserver.__init__)  # type: ignore[misc]
 
 
 @contextmanager
@@ -63,9 +63,9 @@ class ReadingLoader(DataLoader[Any]):
                 "worker_init_fn": begin,
                 "persistent_workers": lasting,
             }
-        random_state = torch.Generator()  # the default one would draw from the global state
-        pin = torch.cuda.is_available()
-        super().__init__(*args, num_workers=workers, pin_memory=pin, generator=random_state, **settings)
+        settings |= {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+        settings["generator"] = torch.Generator()  # the default one would draw from the global state
+        super().__init__(*args, **settings)
 
     def _get_iterator(self) -> Any:
         if not self.num_workers:
@@ -85,7 +85,8 @@ class _Reading(_MultiProcessingDataLoaderIter):
             broken = isinstance(error, ConnectionError | FileNotFoundError | EOFError)
             for process in self._workers:
                 process.join(_ENDING if broken else 0)
-            killed = {p.pid: signal.strsignal(-p.exitcode) for p in self._workers if (p.exitcode or 0) < 0}
+            codes = {process.pid: process.exitcode or 0 for process in self._workers}
+            killed = {pid: signal.strsignal(-code) for pid, code in codes.items() if code < 0}
             if not killed:
                 raise
             raise RuntimeError(
