@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import lightning as L
@@ -278,7 +277,8 @@ def test_a_finished_stage_is_not_complete_for_data_of_the_same_names_and_sizes(s
 @pytest.mark.parametrize("name", ["vocabulary.txt", "tower"])
 def test_a_moved_file_of_the_model_is_the_same_input_and_a_changed_one_is_not(tmp_path, name):
     digests = []
-    trainer = defaultdict(lambda: None, callbacks=None)
+    names = ("callbacks", "max_steps", "max_epochs", "limit_train_batches", "precision")
+    trainer = Namespace(**dict.fromkeys([*names, "gradient_clip_val", "gradient_clip_algorithm"]))
     for folder, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         path = tmp_path / folder / name
         path.parent.mkdir()
