@@ -254,9 +254,9 @@ def training_inputs(config: Namespace, init_from: str | None) -> dict[str, Any]:
     }
     plain = json.dumps(settings, default=lambda value: value.as_dict() if isinstance(value, Namespace) else str(value))
     return {
+        **_flat(json.loads(plain), ""),
         "init_from": sha256(weights) if init_from and weights.is_file() else None,
         "data": _data_digest(config.data.train),
-        **_flat(json.loads(plain), ""),
     }
 
 
