@@ -240,5 +240,5 @@ def _reason(trainer: Trainer, steps: list[_Step]) -> str:
         + (f" and {len(keys) - most} more" * (len(keys) > most))
         for rank, (_, _, _, keys) in ranks.items()
     )
-    name = "gradient" if loss_finite else "loss"
-    return f"the {name} is not finite at step {number}; the batch {'; '.join(batches)}"
+    problem = "the gradient is not finite" if loss_finite else "the loss is not finite"
+    return f"{problem} at step {number}; the batch {'; '.join(batches)}"

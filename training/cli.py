@@ -116,7 +116,7 @@ class StairCLI(LightningCLI):
         if config.ckpt_path in ("last", "best"):
             path = checkpoint_path(self._home, config.ckpt_path)
             if not path.exists():
-                raise FileError(f"there is no {path}: give the run's folder with --run, or --ckpt_path FILE", path)
+                raise FileError(f"--ckpt_path {config.ckpt_path}: there is no {path}. Give --run, or a file", path)
             config.ckpt_path = str(path)
         elif config.ckpt_path is None:
             check_leftover(self._home)
