@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from stair.data.items import COLUMNS, Item, Side, list_items
 from stair.data.samples import Skipped, count_causes, skipped_lines
 from stair.data.specs import require
-from stair.embeddings import PLAN, Embeddings, read_header, to_csr
+from stair.embeddings import PLAN, Embeddings, EmbeddingSpace, read_header, to_csr
 from stair.errors import FileError, SettingError
 from stair.files import read_json, write_json
 from stair.images import decode_image, eval_pixels
@@ -90,26 +90,36 @@ def embed(
     _check_settings(out / PLAN, settings)
     missing = [number for number in range(rank, len(paths), ranks) if not paths[number].exists()]
     stair.to(device)
-    encode = stair.encode_text if side == "texts" else lambda images: stair.encode_image(torch.stack(images))
+
+    def encode(batch: list[Any]) -> sparse.csr_matrix:
+        encoded = stair.encode_text(batch) if side == "texts" else stair.encode_image(torch.stack(batch))
+        return to_csr(encoded, top, threshold)
+
     with tqdm(total=len(items), unit=side[:-1], disable=None) as bar:
         bar.update(len(items) - sum(len(items[n * part_size : (n + 1) * part_size]) for n in missing))
         for number in missing:
             inputs = _Inputs(items[number * part_size : (number + 1) * part_size], stair.config.image.image_size)
             loader = DataLoader(inputs, batch_size, num_workers=0 if side == "texts" else workers, collate_fn=list)
-            rows, kept, skipped = [sparse.csr_matrix((0, len(space.tokens)), dtype="float32")], list[Item](), []
-            for batch in loader:
-                usable = [(item, content) for item, content in batch if not isinstance(content, ValueError)]
-                skipped += [Skipped(i.place or i.id, str(e)) for i, e in batch if isinstance(e, ValueError)]
-                if usable:
-                    rows.append(to_csr(encode([content for _, content in usable]), top, threshold))
-                    kept += [item for item, _ in usable]
-                bar.update(len(batch))
-            records = [item.metadata for item in kept], [item.source for item in kept]
-            part = Embeddings(sparse.vstack(rows, format="csr"), [item.id for item in kept], space, *records)
+            part, skipped = _encode(loader, encode, space, bar)
             part.save(paths[number], {"skipped": skipped})
             for line in skipped_lines(skipped):
                 tqdm.write(line)
     _report(out, paths, side, len(items), listing.skipped)
+
+
+def _encode(
+    loader: Iterable[Any], encode: Callable[[list[Any]], sparse.csr_matrix], space: EmbeddingSpace, bar: Any
+) -> tuple[Embeddings, list[Skipped]]:
+    rows, kept, skipped = [sparse.csr_matrix((0, len(space.tokens)), dtype="float32")], list[Item](), list[Skipped]()
+    for batch in loader:
+        usable = [(item, content) for item, content in batch if not isinstance(content, ValueError)]
+        skipped += [Skipped(i.place or i.id, str(error)) for i, error in batch if isinstance(error, ValueError)]
+        if usable:
+            rows.append(encode([content for _, content in usable]))
+            kept += [item for item, _ in usable]
+        bar.update(len(batch))
+    records = [item.metadata for item in kept], [item.source for item in kept]
+    return Embeddings(sparse.vstack(rows, format="csr"), [item.id for item in kept], space, *records), skipped
 
 
 def _report(out: Path, paths: list[Path], side: Side, listed: int, unlisted: list[Skipped]) -> None:
@@ -140,8 +150,8 @@ def _digest(items: Sequence[Item]) -> str:
 
     digest = hashlib.sha256()
     for item in items:
-        place = [str(item.path), item.offset, item.length, *stamp(item.path)] if item.path else []
-        digest.update(json.dumps([item.id, item.text, place, item.metadata, item.source]).encode() + b"\n")
+        location = [str(item.path), item.offset, item.length, *stamp(item.path)] if item.path else []
+        digest.update(json.dumps([item.id, item.text, location, item.metadata, item.source]).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -182,8 +192,8 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
 def _check_room(out: Path, items: Sequence[Item]) -> None:
     """Checks that there is room for what is known of the parts: ids, metadata and sources."""
     needed = sum(len(json.dumps([item.id, item.metadata, item.source])) for item in items)
-    place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    if (free := shutil.disk_usage(place).free) < needed:
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    if (free := shutil.disk_usage(parent).free) < needed:
         raise FileError(f"{out}: {free} bytes are free; ids and metadata alone take {needed}. Make room", out)
 
 

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from scipy import sparse
 from torch import Tensor
 
+from stair.errors import FileError, SettingError
 from stair.files import atomic_write, read_json
 
 FORMAT = "stair-embeddings-2"
@@ -47,13 +48,14 @@ class EmbeddingSpace:
         return {token: v for v, token in enumerate(self.tokens)}
 
     def check_same(self, other: "EmbeddingSpace", what: str) -> None:
-        """Raises a ValueError that begins with `what` if model, vocabulary or similarity of the other space differ."""
+        """Raises a SettingError that begins with `what` if model, vocabulary or similarity of the other space differ."""
         for name in ("model", "vocabulary", "similarity"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
-                raise ValueError(
+                raise SettingError(
                     f"{what}: {name} is {theirs[:12]}, it must be {ours[:12]}. Weights of different models cannot be "
-                    "compared: embed everything, queries too, with one model"
+                    "compared: embed everything, queries too, with one model",
+                    "model",
                 )
 
     def comparable(self, vectors: sparse.csr_matrix) -> sparse.csr_matrix:
@@ -99,11 +101,12 @@ class Embeddings:
             facts: plain values to keep in the file's header.
 
         Raises:
-            ValueError: for another ending, or metadata that are no plain values.
+            FileError: for another ending.
+            SettingError: for metadata that are no plain values.
         """
         path = Path(path)
         if path.suffix not in _SUFFIXES:
-            raise ValueError(f"{path} ends in {path.suffix!r}; allowed: {', '.join(_SUFFIXES)}")
+            raise FileError(f"{path} ends in {path.suffix!r}; allowed: {', '.join(_SUFFIXES)}", path)
         header = {"format": FORMAT, "model": self.space.model, "similarity": self.space.similarity}
         header |= {"tokens": "\n".join(self.space.tokens), "facts": json.dumps(facts or {})}
         rows = {"metadata": self._json_rows(self.metadata), "source": self._json_rows(self.source)}
@@ -127,8 +130,9 @@ class Embeddings:
             try:
                 rows.append(json.dumps(row, allow_nan=False))
             except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"metadata of {name!r}: {error}; give texts, finite numbers, true or false, or lists of these"
+                raise SettingError(
+                    f"metadata of {name!r}: {error}; give texts, finite numbers, true or false, or lists of these",
+                    "metadata",
                 ) from error
         return rows
 
@@ -138,7 +142,8 @@ class Embeddings:
 
         Raises:
             FileNotFoundError: if there is none.
-            ValueError: if a file is not ours, or parts are of different models.
+            FileError: if a file is not ours.
+            SettingError: if parts are of different models.
         """
         parts = list(cls.parts(path))
         for part in parts[1:]:
@@ -166,7 +171,7 @@ class Embeddings:
             except OSError:
                 raise
             except Exception as error:  # each format has errors of its own
-                raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+                raise FileError(f"{file} is damaged: {type(error).__name__}: {error}", file) from error
             yield cls(vectors, ids, space, metadata, source)
 
 
@@ -189,14 +194,16 @@ def part_files(path: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if parts are missing.
+        FileError: if parts are missing.
     """
     path = Path(path)
     files = [path] if path.is_file() else sorted(f for f in path.glob("part-*") if f.suffix in _SUFFIXES)
     if not files:
         raise FileNotFoundError(f"{path}: no embeddings there; `stair embed` writes them")
     if (path / PLAN).is_file() and len(files) < (parts := read_json(path / PLAN)["parts"]):
-        raise ValueError(f"{path} has {len(files)} of {parts} parts; give the same `stair embed` again, it goes on")
+        raise FileError(
+            f"{path} has {len(files)} of {parts} parts; give the same `stair embed` again, it goes on", path
+        )
     return files
 
 
@@ -204,7 +211,7 @@ def read_header(path: Path) -> dict[str, str]:
     """The header of a file of embeddings: keys `model`, `similarity`, `tokens`, `facts` (json).
 
     Raises:
-        ValueError: if it is not ours.
+        FileError: if it is not ours.
     """
     header: dict[str, str] = {}
     try:
@@ -216,11 +223,11 @@ def read_header(path: Path) -> dict[str, str]:
     except OSError:
         raise
     except Exception as error:  # each format has errors of its own
-        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+        raise FileError(f"{path} cannot be read: {type(error).__name__}: {error}", path) from error
     if header.get("format") != FORMAT:
-        raise ValueError(f"{path} holds no STAIR embeddings ({header.get('format')!r}); `stair embed` writes them")
+        raise FileError(f"{path} holds no STAIR embeddings ({header.get('format')!r}); `stair embed` writes them", path)
     if missing := {"model", "similarity", "tokens", "facts"} - header.keys():
-        raise ValueError(f"{path} is damaged: it does not state its {', '.join(sorted(missing))}; embed again")
+        raise FileError(f"{path} is damaged: it does not state its {', '.join(sorted(missing))}; embed again", path)
     return header
 
 

@@ -15,6 +15,7 @@ import torch
 
 from stair.data.items import list_items
 from stair.embeddings import Embeddings, EmbeddingSpace
+from stair.errors import FileError, SettingError
 from stair.index import SparseIndex
 from tests.support.files import members_of, noise_png, write_tar
 
@@ -112,8 +113,9 @@ def test_an_interrupted_embedding_goes_on_where_it_stopped(stair, model, folder,
     options = ["--part_size", "2", "--format", format]
     stair("embed", model, folder, out, *options, "--share", "1/2")
     assert sorted(path.stem for path in out.glob("part-*")) == ["part-00001"]
-    with pytest.raises(ValueError, match="1 of 2 parts"):
+    with pytest.raises(FileError) as error:
         Embeddings.load(out)
+    assert error.value.path == out
     done = (out / f"part-00001.{format}").stat().st_mtime_ns
     stair("embed", model, folder, out, *options)
     assert (out / f"part-00001.{format}").stat().st_mtime_ns == done
@@ -323,8 +325,9 @@ def test_embeddings_are_not_saved_with_metadata_that_strict_readers_refuse(tmp_p
 
     space, vectors = EmbeddingSpace("m", "dot", ("a", "b")), sparse.csr_matrix(np.eye(2, dtype="float32"))
     for value in (math.nan, [math.inf], datetime.date(2026, 1, 2)):
-        with pytest.raises(ValueError, match="metadata of 'second': "):
+        with pytest.raises(SettingError, match="second") as error:
             Embeddings(vectors, ["first", "second"], space, [{"n": 1}, {"n": value}]).save(tmp_path / f"e.{ending}")
+        assert error.value.setting == "metadata"
         assert not list(tmp_path.iterdir())
 
 

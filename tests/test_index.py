@@ -211,17 +211,18 @@ def test_weighted_words_are_a_query(tmp_path):
 def test_weighted_words_read_signs_weights_and_colons():
     assert parse_words("dog:2 beach -people -sea:.5 dog") == {"dog": 3, "beach": 1, "people": -1, "sea": -0.5}
     assert parse_words(": - ::2") == {":": 3, "-": 1}
-    with pytest.raises(ValueError, match="'x' is no number"):
-        parse_words("dog:x")
-    with pytest.raises(ValueError, match="no words"):
-        parse_words("  ")
+    for text in ("dog:x", "  "):
+        with pytest.raises(SettingError) as error:
+            parse_words(text)
+        assert error.value.setting == "words"
 
 
 def test_a_word_that_is_no_piece_is_its_pieces(tmp_path):
     index = SparseIndex.build(tmp_path / "i", embeddings(5))
     assert index.query(words="dogs").terms.tolist() == [4, 7]
-    with pytest.raises(ValueError, match="no token of 'qqq'"):
+    with pytest.raises(SettingError) as error:
         index.query(words="qqq")
+    assert error.value.setting == "words"
 
 
 def test_a_vocabulary_in_which_case_counts_keeps_words_of_other_case_apart(tmp_path):
@@ -562,22 +563,23 @@ def test_a_change_that_is_refused_changes_nothing(tmp_path):
     before = (tmp_path / "i" / "index.arrow").read_bytes()
     bad = rows(1)
     bad.data[:] = -1
-    for complaint, change in [
-        ("'d2' is in", lambda: index.add(embeddings(3))),
-        ("occurs twice", lambda: index.add(Embeddings(rows(2), ["x", "x"], SPACE))),
-        ("no document 'd9'", lambda: index.delete(["d1", "d9"])),
-        ("not negative", lambda: index.add(Embeddings(bad, ["x"], SPACE))),
-        ("whose vectors", lambda: index.add(rows(1), ["x"])),
-        ("'n' of 'x'", lambda: index.add(Embeddings(rows(1), ["x"], SPACE, [{"n": math.inf}]))),
-        ("'n' of 'x'", lambda: index.add(Embeddings(rows(1), ["x"], SPACE, [{"n": [math.nan]}]))),
-        ("3 of 'x'", lambda: index.add(Embeddings(rows(1), ["x"], SPACE, [{3: "a"}]))),
-        ("occurs twice", lambda: index.add(Embeddings(rows(2), ["d1", "d1"], SPACE), replace=True)),
-        ("different models", lambda: _delete_and_add(index.folder, ["d1"], space=replace(SPACE, model="x" * 64))),
+    for setting, change in [
+        ("ids", lambda: index.add(embeddings(3))),
+        ("ids", lambda: index.add(Embeddings(rows(2), ["x", "x"], SPACE))),
+        ("delete", lambda: index.delete(["d1", "d9"])),
+        ("vectors", lambda: index.add(Embeddings(bad, ["x"], SPACE))),
+        ("model", lambda: index.add(rows(1), ["x"])),
+        ("metadata", lambda: index.add(Embeddings(rows(1), ["x"], SPACE, [{"n": math.inf}]))),
+        ("metadata", lambda: index.add(Embeddings(rows(1), ["x"], SPACE, [{"n": [math.nan]}]))),
+        ("metadata", lambda: index.add(Embeddings(rows(1), ["x"], SPACE, [{3: "a"}]))),
+        ("ids", lambda: index.add(Embeddings(rows(2), ["d1", "d1"], SPACE), replace=True)),
+        ("model", lambda: _delete_and_add(index.folder, ["d1"], space=replace(SPACE, model="x" * 64))),
     ]:
-        with pytest.raises(ValueError, match=complaint.replace("'d2'", "'d0'")):
+        with pytest.raises(SettingError) as error:
             change()
+        assert error.value.setting == setting
         assert (tmp_path / "i" / "index.arrow").read_bytes() == before
-    with pytest.raises(FileExistsError, match="already"):
+    with pytest.raises(FileExistsError):
         SparseIndex.build(tmp_path / "i", embeddings(2))
 
 
@@ -632,8 +634,9 @@ def test_what_a_table_has_no_number_for_is_missing(tmp_path):
 
 def test_one_writer_at_a_time(tmp_path):
     index = SparseIndex.build(tmp_path / "i", embeddings(4))
-    with lock(tmp_path / "i/lock"), pytest.raises(ValueError, match="another process is writing"):
+    with lock(tmp_path / "i/lock"), pytest.raises(FileError) as error:
         index.delete(["d1"])
+    assert error.value.path == tmp_path / "i/lock"
     index.delete(["d1"])
 
 
@@ -642,8 +645,9 @@ def test_vectors_of_another_model_are_refused(tmp_path, field):
     index = SparseIndex.build(tmp_path / "i", embeddings(4))
     other = {"model": "n" * 64, "similarity": "cosine", "tokens": tuple(reversed(TOKENS))}[field]
     space = EmbeddingSpace(**{**{"model": SPACE.model, "similarity": "dot", "tokens": TOKENS}, field: other})
-    with pytest.raises(ValueError, match="vocabulary" if field == "tokens" else field):
+    with pytest.raises(SettingError) as error:
         index.add(embeddings(2, prefix="x", space=space))
+    assert error.value.setting == "model"
 
 
 def test_a_model_with_other_weights_is_another_model(tmp_path, tiny_stair, captions):
@@ -652,8 +656,9 @@ def test_a_model_with_other_weights_is_another_model(tmp_path, tiny_stair, capti
     SparseIndex.open(tmp_path / "i", model=tiny_stair)
     with torch.no_grad():
         tiny_stair.text_head.bias[7] += 1e-3
-    with pytest.raises(ValueError, match="model is"):
+    with pytest.raises(SettingError) as error:
         SparseIndex.open(tmp_path / "i", model=tiny_stair)
+    assert error.value.setting == "model"
 
 
 @pytest.mark.parametrize("count", [50, 30_000])
@@ -674,7 +679,7 @@ def test_damage_is_found(tmp_path, count):
         with pytest.raises(FileError) as error:
             SparseIndex.open(tmp_path / "i")
         assert error.value.path == path
-    with pytest.raises(FileNotFoundError, match="no index"):
+    with pytest.raises(FileNotFoundError):
         SparseIndex.open(tmp_path)
 
 
@@ -687,8 +692,9 @@ def test_an_index_of_another_format_is_refused_with_what_to_do(tmp_path, monkeyp
         patch.setattr(storage, "FORMAT", "stair-index-1")
         SparseIndex.build(tmp_path / "i", embeddings(3))
         SparseIndex.open(tmp_path / "i")
-    with pytest.raises(FileError, match=r"'stair-index-1'.*Make it again .* `stair index`"):
+    with pytest.raises(FileError) as error:
         SparseIndex.open(tmp_path / "i")
+    assert error.value.path == tmp_path / "i/index.arrow"
 
 
 def test_opening_takes_no_longer_for_a_large_index(tmp_path):
@@ -719,21 +725,21 @@ def test_opening_takes_no_longer_for_a_large_index(tmp_path):
     ],
 )
 def test_queries_that_make_no_sense_are_refused(tmp_path, query):
-    with pytest.raises(ValueError, match=r"give|wanted"):
+    with pytest.raises(SettingError):
         SparseIndex.build(tmp_path / "i", embeddings(4)).search(**query)
 
 
-@pytest.mark.parametrize(
-    ("vectors", "ids", "complaint"), [(rows(1), [7], "ids are texts"), (torch.ones(1, V), ["a"], "scipy's CSR")]
-)
-def test_documents_that_make_no_sense_are_refused(tmp_path, tiny_stair, vectors, ids, complaint):
-    with pytest.raises(ValueError, match=complaint):
+@pytest.mark.parametrize(("vectors", "ids", "setting"), [(rows(1), [7], "ids"), (torch.ones(1, V), ["a"], "vectors")])
+def test_documents_that_make_no_sense_are_refused(tmp_path, tiny_stair, vectors, ids, setting):
+    with pytest.raises(SettingError) as error:
         SparseIndex.build(tmp_path / "i", vectors, ids, model=tiny_stair)
+    assert error.value.setting == setting
 
 
 def test_a_text_without_a_model_is_refused_with_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match=r"SparseIndex\.open"):
+    with pytest.raises(SettingError) as error:
         SparseIndex.build(tmp_path / "i", embeddings(4)).search("red bicycle")
+    assert error.value.setting == "model"
 
 
 # --------------------------------------------------------------- embeddings
@@ -752,11 +758,12 @@ def test_embeddings_come_back_as_they_were_written(tmp_path, kind):
 
 def test_files_that_are_no_embeddings_are_refused(tmp_path):
     (tmp_path / "x.safetensors").write_text("no")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(FileError) as error:
         Embeddings.load(tmp_path / "x.safetensors")
-    with pytest.raises(FileNotFoundError, match="stair embed"):
+    assert error.value.path == tmp_path / "x.safetensors"
+    with pytest.raises(FileNotFoundError):
         Embeddings.load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="ends in"):
+    with pytest.raises(FileError):
         embeddings(1).save(tmp_path / "x.csv")
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from stair.embeddings import Embeddings, part_files, read_header
+from stair.errors import SettingError
 from stair.images import decode_image
 from stair.index.sparse_index import SparseIndex
 from stair.index.storage import FILE, write_index
@@ -77,7 +78,7 @@ def search(
         json_lines: one JSON object a line instead of a table.
     """
     if (text is not None) + (image is not None) + (words is not None) + (like is not None) != 1:
-        raise ValueError("give one of: a text, --image, --words, --like")
+        raise SettingError("give one of: a text, --image, --words, --like", "text")
     opened = SparseIndex.open(index)
     if model is not None:
         from stair.model import Stair

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from stair.errors import SettingError
+
 BLOCK = 1 << 16
 FULL = 5
 Arrays = dict[str, NDArray[Any]]
@@ -23,15 +25,15 @@ Arrays = dict[str, NDArray[Any]]
 def canonical(vectors: Any, num_terms: int) -> sparse.csr_matrix:
     """CSR as an index stores it: float32, terms of a row ascending, no explicit zeros, no duplicates.
 
-    ValueError if the shape is not (N, num_terms), or a weight is negative or not finite.
+    SettingError if the shape is not (N, num_terms), or a weight is negative or not finite.
     """
     csr = sparse.csr_matrix(vectors, dtype=np.float32)
     if csr is vectors or np.shares_memory(csr.data, getattr(vectors, "data", np.empty(0))):
         csr = csr.copy()
     if csr.shape[1] != num_terms:
-        raise ValueError(f"vectors have {csr.shape[1]} terms, the index has {num_terms}")
+        raise SettingError(f"vectors have {csr.shape[1]} terms, the index has {num_terms}", "vectors")
     if not np.isfinite(csr.data).all() or (csr.data < 0).any():
-        raise ValueError("weights of documents must be finite and not negative; STAIR's are")
+        raise SettingError("weights of documents must be finite and not negative; STAIR's are", "vectors")
     csr.sum_duplicates()
     csr.eliminate_zeros()
     return csr

@@ -11,6 +11,7 @@ from scipy import sparse
 from torch import Tensor
 
 from stair.embeddings import EmbeddingSpace, to_csr
+from stair.errors import SettingError
 
 _LARGEST = 1e30  # products with weights of documents stay within float32
 
@@ -34,7 +35,7 @@ def parse_words(text: str) -> dict[str, float]:
     """Reads weighted words: `word:2` weighs 2, `word` 1, `-word` -1, `-word:0.5` -0.5; weights of one word add up.
 
     Raises:
-        ValueError: if there is no word, or a weight is no number.
+        SettingError: if there is no word, or a weight is no number.
     """
     weights: dict[str, float] = {}
     for part in text.split():
@@ -45,9 +46,11 @@ def parse_words(text: str) -> dict[str, float]:
         try:
             weights[word] = weights.get(word, 0.0) + sign * float(number)
         except ValueError as error:
-            raise ValueError(f"weighted word {part!r}: {number!r} is no number; write it as word:1.5") from error
+            raise SettingError(
+                f"weighted word {part!r}: {number!r} is no number; write it as word:1.5", "words"
+            ) from error
     if not weights:
-        raise ValueError("no words; write some as `dog:2 beach -people`")
+        raise SettingError("no words; write some as `dog:2 beach -people`", "words")
     return weights
 
 
@@ -57,15 +60,15 @@ def query_of_words(
     """The query of weighted words: text for `parse_words`, or weights. A word is a term of the vocabulary, or its tokens.
 
     Raises:
-        ValueError: if a word has no token that can be active, or a weight is not finite.
+        SettingError: if a word has no token that can be active, or a weight is not finite.
     """
     weights: dict[int, float] = {}
     for word, weight in (parse_words(words) if isinstance(words, str) else words).items():
         if not abs(weight) <= _LARGEST:
-            raise ValueError(f"weight {weight} of {word!r} is not a number up to {_LARGEST:g}")
+            raise SettingError(f"weight {weight} of {word!r} is not a number up to {_LARGEST:g}", "words")
         ids = [space.term_ids[word]] if word in space.term_ids else tokenize(word)
         if not ids:
-            raise ValueError(f"the vocabulary has no token of {word!r}")
+            raise SettingError(f"the vocabulary has no token of {word!r}", "words")
         for v in ids:
             weights[v] = weights.get(v, 0.0) + weight
     return _query(list(weights), list(weights.values()), space)
@@ -75,7 +78,7 @@ def query_of_vector(vector: Any, space: EmbeddingSpace) -> Query:
     """The query of V weights: one row of CSR, a tensor or an array.
 
     Raises:
-        ValueError: if it is none of these, of another size, or a weight is not finite.
+        SettingError: if it is none of these, of another size, or a weight is not finite.
     """
     if isinstance(vector, Tensor):
         row = to_csr(vector.to_dense().reshape(1, -1), threshold=-math.inf)
@@ -83,11 +86,11 @@ def query_of_vector(vector: Any, space: EmbeddingSpace) -> Query:
         row = sparse.csr_matrix(vector, dtype=np.float32, copy=True)
     else:
         given = f"query is a {type(vector).__name__}"
-        raise ValueError(f"{given}; give a text, a picture (PIL.Image.open(path)), or one row of weights")
+        raise SettingError(f"{given}; give a text, a picture (PIL.Image.open(path)), or one row of weights", "query")
     if row.shape != (1, len(space.tokens)):
-        raise ValueError(f"query of shape {row.shape}; give one row of {len(space.tokens)} weights")
+        raise SettingError(f"query of shape {row.shape}; give one row of {len(space.tokens)} weights", "query")
     if not np.isfinite(row.data).all():
-        raise ValueError("a weight of the query is not finite")
+        raise SettingError("a weight of the query is not finite", "query")
     row.sum_duplicates()
     return _query(row.indices, row.data, space)
 

@@ -37,7 +37,7 @@ class SparseIndex:
     Raises:
         FileNotFoundError: if there is no index.
         FileError: if it is damaged.
-        ValueError: if it is of another model.
+        SettingError: if it is of another model.
     """
 
     def __init__(self, folder: str | Path, model: "Stair | None" = None) -> None:
@@ -73,17 +73,17 @@ class SparseIndex:
         Raises:
             FileExistsError: if there is an index already.
             SettingError: if an id or a value of the metadata cannot be stored: with id and key.
-            ValueError: if parts do not fit together.
+            ValueError: if lengths differ.
         """
         parts = iter(_parts(vectors, ids, metadata, model))
         first = next(parts, None)
         if first is None:
-            raise ValueError("no embeddings to build an index of")
+            raise SettingError("no embeddings to build an index of", "vectors")
         write_index(Path(folder), chain([first], parts), space=first.space)
         return cls(folder, model)
 
     def use(self, model: "Stair") -> None:
-        """Takes a model to encode texts and images of queries; ValueError if the documents are of another one."""
+        """Takes a model to encode texts and images of queries; SettingError if the documents are of another one."""
         self.space.check_same(model.space, f"model for {self.folder}")
         self._model = model
 
@@ -168,11 +168,10 @@ class SparseIndex:
             Hits, best first; equal scores in the order of addition.
 
         Raises:
-            SettingError: if a condition cannot be read, or does not fit the metadata.
-            ValueError: if not exactly one of query, words and like is given, or it cannot be read.
+            SettingError: if not exactly one of query, words and like is given, or one of the arguments cannot be used.
         """
         if k < 1:
-            raise ValueError(f"k is {k}; give a number of hits from 1 up")
+            raise SettingError(f"k is {k}; give a number of hits from 1 up", "k")
         hits = self.top(self.query(query, words=words, like=like), k + (like is not None), where)
         return Hits([hit for hit in hits if hit.id != like][:k], hits.not_comparable)
 
@@ -181,7 +180,7 @@ class SparseIndex:
     ) -> Query:
         """What `search` looks for: terms and weights, ready for the dot product. Arguments and errors as there."""
         if sum(value is not None for value in (query, words, like)) != 1:
-            raise ValueError("give one of: a query, words, or the id of a document to search like")
+            raise SettingError("give one of: a query, words, or the id of a document to search like", "query")
         if like is not None:
             return Query(*self._state.row(self._number(like)), len(self.space.tokens))
         if words is not None:
@@ -191,9 +190,10 @@ class SparseIndex:
 
     def _encode(self, query: str | Image) -> sparse.csr_matrix:
         if self._model is None:
-            raise ValueError(
+            raise SettingError(
                 "a text or a picture needs the model to encode it: SparseIndex.open(folder, model=...); "
-                "weighted words need none: search(words='dog:2 beach')"
+                "weighted words need none: search(words='dog:2 beach')",
+                "model",
             )
         return self._model.encode(texts=[query]) if isinstance(query, str) else self._model.encode(images=[query])
 
@@ -246,10 +246,11 @@ def _parts(vectors: Any, ids: Sequence[str] | None, metadata: Metadata, model: "
         parts: Iterable[Embeddings] = vectors
         return parts
     if model is None:
-        raise ValueError("whose vectors are these? Give Embeddings, or the model that made them")
+        raise SettingError("whose vectors are these? Give Embeddings, or the model that made them", "model")
     if not sparse.issparse(vectors):
-        raise ValueError(f"vectors are a {type(vectors).__name__}; give scipy's CSR, as `model.encode(...)` returns it")
+        given = type(vectors).__name__
+        raise SettingError(f"vectors are a {given}; give scipy's CSR, as `model.encode(...)` returns it", "vectors")
     names = list(ids) if ids is not None else [str(n) for n in range(vectors.shape[0])]
     if wrong := [name for name in names if not isinstance(name, str)]:
-        raise ValueError(f"id {wrong[0]!r} is a {type(wrong[0]).__name__}; ids are texts: str(...)")
+        raise SettingError(f"id {wrong[0]!r} is a {type(wrong[0]).__name__}; ids are texts: str(...)", "ids")
     return [Embeddings(sparse.csr_matrix(vectors), names, model.space, metadata)]

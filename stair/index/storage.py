@@ -143,15 +143,15 @@ def write_index(
     Raises:
         FileExistsError: if there is an index already, and a space is given.
         FileError: if another process is writing, or the index is damaged.
-        SettingError: if there is no document to delete, an id occurs twice, or is there already without `replace`.
-        ValueError: if vectors are of another model, or no weights of documents.
+        SettingError: if there is no document to delete, an id occurs twice, or is there already without `replace`, or
+            vectors are of another model, or no weights of documents.
     """
-    if space is not None and (folder / FILE).exists():
-        raise FileExistsError(f"{folder} is an index already; open it and add, or choose another folder")
     created = not folder.exists()
     try:
         with lock(folder / "lock", f"{folder}: another process is writing this index; try again later"):
             old = None
+            if space is not None and (folder / FILE).exists():
+                raise FileExistsError(f"{folder} is an index already; open it and add, or choose another folder")
             if space is None:
                 old = State(folder)
                 old.verify(postings=False)  # damage would get a matching checksum in the new file
