@@ -135,11 +135,9 @@ class RetrievalRecall(ImageRows):
         self.tied: dict[str, int] = {}
 
     def update(self, image_BV: Tensor, text_CV: Tensor, image_id: Tensor, caption_image: Tensor) -> None:
-        """Adds images with their captions.
+        """Adds images with their captions: (B, V) and (C, V) embeddings of any float type.
 
         Args:
-            image_BV: (B, V) embeddings, any float type.
-            text_CV: (C, V) embeddings.
             image_id: (B,) int64, unique in the set; -1 for padding.
             caption_image: (C,) int64, the `image_id` of a caption's image, in the same update; -1 for padding.
 
