@@ -68,7 +68,7 @@ def embed(
 
     Raises:
         FileNotFoundError: if there is no source or model.
-        ValueError: if a setting is out of range, or the folder holds embeddings of other settings.
+        StairError: if a setting is out of range, or the folder holds embeddings of other settings.
     """
     require(batch_size >= 1, "batch_size", batch_size, "1 or more")
     require(part_size >= 1, "part_size", part_size, "1 or more")

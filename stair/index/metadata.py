@@ -274,9 +274,6 @@ class Documents:
             true_N |= pc.fill_null(result, False).to_numpy()
             compared_N |= result.is_valid().to_numpy()
         if not compared_N.any() and not {"text", "none"} & {*kinds}:
-            raise SettingError(
-                f"filter {str(condition)!r}: values are of type {', '.join(sorted(kinds))}; {condition.value!r} does not "
-                f"compare with them by {condition.sign}",
-                "where",
-            )
+            given = f"filter {str(condition)!r}: values are of type {', '.join(sorted(kinds))}"
+            raise SettingError(f"{given}; {condition.value!r} does not compare with them by {condition.sign}", "where")
         return (~true_N if condition.sign == "!=" else true_N), int(compared_N.sum())

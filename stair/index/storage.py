@@ -57,11 +57,8 @@ class State:
             file = pa.ipc.open_file(self._data.slice(0, self.size - _DIGEST))
             about = {key.decode(): value.decode() for key, value in file.schema.metadata.items()}
             if about["format"] != FORMAT:
-                raise FileError(
-                    f"{self.path} has format {about['format']!r}; this version reads {FORMAT!r}. Make it again from its "
-                    "embeddings with `stair index`",
-                    self.path,
-                )
+                versions = f"format {about['format']!r}; this version reads {FORMAT!r}"
+                raise FileError(f"{self.path} has {versions}. Build it again with `stair index`", self.path)
             self.space = EmbeddingSpace(about["model"], about["similarity"], tuple(about["tokens"].split("\n")))
             batches = [file.get_batch(n) for n in range(file.num_record_batches)]
             self.segments = [{name: batch[name].values.to_numpy() for name in batch.schema.names} for batch in batches]
@@ -69,9 +66,7 @@ class State:
             tables = [pa.ipc.open_stream(pa.py_buffer(arrays["table"])).read_all() for arrays in self.segments]
             self.documents = Documents(pa.concat_tables(tables, promote_options="default"))
             self.first = [0, *accumulate(map(len, tables))]
-            if any(
-                len(arrays["row_start"]) != len(rows) + 1 for arrays, rows in zip(self.segments, tables, strict=True)
-            ):
+            if [len(arrays["row_start"]) - 1 for arrays in self.segments] != [len(table) for table in tables]:
                 raise ValueError("vectors and metadata are of different lengths")
 
     @contextmanager
@@ -124,11 +119,8 @@ class State:
         """Rows of all documents but some."""
         keep = pc.invert(self.documents.has(names))
         for segment, (start, end) in enumerate(pairwise(self.first)):
-            keep_N = keep.slice(start, end - start)
-            yield (
-                self.vectors(segment)[keep_N.to_numpy()],
-                self.documents.table.slice(start, end - start).filter(keep_N),
-            )
+            keep_N, table = keep.slice(start, end - start), self.documents.table.slice(start, end - start)
+            yield self.vectors(segment)[keep_N.to_numpy()], table.filter(keep_N)
 
 
 def write_index(

@@ -187,9 +187,7 @@ def _parsed(text: str | bytes) -> Any:
 def _weights(words: Any) -> dict[str, float]:
     numbers = isinstance(words, dict) and all(isinstance(weight, (int, float)) for weight in words.values())
     if not numbers or not all(abs(weight) <= _MAX_WEIGHT for weight in words.values()):
-        raise HTTPException(
-            400, f"words must be an object of numbers by term, from -{_MAX_WEIGHT:g} to {_MAX_WEIGHT:g}"
-        )
+        raise HTTPException(400, f"words must be an object of numbers by term, of -{_MAX_WEIGHT:g} to {_MAX_WEIGHT:g}")
     return {term: float(weight) for term, weight in words.items()}
 
 
