@@ -1,4 +1,4 @@
-"""`stair evaluate` through the front door, and each of its figures against counting by hand."""
+"""`stair evaluate` through the command line, and each of its figures against counting by hand."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def picture(colour, size=40):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, vocabulary):
-    """A sparse and a dense model of the same towers, saved as training hands them over."""
+    """A sparse and a dense model of the same towers, exported."""
     folder = tmp_path_factory.mktemp("models")
     vocab_file = write_vocabulary(folder / "vocab.txt")
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def test_retrieval_through_the_command_is_that_of_all_scores(models, shards):
         assert value == pytest.approx(wanted[key], abs=1e-6), key
 
 
-def test_a_dense_model_takes_the_same_road(models, shards):
+def test_a_dense_model_is_measured_alike(models, shards):
     sets = [open_set(str(shards / "pets")), open_set(f"scenes={shards}/scenes/val-*.tar")]
     result, _ = evaluate(open_model(str(models / "clip")), sets)
     scenes = result["sets"]["scenes"]
@@ -288,7 +288,7 @@ class Spoken:
         return torch.stack([torch.tensor(self.texts[text]) for text in texts])
 
 
-def test_a_class_is_the_mean_of_its_templates_word_by_word():
+def test_a_class_is_the_mean_of_its_templates_term_by_term():
     texts = {"dog": [2.0, 0, 0], "a dog": [0.0, 5, 0], "cat": [0.0, 0, 1], "a cat": [0.0, 0, 3]}
     evaluated = EvaluatedModel(Spoken(texts), "m", "sparse", None, None, "", {})
     rows = class_rows(evaluated, ["dog", "cat"], ["{}", "a {}"])
@@ -338,7 +338,7 @@ def test_the_vocabulary_test_gives_nothing_for_what_is_no_number():
     assert found["top1"] == 0 and found["median_rank"] == 3  # ranks 4, and 2: behind what is no number
 
 
-def test_the_vocabulary_test_says_what_naming_the_commonest_words_would_get():
+def test_the_vocabulary_test_says_what_the_frequency_baseline_gets():
     right = [[7, 3], [7], [7, 5], [3, 5], [9], []]
     found = vocabulary_probe(SparseRows.of(torch.rand(6, 12)), right, 12)
     # said of every image: 7 (right for three), then 3 and 5 (two each, tied), then 9: ranks 1, 1, 1, 2 (behind 7), 4
@@ -435,7 +435,7 @@ def open_clip_model(tmp_path_factory):
     return model, folder / "weights.safetensors"
 
 
-def test_an_open_clip_checkpoint_takes_the_same_road(open_clip_model, models, shards):
+def test_an_open_clip_checkpoint_is_measured_alike(open_clip_model, models, shards):
     model, weights = open_clip_model
     evaluated = open_model(f"open_clip:tiny-open-clip:{weights}", str(models / "vocab.txt"))
     import open_clip

@@ -42,7 +42,7 @@ def test_contributions_sum_to_the_score_of_the_model_and_of_the_index(model, pic
 
 
 @torch.no_grad()
-def test_the_winner_of_a_word_is_the_position_without_which_it_weighs_less(tiny_stair, picture):
+def test_the_argmax_position_of_a_term_is_the_one_without_which_it_weighs_less(tiny_stair, picture):
     reading = read_image(tiny_stair, picture)
     hidden = tiny_stair.image_encoder(torch.as_tensor(np.array(reading.image)).permute(2, 0, 1)[None])
     head = tiny_stair.image_head
@@ -74,7 +74,7 @@ def test_words_of_a_class_token_lie_on_no_patch(vocab_file, picture):
     assert draw(reading, 3)
 
 
-def test_a_sentence_tells_its_tokens_and_its_expansions(tiny_stair):
+def test_a_text_has_its_tokens_and_its_expansions(tiny_stair):
     reading = read_text(tiny_stair, "two dogs")
     assert reading.tokens == ["[CLS]", "two", "dog", "##s", "[SEP]"]
     weights = tiny_stair.encode_text(["two dogs"])[0]

@@ -114,7 +114,7 @@ def test_recall_is_shown_in_percent_the_best_is_marked_and_gaps_stay_gaps(tmp_pa
     assert '<td class="best">50.0%</td><td>—</td>' in page
 
 
-def test_own_words_differ_from_added_ones_and_the_rest_of_a_score_is_told(tmp_path: Path):
+def test_in_caption_terms_differ_from_added_ones_and_the_rest_of_a_score_is_shown(tmp_path: Path):
     page = render(tmp_path / "page.html", "sea")
     assert '<li class="own"><span class="word">star</span>' in page
     assert '<li class="added"><span class="word">sea</span>' in page
