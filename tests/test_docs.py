@@ -113,7 +113,7 @@ def test_the_site_builds_strictly_and_asks_no_other_host(tmp_path: Path) -> None
     assert "…objective.masked_loss_weight" in settings and "--trainer.max_steps" in settings
     commands = (tmp_path / "reference" / "commands" / "index.html").read_text(encoding="utf-8")
     assert all(
-        f">stair {word}" in commands for word in ("embed", "index", "prepare folder", "export sqlite", "evaluate")
+        f">stair {word}" in commands for word in ("embed", "index", "prepare folder", "export sqlite", "consolidate")
     )
     for page in built:
         loads = re.findall(

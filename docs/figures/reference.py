@@ -35,7 +35,7 @@ def _commands() -> Iterator[str]:
     output = io.StringIO()
     with mock.patch("sys.argv", ["stair", "--help"]), contextlib.redirect_stdout(output):
         main()
-    for word in re.findall(r"^  (\w+) {2,}\S", output.getvalue(), re.MULTILINE):
+    for word in re.findall(r"^  (\w+) +\S", output.getvalue(), re.MULTILINE):
         if word in ("fit", "validate", "test", "predict"):
             continue
         with mock.patch("sys.argv", ["stair", word]):
