@@ -3,9 +3,12 @@
 Nothing heavy is imported before it is needed. Training lives in the checkout (main.py), not in the wheel.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+import io
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -56,10 +59,14 @@ def main() -> None:
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # here, as a library leaves filters alone
     command, *args = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
-        lines = {**_TRAINER, **{name: about for name, (about, *_) in _COMMANDS.items()}}
+        lines = {name: about for name, (about, module, *_) in _COMMANDS.items() if _is_there(module)}
+        lines = {**_TRAINER, **lines} if _is_there("main") else lines  # a wheel has no trainer
         print("usage: stair COMMAND ...\n\nSTAIR: sparse, readable image and text embeddings.\n")
         print("\n".join(f"  {name:12}{about}" for name, about in lines.items()))
-        print("\n`stair COMMAND --help` shows its settings. `lightning fit|validate|test|predict ...` is the same.\n")
+        print("\n`stair COMMAND --help` shows its settings. `--quiet` prints errors alone, `--json` the result alone.")
+        print(
+            "Exit status: 0 done, 1 error (of `doctor`: a run would stop), 2 unknown option, 70 watchdog, 128 + signal.\n"
+        )
     elif command == "--version":
         from stair import __version__
 
@@ -71,6 +78,10 @@ def main() -> None:
     else:
         known = ", ".join([*_TRAINER, *_COMMANDS])
         sys.exit(f"stair: no command {command!r}. Known: {known}. `stair --help` explains them")
+
+
+def _is_there(module: str) -> bool:
+    return importlib.util.find_spec(module.partition(".")[0]) is not None
 
 
 def lightning_main() -> None:
@@ -97,8 +108,10 @@ def lightning_main() -> None:
 def _call(command: str, args: list[str]) -> None:
     """Runs a function whose signature and docstring are the command line; an error of the user is one line."""
     about, module, name, extra = _COMMANDS[command]
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
+    if not _is_there(module):
         sys.exit(f"stair: `{command}` {_CHECKOUT}")
+    if {"--quiet", "--json"} & set(args):
+        os.environ["TQDM_DISABLE"] = "1"
     import inspect
 
     from jsonargparse import auto_cli, get_loader, set_loader
@@ -107,10 +120,11 @@ def _call(command: str, args: list[str]) -> None:
     default = get_loader("yaml")  # reads `#sunset` and `~` as no value
     set_loader("yaml", lambda text: text if (value := default(text)) is None else value, exceptions=(YAMLError,))
     try:
-        function = getattr(importlib.import_module(module), name)
+        function: Any = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         sys.exit(f"stair {command}: package {error.name} is missing; {install(extra)}")
     table = isinstance(function, dict)
+    function = {key: _for_scripts(each) for key, each in function.items()} if table else _for_scripts(function)
     functions = list(function.values()) if table else [function]
     parameters = [p for each in functions for p in inspect.signature(each).parameters.values()]
     flags = {f"--{p.name}" for p in parameters if p.annotation is bool}
@@ -126,6 +140,33 @@ def _call(command: str, args: list[str]) -> None:
         auto_cli(typed, args=args, prog=f"stair {command}", as_positional=True, description=description)
     except (ValueError, OSError) as error:
         sys.exit(f"stair {command}: {plain(str(error))}")
+
+
+def _for_scripts(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with the setting `quiet`, and `json` if it returns something. A result with `stops` exits with 1."""
+    import inspect
+    import json as json_format
+
+    signature = inspect.signature(function)
+    about = {"quiet": "print errors alone."}
+    if signature.return_annotation is not None:
+        about["json"] = "print the result as JSON, and nothing else."
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool) for name in about]
+    parameters = sorted([*signature.parameters.values(), *more], key=lambda parameter: parameter.kind)
+
+    @functools.wraps(function)
+    def call(*, quiet: bool = False, json: bool = False, **given: Any) -> None:
+        with contextlib.redirect_stdout(io.StringIO()) if quiet or json else contextlib.nullcontext():
+            result = function(**given)
+        if json:
+            print(json_format.dumps(result, indent=1, default=str))
+        if isinstance(result, dict) and result.get("stops"):
+            raise SystemExit(1)
+
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    lines = "".join(f"        {name}: {text}\n" for name, text in about.items())
+    call.__doc__ = (function.__doc__ or "").replace("    Args:\n", f"    Args:\n{lines}")
+    return call
 
 
 def _unmarked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -155,7 +196,7 @@ def _with_list(args: list[str], parameters: list[Any]) -> list[str]:
 
 
 def _train() -> None:
-    if importlib.util.find_spec("main") is None or importlib.util.find_spec("lightning_modules") is None:
+    if not (_is_there("main") and _is_there("lightning_modules")):
         sys.exit(f"stair: training {_CHECKOUT}")
     if importlib.util.find_spec("lightning") is None:
         sys.exit("stair: lightning is not installed; run `pip install -e '.[train]'` in the checkout")

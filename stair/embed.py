@@ -45,7 +45,7 @@ def embed(
     share: str = "0/1",
     device: str = "auto",
     format: Literal["safetensors", "parquet"] = "safetensors",
-) -> None:
+) -> dict[str, Any]:
     """Embeds pictures or texts. Run again after an interruption, it goes on where it stopped.
 
     Args:
@@ -104,7 +104,7 @@ def embed(
             part.save(paths[number], {"skipped": skipped})
             for line in skipped_lines(skipped):
                 tqdm.write(line)
-    _report(out, paths, side, len(items), listing.skipped)
+    return _report(out, paths, side, len(items), listing.skipped)
 
 
 def _encode(
@@ -122,12 +122,12 @@ def _encode(
     return Embeddings(sparse.vstack(rows, format="csr"), [item.id for item in kept], space, *records), skipped
 
 
-def _report(out: Path, paths: list[Path], side: Side, listed: int, unlisted: list[Skipped]) -> None:
+def _report(out: Path, paths: list[Path], side: Side, listed: int, unlisted: list[Skipped]) -> dict[str, Any]:
     """Prints what was taken and skipped by all processes; if nothing is missing, keeps it in `embeddings.json`."""
     existing = [path for path in paths if path.exists()]
     if len(existing) < len(paths):
         print(f"{out}: {len(existing)} of {len(paths)} parts; the same command makes the others")
-        return
+        return {"out": str(out), "parts": len(existing), "missing": len(paths) - len(existing)}
     undecoded = [Skipped(*one) for path in paths for one in json.loads(read_header(path)["facts"])["skipped"]]
     skipped = [*unlisted, *undecoded]
     causes, taken = count_causes(skipped), listed - len(undecoded)
@@ -135,6 +135,7 @@ def _report(out: Path, paths: list[Path], side: Side, listed: int, unlisted: lis
     write_json(out / PLAN, {**read_json(out / PLAN), **result})
     why = f" ({', '.join(f'{count} {cause}' for cause, count in causes.items())})" if causes else ""
     print(f"{out}: {len(paths)} parts, {taken} {side} taken, {len(skipped)} skipped{why}")
+    return {"out": str(out), "parts": len(paths), "missing": 0, **result}
 
 
 def _digest(items: Sequence[Item]) -> str:

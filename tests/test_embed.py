@@ -397,11 +397,10 @@ def test_sources_that_are_none_are_refused(folder, shard, tmp_path):
 
 def test_from_pictures_to_hits_on_the_command_line(stair, model, shard, tmp_path):
     index = tmp_path / "my.index"
-    stair("embed", model, shard, tmp_path / "e")
+    assert stair("embed", model, shard, tmp_path / "e", "--quiet") == ""
+    assert json.loads(stair("embed", model, shard, tmp_path / "e", "--json"))["taken"] == 5
     assert "5 documents" in stair("index", index, tmp_path / "e", "--verify")
-    hits = [
-        json.loads(line) for line in stair("search", index, "--like", "some-0000/sub/k2", "--json_lines").splitlines()
-    ]
+    hits = json.loads(stair("search", index, "--like", "some-0000/sub/k2", "--json"))
     wanted = SparseIndex.open(index).search(like="some-0000/sub/k2")
     assert [(hit["id"], hit["score"]) for hit in hits] == [(hit.id, hit.score) for hit in wanted]
     (tmp_path / "query.png").write_bytes(noise_png(3))

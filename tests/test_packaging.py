@@ -120,6 +120,8 @@ def test_training_without_a_checkout_is_refused_with_what_to_do(wheel: Path, tmp
     # -S leaves out site-packages, and with them an editable install of this checkout
     done = run(STAIR, "fit", path=tmp_path / "site", options=("-S",), cwd=tmp_path)
     assert done.returncode != 0 and "make setup" in done.stderr
+    listed = run(STAIR, "--help", path=tmp_path / "site", options=("-S",), cwd=tmp_path).stdout
+    assert "  search " in listed and not any(f"  {word} " in listed for word in ("fit", "consolidate"))
 
 
 @pytest.mark.parametrize("words", [("--help",), ("--version",), ("nonsense",)])

@@ -82,8 +82,7 @@ def test_a_sample_of_a_tar_is_good_or_bad_for_the_same_reason_in_every_command(s
 def test_the_doctor_counts_the_bad_samples_that_training_skips(tar, capsys):
     from stair.data.doctor import doctor
 
-    doctor([str(tar)], json=True, samples=100, global_batch_size=8, workers=1)
-    (source,) = json.loads(capsys.readouterr().out)["sources"].values()
+    (source,) = doctor([str(tar)], samples=100, global_batch_size=8, workers=1)["sources"].values()
     assert source["bad"] == dict.fromkeys(BAD, 1)
     assert source["looked_at"] == 8 + len(BAD) and source["taken"] == 8
 
@@ -141,9 +140,7 @@ def test_a_txt_of_several_lines_has_one_meaning_in_every_command(stair, model, t
     stair("evaluate", model, tmp_path / "set", "--output", tmp_path / "e")
     (measured,) = json.loads((tmp_path / "e" / "evaluation.json").read_text())["sets"].values()
     assert measured["protocol"]["captions"] == sum(map(len, wanted))
-    capsys.readouterr()
-    doctor([str(path)], json=True, global_batch_size=2, workers=1)
-    (source,) = json.loads(capsys.readouterr().out)["sources"].values()
+    (source,) = doctor([str(path)], global_batch_size=2, workers=1)["sources"].values()
     assert source["captions_an_image"]["most"] == len(wanted[0])
     shards = ImageTextShards(
         train=str(path), vocabulary=str(vocab_file), image_size=32, max_tokens=20, global_batch_size=2, workers=0

@@ -4,7 +4,6 @@ Shards are counted by index files, or by headers as far as the time given reache
 read and decoded (`diagnostics.py`, which also runs before every fit).
 """
 
-import json as json_format
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -51,9 +50,8 @@ def doctor(
     ranks: int = 1,
     samples: int = 256,
     seconds: float = 10.0,
-    json: bool = False,
     write_index: bool = False,
-) -> None:
+) -> dict[str, Any]:
     """Prints what is wrong with shards and which setting changes it.
 
     Args:
@@ -68,11 +66,10 @@ def doctor(
         ranks: processes that train.
         samples: of a source, that are read and decoded.
         seconds: for reading headers, where no index says how many samples there are.
-        json: print everything as JSON.
         write_index: read all of the local shards and write index.json beside them.
 
-    Raises:
-        SystemExit: with status 1 if something would stop a run.
+    Returns:
+        What is known of each source, the findings, and whether one of them `stops` a run: the command's exit status is 1.
     """
     given = {"vocabulary": vocabulary, "max_tokens": max_tokens, "image_size": image_size, "workers": workers}
     given |= {"global_batch_size": global_batch_size, "train_samples": train_samples}
@@ -89,12 +86,9 @@ def doctor(
         reports[name], of_source = _examine(name, source, requirements, settings, samples, seconds / len(sources))
         findings += of_source
     findings += diagnostics.worded("the run", _of_run(reports, settings, ranks))
-    if json:
-        print(json_format.dumps({"sources": reports, "findings": [one._asdict() for one in findings]}, indent=1))
-    else:
-        _print(reports, findings)
-    if any(one.severity == "stops" for one in findings):
-        raise SystemExit(1)
+    _print(reports, findings)
+    stops = any(one.severity == "stops" for one in findings)
+    return {"sources": reports, "findings": [one._asdict() for one in findings], "stops": stops}
 
 
 def _settings(files: list[str]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def evaluate(
     limit: int | None = None,
     no_probe: bool = False,
     batch_size: int = 64,
-) -> None:
+) -> dict[str, Any]:
     """Measures a model: retrieval, classification, sparsity, search cost, and what its terms mean.
 
     Prints tables, and writes evaluation.json, report.html and model_card.md, with the protocol of each figure.
@@ -83,6 +83,7 @@ def evaluate(
     show(result)
     write(folder, result, evaluated, sets, embedded)
     print(f"Written: {folder}/report.html, evaluation.json, model_card.md")
+    return result
 
 
 def open_set(

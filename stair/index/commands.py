@@ -1,8 +1,8 @@
 """`stair index` and `stair search`."""
 
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from stair.embeddings import Embeddings, part_files, read_header
 from stair.errors import SettingError
@@ -18,7 +18,7 @@ def index(
     delete_from: Path | None = None,
     replace: bool = False,
     verify: bool = False,
-) -> None:
+) -> dict[str, Any]:
     """Makes or changes an index: deletes documents and adds embeddings in one step, all or none of it.
 
     Args:
@@ -48,6 +48,7 @@ def index(
     each = facts["bytes"] / max(1, facts["documents"])
     size = f"{facts['documents']} documents, {facts['bytes']} bytes ({each:.0f} a document)"
     print(f"{folder}: {size}, {facts['similarity']}, model {facts['model'][:12]}")
+    return {"index": str(folder), **facts}
 
 
 def search(
@@ -60,8 +61,7 @@ def search(
     where: str | None = None,
     k: int = 10,
     shown: int = 5,
-    json_lines: bool = False,
-) -> None:
+) -> list[dict[str, Any]]:
     """Finds the documents of highest score: exact dot products, with the terms that make them.
 
     Args:
@@ -75,7 +75,6 @@ def search(
             our own, such as stair:file. Names and values with signs or ` and ` in them go between double quotes.
         k: how many hits.
         shown: how many shared terms of each.
-        json_lines: one JSON object a line instead of a table.
     """
     if (text is not None) + (image is not None) + (words is not None) + (like is not None) != 1:
         raise SettingError("give one of: a text, --image, --words, --like", "text")
@@ -86,17 +85,16 @@ def search(
         opened.use(Stair.from_pretrained(model))
     query = decode_image(image.read_bytes()) if image is not None else text
     hits = opened.search(query, k, words=words, like=like, where=where or ())
+    rows = []
     for hit in hits:
         terms = {term.token: term.contribution for term in hit.terms[:shown]}
-        if json_lines:
-            row = {"id": hit.id, "score": hit.score, "words": terms, "metadata": hit.metadata, "source": hit.source}
-            print(json.dumps(row, default=str))
-        else:
-            shared = " ".join(f"{term}:{contribution:.3f}" for term, contribution in terms.items())
-            print(f"{hit.score:9.4f}  {one_line(hit.id)}  {one_line(shared)}")
+        rows.append({"id": hit.id, "score": hit.score, "terms": terms, "metadata": hit.metadata, "source": hit.source})
+        shared = " ".join(f"{term}:{contribution:.3f}" for term, contribution in terms.items())
+        print(f"{hit.score:9.4f}  {one_line(hit.id)}  {one_line(shared)}")
     for condition, count in hits.not_comparable.items():
         rest = f"have no value that compares with {one_line(condition)}; they do not match"
         print(f"{count} of {len(opened)} documents {rest}", file=sys.stderr)
-    if not hits and not json_lines:
+    if not hits:
         restricted = f" where {one_line(where)}" if where else ""
         print(f"no document scores above 0{restricted}: none shares a term with the query that counts for it")
+    return rows
