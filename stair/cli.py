@@ -133,7 +133,14 @@ def _call(command: str, args: list[str]) -> None:
         for arg, following in zip(args, [*args[1:], "--"], strict=False)
     ]
     args = args if table else _with_list(args, parameters)
-    args = [re.sub(r"\A((--\w+=)?\s*null\s*)\Z", rf"\1{_MARK}", arg) for arg in args]
+    # of a number, as in `--seed null`, it is no value
+    texts = {f"--{p.name}" for p in parameters if re.search("str|Path", str(p.annotation))}
+    options = [
+        arg.split("=")[0] if arg.startswith("--") else last for last, arg in zip(["", *args], args, strict=False)
+    ]
+    is_text = [not option.startswith("--") or option in texts for option in options]
+    marked = [re.sub(r"\A((--\w+=)?\s*null\s*)\Z", rf"\1{_MARK}", arg) for arg in args]
+    args = [text if marks else arg for text, marks, arg in zip(marked, is_text, args, strict=True)]
     typed: Any = {key: _unmarked(each) for key, each in function.items()} if table else _unmarked(function)
     try:
         description = about if table else None  # a function's docstring describes it
