@@ -31,6 +31,7 @@ from stair.data.shard_index import SampleReader
 from stair.data.tars import walk
 from stair.errors import FileError, StairError
 
+_READ_AHEAD = 16  # samples
 _TRIES, _BROKEN = 200, 3  # samples, and shards that cannot be read, that are tried in the place of a bad one
 
 Sample = Grouped[bytes] | OSError  # or why its shard cannot be read
@@ -151,10 +152,15 @@ class IndexedPairs(Dataset[Made | StairError]):
         side, skips, pairs = self.make.augment.size, list[Skip](), list[Pair]()
         pixels_B3SS = torch.empty(len(samples), 3, side, side, dtype=torch.uint8)
         try:
-            for row, (which, sample) in enumerate(zip(samples, self._read(samples), strict=True)):
-                pair = self._made(which, sample, skips) or self._replacement(which, skips)
-                pixels_B3SS[row] = pair.pixels  # at once, so that the next image takes the memory of this one
-                pairs.append(replace(pair, pixels=pixels_B3SS[row], image_id=row))
+            due = zip(samples, self._read(samples), strict=True)
+            # read some, then decode some: by turns each would find the processor's caches full of the other's data
+            while part := list(itertools.islice(due, _READ_AHEAD)):
+                for which, sample in part:
+                    pair = self._made(which, sample, skips) or self._replacement(which, skips)
+                    pixels_B3SS[len(pairs)] = (
+                        pair.pixels
+                    )  # at once, so that the next image takes the memory of this one
+                    pairs.append(replace(pair, pixels=pixels_B3SS[len(pairs)], image_id=len(pairs)))
         except StairError as error:
             return error
         return self.make.collate(pairs, pixels_B3SS), len(samples), skips

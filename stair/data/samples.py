@@ -77,7 +77,7 @@ def printable(name: str) -> str:
         code = ord(match[0])
         return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
 
-    return _SURROGATE.sub(escaped, name)
+    return name if name.isascii() else _SURROGATE.sub(escaped, name)
 
 
 # ------------------------------------------------------------------ members
@@ -145,7 +145,7 @@ def is_wanted(name: str) -> bool:
 def key_and_type(name: str) -> tuple[str, str]:
     """Key and type (in lower case) of a member; both empty for members that belong to no sample."""
     key, kind = base_plus_ext(name)
-    return (key, kind.lower()) if key and not _META.match(name) else ("", "")
+    return (key, kind.lower()) if key and not ("__" in name and _META.match(name)) else ("", "")
 
 
 def group(
