@@ -39,19 +39,12 @@ Made = tuple[Batch, int, list[Skip]]  # a batch, how many samples were read for 
 
 
 class Source(NamedTuple):
-    """A named set of shards.
+    """A named set of shards."""
 
-    Attributes:
-        name: "" for an only source.
-        shards: paths, URLs or commands.
-        counts: samples in each shard; empty if they are not known.
-        weight: share of the pairs, relative to other sources; None to see each sample once an epoch.
-    """
-
-    name: str
-    shards: tuple[str, ...]
-    counts: tuple[int, ...] = ()
-    weight: float | None = None
+    name: str  # "" for an only source
+    shards: tuple[str, ...]  # paths, URLs or commands
+    counts: tuple[int, ...] = ()  # samples in each shard; empty if they are not known
+    weight: float | None = None  # share of the pairs, relative to other sources; None to see each sample once an epoch
 
 
 class ShardTable:
@@ -73,17 +66,11 @@ class ShardTable:
 
 @dataclass(frozen=True)
 class PairMaker:
-    """Makes training pairs and batches.
-
-    Attributes:
-        augment: makes pixels of an image's bytes.
-        collate: makes a batch of pairs.
-        caption_fields: probability of each field of the JSON (or `txt`) to give the caption; empty for the usual captions.
-    """
+    """Makes training pairs and batches."""
 
     augment: Augment
     collate: CollatePairs
-    caption_fields: Mapping[str, float] = field(default_factory=dict)
+    caption_fields: Mapping[str, float] = field(default_factory=dict)  # shares; empty for the usual captions
 
     def __call__(self, source: str, shard: str, sample: Sample, rng: random.Random, skips: list[Skip]) -> Pair | None:
         """The pair of a sample, None for a bad one; what is wrong or was converted is added to `skips`."""
@@ -124,23 +111,12 @@ def _stem(shard: str) -> str:
 
 @dataclass(eq=False)
 class IndexedPairs(Dataset[Made | StairError]):
-    """Training batches by their samples.
-
-    Attributes:
-        streams: the shards of each stream.
-        make: makes pairs.
-        seed: of crops, flips and captions.
-        remote: how shards that are not local files are read.
-    """
+    """Training batches by their samples."""
 
     streams: Sequence[ShardTable]
     make: PairMaker
-    seed: int | str
-    remote: Remote
-
-    def __post_init__(self) -> None:
-        """Opens nothing."""
-        self._reader = SampleReader(self.remote)
+    seed: int | str  # of crops, flips and captions
+    reader: SampleReader
 
     def __getitems__(self, samples: list[SampleId]) -> Made | StairError:
         """The batch of these samples. A bad one is replaced by the next good one of its shard, or of the next shards.
@@ -168,7 +144,7 @@ class IndexedPairs(Dataset[Made | StairError]):
     def _read(self, samples: Sequence[SampleId]) -> Iterator[Sample]:
         shards = [self.streams[each.stream][each.shard] for each in samples]
         rows = [(shard, each.row, count) for each, (_, shard, count) in zip(samples, shards, strict=True)]
-        return self._reader.read(rows)
+        return self.reader.read(rows)
 
     def _made(self, which: SampleId, sample: Sample, skips: list[Skip]) -> Pair | None:
         source, shard, _ = self.streams[which.stream][which.shard]
@@ -208,17 +184,6 @@ class StreamedPairs(IterableDataset[Made]):
     """Training batches from shards that are read from front to end, drawn with replacement, without end.
 
     Each process draws for itself, by seed and `start`: a resumed run makes new draws.
-
-    Attributes:
-        streams: the shards of each stream.
-        shares: how many pairs of each stream a batch holds.
-        make: makes pairs.
-        seed: of everything random.
-        rank: this process, from 0.
-        ranks: processes that train.
-        shuffle: samples that are shuffled among each other.
-        remote: time-out of commands and connections.
-        start: the first step, counted from the start of the run.
     """
 
     streams: Sequence[ShardTable]
@@ -227,9 +192,9 @@ class StreamedPairs(IterableDataset[Made]):
     seed: int | str
     rank: int
     ranks: int
-    shuffle: int
+    shuffle: int  # samples that are shuffled among each other
     remote: Remote
-    start: int = 0
+    start: int = 0  # the first step, counted from the start of the run
 
     def __iter__(self) -> Iterator[Made]:
         info = get_worker_info()

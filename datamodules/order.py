@@ -38,31 +38,16 @@ def _number(*parts: object) -> int:
 
 
 class SampleId(NamedTuple):
-    """A sample that is due.
-
-    Attributes:
-        stream: its number.
-        shard: of the stream.
-        row: of the shard.
-        position: in the stream. It occurs once in a run: captions and crops are drawn by it.
-    """
+    """A sample that is due, by numbers."""
 
     stream: int
-    shard: int
-    row: int
-    position: int
+    shard: int  # of the stream
+    row: int  # of the shard
+    position: int  # in the stream. It occurs once in a run: captions and crops are drawn by it
 
 
 class Stream:
-    """The samples of a source in their order.
-
-    Args:
-        counts: samples in each shard.
-        seed: of all draws.
-        global_batch: pairs G in a global batch.
-        shuffle: window W; 0 keeps the order of samples.
-        resample: whether shards are drawn with replacement.
-    """
+    """The samples of a source in their order. Arguments as of `Order`; `counts` are the samples in each shard."""
 
     def __init__(self, counts: Ints, seed: str, global_batch: int, shuffle: int, resample: bool) -> None:
         self.counts, self.seed, self.resample = counts, seed, resample
@@ -110,12 +95,7 @@ class Stream:
 
 
 class Shares:
-    """How many pairs of each stream a global batch holds: the share of its weight, to one pair.
-
-    Args:
-        weights: of the streams, relative to each other.
-        global_batch: pairs G in a global batch.
-    """
+    """How many pairs of each stream a global batch of G pairs holds: the share of its weight, to one pair."""
 
     def __init__(self, weights: Sequence[float], global_batch: int) -> None:
         self.of_all = [weight / math.fsum(weights) for weight in weights]

@@ -22,6 +22,7 @@ from datamodules.workers import start_server
 from stair.data.diagnostics import Requirements, probe
 from stair.data.pairs import EvaluationPairs
 from stair.data.remote import Remote, check_cache
+from stair.data.shard_index import SampleReader
 from stair.data.specs import Shards, mixture, require
 from stair.errors import SettingError, errors_name
 from stair.images import MAX_PIXELS
@@ -157,15 +158,7 @@ class ImageTextShards(LightningDataModule):
         return self._loader.counter.by_source(converted=True) if self._loader else {}
 
     def setup(self, stage: str) -> None:
-        """Finds, counts and checks everything that the stage reads.
-
-        Args:
-            stage: `fit`, `validate`, `test` or `predict`.
-
-        Raises:
-            FileNotFoundError: if a shard spec matches nothing.
-            ValueError: if shards hold too little, or not what is wanted.
-        """
+        """Finds, counts and checks all that a stage (`fit`, `validate`, `test`, `predict`) reads."""
         if stage == "fit" and self.train:
             self._loader = self._training()
         part, specs = ("val", self.val) if stage in ("fit", "validate") else ("test", self.test)
@@ -189,7 +182,7 @@ class ImageTextShards(LightningDataModule):
         counts = [table.counts for table in tables]
         order = Order(counts, names, weights, seed, self.global_batch_size, samples, shuffle, self.resample)
         make = PairMaker(self.augment, self.collate, self.caption_fields)
-        dataset: IndexedPairs | StreamedPairs = IndexedPairs(tables, make, seed, remote)
+        dataset: IndexedPairs | StreamedPairs = IndexedPairs(tables, make, seed, SampleReader(remote))
         if not sources[0].counts:
             dataset = StreamedPairs(tables, order.shares, make, seed, rank, ranks, shuffle, remote)
             if rank == 0:
@@ -270,11 +263,7 @@ class ImageTextShards(LightningDataModule):
         return 0, 1
 
     def train_dataloader(self) -> TrainingLoader:
-        """The resumable loader; the same object each time, so that a reload goes on with the next epoch.
-
-        Raises:
-            ValueError: if there are no training shards.
-        """
+        """The resumable loader; the same object each time, so that a reload goes on with the next epoch."""
         if self._loader is None:
             raise ValueError("nothing to train on: give shards, as in --data.train 'shards/*.tar'")
         return self._loader

@@ -7,21 +7,13 @@ CONVERTED = "converted "  # how causes begin that skip nothing
 
 
 class Skip(NamedTuple):
-    """A sample that was skipped, or a warning about one that was not.
+    """A sample that was skipped, or a warning about one that was not."""
 
-    Attributes:
-        reason: begins with its cause and a colon.
-        source: name of the source.
-        shard: path or URL.
-        place: key and shard, for messages.
-        samples: how many were skipped; 0 for a warning.
-    """
-
-    reason: str
+    reason: str  # begins with its cause and a colon
     source: str
-    shard: str
-    place: str
-    samples: int
+    shard: str  # path or URL
+    place: str  # key and shard, for messages
+    samples: int  # how many were skipped; 0 for a warning
 
     @property
     def cause(self) -> str:
@@ -66,11 +58,7 @@ class SkipCounter:
         )
 
     def by_cause(self, converted: bool = False) -> dict[str, int]:
-        """Skipped samples and warnings by cause, and by `source/cause` if sources have names.
-
-        Args:
-            converted: count converted images by their kind instead. An image of two kinds counts twice.
-        """
+        """Skipped samples and warnings, or converted images, by cause, and by `source/cause` if sources have names."""
         counts = Counter[str]()
         for (cause, source, _), count in (self.skipped + self.warnings).items():
             if cause.startswith(CONVERTED) == converted:

@@ -33,11 +33,7 @@ def image_files(folder: Path) -> Iterator[ImageFile | Skipped]:
 
 
 def class_files(folder: Path) -> tuple[list[str], list[tuple[ImageFile, int]], list[Skipped]]:
-    """Images in a folder for each class, at any depth below it.
-
-    Returns:
-        The sorted names of the folders; images with the place of their class among these; entries that are not used.
-    """
+    """Images of a folder per class: sorted names of the folders, images with the number of theirs, skipped entries."""
     places = os.scandir(folder) if folder.is_dir() else ()
     names = sorted(place.name for place in places if not place.name.startswith(HIDDEN) and os.path.isdir(place.path))
     labels, files, skipped = {name: label for label, name in enumerate(names)}, list[tuple[ImageFile, int]](), []

@@ -36,21 +36,13 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """One image and its captions, read.
+    """One image and its captions, read."""
 
-    Attributes:
-        pixels: (3, S, S) uint8.
-        captions: at least one.
-        image_id: place in the set, or -1 for a row that only evens out ranks.
-        key: `tar/__key__`.
-        source: name of the source in a mixture, else "".
-    """
-
-    pixels: Tensor
-    captions: list[str]
-    image_id: int
-    key: str
-    source: str = ""
+    pixels: Tensor  # (3, S, S) uint8
+    captions: list[str]  # at least one
+    image_id: int  # number in the set, or -1 for a row that only evens out ranks
+    key: str  # `tar/__key__`
+    source: str = ""  # name of the source in a mixture
 
 
 class EvaluationPairs(Dataset[Pair]):

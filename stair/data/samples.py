@@ -35,15 +35,10 @@ Value = TypeVar("Value")
 
 
 class Skipped(NamedTuple):
-    """An input that is not used.
+    """An input that is not used."""
 
-    Attributes:
-        place: file, line of a table or key of a sample.
-        reason: begins with its cause and a colon.
-    """
-
-    place: str
-    reason: str
+    place: str  # file, line of a table or key of a sample
+    reason: str  # begins with its cause and a colon
 
     @property
     def cause(self) -> str:
@@ -84,44 +79,26 @@ def printable(name: str) -> str:
 
 
 class Member(NamedTuple):
-    """A regular file in a tar.
+    """A regular file in a tar."""
 
-    Attributes:
-        name: path in the archive.
-        start: where its headers begin in the (uncompressed) archive, in bytes.
-        offset: where its bytes begin.
-        size: their number.
-        read: reads them; only before the next member is taken.
-    """
-
-    name: str
-    start: int
-    offset: int
-    size: int
-    read: Callable[[], bytes]
+    name: str  # path in the archive
+    start: int  # where its headers begin in the (uncompressed) archive, in bytes
+    offset: int  # where its bytes begin
+    size: int  # their number
+    read: Callable[[], bytes]  # reads them; only before the next member is taken
 
 
 @dataclass
 class Grouped(Generic[Value]):
-    """The members of one sample.
+    """The members of one sample."""
 
-    Attributes:
-        key: name of the members up to the first dot of the file name.
-        members: by type in lower case (`jpg`, `json`, ...).
-        problems: reasons to skip the sample, each with its cause and a colon.
-        warnings: notes that are no reason to skip it.
-        start: where its first header begins, in bytes.
-        stop: where its last member ends, a multiple of 512.
-        dotted: problems by name up to the last dot, as of `1.5.png`.
-    """
-
-    key: str
-    members: dict[str, Value] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    start: int = 0
-    stop: int = 0
-    dotted: dict[str, str] = field(default_factory=dict)
+    key: str  # name of the members up to the first dot of the file name
+    members: dict[str, Value] = field(default_factory=dict)  # by type in lower case (`jpg`, `json`, ...)
+    problems: list[str] = field(default_factory=list)  # reasons to skip the sample, each with its cause and a colon
+    warnings: list[str] = field(default_factory=list)  # notes that are no reason to skip it
+    start: int = 0  # where its first header begins, in bytes
+    stop: int = 0  # where its last member ends, a multiple of 512
+    dotted: dict[str, str] = field(default_factory=dict)  # problems by name up to the last dot, as of `1.5.png`
 
     def resolved(self) -> "Iterator[Grouped[Value]]":
         """The sample. If it has no image and dotted names, one bad sample for each name that was meant as a key."""
@@ -151,12 +128,10 @@ def key_and_type(name: str) -> tuple[str, str]:
 def group(
     members: Iterable[Member], value: Callable[[Member], Value], everything: bool = False
 ) -> Iterator[Grouped[Value]]:
-    """Groups members of an archive into samples.
+    """Groups members of an archive into samples; `value` computes what is kept of a member.
 
-    Args:
-        members: in their order. If they raise, the sample at hand is not yielded: a part of it may be missing.
-        value: computes what is kept of a member.
-        everything: whether members are kept that no sample can use.
+    If `members` raises, the sample at hand is not yielded: a part of it may be missing. With `everything`, members are kept
+    that no sample can use.
     """
     sample: Grouped[Value] = Grouped("")
     for member in members:

@@ -84,8 +84,9 @@ def write(path: Path | str, rows: Rows, size: int) -> None:
         np.save(file, np.concatenate([first, rows]).astype("<u4"), allow_pickle=False)
 
 
-def _header(path: str, data: bytes) -> tuple[int, int]:
-    """Number of samples and size of the shard in bytes, by the beginning of its index."""
+def _checked(shard: str, data: bytes) -> int:
+    """Number of samples by the beginning of an index; FileError if it is damaged, or of another file."""
+    path = index_path(shard)
     beginning = io.BytesIO(data)
     try:
         np.lib.format.read_magic(beginning)
@@ -95,15 +96,10 @@ def _header(path: str, data: bytes) -> tuple[int, int]:
             raise ValueError("it is of another format")
     except (ValueError, TypeError, EOFError) as error:
         raise FileError(f"{path} is no index of a shard ({error}): {_REMEDY}", path) from error
-    return shape[0] - 1, high << 32 | low
-
-
-def _checked(shard: str, path: str, data: bytes) -> int:
-    """Number of samples by the beginning of an index; FileError if it is damaged, or of another file."""
-    samples, size = _header(path, data)
+    size: int = high << 32 | low
     if not is_remote(shard) and size != (actual := os.stat(shard).st_size):
         raise FileError(f"{shard} has {actual} bytes, {path} was made for a file of {size} bytes: {_REMEDY}", shard)
-    return samples
+    return int(shape[0]) - 1
 
 
 def read_index(shard: str, remote: Remote) -> Rows:
@@ -113,12 +109,10 @@ def read_index(shard: str, remote: Remote) -> Rows:
         FileError: if the index is damaged or of another file.
         OSError: if shard or index cannot be read.
     """
-    path = index_path(shard)
-    (data,) = read_ranges([(path, 0, _LONGEST)], replace(remote, cache=None))
+    (data,) = read_ranges([(index_path(shard), 0, _LONGEST)], replace(remote, cache=None))
     if isinstance(data, OSError):
         return _without_file(shard, remote, data)
-    samples = _checked(shard, path, data)
-    return _rows(shard, data[_position(0) :], samples)
+    return _rows(shard, data[_position(0) :], _checked(shard, data))
 
 
 def _position(row: int) -> int:
@@ -310,10 +304,10 @@ def sizes(shards: Sequence[str], remote: Remote, processes: int) -> dict[str, tu
     counts |= {shard: (entry[0], "") for shard, entry in stated.items() if entry and shard not in counts}
     opened = [shard for shard in stated if shard not in counts]
     ranges = [(index_path(shard), 0, _position(0)) for shard in opened]
-    for shard, (path, *_), data in zip(opened, ranges, read_ranges(ranges, replace(remote, cache=None)), strict=True):
+    for shard, data in zip(opened, read_ranges(ranges, replace(remote, cache=None)), strict=True):
         if isinstance(data, OSError):
             raise _no_index(shard, data, remote)
-        counts[shard] = _checked(shard, path, data), ""
+        counts[shard] = _checked(shard, data), ""
     return {s: (counts[s][0], counts[s][1] or ("" if counts[s][0] else f"{s} holds no sample")) for s in stated}
 
 
