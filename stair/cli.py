@@ -71,6 +71,8 @@ def main() -> None:
         from stair import __version__
 
         print(__version__)
+    elif command == "--completion":
+        _print_completion(args[0] if args else "bash")
     elif command in _TRAINER:
         _train()
     elif command in _COMMANDS:
@@ -174,6 +176,20 @@ def _for_scripts(function: Callable[..., Any]) -> Callable[..., Any]:
     lines = "".join(f"        {name}: {text}\n" for name, text in about.items())
     call.__doc__ = (function.__doc__ or "").replace("    Args:\n", f"    Args:\n{lines}")
     return call
+
+
+def _print_completion(shell: str) -> None:
+    from jsonargparse import auto_parser
+
+    if importlib.util.find_spec("shtab") is None:
+        sys.exit(f"stair --completion: package shtab is missing; {install('completion')}")
+    if shell not in ("bash", "zsh", "tcsh"):
+        sys.exit(f"stair --completion: {shell!r} is no known shell; give bash, zsh or tcsh")
+    functions = {}
+    for name, (_, module, function, _) in _COMMANDS.items():
+        with contextlib.suppress(ModuleNotFoundError):  # no completion for what is not installed
+            functions[name] = getattr(importlib.import_module(module), function)
+    print(auto_parser(functions, as_positional=True, prog="stair").get_completion_script(f"shtab-{shell}"))
 
 
 def _unmarked(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -181,3 +181,10 @@ def test_a_command_without_its_packages_names_the_extra_that_installs_them():
     result = run("sys.modules['starlette'] = None; " + STAIR, "serve", "index", "model")
     assert result.returncode == 1 and "starlette" in result.stderr and "[search]" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_the_shell_completes_commands_and_options():
+    script = run(STAIR, "--completion", "bash").stdout
+    assert "_shtab_stair_subparsers=(embed index" in script and "--where" in script
+    assert run(STAIR, "--completion", "sh").returncode == 1
