@@ -23,7 +23,7 @@ from stair.vocabulary import Vocabulary
 
 _COLUMNS = 4
 _WIDTH, _HEIGHT = 336, 192  # of a panel, in pixels
-_IN_CAPTION, _OTHER = "#2ca02c", "#7f7f7f"
+_IN_CAPTION, _OTHER = "#1f7a6d", "#d9a441"  # as in stair/pages/style.css
 
 
 class _Panel(NamedTuple):
