@@ -3,6 +3,7 @@
 Nothing heavy is imported before it is needed. Training lives in the checkout (main.py), not in the wheel.
 """
 
+import ast
 import contextlib
 import functools
 import importlib
@@ -12,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from stair.errors import install
@@ -121,10 +123,7 @@ def _call(command: str, args: list[str]) -> None:
 
     default = get_loader("yaml")  # reads `#sunset` and `~` as no value
     set_loader("yaml", lambda text: text if (value := default(text)) is None else value, exceptions=(YAMLError,))
-    try:
-        function: Any = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        sys.exit(f"stair {command}: package {error.name} is missing; {install(extra)}")
+    function: Any = _described(module, name)
     table = isinstance(function, dict)
     function = {key: _for_scripts(each) for key, each in function.items()} if table else _for_scripts(function)
     functions = list(function.values()) if table else [function]
@@ -147,8 +146,47 @@ def _call(command: str, args: list[str]) -> None:
     try:
         description = about if table else None  # a function's docstring describes it
         auto_cli(typed, args=args, prog=f"stair {command}", as_positional=True, description=description)
+    except ModuleNotFoundError as error:
+        sys.exit(f"stair {command}: package {error.name} is missing; {install(extra)}")
     except (ValueError, OSError) as error:
         sys.exit(f"stair {command}: {plain(str(error))}")
+
+
+def _described(module: str, name: str) -> Any:
+    """A function with the signature and docstring of another, or a table of such functions, by reading its source.
+
+    Importing a module that imports torch takes seconds; that is left to the call.
+    """
+    root, *inner = module.split(".")
+    spec = importlib.util.find_spec(root)
+    assert spec is not None and spec.submodule_search_locations is not None
+    path = Path(spec.submodule_search_locations[0], *inner)
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return _stand_in(module, node, body)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Dict):
+            sources = {a.name: n.module or "" for n in body if isinstance(n, ast.ImportFrom) for a in n.names}
+            items = zip(node.value.keys, node.value.values, strict=True)
+            names = {ast.literal_eval(key): ast.unparse(value) for key, value in items if key is not None}
+            return {key: _described(sources[value], value) for key, value in names.items()}
+    return getattr(importlib.import_module(module), name)
+
+
+def _stand_in(module: str, node: ast.FunctionDef, body: list[ast.stmt]) -> Callable[..., Any]:
+    def call(**given: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(**given)
+
+    name, light = node.name, sys.stdlib_module_names
+    if node.args.kwarg is not None:  # jsonargparse looks into the body for what these are
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return function
+    imports = [n for n in body if isinstance(n, ast.ImportFrom) and (n.module or "").partition(".")[0] in light]
+    node.body = node.body[:1]
+    space: dict[str, Any] = {"__name__": "stair"}  # jsonargparse would import the module itself
+    exec(compile(ast.Module([*imports, node], []), module, "exec"), space)
+    return functools.update_wrapper(call, space[name])
 
 
 def _for_scripts(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,7 +34,7 @@ def embed(
     model: str,
     source: str,
     out: Path,
-    side: Side = "images",
+    side: Literal["images", "texts"] = "images",
     column: str | None = None,
     id_column: str | None = None,
     top: int | None = None,

@@ -5,12 +5,13 @@ H × W pixels, S the side of the square that a model takes.
 
 import io
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit: 256 MiB of RGB
 
@@ -120,7 +121,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def box_pixels(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Tensor:
+def box_pixels(image: Image.Image, box: tuple[float, float, float, float], size: int) -> "Tensor":
     """Scales a box of an image to a square, bicubic with antialiasing.
 
     Crop and resize are one step: resizing first would enlarge an image of 10,000 × 1 pixels to gigabytes.
@@ -133,12 +134,14 @@ def box_pixels(image: Image.Image, box: tuple[float, float, float, float], size:
     Returns:
         (3, S, S) uint8.
     """
+    import torch  # here, as `stair prepare` does without it
+
     square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     pixels_HWC = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, 3)
     return pixels_HWC.permute(2, 0, 1).contiguous()
 
 
-def eval_pixels(image: Image.Image, size: int) -> Tensor:
+def eval_pixels(image: Image.Image, size: int) -> "Tensor":
     """The preprocessing of every image outside training: short side to `size`, centre crop.
 
     Args:

@@ -33,7 +33,7 @@ def test_a_batch_of_one_pair_is_refused():
 def test_pictures_of_numbers_that_are_none_give_no_weight_that_is_none(tiny_stair):
     strange = [Image.fromarray(np.full((32, 32), value, np.float32)) for value in (np.nan, np.inf, -np.inf, 1e38)]
     assert tiny_stair.encode_image(strange).isfinite().all()
-    with pytest.raises(ValueError, match=r"pixels are of torch.float32.*uint8"):
+    with pytest.raises(ValueError, match="uint8"):
         tiny_stair.encode_image(torch.full((1, 3, 32, 32), torch.nan))
 
 

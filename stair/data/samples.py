@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from webdataset.tariterators import base_plus_ext
-
 from stair.data.remote import is_remote
 from stair.plain import one_line
 
@@ -121,6 +119,8 @@ def is_wanted(name: str) -> bool:
 
 def key_and_type(name: str) -> tuple[str, str]:
     """Key and type (in lower case) of a member; both empty for members that belong to no sample."""
+    from webdataset.tariterators import base_plus_ext  # here, as it imports torch
+
     key, kind = base_plus_ext(name)
     return (key, kind.lower()) if key and not ("__" in name and _META.match(name)) else ("", "")
 

@@ -21,11 +21,10 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
-from webdataset.writer import TarWriter
 
 from stair.data.remote import LOCAL
 from stair.data.samples import Skipped, check_caption, count_causes, printable, skipped_lines
@@ -34,6 +33,9 @@ from stair.data.specs import require
 from stair.errors import FileError, StairError
 from stair.files import atomic_write, lock, read_json, sha256, write_json
 from stair.images import MAX_PIXELS, decode_image, image_format
+
+if TYPE_CHECKING:
+    from webdataset.writer import TarWriter
 
 REPORT, CLASSNAMES = "prepare.json", "classnames.json"
 _SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -224,8 +226,10 @@ def make_shard(
     return {**counts, "written_anew": dict(written_anew), "skipped": skipped}
 
 
-def open_tar(file: BinaryIO) -> TarWriter:
+def open_tar(file: BinaryIO) -> "TarWriter":
     """A tar whose headers do not change from one run to the next."""
+    from webdataset.writer import TarWriter  # here, as it imports torch
+
     return TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False)
 
 
