@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stair.errors import FileError
-from stair.files import lock, read_json, write_json
+from stair.files import lock, process_start, read_json, write_json
 
 HEARTBEAT = 30.0  # seconds between two signs of life of a lock's holder
 STALE = 300.0  # seconds without one, after which a holder that cannot be checked counts as dead
@@ -64,15 +64,6 @@ def lock_holder() -> dict[str, Any]:
         "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-
-
-def process_start(process: int) -> str | None:
-    """When a process of this machine started: numbers are used again. None if it has ended, or there is no /proc."""
-    try:
-        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else fields[18]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -43,12 +43,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.{platform.node()}."
     for stale in path.parent.glob(f"{glob.escape(prefix)}*.part"):  # of killed processes of this machine
-        try:
-            os.kill(int(stale.name.split(".")[-3]), 0)
-        except ProcessLookupError:
+        process = stale.name.split(".")[-3]
+        if process.isdecimal() and _has_ended(int(process)):
             remove(stale)
-        except (PermissionError, ValueError):
-            pass
     part = path.with_name(f"{prefix}{os.getpid()}.{secrets.token_hex(4)}.part")
     with removed_on_failure(path, part):
         mode = new_file_mode(part)
@@ -57,6 +54,26 @@ def atomic_write(path: Path) -> Iterator[Path]:
         sync(part)
         part.replace(path)
     sync(path.parent)
+
+
+def process_start(process: int) -> str | None:
+    """When a process of this machine started: numbers are used again. None if it has ended, or there is no /proc."""
+    try:
+        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else fields[18]
+
+
+def _has_ended(process: int) -> bool:
+    """Also of one that nobody waits for, a zombie, which keeps its number; usual where containers have no init."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return process_start(os.getpid()) is not None and process_start(process) is None
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -79,6 +79,25 @@ def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path):
     assert caught.value.path == tmp_path
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no /proc, which tells a zombie from a process")
+def test_what_a_killed_process_left_is_removed_although_nobody_waited_for_it(tmp_path):
+    """In a container without init its number stays taken."""
+    code = f"""
+import os, signal
+from pathlib import Path
+from stair.files import atomic_write
+with atomic_write(Path({str(tmp_path / "a")!r})) as part:
+    part.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and not waited for
+    assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+    write_bytes(tmp_path / "a", b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    process.wait()
+
+
 def test_files_of_others_stay_and_stale_files_of_ours_go(tmp_path):
     folder = tmp_path / "m"
     save(folder, weights="1", valid_json="ours", extra="1")

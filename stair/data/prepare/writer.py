@@ -339,6 +339,8 @@ def _results(jobs: Sequence[tuple[Any, ...]], workers: int) -> Generator[Record,
     if workers < 2:
         yield from map(_record, jobs)
         return
+    import webdataset.writer  # noqa: F401 - takes seconds: once here, not in each process
+
     with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
         try:
             yield from pool.map(_record, jobs)
