@@ -153,3 +153,12 @@ def test_without_validations_last_ckpt_is_written_where_they_would_be(
         last.setup(cli.trainer, cli.model, "fit")
         assert last._every_n_train_steps == steps and last._save_on_train_epoch_end == epoch_end
         assert last._train_time_interval == (seconds and timedelta(seconds=seconds))
+
+
+def test_help_of_training_shows_our_settings_before_those_of_the_trainer(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main.main(["fit", "--help"])
+    text = capsys.readouterr().out
+    places = [text.index(f"\n  {name} ") for name in ("--run", "--data.train", "--transition.init_from")]
+    assert ended.value.code == 0 and text.startswith("usage: ") and "--trainer.max_steps" not in text[: max(places)]
+    assert text.index("--trainer.max_steps") > max(places)
