@@ -7,6 +7,7 @@ B pairs on this rank, V terms.
 """
 
 import math
+import timeit
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,6 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.benchmark import Timer
 
 from callbacks.run_monitor import logs_now, of_all_ranks
 from callbacks.sparsity_monitor import vocabulary_of
@@ -45,7 +45,9 @@ class _Step(NamedTuple):
 def bf16_cost() -> float:
     """Time of a matrix product in bf16 on this CPU, in units of that in fp32: above 30 without instructions for it."""
     dtypes = torch.bfloat16, torch.float32
-    bf16, fp32 = (Timer("x @ x", globals={"x": torch.ones(256, 256, dtype=d)}).timeit(3).mean for d in dtypes)
+    # not torch.utils.benchmark: importing it looks for CUDA, and ddp_fork refuses a process that has done so
+    squares = [{"x": torch.ones(256, 256, dtype=dtype)} for dtype in dtypes]
+    bf16, fp32 = (min(timeit.repeat("x @ x", globals=x, number=1, repeat=3)) for x in squares)  # the first sets up
     return bf16 / fp32
 
 
