@@ -137,7 +137,12 @@ class SaveSettings(Callback):
             self._save(trainer, f"{trainer.state.fn.value}/{trainer.state.fn.value}.yaml")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.training or trainer.validating:
+        if (trainer.training or trainer.validating) and trainer.global_step > 0:
+            self._save(trainer, "config.yaml")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # after the checkpoint of step 0: settings alone would look like a training that lost its checkpoint
+        if trainer.global_step == 0 and checkpoint_path(trainer.default_root_dir, "last").exists():
             self._save(trainer, "config.yaml")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
