@@ -135,9 +135,9 @@ def _stands_in(data: bytes, name: bytes, content: bytes) -> bool:
 
 
 def _name(header: bytes) -> bytes:
-    """The name in a header: the ustar format keeps the folders of long ones in a second field."""
+    """The name in a header: a second field has the folders of long ones, which `tarfile` adds whatever the format's mark."""
     name, folders = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
-    return folders + b"/" + name if folders and header[257:263] == b"ustar\0" else name
+    return folders + b"/" + name if folders else name
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
