@@ -135,7 +135,7 @@ def _stands_in(data: bytes, name: bytes, content: bytes) -> bool:
 
 
 def _name(header: bytes) -> bytes:
-    """The name in a header: a second field has the folders of long ones, which `tarfile` adds whatever the format's mark."""
+    """The name in a header: a second field has the folders of long ones, which tarfile adds whatever the format's mark."""
     name, folders = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
     return folders + b"/" + name if folders else name
 
