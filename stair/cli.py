@@ -78,7 +78,10 @@ def main() -> None:
     elif command in _TRAINER:
         _train()
     elif command in _COMMANDS:
-        _call(command, args)
+        try:
+            _call(command, args)
+        except ModuleNotFoundError as error:
+            sys.exit(f"stair {command}: package {error.name} is missing; {install(_COMMANDS[command][3])}")
     else:
         known = ", ".join([*_TRAINER, *_COMMANDS])
         sys.exit(f"stair: no command {command!r}. Known: {known}. `stair --help` explains them")
@@ -111,7 +114,7 @@ def lightning_main() -> None:
 
 def _call(command: str, args: list[str]) -> None:
     """Runs a function whose signature and docstring are the command line; an error of the user is one line."""
-    about, module, name, extra = _COMMANDS[command]
+    about, module, name, _ = _COMMANDS[command]
     if not _is_there(module):
         sys.exit(f"stair: `{command}` {_CHECKOUT}")
     if {"--quiet", "--json"} & set(args):
@@ -146,8 +149,6 @@ def _call(command: str, args: list[str]) -> None:
     try:
         description = about if table else None  # a function's docstring describes it
         auto_cli(typed, args=args, prog=f"stair {command}", as_positional=True, description=description)
-    except ModuleNotFoundError as error:
-        sys.exit(f"stair {command}: package {error.name} is missing; {install(extra)}")
     except (ValueError, OSError) as error:
         sys.exit(f"stair {command}: {plain(str(error))}")
 
