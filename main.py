@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before anything is imported that takes time
 
     prepare(sys.argv[1:])
 
+import gc
 import warnings
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def main(args: list[str] | None = None) -> StairCLI:
     Args:
         args: the arguments after the command; those of the process if None.
     """
+    gc.enable()  # which `prepare` switched off
     for notice in _NOTICES:
         warnings.filterwarnings("ignore", notice)
     keep_names()

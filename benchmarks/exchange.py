@@ -30,7 +30,7 @@ def embeddings(args):
             raise SystemExit(f"{args.captions} has {len(captions)} captions, wanted {2 * args.batch}")
         return {"texts": Stair.from_pretrained(args.model).encode_text(captions)}
     g = torch.Generator().manual_seed(0)
-    shape = 2 * args.batch, args.words
+    shape = 2 * args.batch, args.num_terms
     return {f"{s:.1%}": torch.rand(shape, generator=g) * (torch.rand(shape, generator=g) < s) for s in SHARES}
 
 
@@ -49,13 +49,13 @@ def on_rank(rank, folder, batch, kind):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=64, help="pairs of a rank")
-    parser.add_argument("--words", type=int, default=30_522)
+    parser.add_argument("--num_terms", type=int, default=30_522)
     parser.add_argument("--model")
     parser.add_argument("--captions")
     args = parser.parse_args()
     print(header("Bytes gathered a sample and side", torch.device("cpu")))
     for kind in (torch.bfloat16, torch.float32):
-        print(f"{kind}\n\n| what | words active | payload | bytes | to dense CLIP |\n|---|---|---|---|---|", flush=True)
+        print(f"{kind}\n\n| what | terms active | payload | bytes | to dense CLIP |\n|---|---|---|---|---|", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             torch.save(embeddings(args), f"{folder}/rows")
             mp.start_processes(on_rank, (folder, args.batch, kind), nprocs=2, start_method="fork")

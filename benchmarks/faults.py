@@ -218,7 +218,7 @@ def _awaited(child: int, strike_after: float | None) -> int:
     return status
 
 
-def words(data: Path, run: Path, stage: int, ranks: int) -> list[str]:
+def stage_args(data: Path, run: Path, stage: int, ranks: int) -> list[str]:
     """The command of a stage."""
     return [
         "fit",
@@ -251,7 +251,7 @@ def train_through(data: Path, run: Path, ranks: int, kills: list[Kill], usual: f
 
             def work(stage: int = stage) -> None:
                 _note_keys(run / "keys.txt")
-                write_index(run) if stage == 0 else train(words(data, run, stage, ranks))
+                write_index(run) if stage == 0 else train(stage_args(data, run, stage, ranks))
 
             status = attempt(work, run / "log.txt", kill, usual)
             if kill:

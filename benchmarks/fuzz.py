@@ -25,7 +25,7 @@ def _tar(folder: Path) -> tuple[Door, list[bytes]]:
     """A shard: members, samples, captions."""
     from stair.data.samples import captions
     from stair.data.tars import stream, walk
-    from tests.test_fuzz_shards import WHOLE
+    from tests.support.fuzzing import WHOLE
 
     path = folder / "a.tar"
 
@@ -45,7 +45,7 @@ def _captions(folder: Path) -> tuple[Door, list[bytes]]:
     """The json and text of a sample, to word pieces."""
     from stair import Vocabulary
     from stair.data.samples import captions
-    from tests.conftest import write_vocabulary
+    from tests.support.models import write_vocabulary
 
     vocabulary = Vocabulary(write_vocabulary(folder / "vocab.txt"))
 
@@ -61,7 +61,7 @@ def _query(folder: Path) -> tuple[Door, list[bytes]]:
     """What people type into a search: words, weights, conditions; halves of characters too."""
     from stair import SparseIndex
     from stair.index.query import parse_words
-    from tests.test_index import embeddings
+    from tests.support.rows import embeddings
 
     index = SparseIndex.build(folder / "i", embeddings(9, metadata=[{"n": n, "t": "x"} for n in range(9)]))
 
@@ -79,7 +79,7 @@ def _index(folder: Path) -> tuple[Door, list[bytes]]:
 
     from stair import SparseIndex
     from stair.index.storage import FILE, State
-    from tests.test_index import V, embeddings
+    from tests.support.rows import V, embeddings
 
     path = folder / "i" / FILE
     SparseIndex.build(folder / "i", embeddings(5, metadata=[{"n": n, "t": f"t{n % 2}"} for n in range(5)]))

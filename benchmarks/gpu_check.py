@@ -29,8 +29,8 @@ from lightning_modules.parallel import blocks, compile_blocks
 from stair.kernels import vocabulary_max
 
 SECTIONS = ("step", "openclip", "head", "profile", "tests")
-FULL = {"batch": 256, "positions": 196, "width": 768, "words": 30_522, "towers": "base", "repeats": 10, "steps": 5}
-TINY = {"batch": 4, "positions": 5, "width": 32, "words": 200, "towers": "demo", "repeats": 2, "steps": 1}
+FULL = {"batch": 256, "positions": 196, "width": 768, "num_terms": 30_522, "towers": "base", "repeats": 10, "steps": 5}
+TINY = {"batch": 4, "positions": 5, "width": 32, "num_terms": 200, "towers": "demo", "repeats": 2, "steps": 1}
 # words, positions, rows of a tile; warps and stages
 TILES = [(128, 256, 32, 8, 3), (128, 256, 32, 8, 4), (128, 256, 16, 8, 3), (128, 128, 16, 4, 3)]
 # entries read at a time and warps of the products of compressed rows; words sorted at a time and warps of the list
@@ -78,17 +78,17 @@ def tests(args):
 
 
 def run_tests(args, words):
-    command = [sys.executable, "-m", "pytest", "-q", "-x" if args.device == "cpu" else "--maxfail=9", *words]
+    command = [sys.executable, "-m", "pytest", "-q", "-x" if args.device == "cpu" else "--maxfail=9", *args]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    print(f"`{' '.join(['pytest', *words])}`\n\n```\n{done.stdout[-6000:]}\n```")
+    print(f"`{' '.join(['pytest', *args])}`\n\n```\n{done.stdout[-6000:]}\n```")
 
 
 def forward(args):
     """Products of the head's size, and the forward kernel in several sizes of its tiles."""
     hidden, mask, weight, bias = (value.detach() for value in head.inputs(args, 0.01))
     hidden, weight = hidden.bfloat16(), weight.bfloat16()
-    flops = 2 * args.batch * args.positions * args.words * args.width
-    aligned = torch.nn.functional.pad(weight, (0, 0, 0, -args.words % 64))
+    flops = 2 * args.batch * args.positions * args.num_terms * args.width
+    aligned = torch.nn.functional.pad(weight, (0, 0, 0, -args.num_terms % 64))
     flat = hidden.flatten(0, 1)
     rows_head("ms", "TFLOP/s", "to the aligned product")
     base = None
@@ -130,10 +130,10 @@ def backward(args):
             with torch.autocast(args.device, torch.bfloat16):
                 out = vocabulary_max(*leaves)
             seed = torch.randn_like(out)
-            wanted = leaves[0], *leaves[2:]
+            expected = leaves[0], *leaves[2:]
 
-            def run(out=out, wanted=wanted, seed=seed):
-                torch.autograd.grad(out, wanted, seed, retain_graph=True)
+            def run(out=out, expected=expected, seed=seed):
+                torch.autograd.grad(out, expected, seed, retain_graph=True)
 
             if form is None:
                 cells.append(f"{median(run, args) * 1e3:.3f}")
@@ -365,7 +365,7 @@ def show_steps(runs, share, args):
 
 
 def openclip_section(args):
-    """Pairs a second, STAIR with 1 % of its words active against open_clip with its own towers of the same size."""
+    """Pairs a second, STAIR with 1 % of its terms active against open_clip with its own towers of the same size."""
     import openclip_step
 
     device = torch.device(args.device)
@@ -399,7 +399,7 @@ def section(args):
     args.half, args.lengths = True, (8, 37)
     if args.device == "cpu":
         torch.set_num_threads(1)
-    title = f"{args.section}, B={args.batch} T={args.positions} D={args.width} V={args.words}, bf16"
+    title = f"{args.section}, B={args.batch} T={args.positions} D={args.width} V={args.num_terms}, bf16"
     print(header(title, torch.device(args.device)), flush=True)
     RUN[args.section](args)
 

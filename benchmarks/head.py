@@ -32,9 +32,9 @@ def variants(device, compiled):
 
 
 def inputs(args, share, mask=None):
-    """Random hidden states, and a bias that leaves the given share of words active."""
+    """Random hidden states, and a bias that leaves the given share of terms active."""
     device, g = torch.device(args.device), torch.Generator().manual_seed(0)
-    B, T, D, V = args.batch, args.positions, args.width, args.words
+    B, T, D, V = args.batch, args.positions, args.width, args.num_terms
     hidden = torch.randn(B, T, D, generator=g).to(device)
     weight = (torch.randn(V, D, generator=g) / D**0.5).to(device)
     mask = torch.ones(B, T, dtype=torch.bool, device=device) if mask is None else mask.to(device)
@@ -63,14 +63,14 @@ def images(args):
         run = step(forms[name], inputs(args, float(share)), args.half)
         print(json.dumps(peak_bytes(run, device)))
         return
-    print(header(f"Vocabulary head, B={args.batch} T={args.positions} D={args.width} V={args.words}", device))
+    print(header(f"Vocabulary head, B={args.batch} T={args.positions} D={args.width} V={args.num_terms}", device))
     print("bf16 autocast\n" if args.half else "fp32\n")
     for share in args.active:
         given = inputs(args, share)
         seconds = interleaved({n: step(f, given, args.half) for n, f in forms.items()}, args.rounds, device)
         del given
         peaks = {name: in_fresh_process("--peak", f"{share},{name}") for name in forms}
-        print(f"{share:.0%} of words active\n\n{table(seconds, 'plain', peaks)}")
+        print(f"{share:.0%} of terms active\n\n{table(seconds, 'plain', peaks)}")
 
 
 def lengths(args):
@@ -97,7 +97,7 @@ def lengths(args):
 
 def texts(args):
     device, mask = torch.device(args.device), lengths(args)
-    print(header(f"Text head, B={args.batch} T={args.positions} D={args.width} V={args.words}", device))
+    print(header(f"Text head, B={args.batch} T={args.positions} D={args.width} V={args.num_terms}", device))
     size_B = mask.sum(1)
     print(f"captions of {int(size_B.min())} to {int(size_B.max())} pieces, mean {float(size_B.float().mean()):.1f}\n")
     forms = {"padded": inputs(args, 0.01), "packed": inputs(args, 0.01, mask)}
@@ -113,7 +113,7 @@ def limits(args):
     """Prints what `_GATHER_COST` (backward.py) and `_LOOK_UP_BELOW` (reduction.py) stand for on this machine."""
     device = torch.device("cpu")
     print(header("Where the forms of the head take equal time", device))
-    print(f"B={args.batch} T={args.positions} D={args.width} V={args.words}\n")
+    print(f"B={args.batch} T={args.positions} D={args.width} V={args.num_terms}\n")
     print("| type | active | sparse / dense backward | cost of a gathered multiply-add | look-up / pass over all |")
     print("|---|---|---|---|---|")
     for name, kind in TYPES.items():
@@ -126,7 +126,7 @@ def limits(args):
 
 def limit_runs(args, kind, share):
     hidden, mask, weight, bias = (value.detach() for value in inputs(args, share))
-    packed, ranges = packing.by_slot(mask), [(0, args.words)]
+    packed, ranges = packing.by_slot(mask), [(0, args.num_terms)]
     rows = hidden.flatten(0, 1)[packed.source_N].to(kind)
     embedding, slot = fused._Packed.project(hidden.to(kind), mask, weight.to(kind), bias, ranges)
     maxima = backward.Maxima(torch.ones_like(embedding), embedding, slot, packed)
@@ -145,7 +145,7 @@ def limit_runs(args, kind, share):
         "look up": lambda: reduce(0),
         "all": lambda: reduce(10**9),
     }
-    return runs, int(embedding.count_nonzero()), len(rows) * args.words
+    return runs, int(embedding.count_nonzero()), len(rows) * args.num_terms
 
 
 def main():
@@ -154,13 +154,13 @@ def main():
         "batch": 64,
         "positions": 197,
         "width": 768,
-        "words": 30_522,
+        "num_terms": 30_522,
         "rounds": 5,
         "threads": 1,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--active", type=float, nargs="+", default=[0.01, 1.0], help="shares of words that are active")
+    parser.add_argument("--active", type=float, nargs="+", default=[0.01, 1.0], help="shares of terms that are active")
     parser.add_argument("--half", action="store_true", help="bf16 autocast")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--captions", help="tars with captions (.txt or .json): measure packed against padded")

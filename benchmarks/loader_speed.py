@@ -120,8 +120,8 @@ def side_by_side(cost: dict[str, list[float]]) -> Iterator[str]:
 
 
 def own_mib(pid: int) -> float:
-    said = Path(f"/proc/{pid}/status").read_text()
-    return int(said.partition("RssAnon:")[2].split(maxsplit=1)[0]) / 1024
+    output = Path(f"/proc/{pid}/status").read_text()
+    return int(output.partition("RssAnon:")[2].split(maxsplit=1)[0]) / 1024
 
 
 def watched(loader: Any) -> Iterator[tuple[float, int, list[float]]]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.faults import SMALL, words
+from benchmarks.faults import SMALL, stage_args
 from datamodules.synthetic import write_scenes
 from lightning_modules.stage import StairStage
 from main import main as train
@@ -35,7 +35,7 @@ def memory(folder: Path, steps: int) -> dict[str, Any]:
     StairStage.training_step = noted  # type: ignore[method-assign]
     interval = max(1, steps // 100)
     more = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(interval), "--data.workers", "0"]
-    train([*words(data, folder / "run", 1, 1), *more])
+    train([*stage_args(data, folder / "run", 1, 1), *more])
     quarters = [np.mean([mib for at, mib in found if q <= 4 * at / steps < q + 1]) for q in range(4)]
     return {"steps": steps, "validations": steps // interval, "mib_by_quarter": [round(float(q), 1) for q in quarters]}
 

@@ -2,7 +2,7 @@
 
 python benchmarks/openclip_step.py --device cuda --batch 256 --half
 ViT-B/16 at 224 px and a text transformer of 12 layers of width 768 on both sides, both from scratch, same pixels, same
-clipping and optimiser; open_clip pads texts to 77 tokens, as it always does. STAIR has 1 % of its words active.
+clipping and optimiser; open_clip pads texts to 77 tokens, as it always does. STAIR has 1 % of its terms active.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def open_clip_step(args, pixels):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"batch": 8, "rounds": 5, "threads": 1, "words": 30_522}.items():
+    for name, value in {"batch": 8, "rounds": 5, "threads": 1, "num_terms": 30_522}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument(
         "--lengths", type=int, nargs=2, default=(8, 37), help="shortest and longest caption, word pieces"

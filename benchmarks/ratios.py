@@ -57,12 +57,12 @@ def _status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def in_fresh_process(*words: str) -> int:
+def in_fresh_process(*args: str) -> int:
     """The last line that this script, called with these further words, prints: a number."""
-    told = subprocess.run([sys.executable, *sys.argv, *words], capture_output=True, text=True)
-    if told.returncode:
-        raise RuntimeError(told.stderr[-2000:])
-    return int(json.loads(told.stdout.splitlines()[-1]))
+    done = subprocess.run([sys.executable, *sys.argv, *args], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return int(json.loads(done.stdout.splitlines()[-1]))
 
 
 def header(title: str, device: torch.device) -> str:

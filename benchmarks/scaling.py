@@ -42,7 +42,7 @@ class Tower:
         return 12 * self.width**2 * self.blocks + self.other
 
     def flops(self, vocabulary: int) -> float:
-        """Multiply-adds times 2 of a sample forward: blocks, attention, head over all words."""
+        """Multiply-adds times 2 of a sample forward: blocks, attention, head over all terms."""
         T, D = self.positions, self.width
         return T * (24 * D**2 * self.blocks + 4 * T * D * self.blocks + 2 * D**2 + 2 * D * vocabulary)
 
@@ -120,18 +120,18 @@ class Plan:
         share = 1 / self.ranks if self.sharded else 1
         B, G, V = self.own, self.pairs, self.vocabulary
         largest = 12 * max(image.width, text.width) ** 2
-        words = V * (image.width + text.width)
+        matrices = V * (image.width + text.width)
         return {
             "parameters (fp32)": _FP32 * parameters * share,
             "gradients (fp32)": _FP32 * parameters * share,
             "optimiser (AdamW)": 2 * _FP32 * parameters * share,
-            "gathered units": (2 * _BF16 * largest + _FP32 * words) if self.sharded else 0,
+            "gathered units": (2 * _BF16 * largest + _FP32 * matrices) if self.sharded else 0,
             "activations": max(t.activations(min(self.micro, B), self.recompute) for t in (image, text))
             if self.micro < B
             else sum(t.activations(B, self.recompute) for t in (image, text)),
             "embeddings and gradients": 2 * B * V * (2 * _FP32 + 1),
             "received entries": 2 * G * self.active * self.spread * (_BF16 + 1),
-            "the same while all words are on": 2 * G * V * _BF16,
+            "the same while all terms are active": 2 * G * V * _BF16,
             "logits": 2 * 3 * B * G * _FP32,
             "one peer, dense": B * V * _FP32,
         }
@@ -255,7 +255,7 @@ def check(ranks: int, pairs: int, vocabulary: int, share: float) -> bool:
     gathered, of_loss, of_flops, of_columns = results.get()
     messages = [ranks * size for size in longest(ranks, pairs, vocabulary, share)]
     sums = 2 * ranks * pairs * _FP32 + ranks * 7 * 8  # log-sum-exps, and the table of lengths
-    wanted = {
+    expected = {
         "embeddings": (sum(messages), sum(gathered)),
         "all gathers of the loss": (sum(messages) + sums, of_loss["all_gather"]),
         "FLOPs of both sides": (2 * vocabulary * _FP32, of_flops),
@@ -264,20 +264,20 @@ def check(ranks: int, pairs: int, vocabulary: int, share: float) -> bool:
         ranks * pairs, ranks, pairs, vocabulary, share * vocabulary, 1.0, sharded=False, recompute=False, forms=1
     )
     exact = {way: amount - 2 * (ranks * pairs + vocabulary) * _FP32 for way, amount in plan.received(_FP32).items()}
-    wanted["by columns"] = (round(exact["columns"]), of_columns)
+    expected["by columns"] = (round(exact["columns"]), of_columns)
     if share > 0.5:
-        wanted["dense"] = (round(exact["dense"]), sum(gathered))
+        expected["dense"] = (round(exact["dense"]), sum(gathered))
     else:
         # gaps beyond a byte, and the longest message of all, are what --spread stands for
         print(
             f"entries as the plan has them, without --spread: {exact['entries'] / sum(gathered):.2f} of what travelled"
         )
-    for name, (model, measured) in wanted.items():
+    for name, (model, measured) in expected.items():
         print(f"{ranks} ranks, {share:.1%} active, {name}: formula {model:,}, measured {measured:,} bytes")
-    return all(model == measured for model, measured in wanted.values())
+    return all(model == measured for model, measured in expected.values())
 
 
-def main(words: list[str] | None = None) -> None:
+def main(args: list[str] | None = None) -> None:
     """Prints the plan, or checks the formulae."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--towers", choices=("small", "base", "large"), default="base")
@@ -294,7 +294,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--loss-teraflops", type=float, default=50, help="by the loss, whose products are of fp32")
     parser.add_argument("--gigabytes-per-second", type=float, default=50, help="reached between ranks, for each rank")
     parser.add_argument("--check", type=int, default=0, metavar="R", help="compare with R processes on this machine")
-    given = parser.parse_args(words)
+    given = parser.parse_args(args)
     if given.check:
         if not all(check(given.check, 8, 3000, share) for share in (0.001, 0.01, 0.1, 0.9)):
             raise SystemExit("the formulae are wrong")
@@ -309,10 +309,10 @@ def main(words: list[str] | None = None) -> None:
     pair = towers(given.vocabulary)[given.towers]
     print(f"{given.towers}, {given.pairs} pairs over {given.ranks} ranks ({plan.own} each), {given.strategy}: modelled")
     memory = plan.memory(*pair)
-    fresh = memory.pop("the same while all words are on")
+    fresh = memory.pop("the same while all terms are active")
     total = sum(memory.values())
     at_start = total - memory["received entries"] + fresh
-    show("memory of a device", {**memory, "sum": total, "sum while all words are on": at_start}, 2**30, "GiB")
+    show("memory of a device", {**memory, "sum": total, "sum while all terms are active": at_start}, 2**30, "GiB")
     show("received in a step by the loss", plan.received(), 1e6, "MB")
     speeds = given.teraflops * 1e12, given.loss_teraflops * 1e12, given.gigabytes_per_second * 1e9
     show("a step", plan.seconds(*pair, *speeds), 1e-3, "ms")

@@ -59,14 +59,16 @@ def synthetic(documents: int, queries: int, nnz: int, query_nnz: int, seed: int 
     )
 
 
-def engines(vectors: Any, space: EmbeddingSpace, k: int, folder: Path, wanted: list[str]) -> dict[str, dict[str, Any]]:
+def engines(
+    vectors: Any, space: EmbeddingSpace, k: int, folder: Path, expected: list[str]
+) -> dict[str, dict[str, Any]]:
     """For each engine `search` (a prepared query to ids and scores), `prepare`, seconds to build, bytes a document."""
     count, made = vectors.shape[0], dict[str, dict[str, Any]]()
     projection_VD = np.random.default_rng(1).normal(0, DENSE**-0.5, (vectors.shape[1], DENSE)).astype(np.float32)
-    dense_ND = np.asarray(vectors @ projection_VD) if any("faiss" in name for name in wanted) else None
+    dense_ND = np.asarray(vectors @ projection_VD) if any("faiss" in name for name in expected) else None
 
     def add(name: str, build: Callable[[], Any], size: Callable[[Any], float], prepare: Any, search: Any) -> None:
-        if name in wanted:
+        if name in expected:
             start = time.process_time()
             engine = build()
             seconds = time.process_time() - start

@@ -2,7 +2,7 @@
 
 python benchmarks/step.py                          ViT-B/16 and BERT-base from scratch, B=8, 1 % and 100 % active terms
 python benchmarks/step.py --towers small --batch 256 --half      the towers of configs/small
-python benchmarks/step.py --towers demo --batch 128 --words 244 --plain  make demo's, and with a plain head
+python benchmarks/step.py --towers demo --batch 128 --num_terms 244 --plain  make demo's, and with a plain head
 Pixels are random, captions have the lengths of --lengths. Append `> benchmarks/results/step_CHIP_DATE.md` to keep a record.
 """
 
@@ -41,7 +41,9 @@ def towers(name):
 def models(args, device):
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = Path(folder) / "vocab.txt"
-        vocabulary.write_text("\n".join([*SPECIAL, *(f"word{at}" for at in range(args.words - len(SPECIAL)))]) + "\n")
+        vocabulary.write_text(
+            "\n".join([*SPECIAL, *(f"word{at}" for at in range(args.num_terms - len(SPECIAL)))]) + "\n"
+        )
         torch.manual_seed(0)
         image, text = towers(args.towers)
         stair = Stair(StairConfig(str(vocabulary), image, text)).to(device).train()
@@ -54,13 +56,13 @@ def batch(args, stair, device):
     length_B = torch.randint(args.lengths[0], min(args.lengths[1], longest) + 1, (args.batch,))
     T = int(length_B.max())
     pixels = torch.randint(0, 256, (args.batch, 3, size, size), dtype=torch.uint8)
-    ids, mask = torch.randint(len(SPECIAL), args.words, (args.batch, T)), torch.arange(T) < length_B[:, None]
+    ids, mask = torch.randint(len(SPECIAL), args.num_terms, (args.batch, T)), torch.arange(T) < length_B[:, None]
     return pixels.to(device), (ids * mask).to(device), mask.to(device)
 
 
 @torch.no_grad()
 def activate(stair, parts, share):
-    """Shifts the biases so that the given share of words is active on each side."""
+    """Shifts the biases so that the given share of terms is active on each side."""
     for head, side in ((stair.image_head, "image_BV"), (stair.text_head, "text_CV")):
         head.bias.fill_(50.0)
         best = stair(*parts)[side].expm1()
@@ -116,7 +118,7 @@ def with_plain_head(run):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"batch": 8, "words": 30_522, "rounds": 5, "threads": 1}.items():
+    for name, value in {"batch": 8, "num_terms": 30_522, "rounds": 5, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--towers", choices=["base", "small", "demo"], default="base")
     parser.add_argument(

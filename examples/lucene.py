@@ -59,12 +59,12 @@ def elasticsearch_query(query: Query) -> dict[str, Any]:
     Raises:
         ValueError: for negative weights, which Lucene's features do not take.
     """
-    return {"sparse_vector": {"field": "words", "query_vector": _features(query), "prune": False}}
+    return {"sparse_vector": {"field": "terms", "query_vector": _features(query), "prune": False}}
 
 
 def opensearch_query(query: Query) -> dict[str, Any]:
     """The query in OpenSearch's json; as for Elasticsearch."""
-    return {"neural_sparse": {"words": {"query_tokens": _features(query)}}}
+    return {"neural_sparse": {"terms": {"query_tokens": _features(query)}}}
 
 
 def query_scale(query: Query) -> float:
@@ -83,7 +83,7 @@ def _features(query: Query) -> dict[str, float]:
 def _write(index: SparseIndex, out: Path, name: str, kind: str, query_of: Callable[[Query], dict[str, Any]]) -> None:
     query = {"query": query_of(index.query(like=next(index.ids)))}
     stored = {"type": "object", "enabled": False}
-    fields = {"words": {"type": kind}, "metadata": stored, "source": stored}
+    fields = {"terms": {"type": kind}, "metadata": stored, "source": stored}
     meta = {"model": index.space.model, "similarity": index.space.similarity}
     mapping = {"mappings": {"_meta": meta, "dynamic": False, "properties": fields}}
     with new_target(out, folder=True) as part:
@@ -96,7 +96,7 @@ def _write(index: SparseIndex, out: Path, name: str, kind: str, query_of: Callab
                 # a feature must be a normal, positive float
                 features = {str(w): x for w, x in zip(row.terms, weights, strict=True) if x >= _MIN_NORMAL}
                 file.write(json.dumps({"index": {"_index": name, "_id": row.id}}) + "\n")
-                file.write(json.dumps({"words": features, **row.fields}) + "\n")
+                file.write(json.dumps({"terms": features, **row.fields}) + "\n")
 
 
 if __name__ == "__main__":

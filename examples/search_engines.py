@@ -1,6 +1,6 @@
 """How to search an exported index in each engine: ids and scores of the best documents for a query of the index.
 
-    query = index.query("a red bicycle")                       # word ids and weights
+    query = index.query("a red bicycle")                       # term ids and weights
     print(sqlite_search(sqlite3.connect("photos.db"), query, 10))
 
 `stair export` makes what these functions search. tests/test_export.py compares their scores with those of the index.
@@ -14,7 +14,7 @@ Found = list[tuple[str, float]]
 
 def sqlite_search(database: Any, query: Any, k: int) -> Found:
     """A file of `stair export sqlite`; the statement that scores is in the table `facts`."""
-    weights = {str(word): float(weight) for word, weight in zip(query.terms, query.weights, strict=True)}
+    weights = {str(term): float(weight) for term, weight in zip(query.terms, query.weights, strict=True)}
     return database.execute(_statement(database), (json.dumps(weights), k)).fetchall()
 
 
@@ -33,7 +33,7 @@ def qdrant_search(client: Any, query: Any, k: int, collection: str = "stair") ->
     from qdrant_client import models
 
     vector = models.SparseVector(indices=query.terms.tolist(), values=query.weights.tolist())
-    points = client.query_points(collection, query=vector, using="words", limit=k).points
+    points = client.query_points(collection, query=vector, using="terms", limit=k).points
     return [(point.payload["id"], point.score) for point in points]
 
 
@@ -41,7 +41,7 @@ def milvus_search(client: Any, query: Any, k: int, collection: str = "stair") ->
     """A collection of `stair export milvus`."""
     client.load_collection(collection)
     vector = dict(zip(query.terms.tolist(), query.weights.tolist(), strict=True))
-    hits = client.search(collection, [vector], anns_field="words", limit=k, search_params={"metric_type": "IP"})[0]
+    hits = client.search(collection, [vector], anns_field="terms", limit=k, search_params={"metric_type": "IP"})[0]
     return [(hit["id"], hit["distance"]) for hit in hits]
 
 

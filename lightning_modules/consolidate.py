@@ -36,7 +36,7 @@ def consolidate(checkpoint: str, out: str) -> None:
     weights = {name.removeprefix(prefix): w for name, w in content["state_dict"].items() if name.startswith(prefix)}
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = Path(folder) / "vocab.txt"
-        write_text(vocabulary, "\n".join(towers["words"]) + "\n")
+        write_text(vocabulary, "\n".join(towers["tokens"]) + "\n")
         model = rebuilt(_FAMILIES[towers["family"]], towers["model"], str(vocabulary), weights)
         model.save_pretrained(target, {"stage": towers["stage"], "steps": content["global_step"], "finished": False})
     print(f"{target}: step {content['global_step']} of {source}")

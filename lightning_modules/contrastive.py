@@ -103,7 +103,7 @@ class ContrastiveModule(LightningModule):
         checkpoint["towers"] = {  # all that `stair consolidate` needs
             "family": self.towers.family,
             "model": self.towers.portable_config(),
-            "words": self.towers.vocabulary.tokens,
+            "tokens": self.towers.vocabulary.tokens,
             "stage": self.stage,
         }
 

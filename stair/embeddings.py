@@ -118,7 +118,7 @@ class Embeddings:
                 coded = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
                 save_file({"indptr": indptr, "indices": indices, "data": data, **coded}, str(part), header)
             else:
-                lists = {"words": indices, "weights": data}
+                lists = {"terms": indices, "weights": data}
                 columns = {name: pa.LargeListArray.from_arrays(indptr, values) for name, values in lists.items()}
                 table = pa.table({"id": pa.array(list(self.ids), pa.string()), **columns, **rows})
                 parquet.write_table(table.replace_schema_metadata(header), part, compression="zstd")
@@ -183,7 +183,7 @@ def _read_safetensors(path: Path) -> tuple[tuple[Any, Any, Any], list[str], list
 
 def _read_parquet(path: Path) -> tuple[tuple[Any, Any, Any], list[str], list[dict[str, Any]], list[dict[str, Any]]]:
     table = parquet.read_table(path).combine_chunks()
-    lists = [table[name].combine_chunks() for name in ("weights", "words")]
+    lists = [table[name].combine_chunks() for name in ("weights", "terms")]
     indptr = lists[0].offsets.to_numpy() - lists[0].offsets[0].as_py()
     metadata, source = ([json.loads(row) for row in table[name].to_pylist()] for name in ("metadata", "source"))
     return (*(column.flatten().to_numpy() for column in lists), indptr), table["id"].to_pylist(), metadata, source

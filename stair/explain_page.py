@@ -26,7 +26,7 @@ def explain_command(
     text: str | None = None,
     other_image: Path | None = None,
     other_text: str | None = None,
-    words: int = 12,
+    num_terms: int = 12,
 ) -> None:
     """Shows why two items match, or the terms of one: which patch or token produces which term.
 
@@ -37,7 +37,7 @@ def explain_command(
         text: a text. Image and text together: why these two match.
         other_image: a second image.
         other_text: a second text.
-        words: how many terms are shown.
+        num_terms: how many terms are shown.
     """
     if out.suffix not in (".png", ".html"):
         raise ValueError(f"{out} ends in {out.suffix!r}; give a name that ends in .png or .html")
@@ -52,11 +52,11 @@ def explain_command(
         subject = read_text(stair, items[0]) if isinstance(items[0], str) else read_image(stair, items[0])
     with atomic_write(out) as part:
         if out.suffix == ".png":
-            draw(subject, words).save(part, "PNG")
+            draw(subject, num_terms).save(part, "PNG")
         else:
-            part.write_text(page(subject, words), encoding="utf-8")
+            part.write_text(page(subject, num_terms), encoding="utf-8")
     if isinstance(subject, Explanation):
-        for term in subject.shared[:words]:
+        for term in subject.shared[:num_terms]:
             print(f"{term.contribution:9.4f}  {one_line(term.token)}  ({term.query:.4f} x {term.document:.4f})")
         print(f"{subject.score:9.4f}  score, of {len(subject.shared)} shared terms")
     print(out)
@@ -96,7 +96,7 @@ def _values(subject: Explanation | Reading) -> list[tuple[str, float]]:
     return list(zip(subject.terms, subject.weights.tolist(), strict=True))
 
 
-def _tiles(subject: Explanation | Reading, words: int) -> list[tuple[str, Image.Image]]:
+def _tiles(subject: Explanation | Reading, num_terms: int) -> list[tuple[str, Image.Image]]:
     """Each image, its heat map of the score, and one heat map a term, with titles."""
     tiles = []
     for side in _readings(subject):
@@ -104,15 +104,15 @@ def _tiles(subject: Explanation | Reading, words: int) -> list[tuple[str, Image.
             tiles.append(("picture", side.image.resize((_TILE, _TILE), Image.Resampling.BICUBIC)))
             if isinstance(subject, Explanation):
                 tiles.append((f"score {subject.score:.4f}", overlay(side.image, subject.heat(side))))
-            for term, value in _values(subject)[:words]:
+            for term, value in _values(subject)[:num_terms]:
                 n = side.terms.index(term)
                 tiles.append((f"{term} {value:.4f}", overlay(side.image, side.heat(n), mark=side.patch(n))))
     return tiles
 
 
-def draw(subject: Explanation | Reading, words: int = 12) -> Image.Image:
+def draw(subject: Explanation | Reading, num_terms: int = 12) -> Image.Image:
     """One picture: heat maps, and the terms of texts below."""
-    tiles, lines = _tiles(subject, words), _lines(subject, words)
+    tiles, lines = _tiles(subject, num_terms), _lines(subject, num_terms)
     columns = max(1, min(_COLUMNS, len(tiles)))
     height = -(-len(tiles) // columns) * (_TILE + _LINE + _MARGIN) + len(lines) * _LINE + 2 * _MARGIN
     sheet = Image.new("RGB", (max(columns * (_TILE + _MARGIN) + _MARGIN, 620), height), "white")
@@ -132,39 +132,41 @@ def draw(subject: Explanation | Reading, words: int = 12) -> Image.Image:
     return sheet
 
 
-def _lines(subject: Explanation | Reading, words: int) -> list[str]:
+def _lines(subject: Explanation | Reading, num_terms: int) -> list[str]:
     lines = []
     if isinstance(subject, Explanation):
         values = _values(subject)
         rest = subject.score - sum(value for _, value in values[:4])
-        terms = " + ".join(f"{word} {value:.4f}" for word, value in values[:4])
+        terms = " + ".join(f"{term} {value:.4f}" for term, value in values[:4])
         lines.append(
             f"score {subject.score:.4f} = {terms}" + f" + {len(values) - 4} others {rest:.4f}" * (len(values) > 4)
         )
     for side in _readings(subject):
         if isinstance(side, TextReading):
             lines.append("tokens: " + " ".join(side.tokens))
-            for n, term in enumerate(side.terms[:words]):
+            for n, term in enumerate(side.terms[:num_terms]):
                 role = "expansion, from" if side.expands(n) else "from"
                 lines.append(f"  {term} {side.weights[n]:.4f}: {role} {side.tokens[side.positions[n]]}")
     return lines
 
 
-def page(subject: Explanation | Reading, words: int = 12) -> str:
+def page(subject: Explanation | Reading, num_terms: int = 12) -> str:
     """A page of HTML in one file."""
     match = subject if isinstance(subject, Explanation) else None
     content = render(
         "explanation.html",
         match=match,
-        terms=words,
-        rest=sum(term.contribution for term in match.shared[words:]) if match else 0.0,
-        tiles=[(title, encode_png(tile)) for title, tile in _tiles(subject, words)],
-        texts=[_by_token(side, words) for side in _readings(subject) if isinstance(side, TextReading)],
+        num_terms=num_terms,
+        rest=sum(term.contribution for term in match.shared[num_terms:]) if match else 0.0,
+        tiles=[(title, encode_png(tile)) for title, tile in _tiles(subject, num_terms)],
+        texts=[_by_token(side, num_terms) for side in _readings(subject) if isinstance(side, TextReading)],
     )
     return document("Why these match" if match else "What this says", [], [content])
 
 
-def _by_token(side: TextReading, words: int) -> list[tuple[str, list[tuple[bool, str, float]]]]:
+def _by_token(side: TextReading, num_terms: int) -> list[tuple[str, list[tuple[bool, str, float]]]]:
     """Each token with the terms whose argmax position it is: whether an expansion, the term, its weight."""
-    terms = [(side.positions[n], (side.expands(n), term, side.weights[n])) for n, term in enumerate(side.terms[:words])]
+    terms = [
+        (side.positions[n], (side.expands(n), term, side.weights[n])) for n, term in enumerate(side.terms[:num_terms])
+    ]
     return [(token, [term for position, term in terms if position == t]) for t, token in enumerate(side.tokens)]

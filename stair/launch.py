@@ -4,6 +4,7 @@ A process is one of several: ranks that srun, torchrun or Lightning's own launch
 the first of them prints what a user did wrong.
 """
 
+import gc
 import os
 import re
 import signal
@@ -23,11 +24,14 @@ _PATIENCE = 30.0  # seconds in which the end of the first rank should end the ot
 
 
 def prepare(args: Sequence[str]) -> None:
-    """Holds signals and checks the named files. Called first, as the imports that follow take 15 s and more.
+    """Holds signals and checks the named files. Called first, as the imports that follow take seconds.
+
+    Garbage collection stays off until training starts: it takes a sixth of the time that the imports take.
 
     Args:
         args: the subcommand and its options.
     """
+    gc.disable()
     if "SLURM_JOB_ID" in os.environ and args[:1] == ["fit"]:
         # a task that a signal ends meanwhile is a failed job to SLURM; callbacks/requeue.py releases them
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))

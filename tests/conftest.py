@@ -1,4 +1,4 @@
-"""What several test files need: a small vocabulary, a small model, and where the real data lies."""
+"""Fixtures of several test files: a small vocabulary, model and data set, and the folder of real data."""
 
 import os
 from pathlib import Path
@@ -7,13 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.models import tiny_config, write_vocabulary
+
 torch.set_num_threads(1)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-WORDS = (
-    "a an the of on two red blue green round dog cat bird runs sleeps ##s ##ning ball house tree sea "
-    "small big photo . ,"
-).split()
 
 
 def pytest_collection_modifyitems(items):
@@ -21,37 +18,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name == "test_export.py")
 
 
-def write_vocabulary(path: Path, unused: int = 3) -> Path:
-    """A BERT-shaped vocab.txt of some 35 pieces, `[unusedN]` included as in the published one."""
-    special = ["[PAD]", *(f"[unused{i}]" for i in range(unused)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    path.write_text("\n".join([*special, *WORDS]) + "\n")
-    return path
-
-
 @pytest.fixture(scope="session")
 def vocab_file(tmp_path_factory):
     return write_vocabulary(tmp_path_factory.mktemp("vocabulary") / "vocab.txt")
-
-
-def tiny_config(vocab_file, **changes):
-    """A model of two small towers from scratch."""
-    from stair.encoders import ImageTower, TextTower
-    from stair.model import StairConfig
-
-    image = ImageTower(
-        "vit_tiny_patch16_224", False, 32, options={"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8}
-    )
-    text = TextTower("bert", False, 12, options=TEXT_OPTIONS)
-    return StairConfig(str(vocab_file), image, text, **changes)
-
-
-TEXT_OPTIONS = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 16,
-}
 
 
 @pytest.fixture
@@ -112,10 +81,17 @@ def shared_data():
     return folder
 
 
-def write_small_scenes(folder: Path, settings: str) -> Path:
-    """Drawn scenes for runs of seconds, with a vocabulary, and `small.yaml` to overlay."""
-    from datamodules.synthetic import write_scenes
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Drawn scenes for runs of seconds, with a vocabulary, and the overlay `small.yaml`."""
+    from tests.support.runs import write_small_scenes
 
-    write_scenes(folder, train=64, val=12, image_size=32)
-    (folder / "small.yaml").write_text(settings)
-    return folder
+    return write_small_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture
+def vocab(tmp_path):
+    """The path of a small vocabulary file."""
+    from tests.support.shards import write_words
+
+    return write_words(tmp_path)

@@ -14,14 +14,14 @@ from stair.images import decode_image
 
 def test_encode_gives_the_rows_of_the_encoders(tiny_stair, photos, captions):
     opened = [Image.open(path) for path in photos]
-    wanted = tiny_stair.encode_image(opened).numpy()
-    np.testing.assert_allclose(tiny_stair.encode(images=photos, batch_size=3).toarray(), wanted, atol=1e-6)
-    np.testing.assert_allclose(tiny_stair.encode(images=iter(opened)).toarray(), wanted, atol=1e-6)
-    wanted = tiny_stair.encode_text(captions).numpy()
-    np.testing.assert_allclose(tiny_stair.encode(texts=captions, batch_size=1).toarray(), wanted, atol=1e-6)
+    expected = tiny_stair.encode_image(opened).numpy()
+    np.testing.assert_allclose(tiny_stair.encode(images=photos, batch_size=3).toarray(), expected, atol=1e-6)
+    np.testing.assert_allclose(tiny_stair.encode(images=iter(opened)).toarray(), expected, atol=1e-6)
+    expected = tiny_stair.encode_text(captions).numpy()
+    np.testing.assert_allclose(tiny_stair.encode(texts=captions, batch_size=1).toarray(), expected, atol=1e-6)
     sparse = tiny_stair.encode(texts=captions, output="torch")
     assert sparse.layout == torch.sparse_csr
-    np.testing.assert_allclose(sparse.to_dense().numpy(), wanted, atol=1e-6)
+    np.testing.assert_allclose(sparse.to_dense().numpy(), expected, atol=1e-6)
     assert tiny_stair.encode(texts=[]).shape == (0, len(tiny_stair.vocabulary))
 
 

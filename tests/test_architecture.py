@@ -1,4 +1,4 @@
-"""The walls of the house (docs/method/design.md): imports point down, and every helper has a name.
+"""Layers (docs/method/design.md): imports point down, and every helper has a name.
 
 main, demo  >  training  >  callbacks  >  lightning_modules | datamodules  >  stair
 """
@@ -21,7 +21,7 @@ BELOW = {
     "demo": {"callbacks", "lightning_modules", "datamodules", "stair"},
 }
 OURS = set(BELOW) | {"tests", "benchmarks"}
-# the command `stair fit` reaches up to the roof, when it runs and only then
+# the command `stair fit` imports the entry point, when it runs
 CLI = ROOT / "stair" / "cli.py"
 FILES = {
     family: sorted((ROOT / family).rglob("*.py")) if (ROOT / family).is_dir() else [ROOT / f"{family}.py"]
@@ -97,3 +97,10 @@ def test_no_module_is_named_after_nothing(family: str):
     nameless = {"utils", "util", "common", "helpers", "helper", "misc", "components"}
     for path in FILES[family]:
         assert not nameless & set(path.relative_to(ROOT).with_suffix("").parts), f"{path}: what is it?"
+
+
+def test_no_test_imports_another():
+    """What several tests use is in tests/support."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        shared = {name for name in imports_of(path) if name.startswith(("tests.test_", "tests.conftest"))}
+        assert shared <= {f"tests.{path.stem}.{name}" for name in ("Numbers",)} | {f"tests.{path.stem}"}, path

@@ -162,10 +162,10 @@ def wanted_of(module, batches, k=10):
     return {f"{kind}{k}": float(v) for kind, metric in figures.items() for k, v in metric.compute().items()}
 
 
-def check_sets(logged, prefix, name, wanted):
+def check_sets(logged, prefix, name, expected):
     got = {tag.split("/", 2)[2]: values for tag, values in logged.items() if tag.startswith(f"{prefix}/{name}/")}
-    assert got.keys() == wanted.keys()
-    for key, value in wanted.items():
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
         assert list(got[key].values()) == [pytest.approx(value, rel=1e-5)], key
 
 
@@ -210,12 +210,12 @@ def test_validation_figures_equal_the_metrics_of_the_set(vocabulary, tmp_path):
 def test_test_runs_log_under_test(vocabulary, tmp_path):
     module = Module(vocabulary)
     trainer(tmp_path, SparsityMonitor(terms=4)).test(module, datamodule=Data(vocabulary), verbose=False)
-    wanted = wanted_of(module, [make_batch(vocabulary, n) for n in range(2)], k=4)
-    check_sets(scalars(tmp_path), "test", "held_out", wanted)
+    expected = wanted_of(module, [make_batch(vocabulary, n) for n in range(2)], k=4)
+    check_sets(scalars(tmp_path), "test", "held_out", expected)
 
 
 @pytest.mark.parametrize("kind", ["without_vocabulary", "of_another_width"])
-def test_dense_models_are_left_alone_and_that_is_said_once(vocabulary, tmp_path, caplog, kind):
+def test_dense_models_are_not_changed_and_the_log_says_so_once(vocabulary, tmp_path, caplog, kind):
     module = Module(vocabulary)
     if kind == "without_vocabulary":
         del module.stair
@@ -319,8 +319,8 @@ def test_bf16_where_it_is_slower_is_warned_of(vocabulary, tmp_path, monkeypatch,
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         fit(vocabulary, tmp_path, Health(), lambda step: {}, precision=precision)
-    told = [str(w.message) for w in seen if "33 times as long" in str(w.message)]
-    assert len(told) == warned and all("--trainer.precision 32-true" in text for text in told)
+    warned_of = [str(w.message) for w in seen if "33 times as long" in str(w.message)]
+    assert len(warned_of) == warned and all("--trainer.precision 32-true" in text for text in warned_of)
 
 
 @pytest.mark.parametrize("every", [1, 4, 10])
@@ -341,9 +341,9 @@ def test_steps_whose_loss_is_not_finite_are_forgiven_so_many_times_on_end(vocabu
         logged = fit(vocabulary, tmp_path / "a", Health(every=1, skip=2), not_a_number)
     assert logged["health/skipped_steps"] == {1: 1, 3: 2, 5: 3}
     assert len([w for w in seen if "not finite" in str(w.message)]) == 3
-    judge = trainer(tmp_path / "b", Health(every=1, skip=1))
+    monitored = trainer(tmp_path / "b", Health(every=1, skip=1))
     with pytest.raises(RuntimeError, match=r"and 2 steps in a row were so; the state without these steps is saved in "):
-        judge.fit(Module(vocabulary, not_a_number), datamodule=Data(vocabulary))
+        monitored.fit(Module(vocabulary, not_a_number), datamodule=Data(vocabulary))
     saved = torch.load(tmp_path / "b" / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 3 and saved["state_dict"]["weight"].isfinite()
 

@@ -1,4 +1,4 @@
-"""The dense baseline: trains through the front door, its loss is CLIP's, and what it saves is what it is."""
+"""The dense baseline: trains through the command line, its loss is CLIP's, and what it saves is what it is."""
 
 import math
 import shutil
@@ -14,7 +14,8 @@ from main import main
 from stair import Stair
 from stair.clip import ClipConfig, DenseClip
 from stair.errors import SettingError
-from tests.conftest import tiny_config, write_small_scenes
+from tests.support.models import tiny_config
+from tests.support.runs import write_small_scenes
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
@@ -30,7 +31,7 @@ trainer: {max_steps: 4, val_check_interval: 2, log_every_n_steps: 1, enable_prog
 """
 
 
-def words(scenes, run, *more, subcommand="fit"):
+def clip_args(scenes, run, *more, subcommand="fit"):
     return [
         subcommand,
         *("--config", str(ROOT / "configs/clip.yaml")),
@@ -52,7 +53,7 @@ def scenes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(scenes, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "r"
-    main(words(scenes, run))
+    main(clip_args(scenes, run))
     return run
 
 
@@ -83,7 +84,7 @@ def test_the_export_is_loaded_measured_and_refused_as_what_it_is(finished, scene
     folder = finished / "clip" / "clip"
     model = DenseClip.from_pretrained(folder)
     assert model.encode_text(["a red circle", "two boats"]).shape == (2, 24) and model.similarity == "cosine"
-    cli = main(words(scenes, finished, subcommand="validate"))
+    cli = main(clip_args(scenes, finished, subcommand="validate"))
     logged = scalars(finished)
     for tag in ("val/scenes/t2i/recall@5", "val/scenes/i2t/median_rank"):
         assert float(cli.trainer.callback_metrics[tag]) == pytest.approx(logged[tag][-1])
@@ -93,7 +94,7 @@ def test_the_export_is_loaded_measured_and_refused_as_what_it_is(finished, scene
 
 def test_a_dense_run_starts_from_nothing_and_says_so(finished, scenes, tmp_path):
     with pytest.raises(SettingError) as refused:
-        main(words(scenes, tmp_path / "r", "--transition.init_from", str(finished / "clip" / "clip")))
+        main(clip_args(scenes, tmp_path / "r", "--transition.init_from", str(finished / "clip" / "clip")))
     assert refused.value.setting == "transition.init_from"
 
 
@@ -161,7 +162,7 @@ def test_a_stage_can_start_after_another_than_the_one_before(scenes, tmp_path):
     small = tmp_path / "small.yaml"
     small.write_text("\n".join(line for line in SMALL.splitlines() if "width" not in line))
     for stage, after in ((3, 0), (1, None), (3, 1)):
-        line = words(scenes, tmp_path / "r", "--trainer.max_steps", "2")
+        line = clip_args(scenes, tmp_path / "r", "--trainer.max_steps", "2")
         line[2], line[6] = str(ROOT / f"configs/stage{stage}.yaml"), str(small)
         line += ["--transition.init_stage", str(after)] if after is not None else []
         line += ["--model.init_args.objective.scale_start", "14.3"] if after == 0 else []  # there is none to keep

@@ -1,4 +1,4 @@
-"""Every settings file reads through the front door, alone and with each overlay, and mistakes are refused.
+"""Every settings file reads through the command line, alone and with each overlay, and mistakes are refused.
 
 The real recipe is only parsed: building it would fetch published weights. The same road builds the small towers.
 """
@@ -38,9 +38,9 @@ def of_one_stage() -> list[tuple[int, str]]:
 def parsed(capsys: pytest.CaptureFixture[str]):
     """Resolves a command line to its settings, without building anything."""
 
-    def parse(*words: str) -> dict:
+    def parse(*args: str) -> dict:
         with pytest.raises(SystemExit) as end:
-            main.main(["fit", *words, "--print_config"])
+            main.main(["fit", *args, "--print_config"])
         out, err = capsys.readouterr()
         assert end.value.code == 0, err
         return yaml.safe_load(out)
@@ -54,9 +54,9 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vocab_file: Path):
     monkeypatch.setattr(main.StairCLI, "_run_subcommand", lambda self, subcommand: None)
     monkeypatch.chdir(tmp_path)
 
-    def build(*words: str) -> main.StairCLI:
+    def build(*args: str) -> main.StairCLI:
         small = ["--model.init_args.stair.vocabulary", str(vocab_file), "--data.workers=0", SHARDS]
-        return main.main(["fit", *words, *small])
+        return main.main(["fit", *args, *small])
 
     return build
 

@@ -47,10 +47,10 @@ def members(numbers: range, texts=lambda n: [f"word{n} word1"], image=picture) -
     ]
 
 
-def told(capsys, *words: str, **settings) -> tuple[dict, int]:
+def run_doctor(capsys, *args: str, **settings) -> tuple[dict, int]:
     """The report as JSON has it, and the exit status."""
     settings = {"global_batch_size": 8, "image_size": 20, "max_tokens": 8, "workers": 1} | settings
-    report = doctor(list(words), **settings)
+    report = doctor(list(args), **settings)
     capsys.readouterr()
     return json.loads(json.dumps(report)), int(report["stops"])
 
@@ -63,7 +63,7 @@ def test_sound_data_are_described_truly_and_nothing_is_complained_of(tmp_path, v
     texts = {n: [" ".join(WORDS[n : n + 1 + n % 5]), f"word{n}"] for n in range(60)}
     for shard in range(3):
         write_tar(tmp_path / f"a-{shard}.tar", members(range(20 * shard, 20 * shard + 20), texts.__getitem__))
-    report, status = told(capsys, str(tmp_path / "a-*.tar"), vocabulary=vocab, samples=60)
+    report, status = run_doctor(capsys, str(tmp_path / "a-*.tar"), vocabulary=vocab, samples=60)
     assert status == 0 and report["findings"] == []
     (source,) = report["sources"].values()
     lengths = sorted(len(text.split()) + 2 for group in texts.values() for text in group)
@@ -110,12 +110,12 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize(("make", "settings", "said"), STOPS.values(), ids=STOPS)
-def test_what_would_stop_a_run_is_named_with_what_mends_it_and_the_status_is_1(tmp_path, capsys, make, settings, said):
+@pytest.mark.parametrize(("make", "settings", "output"), STOPS.values(), ids=STOPS)
+def test_what_stops_a_run_is_named_with_its_remedy_and_the_status_is_1(tmp_path, capsys, make, settings, output):
     make(tmp_path)
-    report, status = told(capsys, str(tmp_path / "*.tar"), **settings)
+    report, status = run_doctor(capsys, str(tmp_path / "*.tar"), **settings)
     assert status == 1
-    assert re.search(said, mends(report, "stops")), report["findings"]
+    assert re.search(output, mends(report, "stops")), report["findings"]
 
 
 WARNS = {
@@ -166,24 +166,24 @@ WARNS = {
 }
 
 
-@pytest.mark.parametrize(("texts", "image", "settings", "said"), WARNS.values(), ids=WARNS)
+@pytest.mark.parametrize(("texts", "image", "settings", "output"), WARNS.values(), ids=WARNS)
 def test_what_makes_a_run_worse_is_named_with_what_mends_it_and_the_status_is_0(
-    tmp_path, vocab, capsys, texts, image, settings, said
+    tmp_path, vocab, capsys, texts, image, settings, output
 ):
     write_tar(tmp_path / "a.tar", members(range(40), texts, image))
-    report, status = told(capsys, str(tmp_path / "a.tar"), vocabulary=vocab, **settings)
-    assert status == 0 and re.search(said, mends(report, "warns")), report["findings"]
+    report, status = run_doctor(capsys, str(tmp_path / "a.tar"), vocabulary=vocab, **settings)
+    assert status == 0 and re.search(output, mends(report, "warns")), report["findings"]
 
 
-def test_samples_that_are_in_two_shards_are_told_from_keys_that_are(tmp_path, capsys):
+def test_samples_in_two_shards_are_distinguished_from_keys_in_two_shards(tmp_path, capsys):
     write_tar(tmp_path / "a-0.tar", members(range(20)))
     write_tar(tmp_path / "a-1.tar", members(range(12, 32)))
-    report, status = told(capsys, str(tmp_path / "a-*.tar"))
+    report, status = run_doctor(capsys, str(tmp_path / "a-*.tar"))
     assert status == 0 and re.search(
         r"8 samples are in an earlier shard too.*8 of them in .*a-1", mends(report, "warns")
     )
     write_tar(tmp_path / "a-1.tar", members(range(12, 32), texts=lambda n: [f"another sentence {n}"]))
-    report, _ = told(capsys, str(tmp_path / "a-*.tar"))
+    report, _ = run_doctor(capsys, str(tmp_path / "a-*.tar"))
     assert "earlier shard" not in mends(report, "warns")
 
 
@@ -194,7 +194,7 @@ def test_left_and_right_are_seen_where_the_runs_files_say_flip(tmp_path, vocab, 
         f"data: {{flip: true, global_batch_size: 4}}\nmodel: {{init_args: {{stair: {{vocabulary: {vocab}, "
         "text: {max_tokens: 5}, image: {image_size: 20}}}}\n"
     )
-    report, _ = told(
+    report, _ = run_doctor(
         capsys, str(tmp_path / "a.tar"), configs=str(recipe), global_batch_size=None, image_size=None, max_tokens=None
     )
     assert "40 of 40 samples speak of left or right, and data.flip mirrors -> --data.flip false" in mends(
@@ -202,7 +202,7 @@ def test_left_and_right_are_seen_where_the_runs_files_say_flip(tmp_path, vocab, 
     )
     assert "longer than 5 tokens" in mends(report, "warns")
     recipe.write_text(recipe.read_text().replace("flip: true", "flip: false"))
-    report, _ = told(capsys, str(tmp_path / "a.tar"), configs=str(recipe), image_size=None, max_tokens=None)
+    report, _ = run_doctor(capsys, str(tmp_path / "a.tar"), configs=str(recipe), image_size=None, max_tokens=None)
     assert "left or right" not in mends(report, "warns")
 
 
@@ -211,7 +211,7 @@ def test_a_broken_shard_among_sound_ones_is_named_and_the_others_are_counted(tmp
         write_tar(tmp_path / f"a-{shard}.tar", members(range(20 * shard, 20 * shard + 20)))
     whole = (tmp_path / "a-1.tar").read_bytes()
     (tmp_path / "a-1.tar").write_bytes(whole[: len(whole) // 2])
-    report, status = told(capsys, str(tmp_path / "a-*.tar"))
+    report, status = run_doctor(capsys, str(tmp_path / "a-*.tar"))
     assert status == 0 and "1 of 3 shards that were walked are broken, the first: " in mends(report, "warns")
     assert "a-1.tar" in mends(report, "warns")
     (source,) = report["sources"].values()
@@ -221,9 +221,9 @@ def test_a_broken_shard_among_sound_ones_is_named_and_the_others_are_counted(tmp
 def test_files_of_a_shells_glob_are_one_source_and_a_mapping_is_several(tmp_path, capsys):
     for name in ("a-0", "a-1", "b-0"):
         write_tar(tmp_path / f"{name}.tar", members(range(20)))
-    report, _ = told(capsys, str(tmp_path / "a-0.tar"), str(tmp_path / "a-1.tar"))
+    report, _ = run_doctor(capsys, str(tmp_path / "a-0.tar"), str(tmp_path / "a-1.tar"))
     assert [source["shards"] for source in report["sources"].values()] == [2]
-    report, _ = told(capsys, f"{{one: {tmp_path}/a-*.tar, two: {{shards: {tmp_path}/b-0.tar}}}}")
+    report, _ = run_doctor(capsys, f"{{one: {tmp_path}/a-*.tar, two: {{shards: {tmp_path}/b-0.tar}}}}")
     assert {name: source["samples"] for name, source in report["sources"].items()} == {"one": 40, "two": 20}
     with pytest.raises(SettingError) as refused:
         doctor(["{one: {shardz: x}}"])
@@ -241,13 +241,13 @@ def test_shards_on_a_server_are_counted_by_their_index_and_asked_for_without_one
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         spec = f"http://127.0.0.1:{server.server_port}/a-{{0..1}}.tar"
-        report, status = told(capsys, spec)
+        report, status = run_doctor(capsys, spec)
         assert status == 1 and "only reading them all would count them" in mends(report, "stops")
         assert report["sources"][spec]["looked_at"] == 50
-        report, status = told(capsys, spec, train_samples=50)
+        report, status = run_doctor(capsys, spec, train_samples=50)
         assert status == 0
-        told(capsys, str(tmp_path / "a-*.tar"), write_index=True)
-        report, status = told(capsys, spec)
+        run_doctor(capsys, str(tmp_path / "a-*.tar"), write_index=True)
+        report, status = run_doctor(capsys, spec)
         assert status == 0 and report["sources"][spec]["samples"] == 50
         server.shutdown()
 
@@ -256,7 +256,7 @@ def test_the_index_it_writes_is_true_and_a_shard_that_changed_since_is_named(tmp
     for shard in range(2):
         write_tar(tmp_path / f"a-{shard}.tar", members(range(20 * shard, 20 * shard + 20 + shard)))
     spec = str(tmp_path / "a-*.tar")
-    report, status = told(capsys, spec, write_index=True)
+    report, status = run_doctor(capsys, spec, write_index=True)
     assert status == 0 and mends(report, "warns") == ""
     tars = {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")}
     assert json.loads((tmp_path / "index.json").read_text()) == {
@@ -273,12 +273,12 @@ def test_the_index_it_writes_is_true_and_a_shard_that_changed_since_is_named(tmp
     changed = bytearray(tars["a-1.tar"])
     changed[600] ^= 1  # inside an image
     (tmp_path / "a-1.tar").write_bytes(changed)
-    report, status = told(capsys, spec)
+    report, status = run_doctor(capsys, spec)
     assert status == 0 and "a-1.tar: other content than index.json says (sha256) -> " in mends(report, "warns")
     (tmp_path / "a-1.tar").write_bytes(tars["a-1.tar"] + bytes(512))
-    report, status = told(capsys, spec)
+    report, status = run_doctor(capsys, spec)
     assert status == 1 and "--write_index" in mends(report, "stops")
-    report, status = told(capsys, spec, write_index=True)
+    report, status = run_doctor(capsys, spec, write_index=True)
     assert status == 0
 
 
@@ -294,7 +294,7 @@ def test_an_index_is_not_written_for_a_shard_that_cannot_be_read(tmp_path):
 def test_headers_are_read_only_for_the_time_given_and_the_rest_is_an_estimate(tmp_path, capsys):
     for shard in range(6):
         write_tar(tmp_path / f"a-{shard}.tar", members(range(20)))
-    report, _ = told(capsys, str(tmp_path / "a-*.tar"), seconds=0.0)
+    report, _ = run_doctor(capsys, str(tmp_path / "a-*.tar"), seconds=0.0)
     (source,) = report["sources"].values()
     assert (source["samples"], source["samples_are"]) == (120, "estimated")
     assert "1 of 6 shards were counted in the time given" in mends(report, "notes")
@@ -302,14 +302,14 @@ def test_headers_are_read_only_for_the_time_given_and_the_rest_is_an_estimate(tm
 
 def test_the_command_prints_the_findings_and_ends_with_the_status(tmp_path, monkeypatch, capsys):
     write_tar(tmp_path / "a.tar", members(range(20)))
-    words = ["stair", "doctor", str(tmp_path / "a.tar"), "--image_size", "20", "--global_batch_size"]
-    monkeypatch.setattr(sys, "argv", [*words, "32", "--workers", "1"])
+    args = ["stair", "doctor", str(tmp_path / "a.tar"), "--image_size", "20", "--global_batch_size"]
+    monkeypatch.setattr(sys, "argv", [*args, "32", "--workers", "1"])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 1
-    said = capsys.readouterr().out
-    assert "samples: 20" in said and "samples_are: counted" in said and "STOPS  there are 20 pairs" in said
-    monkeypatch.setattr(sys, "argv", [*words, "4", "--workers", "1", "--json"])
+    output = capsys.readouterr().out
+    assert "samples: 20" in output and "samples_are: counted" in output and "STOPS  there are 20 pairs" in output
+    monkeypatch.setattr(sys, "argv", [*args, "4", "--workers", "1", "--json"])
     main()
     assert json.loads(capsys.readouterr().out)["sources"]
 
@@ -354,9 +354,9 @@ def test_a_damaged_index_stops_the_doctor_as_it_stops_a_fit_and_can_be_made_agai
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(ValueError, match=reason):
         shards(spec, vocab).setup("fit")
-    report, status = told(capsys, spec)
+    report, status = run_doctor(capsys, spec)
     assert status == 1 and re.search(reason, mends(report, "stops"))
-    report, status = told(capsys, spec, write_index=True)
+    report, status = run_doctor(capsys, spec, write_index=True)
     assert status == 0 and json.loads((tmp_path / "index.json").read_text())["shards"]["a.tar"]["samples"] == 20
 
 
@@ -365,7 +365,7 @@ def test_another_tools_index_is_passed_over_and_never_overwritten(tmp_path, voca
     spec = str(write_tar(tmp_path / "a.tar", members(range(20))))
     (tmp_path / "index.json").write_text(content)
     shards(spec, vocab).setup("fit")
-    report, status = told(capsys, spec)
+    report, status = run_doctor(capsys, spec)
     assert status == 0 and report["sources"][spec]["samples"] == 20
     with pytest.raises(FileError) as refused:
         doctor([spec], write_index=True)

@@ -61,10 +61,10 @@ def test_embedded_vectors_are_those_of_the_encoders_in_training(stair, model, sh
     pairs = EvaluationPairs(str(shard), loaded.config.image.image_size, 10**6)
     batch = CollatePairs(loaded.vocabulary, loaded.config.text.max_tokens)([pairs[n] for n in range(len(pairs))])
     with torch.no_grad():
-        wanted = loaded(batch["pixels"], batch["ids"], batch["mask"])
+        expected = loaded(batch["pixels"], batch["ids"], batch["mask"])
     images, texts = Embeddings.load(tmp_path / "images"), Embeddings.load(tmp_path / "texts")
-    np.testing.assert_allclose(images.vectors.toarray(), wanted["image_BV"].numpy(), atol=1e-6)
-    np.testing.assert_allclose(texts.vectors.toarray(), wanted["text_CV"].numpy(), atol=1e-6)
+    np.testing.assert_allclose(images.vectors.toarray(), expected["image_BV"].numpy(), atol=1e-6)
+    np.testing.assert_allclose(texts.vectors.toarray(), expected["text_CV"].numpy(), atol=1e-6)
     assert images.ids == batch["key"] and images.space == texts.space == loaded.space
     assert texts.ids[:3] == ["some-0000/sub/k0#0", "some-0000/sub/k0#1", "some-0000/sub/k1#0"]
     assert images.source[0]["captions"] == [CAPTIONS[0], f"{CAPTIONS[0]} ."]
@@ -80,7 +80,7 @@ def test_the_trainers_predict_writes_what_embed_writes(stair, tiny_stair, model,
     from lightning_modules import Stage3
     from lightning_modules.optimizer import Optimizer
     from lightning_modules.stage import Objective
-    from tests.conftest import tiny_config
+    from tests.support.models import tiny_config
 
     stair("embed", model, shard, tmp_path / "images")
     stair("embed", model, shard, tmp_path / "texts", "--side", "texts")
@@ -100,11 +100,11 @@ def test_the_trainers_predict_writes_what_embed_writes(stair, tiny_stair, model,
     )
     trainer.predict(module, datamodule=data, return_predictions=False)
     for side in ("images", "texts"):
-        written, wanted = Embeddings.load(tmp_path / "out" / "c" / side), Embeddings.load(tmp_path / side)
+        written, expected = Embeddings.load(tmp_path / "out" / "c" / side), Embeddings.load(tmp_path / side)
         assert len(list((tmp_path / "out/c" / side).glob("part-*"))) == ranks
-        assert sorted(written.ids) == sorted(wanted.ids) and written.space == wanted.space
-        order = [written.ids.index(name) for name in wanted.ids]
-        np.testing.assert_allclose(written.vectors[order].toarray(), wanted.vectors.toarray(), atol=1e-6)
+        assert sorted(written.ids) == sorted(expected.ids) and written.space == expected.space
+        order = [written.ids.index(name) for name in expected.ids]
+        np.testing.assert_allclose(written.vectors[order].toarray(), expected.vectors.toarray(), atol=1e-6)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "parquet"])
@@ -221,9 +221,9 @@ def test_pictures_inside_parquet_are_embedded_as_files_are(stair, model, folder,
     printed = stair("embed", model, tmp_path / "t.parquet", tmp_path / "out", "--batch_size", "3", "--workers", "1")
     assert "skipped t.parquet:5: image undecodable" in printed and "skipped t.parquet:6: image missing" in printed
     stair("embed", model, folder, tmp_path / "wanted")
-    got, wanted = Embeddings.load(tmp_path / "out"), Embeddings.load(tmp_path / "wanted")
-    assert got.ids == wanted.ids and got.metadata == [{"n": n} for n in range(4)]
-    np.testing.assert_array_equal(got.vectors.toarray(), wanted.vectors.toarray())
+    got, expected = Embeddings.load(tmp_path / "out"), Embeddings.load(tmp_path / "wanted")
+    assert got.ids == expected.ids and got.metadata == [{"n": n} for n in range(4)]
+    np.testing.assert_array_equal(got.vectors.toarray(), expected.vectors.toarray())
     parquet.write_table(pa.table({**columns, "image": cells[::-1]}), tmp_path / "t.parquet", row_group_size=4)
     assert list_items(str(tmp_path / "t.parquet"), "images").items[2].read() == found[3]  # not what was read before
     with pytest.raises(SystemExit, match="content differ"):
@@ -401,8 +401,8 @@ def test_from_pictures_to_hits_on_the_command_line(stair, model, shard, tmp_path
     assert json.loads(stair("embed", model, shard, tmp_path / "e", "--json"))["taken"] == 5
     assert "5 documents" in stair("index", index, tmp_path / "e", "--verify")
     hits = json.loads(stair("search", index, "--like", "some-0000/sub/k2", "--json"))
-    wanted = SparseIndex.open(index).search(like="some-0000/sub/k2")
-    assert [(hit["id"], hit["score"]) for hit in hits] == [(hit.id, hit.score) for hit in wanted]
+    expected = SparseIndex.open(index).search(like="some-0000/sub/k2")
+    assert [(hit["id"], hit["score"]) for hit in hits] == [(hit.id, hit.score) for hit in expected]
     (tmp_path / "query.png").write_bytes(noise_png(3))
     printed = stair("search", index, "--image", tmp_path / "query.png", "--model", model, "--k", "2")
     assert printed.split()[1] == "some-0000/sub/k3" and len(printed.splitlines()) == 2
@@ -417,8 +417,8 @@ def test_from_pictures_to_hits_on_the_command_line(stair, model, shard, tmp_path
         "stair:file=some-0000.tar and stair:length>1",
     )
     assert "4 documents" in stair("index", index, "--delete", "some-0000/sub/k3")
-    for words, complaint in [((), "give one of"), (("--words", "dog:x"), "no number"), (("--text", "dog"), "model")]:
+    for args, complaint in [((), "give one of"), (("--words", "dog:x"), "no number"), (("--text", "dog"), "model")]:
         with pytest.raises(SystemExit, match=complaint):
-            stair("search", index, *words)
+            stair("search", index, *args)
     with pytest.raises(SystemExit, match="no index"):
         stair("index", tmp_path / "other")

@@ -19,9 +19,9 @@ from stair.evaluate.prune import cost, curve, index_bytes
 from stair.evaluate.vocabulary_probe import correct_terms, term_rows, vocabulary_probe
 from stair.ranking import SparseRows
 from stair.report.tables import tables
-from tests.conftest import tiny_config, write_vocabulary
 from tests.support.files import encoded, members_of, write_tar
-from tests.test_metrics import oracle
+from tests.support.models import tiny_config, write_vocabulary
+from tests.support.oracles import oracle
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def shards(tmp_path_factory):
     return folder
 
 
-def command(monkeypatch, *words):
-    monkeypatch.setattr("sys.argv", ["stair", "evaluate", *map(str, words)])
+def command(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["stair", "evaluate", *map(str, args)])
     cli.main()
 
 
@@ -80,8 +80,8 @@ def test_the_command_measures_shards_and_classes_and_writes_what_it_found(
     assert {"i2t/recall@1", "t2i/recall@3", "t2i/mrr", "i2t/ndcg@10", "t2i/median_rank"} <= scenes["retrieval"].keys()
     # captions that only name the class tell no images apart
     assert "retrieval" not in pets and pets["protocol"]["images_with_the_captions_of_another"] == 6
-    assert pets["words"]["sparsity/image/active_terms"] > 0
-    assert not any("text" in name or name.startswith(("grounding", "expansion")) for name in pets["words"])
+    assert pets["terms"]["sparsity/image/active_terms"] > 0
+    assert not any("text" in name or name.startswith(("grounding", "expansion")) for name in pets["terms"])
     assert [one["name"] for one in pets["zero_shot"]["per_class"]] == ["dog", "cat"] and pets["linear_probe"]["images"][
         "test"
     ] == 6
@@ -98,17 +98,17 @@ def test_retrieval_through_the_command_is_that_of_all_scores(models, shards):
     samples = [what.samples[i] for i in range(len(what.samples))]
     image = model.comparable(model.encode_image([s.image for s in samples])).numpy()
     text = model.comparable(model.encode_text([c for s in samples for c in s.captions])).numpy()
-    wanted = oracle(image, text, np.repeat(np.arange(12), 5), (1, 5, 10))
+    expected = oracle(image, text, np.repeat(np.arange(12), 5), (1, 5, 10))
     result, _ = evaluate(open_model(str(models / "stair")), [what], batch_size=5)
     for key, value in result["sets"][what.name]["retrieval"].items():
-        assert value == pytest.approx(wanted[key], abs=1e-6), key
+        assert value == pytest.approx(expected[key], abs=1e-6), key
 
 
 def test_a_dense_model_is_measured_alike(models, shards):
     sets = [open_set(str(shards / "pets")), open_set(f"scenes={shards}/scenes/val-*.tar")]
     result, _ = evaluate(open_model(str(models / "clip")), sets)
     scenes = result["sets"]["scenes"]
-    assert result["model"]["kind"] == "dense" and "words" not in scenes and "pruned" not in scenes
+    assert result["model"]["kind"] == "dense" and "terms" not in scenes and "pruned" not in scenes
     # what is held of it: 12 images of 12 numbers
     assert scenes["cost"]["index_bytes"] == 12 * 12 * 4
     assert result["sets"]["pets"]["vocabulary_probe"]["class"]["images"] == 6
@@ -116,7 +116,7 @@ def test_a_dense_model_is_measured_alike(models, shards):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["{models}/none", "{sets}/pets"], "no such folder"),
         (["{models}/stair", "{sets}/nothing-*.tar"], "no shard matches"),
@@ -132,9 +132,9 @@ def test_a_dense_model_is_measured_alike(models, shards):
         (["sentence_transformers:{models}", "{sets}/pets"], "modules.json is missing"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_in_a_line(models, shards, monkeypatch, words, message):
+def test_what_cannot_be_measured_is_refused_in_a_line(models, shards, monkeypatch, args, message):
     with pytest.raises(SystemExit, match=message):
-        command(monkeypatch, *(word.format(models=models, sets=shards) for word in words))
+        command(monkeypatch, *(arg.format(models=models, sets=shards) for arg in args))
 
 
 def test_results_lie_beside_the_model_however_its_folder_is_named(models, shards, monkeypatch, tmp_path):
@@ -269,10 +269,10 @@ def test_a_probe_that_cannot_be_learned_costs_no_other_figure(models):
             "some", of(0, 1), classes=["dog", "cat"], train=of(0, None, 1), val=of(0, 1, None), retrieval=False
         ),
     ]
-    said = []
-    result, _ = evaluate(open_model(str(models / "stair")), sets, progress=said.append)
+    output = []
+    result, _ = evaluate(open_model(str(models / "stair")), sets, progress=output.append)
     assert "linear_probe" not in result["sets"]["one class"] and "zero_shot" in result["sets"]["one class"]
-    assert any("no linear probe of one class" in line for line in said)
+    assert any("no linear probe of one class" in line for line in output)
     assert result["sets"]["some"]["linear_probe"]["images"] == {"train": 2, "val": 2, "test": 2}
 
 
@@ -315,9 +315,9 @@ def test_the_probe_learns_on_train_and_chooses_on_val():
 
 
 def test_correct_terms_are_whole_and_name_something(vocabulary):
-    words = vocabulary.tokens_of(correct_terms(vocabulary, ["A small dog runs.", "two dogs, the sea of zzz"]))
+    tokens = vocabulary.tokens_of(correct_terms(vocabulary, ["A small dog runs.", "two dogs, the sea of zzz"]))
     # `dogs` is cut into dog ##s; a, the, of, two say nothing
-    assert sorted(words) == ["dog", "runs", "sea", "small"]
+    assert sorted(tokens) == ["dog", "runs", "sea", "small"]
 
 
 def test_the_vocabulary_test_reads_sparse_weights_off_and_ties_count_against():
@@ -476,7 +476,7 @@ def test_sentence_transformers_models_are_opened_as_what_they_are(monkeypatch, t
         assert evaluated.terms is None
         assert evaluated.encoder.similarity == "dot" and "9 tokens" in evaluated.truncation
         assert evaluated.encoder.encode_image([picture("red")]).tolist() == [[0, 0, 3]]
-    # its dimensions have names where its tokenizer has the words that are given, in their order
+    # its dimensions have names where its tokenizer has the given tokens, in their order
     source = f"sentence_transformers:{tmp_path / 'SparseEncoder'}"
     for tokens, named in ((vocabulary.tokens, True), (vocabulary.tokens[::-1], False)):
         table = {token: i for i, token in enumerate(tokens)}

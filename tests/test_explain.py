@@ -29,8 +29,8 @@ def model(tiny_stair, request):
 def test_contributions_sum_to_the_score_of_the_model_and_of_the_index(model, picture, tmp_path):
     text = "a red ball on the sea"
     why = explain(model, text, picture)
-    wanted = float(model.score(model.encode_image([picture]), model.encode_text([text])))
-    assert why.score == pytest.approx(wanted, rel=1e-5)
+    expected = float(model.score(model.encode_image([picture]), model.encode_text([text])))
+    assert why.score == pytest.approx(expected, rel=1e-5)
     place = {token: v for v, token in enumerate(model.vocabulary.tokens)}
     assert sum(w.contribution for w in sorted(why.shared, key=lambda w: place[w.token])) == why.score
     index = SparseIndex.build(tmp_path / "i", model.encode(images=[picture]), ["p"], model=model)
@@ -60,9 +60,9 @@ def test_the_argmax_position_of_a_term_is_the_one_without_which_it_weighs_less(t
         assert reading.heat(n)[row, column] == reading.evidence[n].max() and reading.heat(n).shape == (4, 4)
 
 
-def test_words_of_a_class_token_lie_on_no_patch(vocab_file, picture):
+def test_terms_of_a_class_token_lie_on_no_patch(vocab_file, picture):
     from stair.model import Stair
-    from tests.conftest import tiny_config
+    from tests.support.models import tiny_config
 
     config = tiny_config(vocab_file)
     config.image.positions = "all"
@@ -85,7 +85,7 @@ def test_a_text_has_its_tokens_and_its_expansions(tiny_stair):
     assert own == {"two", "dog", "##s"} & set(reading.terms) and len(own) < len(reading.terms)
 
 
-def test_what_a_tokens_evidence_for_a_word_is_at_most_is_the_words_weight(tiny_stair):
+def test_a_tokens_evidence_for_a_term_is_at_most_the_terms_weight(tiny_stair):
     with torch.no_grad():
         tiny_stair.text_head.bias += 0.7
     tiny_stair.config.in_caption_margin = 0.7
@@ -110,27 +110,27 @@ def test_pages_are_complete_escaped_and_ask_for_nothing(tiny_stair, picture):
         read_text(tiny_stair, "a dog"),
         explain(tiny_stair, picture, picture),
     ):
-        html = page(subject, words=3)
+        html = page(subject, num_terms=3)
         assert "default-src 'none'" in html and not re.search(r"(src|href)=\"(?!data:)", html)
         assert "<script" not in html and "<i>red" not in html
-        assert draw(subject, words=3).size[0] >= 620
+        assert draw(subject, num_terms=3).size[0] >= 620
 
 
 def test_the_command_writes_a_picture_and_a_page(tiny_stair, picture, tmp_path, monkeypatch, capsys):
     tiny_stair.save_pretrained(tmp_path / "m")
     picture.save(tmp_path / "p.png")
 
-    def stair(*words):
-        monkeypatch.setattr(sys, "argv", ["stair", "explain", *map(str, words)])
+    def stair(*args):
+        monkeypatch.setattr(sys, "argv", ["stair", "explain", *map(str, args)])
         main()
         return capsys.readouterr().out
 
     pair = "--image", tmp_path / "p.png", "--text", "a red ball"
     assert "score, of" in stair(tmp_path / "m", tmp_path / "why.png", *pair)
     assert Image.open(tmp_path / "why.png").size[0] >= 620
-    stair(tmp_path / "m", tmp_path / "why.html", *pair, "--words", "2")
+    stair(tmp_path / "m", tmp_path / "why.html", *pair, "--num_terms", "2")
     assert "The score is the sum" in (tmp_path / "why.html").read_text()
     stair(tmp_path / "m", tmp_path / "one.html", "--image", tmp_path / "p.png")
-    for words, complaint in [((tmp_path / "x.pdf", *pair), "pdf"), ((tmp_path / "x.png",), "give one or two")]:
+    for args, complaint in [((tmp_path / "x.pdf", *pair), "pdf"), ((tmp_path / "x.png",), "give one or two")]:
         with pytest.raises(SystemExit, match=complaint):
-            stair(tmp_path / "m", *words)
+            stair(tmp_path / "m", *args)

@@ -67,8 +67,8 @@ def index(request, tmp_path_factory):
 
 @pytest.fixture
 def export(monkeypatch, capsys):
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["stair", "export", *map(str, words)])
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["stair", "export", *map(str, args)])
         main()
         return capsys.readouterr().out
 
@@ -79,10 +79,10 @@ def agree(index, search, rel=1e-6, k=10):
     """Ids and scores of an engine are those of the index; ids may change places where scores are that near."""
     for row in QUERIES:
         query = index.query(row)
-        wanted, found = index.top(query, k), search(query, k)
+        expected, found = index.top(query, k), search(query, k)
         scores = {hit.id: hit.score for hit in index.top(query, 1000)}
-        assert len(found) == len(wanted)
-        np.testing.assert_allclose([score for _, score in found], [hit.score for hit in wanted], rtol=rel)
+        assert len(found) == len(expected)
+        np.testing.assert_allclose([score for _, score in found], [hit.score for hit in expected], rtol=rel)
         np.testing.assert_allclose([score for _, score in found], [scores[name] for name, _ in found], rtol=rel)
 
 
@@ -168,7 +168,7 @@ def test_a_users_column_replaces_no_field_of_an_engine(engine, tmp_path):
         pytest.skip("takes no metadata")
     taken = {
         "id": "theirs",
-        "words": 1,
+        "terms": 1,
         "document": 2,
         "metadata": {"a": 3},
         "source": [4],
@@ -230,8 +230,8 @@ def test_sqlite_scores_exactly(index, export, tmp_path):
     statement = database.execute("SELECT value FROM facts WHERE name = 'score'").fetchone()[0]
     negative = index.query(words={"us": 1.0, "u.s": -2.0})
     weights = json.dumps(dict(zip(map(str, negative.terms.tolist()), negative.weights.tolist(), strict=True)))
-    wanted = [(hit.id, pytest.approx(hit.score)) for hit in index.top(negative, 10)]
-    assert database.execute(statement, (weights, 10)).fetchall() == wanted
+    expected = [(hit.id, pytest.approx(hit.score)) for hit in index.top(negative, 10)]
+    assert database.execute(statement, (weights, 10)).fetchall() == expected
     with pytest.raises(SystemExit, match="exists"):
         export("sqlite", index.folder, tmp_path / "x.db")
 
@@ -260,7 +260,7 @@ def test_the_bodies_for_a_qdrant_server_fit_its_own_models(index, export, tmp_pa
     points = [models.PointStruct(**point) for line in lines[1:] for point in line["points"]]
     assert [point.payload["id"] for point in points] == list(index.ids)
     assert len({point.id for point in points}) == len(points)
-    vector = points[3].vector["words"]
+    vector = points[3].vector["terms"]
     named = {TOKENS[v]: weight for v, weight in zip(vector.indices, vector.values, strict=True)}
     assert named == pytest.approx(index.vector(points[3].payload["id"]))
 
@@ -286,11 +286,11 @@ def test_seismic_finds_the_same_within_its_half_precision(index, export, tmp_pat
     for row in QUERIES:
         query = index.query(row)
         scores = {hit.id: hit.score for hit in index.top(query, 1000)}
-        wanted = index.top(query, 10)
+        expected = index.top(query, 10)
         for name, score in seismic_search(loaded, query, 10):
             assert score == pytest.approx(scores[name], rel=2e-3)
-            right += scores[name] >= wanted[-1].score * 0.998
-        total += len(wanted)
+            right += scores[name] >= expected[-1].score * 0.998
+        total += len(expected)
     assert right / total > 0.9  # approximate by design
 
 
@@ -302,18 +302,18 @@ def test_documents_for_lucene_engines_score_as_lucene_will(index, tmp_path, engi
     names, documents = [line["index"]["_id"] for line in lines[::2]], lines[1::2]
     assert names == list(index.ids) and len(set(names)) == len(names)
     fields = json.loads((tmp_path / "x/mapping.json").read_text())["mappings"]["properties"]
-    assert fields["words"] == {"type": {"elasticsearch": "sparse_vector", "opensearch": "rank_features"}[engine]}
+    assert fields["terms"] == {"type": {"elasticsearch": "sparse_vector", "opensearch": "rank_features"}[engine]}
     for row in QUERIES:
         query = index.query(row)
         body = make(query)
         features = next(iter(body.values()))
-        features = features.get("query_vector") or features["words"]["query_tokens"]
+        features = features.get("query_vector") or features["terms"]["query_tokens"]
         # Lucene's limits: 0 < weight <= 64, values positive and normal, names without dots
         assert all(0 < weight <= 64 and name.isdigit() for name, weight in features.items())
         exact = {hit.id: hit.score for hit in index.top(query, 1000)}
         for name, document in zip(names, documents, strict=True):
-            kept = {word: _as_lucene_keeps(value) for word, value in document["words"].items()}
-            assert kept == document["words"], "a document says what the engine keeps"
+            kept = {word: _as_lucene_keeps(value) for word, value in document["terms"].items()}
+            assert kept == document["terms"], "a document says what the engine keeps"
             score = sum(weight * kept.get(word, 0) for word, weight in features.items()) / query_scale(query)
             assert exact.get(name, 0) * (1 - 2**-8) <= score + 1e-9 and score <= exact.get(name, 0) * (1 + 1e-6)
 
@@ -367,11 +367,11 @@ def test_onnx_graphs_give_the_non_zero_terms(tiny_stair, captions, pixels, expor
         return sparse.csr_matrix((weight, (row, word)), shape=(count, len(tiny_stair.vocabulary))).toarray()
 
     for count in (1, 3, 4):  # batches of any size
-        wanted = tiny_stair.encode_image(pixels[:count])
-        np.testing.assert_allclose(run("image", count, pixels=pixels[:count].numpy()), wanted, atol=1e-5)
+        expected = tiny_stair.encode_image(pixels[:count])
+        np.testing.assert_allclose(run("image", count, pixels=pixels[:count].numpy()), expected, atol=1e-5)
         ids, mask = tiny_stair.vocabulary.tokenize(captions[:count], 12)
-        wanted = tiny_stair.encode_text(captions[:count])
-        np.testing.assert_allclose(run("text", count, ids=ids.numpy(), mask=mask.numpy()), wanted, atol=1e-5)
+        expected = tiny_stair.encode_text(captions[:count])
+        np.testing.assert_allclose(run("text", count, ids=ids.numpy(), mask=mask.numpy()), expected, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -387,6 +387,6 @@ def test_sentence_transformers_loads_the_folder_and_scores_the_same(
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
     image, text = encoder.encode(pictures, batch_size=3), encoder.encode(captions, batch_size=3)
     assert image.is_sparse and text.is_sparse
-    wanted = tiny_stair.score(tiny_stair.encode_image(pixels), tiny_stair.encode_text(captions))
-    torch.testing.assert_close(encoder.similarity(image, text).to_dense(), wanted, atol=1e-5, rtol=1e-5)
+    expected = tiny_stair.score(tiny_stair.encode_image(pixels), tiny_stair.encode_text(captions))
+    torch.testing.assert_close(encoder.similarity(image, text).to_dense(), expected, atol=1e-5, rtol=1e-5)
     assert encoder.decode(text[0], top_k=3)[0][0] in tiny_stair.vocabulary.tokens

@@ -24,10 +24,8 @@ from main import main
 from stair import Embeddings, SparseIndex, Stair
 from stair.data.prepare import folder as prepare_folder
 from stair.files import removed_on_failure
-from tests.conftest import write_small_scenes
-from tests.test_index import SPACE, embeddings
-from tests.test_requeue import Line
-from tests.test_stages import SMALL, weights, words
+from tests.support.rows import SPACE, embeddings
+from tests.support.runs import Line, stage_args, weights
 
 # ------------------------------------------------------------------ a disk that is full
 
@@ -198,7 +196,7 @@ def test_a_strategy_with_its_own_way_keeps_it(trainer):
 # ------------------------------------------------------------------ files and places
 
 
-def test_an_output_that_cannot_be_written_is_said_by_name(tiny_stair):
+def test_an_output_that_cannot_be_written_is_named(tiny_stair):
     for write in (
         lambda: tiny_stair.save_pretrained("/proc/nowhere/stair"),
         lambda: embeddings(1).save("/proc/no/part-0.safetensors"),
@@ -256,16 +254,11 @@ def test_nothing_is_decided_by_the_time_of_day():
 # ------------------------------------------------------------------ kills anywhere, and the same run again
 
 
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    return write_small_scenes(tmp_path_factory.mktemp("scenes"), SMALL)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_the_same_command_gives_the_same_weights_to_the_bit(scenes, tmp_path, workers):
     for name in ("a", "b"):
-        main(words(scenes, 1, tmp_path / name, "--data.workers", workers))
+        main(stage_args(scenes, 1, tmp_path / name, "--data.workers", workers))
     a, b = weights(tmp_path / "a", 1), weights(tmp_path / "b", 1)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -274,7 +267,7 @@ def test_the_same_command_gives_the_same_weights_to_the_bit(scenes, tmp_path, wo
 @pytest.mark.timeout(3000)
 def test_a_run_that_is_killed_anywhere_ends_as_one_that_is_left_alone(tmp_path):
     # in a process of its own, which has no other test's threads to fork
-    words = ["-m", "benchmarks.faults", str(tmp_path / "f"), "--kills", "6", "--seed", "3"]
-    done = subprocess.run([sys.executable, *words], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    args = ["-m", "benchmarks.faults", str(tmp_path / "f"), "--kills", "6", "--seed", "3"]
+    done = subprocess.run([sys.executable, *args], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "6 kills, 0 wrong" in done.stdout

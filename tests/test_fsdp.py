@@ -16,8 +16,8 @@ from lightning_modules.parallel import FullySharded, blocks
 from main import main
 from stair import Embeddings, Stair
 from stair.errors import FileError
-from tests.test_parallel import STAGES, STEPS, Case, difference, fit, make, run, same
-from tests.test_stages import SMALL, weights, words
+from tests.support.ranks import STAGES, STEPS, Case, difference, fit, make, run, same
+from tests.support.runs import SMALL, stage_args, weights
 
 
 @pytest.fixture
@@ -163,14 +163,14 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         assert refused.value.path == tmp_path / name and not (tmp_path / "x").exists()
 
 
-# ------------------------------------------------------------------ through the front door
+# ------------------------------------------------------------------ through the command line
 
 
 def train_stages(case):
     folder = Path(case.folder)
     for stage, strategy in case.settings["stages"].items():
         overlay = ("--config", str(Path(__file__).parents[1] / "configs" / "hardware" / f"{strategy}.yaml"))
-        main(words(folder, stage, folder / "r", *overlay, "--trainer.devices", "2"))
+        main(stage_args(folder, stage, folder / "r", *overlay, "--trainer.devices", "2"))
     return None
 
 

@@ -5,13 +5,12 @@ Shards have their own (test_fuzz_shards.py). The quick forms are the same on eve
 
 import io
 import json
-import os
 import time
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -23,28 +22,15 @@ from stair.index.query import parse_words
 from stair.index.storage import FILE, State
 from stair.plain import escape, one_line
 from stair.towers import read_description
-from tests.conftest import write_vocabulary
-from tests.test_hostile import UNSEEN
-from tests.test_index import TOKENS, V, embeddings
+from tests.support.files import UNSEEN
+from tests.support.fuzzing import BOTH, fuzz
+from tests.support.models import write_vocabulary
+from tests.support.rows import TOKENS, V, embeddings
 
 pytest.importorskip("starlette")
 from starlette.testclient import TestClient
 
 from stair.serve.app import application
-
-#: so many times the cases in the slow form
-MORE = int(os.environ.get("STAIR_FUZZ", "20"))
-NEVER_SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
-
-
-def fuzz(cases, slow):
-    """The settings of a test: always the same few cases, or many new ones."""
-    phases = (Phase.explicit, Phase.generate, Phase.shrink)
-    how = {"deadline": None, "suppress_health_check": NEVER_SLOW, "database": None, "phases": phases}
-    return settings(max_examples=MORE * cases if slow else cases, derandomize=not slow, **how)
-
-
-BOTH = pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
 
 ANY_TEXT = st.text(st.characters(), max_size=60)  # halves of characters too
 JSON = st.recursive(

@@ -1,4 +1,4 @@
-"""Any setting at any value, through the front door: built, or refused by a message that names the setting."""
+"""Any setting at any value, through the command line: built, or refused by a message that names the setting."""
 
 import pytest
 import yaml
@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import main
-from tests.conftest import write_small_scenes
-from tests.test_fuzz import BOTH, fuzz
-from tests.test_stages import SMALL, words
+from tests.support.fuzzing import BOTH, fuzz
+from tests.support.runs import stage_args, write_small_scenes
 
 #: set by somebody else: Lightning, or the parser of the command line
 NOT_OURS = ("trainer.", "config", "seed_everything", "ckpt_path", "weights_only", "optimizer", "lr_scheduler", "run")
@@ -29,7 +28,7 @@ def settings_of(found, before=""):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
-    return words(write_small_scenes(folder / "scenes", SMALL), 1, folder / "r")
+    return stage_args(write_small_scenes(folder / "scenes"), 1, folder / "r")
 
 
 @BOTH
@@ -48,8 +47,8 @@ def test_any_setting_is_built_or_refused_by_name(run, monkeypatch, capsys, tmp_p
         try:
             main.main([*run, f"--{place}={value}"])
         except SystemExit as end:
-            said = capsys.readouterr().err.rpartition("error: ")[2]  # not its usage, which names every setting
-            assert end.code == 2 and place.rpartition(".")[2] in said, said
+            output = capsys.readouterr().err.rpartition("error: ")[2]  # not its usage, which names every setting
+            assert end.code == 2 and place.rpartition(".")[2] in output, output
         except ValueError as error:
             assert place.rpartition(".")[2] in str(error), (place, value, error)
         except OSError as error:  # of files and folders the message names the place that was given

@@ -19,34 +19,10 @@ from datamodules.augment import Augment
 from stair.data.samples import captions, image_bytes
 from stair.data.tars import BrokenTarError, stream, walk
 from stair.data.tars import members as members_of
-from tests.test_shards import encode, good, keys, picture, shards, write_shards, write_tar, write_words
+from tests.support.fuzzing import COLOURS, WHOLE, coloured, tar_of
+from tests.support.shards import encode, good, keys, picture, shards, write_shards, write_tar
 
 AUGMENT = Augment(8, (0.5, 1.0), True, 1_000_000)
-#: the colour of sample n, and the caption that says so: a pairing can be checked after any damage
-COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), (255, 0, 255)]
-
-
-@pytest.fixture
-def vocab(tmp_path):
-    return write_words(tmp_path)
-
-
-def coloured(samples: int) -> dict[str, bytes]:
-    members = {}
-    for n in range(samples):
-        members[f"{n:03d}.png"] = encode(Image.new("RGB", (6, 5), COLOURS[n % 6]))
-        members[f"{n:03d}.json"] = json.dumps({"caption": f"colour {n % 6}"}).encode()
-    return members
-
-
-def tar_of(members: dict[str, bytes], form: int = tarfile.PAX_FORMAT) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=form) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return out.getvalue()
 
 
 def read_all(path: Path) -> tuple[list[tuple[str, str, np.ndarray]], Counter[str]]:
@@ -65,7 +41,6 @@ def read_all(path: Path) -> tuple[list[tuple[str, str, np.ndarray]], Counter[str
     return pairs, causes
 
 
-WHOLE = tar_of(coloured(9))
 #: the blocks of each sample
 UNTOUCHED = [tar_of({k: v for k, v in coloured(9).items() if k.startswith(f"{n:03d}")})[:2_048] for n in range(9)]
 KNOWN = {"image empty", "image undecodable", "image too large", "no image", "no caption", "caption unreadable"} | {
@@ -308,7 +283,7 @@ def test_a_broken_shard_beside_a_sound_one_is_counted_by_cause_and_source(tmp_pa
     ],
     ids=["cmyk", "16 bits", "palette", "animated", "jpeg called png"],
 )
-def test_odd_images_that_can_be_shown_are_trained_on(tmp_path, vocab, data, mode):
+def test_unusual_images_that_decode_are_trained_on(tmp_path, vocab, data, mode):
     assert Image.open(io.BytesIO(data)).mode == mode
     spec = write_shards(tmp_path, [12], {"00003.png": data})
     found = shards(spec, vocab)

@@ -15,9 +15,9 @@ from stair import Stair
 from stair.embeddings import Embeddings
 from stair.kernels import fused, vocabulary_max, vocabulary_max_reference
 from stair.losses import flops, info_nce
-from tests.conftest import tiny_config, write_small_scenes
-from tests.test_kernels_triton import SHAPES, gradients
-from tests.test_stages import SMALL, scalars, weights, words
+from tests.support.kernels import SHAPES, gradients
+from tests.support.models import tiny_config
+from tests.support.runs import scalars, stage_args, weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -141,16 +141,11 @@ def test_tensor_cores_take_nothing_from_the_loss_or_its_gradient(cosine):
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    return write_small_scenes(tmp_path_factory.mktemp("scenes"), SMALL)
-
-
-@pytest.fixture(scope="module")
 def finished(scenes, tmp_path_factory):
     """A run of all three stages in bf16-mixed."""
     run = tmp_path_factory.mktemp("runs") / "r"
     for stage in (1, 2, 3):
-        main(words(scenes, stage, run, *ON_GPU))
+        main(stage_args(scenes, stage, run, *ON_GPU))
     return run
 
 
@@ -170,13 +165,13 @@ def test_stage_2_leaves_the_image_side_bitwise_on_a_gpu(finished):
 def test_the_first_losses_of_a_gpu_are_those_of_a_cpu(scenes, tmp_path):
     losses = []
     for name, where in (("gpu", ["--trainer.accelerator", "gpu"]), ("cpu", ["--trainer.accelerator", "cpu"])):
-        main(words(scenes, 1, tmp_path / name, *where, "--trainer.precision", "32-true"))
+        main(stage_args(scenes, 1, tmp_path / name, *where, "--trainer.precision", "32-true"))
         losses.append(scalars(tmp_path / name, 1)["train/contrastive"])
     np.testing.assert_allclose(*losses, rtol=2e-3)
 
 
 def test_fp16_trains_with_the_scaler(scenes, tmp_path):
-    main(words(scenes, 1, tmp_path, "--trainer.accelerator", "gpu", "--trainer.precision", "16-mixed"))
+    main(stage_args(scenes, 1, tmp_path, "--trainer.accelerator", "gpu", "--trainer.precision", "16-mixed"))
     assert np.isfinite(scalars(tmp_path, 1)["train/contrastive"]).all()
     assert (tmp_path / "stage1" / "stair" / "model.safetensors").is_file()
 
@@ -184,7 +179,7 @@ def test_fp16_trains_with_the_scaler(scenes, tmp_path):
 @pytest.mark.parametrize("hardware", ["ddp", "fsdp2"])
 def test_a_stage_trains_under_the_strategies_of_the_cluster(scenes, tmp_path, hardware):
     # a process of its own: it starts a process group
-    command = [sys.executable, "main.py", *words(scenes, 1, tmp_path, *ON_GPU), "--trainer.devices", "1"]
+    command = [sys.executable, "main.py", *stage_args(scenes, 1, tmp_path, *ON_GPU), "--trainer.devices", "1"]
     command[3:3] = ["--config", str(ROOT / f"configs/hardware/{hardware}.yaml")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
@@ -193,13 +188,13 @@ def test_a_stage_trains_under_the_strategies_of_the_cluster(scenes, tmp_path, ha
 
 def test_a_run_goes_on_from_its_last_checkpoint_on_a_gpu(scenes, tmp_path):
     more = [*ON_GPU, "--ckpt_path", "last"]
-    main(words(scenes, 1, tmp_path, *more, "--trainer.max_steps", "2"))
-    main(words(scenes, 1, tmp_path, *more, "--trainer.max_steps", "6"))
+    main(stage_args(scenes, 1, tmp_path, *more, "--trainer.max_steps", "2"))
+    main(stage_args(scenes, 1, tmp_path, *more, "--trainer.max_steps", "6"))
     assert len(scalars(tmp_path, 1)["train/contrastive"]) == 6
 
 
 def test_a_compiled_stage_trains_on_a_gpu(scenes, tmp_path):
-    main(words(scenes, 1, tmp_path, *ON_GPU, "--model.init_args.compile", "inductor"))
+    main(stage_args(scenes, 1, tmp_path, *ON_GPU, "--model.init_args.compile", "inductor"))
     assert np.isfinite(scalars(tmp_path, 1)["train/contrastive"]).all()
 
 

@@ -40,14 +40,14 @@ from stair.pages import write_html
 from stair.plain import escape, one_line, plain
 from stair.report.tables import Table
 from stair.serve.app import PAGE
-from tests.test_index import SPACE, embeddings
-from tests.test_stages import SMALL, words
+from tests.support.files import UNSEEN
+from tests.support.rows import SPACE, embeddings
+from tests.support.runs import SMALL, stage_args
 
 ROOT = Path(__file__).parents[1]
 MARKUP = "<script>alert(1)</script>"
 ANSI = "\x1b]0;owned\x07\x1b[2J\x9b31m"
 TURNED = "photo\u202egpj.exe\u2066\u200f"
-UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200e\u200f]")
 
 
 class Trap:
@@ -93,13 +93,13 @@ def test_a_checkpoint_that_holds_code_is_made_into_nothing_and_runs_nothing(trap
 def test_a_run_does_not_resume_from_a_checkpoint_that_holds_code(scenes, trap, tmp_path):
     torch.save({"state_dict": {}, "global_step": 3, "trap": trap}, tmp_path / "evil.ckpt")
     with pytest.raises(FileError) as refused:
-        main(words(scenes, 1, tmp_path / "r", "--ckpt_path", str(tmp_path / "evil.ckpt")))
+        main(stage_args(scenes, 1, tmp_path / "r", "--ckpt_path", str(tmp_path / "evil.ckpt")))
     assert refused.value.path == tmp_path / "evil.ckpt"
 
 
 @pytest.mark.slow
 def test_over_http_too_where_lightning_would_unpickle(scenes, trap, tmp_path, monkeypatch):
-    from tests.test_sources import Server
+    from tests.support.server import Server
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     (tmp_path / "served").mkdir()
@@ -107,7 +107,7 @@ def test_over_http_too_where_lightning_would_unpickle(scenes, trap, tmp_path, mo
     server = Server(tmp_path / "served")
     try:
         with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-            main(words(scenes, 1, tmp_path / "r", "--ckpt_path", server.url("good", "evil.ckpt")))
+            main(stage_args(scenes, 1, tmp_path / "r", "--ckpt_path", server.url("good", "evil.ckpt")))
     finally:
         server.httpd.shutdown()
         server.httpd.server_close()
@@ -118,7 +118,7 @@ def test_a_checkpoint_cannot_name_a_class_to_build(scenes, tmp_path):
     named = {"_class_path": "antigravity.Fly", "model": {"class_path": "antigravity.Fly"}}
     torch.save({"state_dict": {}, "hyper_parameters": named}, tmp_path / "evil.ckpt")
     with pytest.raises(Exception, match=r"pytorch-lightning_version|loops|state_dict|KeyError"):
-        main(words(scenes, 1, tmp_path / "r", "--ckpt_path", str(tmp_path / "evil.ckpt")))
+        main(stage_args(scenes, 1, tmp_path / "r", "--ckpt_path", str(tmp_path / "evil.ckpt")))
     assert "antigravity" not in sys.modules
 
 
@@ -233,7 +233,7 @@ def test_a_config_is_read_without_objects_of_its_own(tmp_path, trap):
         main(["fit", "--config", str(ROOT / "configs/stage1.yaml"), "--config", str(tmp_path / "evil.yaml")])
 
 
-def test_a_class_that_is_none_of_the_kind_wanted_is_not_built(tmp_path, trap):
+def test_a_class_of_another_kind_is_not_built(tmp_path, trap):
     made = f"{{class_path: subprocess.Popen, init_args: {{args: [mkdir, {trap.folder}]}}}}"
     (tmp_path / "evil.yaml").write_text(f"trainer: {{callbacks: [{made}]}}\n")
     with pytest.raises(SystemExit):
@@ -274,7 +274,7 @@ for n in itertools.count():
 """
 
 
-def test_an_endless_stream_is_read_as_far_as_it_is_wanted(tmp_path):
+def test_an_endless_stream_is_read_only_as_far_as_needed(tmp_path):
     (tmp_path / "endless.py").write_text(ENDLESS)
     samples = stream(f"pipe:{sys.executable} {tmp_path}/endless.py", lambda error: None)
     assert [sample["__key__"] for sample in islice(samples, 3)] == ["0", "1", "2"]
@@ -367,7 +367,7 @@ def test_every_page_shows_hostile_text_as_text(tiny_stair, tmp_path):
         assert control in PAGE  # the search page does it in the browser
 
 
-def test_a_terminal_is_told_nothing_by_ids_names_or_words(tmp_path, capsys):
+def test_control_characters_in_ids_names_and_words_do_not_reach_a_terminal(tmp_path, capsys):
     part = embeddings(3)
     hostile = Embeddings(part.vectors, [f"{n}{ANSI}{TURNED}" for n in range(3)], SPACE)
     SparseIndex.build(tmp_path / "i", hostile)

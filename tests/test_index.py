@@ -26,21 +26,7 @@ from stair.files import lock
 from stair.index import SparseIndex
 from stair.index.postings import canonical, invert
 from stair.index.query import Query, parse_words
-
-V = 300
-TOKENS = tuple(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "dog", "beach", "people", "##s", *(f"w{v}" for v in range(8, V))])
-SPACE = EmbeddingSpace("m" * 64, "dot", TOKENS)
-
-
-def rows(count, seed=0, density=0.05, words=V):
-    """Random sparse rows; few distinct weights, so that scores tie."""
-    generator = np.random.default_rng(seed)
-    dense = (generator.random((count, words)) < density) * generator.integers(1, 9, (count, words)) / 4
-    return sparse.csr_matrix(dense.astype(np.float32))
-
-
-def embeddings(count, seed=0, prefix="d", space=SPACE, **extra):
-    return Embeddings(rows(count, seed), [f"{prefix}{n}" for n in range(count)], space, **extra)
+from tests.support.rows import SPACE, TOKENS, V, embeddings, rows
 
 
 @pytest.fixture
@@ -66,9 +52,9 @@ def test_search_equals_the_plain_product(tmp_path, small_blocks, k):
     index = SparseIndex.build(tmp_path / "i", documents)
     for query in rows(12, seed=5):
         ids, scores = found(index.search(query, k))
-        wanted = oracle(documents.vectors, query, k)
-        assert ids == [n for n, _ in wanted]
-        np.testing.assert_allclose(scores, [score for _, score in wanted], rtol=1e-14)
+        expected = oracle(documents.vectors, query, k)
+        assert ids == [n for n, _ in expected]
+        np.testing.assert_allclose(scores, [score for _, score in expected], rtol=1e-14)
 
 
 def test_search_is_exact_for_weights_of_any_size_and_sign(tmp_path):
@@ -80,27 +66,27 @@ def test_search_is_exact_for_weights_of_any_size_and_sign(tmp_path):
         query = rows(1, seed=seed, density=0.3)
         query.data = (generator.normal(0, 1, len(query.data)) * 10.0 ** generator.integers(-6, 6)).astype(np.float32)
         ids, scores = found(index.search(query, 10))
-        wanted = oracle(documents, query, 10)
-        assert ids == [n for n, _ in wanted]
-        np.testing.assert_allclose(scores, [score for _, score in wanted], rtol=1e-9)
+        expected = oracle(documents, query, 10)
+        assert ids == [n for n, _ in expected]
+        np.testing.assert_allclose(scores, [score for _, score in expected], rtol=1e-9)
 
 
-@pytest.mark.parametrize("words", [V, 1])
+@pytest.mark.parametrize("num_terms", [V, 1])
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 1 << 30), counts=st.lists(st.integers(1, 700), max_size=3), k=st.sampled_from([1, 3, 10, 900])
 )
-def test_search_is_exact_over_rare_and_frequent_words(words, seed, counts, k):
+def test_search_is_exact_over_rare_and_frequent_words(num_terms, seed, counts, k):
     """Words that one document holds, or all; some documents hidden; sums of quarters, which are exact, so that many tie."""
     generator = np.random.default_rng(seed)
-    density_V = 10.0 ** generator.uniform(-3, 0.2, words)
+    density_V = 10.0 ** generator.uniform(-3, 0.2, num_terms)
     best, scores, shown = scoring.Best(k), [], []
-    chosen = np.sort(generator.choice(words, min(words, 6), replace=False))
+    chosen = np.sort(generator.choice(num_terms, min(num_terms, 6), replace=False))
     weights = generator.integers(-4, 9, len(chosen)).astype(np.float32) / 4
-    query = Query(chosen[weights != 0], weights[weights != 0], words)
+    query = Query(chosen[weights != 0], weights[weights != 0], num_terms)
     for count in counts:
-        dense = (generator.random((count, words)) < density_V) * generator.integers(1, 30, (count, words)) / 4
-        arrays = invert(canonical(dense, words))
+        dense = (generator.random((count, num_terms)) < density_V) * generator.integers(1, 30, (count, num_terms)) / 4
+        arrays = invert(canonical(dense, num_terms))
         for array in arrays.values():
             array.flags.writeable = False  # as maps are; for others the loops would be compiled once more
         allowed = generator.random(count) < 0.7 if generator.random() < 0.5 else np.zeros(0, bool)
@@ -153,9 +139,9 @@ def test_search_is_exact_over_more_documents_than_a_block_holds(tmp_path):
     for seed in range(3):
         query = rows(1, seed=seed)
         ids, scores = found(index.search(query, 20))
-        wanted = oracle(documents, query, 20)
-        assert ids == [n for n, _ in wanted]
-        np.testing.assert_allclose(scores, [score for _, score in wanted], rtol=1e-13)
+        expected = oracle(documents, query, 20)
+        assert ids == [n for n, _ in expected]
+        np.testing.assert_allclose(scores, [score for _, score in expected], rtol=1e-13)
 
 
 def test_the_contributions_of_a_hit_make_its_score(tmp_path):
@@ -179,9 +165,9 @@ def test_scores_are_those_of_the_model(tmp_path, tiny_stair, captions, similarit
     tiny_stair.config.similarity = similarity
     index = SparseIndex.build(tmp_path / "i", tiny_stair.encode(texts=captions), captions, model=tiny_stair)
     query = "a blue bird and two dogs"
-    wanted = tiny_stair.score(tiny_stair.encode_text(captions), tiny_stair.encode_text([query]))[:, 0]
+    expected = tiny_stair.score(tiny_stair.encode_text(captions), tiny_stair.encode_text([query]))[:, 0]
     scores = {hit.id: hit.score for hit in index.search(query)}
-    for caption, score in zip(captions, wanted.tolist(), strict=True):
+    for caption, score in zip(captions, expected.tolist(), strict=True):
         assert scores.get(caption, 0) == pytest.approx(score, rel=1e-5)
 
 
@@ -203,9 +189,9 @@ def test_weighted_words_are_a_query(tmp_path):
     index = SparseIndex.build(tmp_path / "i", embeddings(200))
     query = sparse.lil_matrix((1, V), dtype=np.float32)
     query[0, 4], query[0, 5], query[0, 6] = 2, 1, -1
-    wanted = [(hit.id, hit.score) for hit in index.search(query.tocsr(), 20)]
-    assert [(hit.id, hit.score) for hit in index.search(words="Dog:2 beach -people", k=20)] == wanted
-    assert [(hit.id, hit.score) for hit in index.search(words={"dog": 2, "beach": 1, "people": -1}, k=20)] == wanted
+    expected = [(hit.id, hit.score) for hit in index.search(query.tocsr(), 20)]
+    assert [(hit.id, hit.score) for hit in index.search(words="Dog:2 beach -people", k=20)] == expected
+    assert [(hit.id, hit.score) for hit in index.search(words={"dog": 2, "beach": 1, "people": -1}, k=20)] == expected
 
 
 def test_weighted_words_read_signs_weights_and_colons():
@@ -234,8 +220,8 @@ def test_a_vocabulary_in_which_case_counts_keeps_words_of_other_case_apart(tmp_p
 def test_like_finds_neighbours_without_the_document_itself(tmp_path):
     documents = embeddings(60)
     hits = SparseIndex.build(tmp_path / "i", documents).search(like="d7", k=5)
-    wanted = [n for n, _ in oracle(documents.vectors, documents.vectors[7], 61) if n != 7]
-    assert found(hits)[0] == wanted[:5]
+    expected = [n for n, _ in oracle(documents.vectors, documents.vectors[7], 61) if n != 7]
+    assert found(hits)[0] == expected[:5]
 
 
 METADATA = [
@@ -383,8 +369,8 @@ def test_a_filter_that_cannot_mean_anything_here_is_an_error(metadata, where):
 def test_numbers_of_all_types_compare_exactly(values, limit, sign, text):
     """As Python compares integers of any size with floats; as text too."""
     compare = {"=": "__eq__", "!=": "__ne__", "<": "__lt__", "<=": "__le__", ">": "__gt__", ">=": "__ge__"}[sign]
-    wanted = [n for n, value in enumerate(values) if getattr(operator, compare)(value, limit)]
-    assert matching([{"n": repr(value) if text else value} for value in values], f"n{sign}{limit!r}") == (wanted, 0)
+    expected = [n for n, value in enumerate(values) if getattr(operator, compare)(value, limit)]
+    assert matching([{"n": repr(value) if text else value} for value in values], f"n{sign}{limit!r}") == (expected, 0)
 
 
 GIVEN = {
@@ -598,7 +584,7 @@ def test_any_number_of_threads_search_while_another_process_changes_the_index(tm
     def search(thread):
         query, done = queries[thread % 4], 0
         while child.is_alive() or done < 3:
-            assert found(shared.search(query, 10, where="n>=50")) == wanted[thread % 4]
+            assert found(shared.search(query, 10, where="n>=50")) == expected[thread % 4]
             opened = SparseIndex.open(tmp_path / "i")
             assert len(opened) in range(300, 370, 10)
             assert opened.search(query, 3, where="stair:id=d7")[0].metadata == {"n": "7"}
@@ -607,7 +593,7 @@ def test_any_number_of_threads_search_while_another_process_changes_the_index(tm
     metadata = [{"n": str(n)} for n in range(300)]
     shared = SparseIndex.build(tmp_path / "i", embeddings(300, metadata=metadata))
     queries = [rows(1, seed=seed, density=0.5) for seed in range(4)]
-    wanted = [found(shared.search(query, 10, where="n>=50")) for query in queries]
+    expected = [found(shared.search(query, 10, where="n>=50")) for query in queries]
     child = multiprocessing.get_context("fork").Process(target=change)
     child.start()
     with ThreadPoolExecutor(8) as pool:
@@ -618,10 +604,10 @@ def test_any_number_of_threads_search_while_another_process_changes_the_index(tm
 def test_what_is_replaced_is_as_if_it_had_been_deleted_and_added(tmp_path, small_blocks):
     fresh = Embeddings(rows(50, seed=3), [f"d{n}" for n in range(60, 110)], SPACE, [{"n": n} for n in range(50)])
     replaced = SparseIndex.build(tmp_path / "a", embeddings(90)).add(fresh, replace=True)
-    wanted = SparseIndex.build(tmp_path / "b", embeddings(90)).delete([f"d{n}" for n in range(60, 90)]).add(fresh)
+    expected = SparseIndex.build(tmp_path / "b", embeddings(90)).delete([f"d{n}" for n in range(60, 90)]).add(fresh)
     query = rows(1, seed=8, density=0.5)
-    assert list(replaced.ids) == list(wanted.ids) and len(replaced) == 110
-    assert found(replaced.search(query, 110)) == found(wanted.search(query, 110))
+    assert list(replaced.ids) == list(expected.ids) and len(replaced) == 110
+    assert found(replaced.search(query, 110)) == found(expected.search(query, 110))
     assert replaced.metadata("d75") == {"n": 15}
 
 

@@ -13,17 +13,11 @@ import pytest
 from main import main
 from stair import cli, launch
 from stair.errors import SettingError, TrainingError
-from tests.conftest import write_small_scenes
-from tests.test_stages import SMALL, words
+from tests.support.runs import stage_args
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 NAMES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    return write_small_scenes(tmp_path_factory.mktemp("scenes"), SMALL)
 
 
 STARTED = []
@@ -82,7 +76,7 @@ def test_settings_in_place_of_a_file_are_left_to_the_parser(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("args", "status", "wanted"),
+    ("args", "status", "expected"),
     [
         (("--data.wrokers", "1"), 2, "wrokers"),
         (("--data.workers", "many"), 2, "data.workers"),
@@ -94,12 +88,12 @@ def test_settings_in_place_of_a_file_are_left_to_the_parser(tmp_path):
         (("--data.global_batch_size", "4096"), 1, "4096"),
     ],
 )
-def test_an_error_of_the_user_is_one_line(scenes, tmp_path, args, status, wanted):
-    process = start(BIN / "lightning", *words(scenes, 1, tmp_path / "r", *args))
+def test_an_error_of_the_user_is_one_line(scenes, tmp_path, args, status, expected):
+    process = start(BIN / "lightning", *stage_args(scenes, 1, tmp_path / "r", *args))
     _, err = process.communicate(timeout=300)
     lines = [line for line in err.splitlines() if "error: " in line]
     assert process.returncode == status and "Traceback" not in err, err
-    assert len(lines) == 1 and wanted in lines[0] and len(lines[0]) < 700 and "usage" not in err
+    assert len(lines) == 1 and expected in lines[0] and len(lines[0]) < 700 and "usage" not in err
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -143,7 +137,7 @@ def test_a_job_is_not_restarted_after_an_error_that_comes_back(tmp_path, monkeyp
 def test_torchrun_starts_ranks_that_train_together(scenes, tmp_path, program):
     # `--` before the program: the parser of torchrun would take --run for its own --run-path
     options = ["-m", "--"] if program[0] == "-m" else ["--"]
-    run = ("--standalone", "--nproc-per-node", "2", *options, program[-1], *words(scenes, 1, tmp_path / "r"))
+    run = ("--standalone", "--nproc-per-node", "2", *options, program[-1], *stage_args(scenes, 1, tmp_path / "r"))
     process = start(BIN / "torchrun", *run)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "MEMBER: 2/2" in out + err, err[-3000:]
@@ -152,7 +146,7 @@ def test_torchrun_starts_ranks_that_train_together(scenes, tmp_path, program):
 
 @pytest.mark.slow
 def test_ranks_that_the_settings_contradict_are_refused_once(scenes, tmp_path):
-    command = words(scenes, 1, tmp_path / "r", "--trainer.devices", "1")
+    command = stage_args(scenes, 1, tmp_path / "r", "--trainer.devices", "1")
     process = start(BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "--", ROOT / "main.py", *command)
     _, err = process.communicate(timeout=300)
     ours = [line for line in err.splitlines() if "error: " in line and "trainer.devices" in line]

@@ -13,20 +13,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main
 from callbacks.checkpoints import LastCheckpoint
 from stair.errors import FileError
-from tests.conftest import write_small_scenes
-from tests.test_stages import SMALL, start, weights, words
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    return write_small_scenes(tmp_path_factory.mktemp("scenes"), SMALL)
+from tests.support.runs import stage_args, start, weights
 
 
 @pytest.fixture(scope="module")
 def finished(scenes, tmp_path_factory):
     """A run of stage 1."""
     run = tmp_path_factory.mktemp("runs") / "r"
-    main.main(words(scenes, 1, run))
+    main.main(stage_args(scenes, 1, run))
     return run
 
 
@@ -49,7 +43,7 @@ def test_what_does_not_train_leaves_the_record_of_the_training_as_it_is(finished
     before = content(home)
     assert {Path("config.yaml"), Path("checkpoints/last.ckpt")} <= before.keys()
     more = ("--data.test", f"{{scenes: {scenes}/val-*.tar}}") if command == "test" else ()
-    main.main(words(scenes, 1, finished, *more, subcommand=command))
+    main.main(stage_args(scenes, 1, finished, *more, subcommand=command))
     after = content(home)
     assert all(after[path] == kept for path, kept in before.items())
     assert {path.parts[0] for path in after.keys() - before.keys()} <= {"validate", "test"}
@@ -62,7 +56,7 @@ def test_what_does_not_train_leaves_the_record_of_the_training_as_it_is(finished
 @pytest.mark.parametrize("which", ["last", "best"])
 def test_a_checkpoint_is_looked_for_where_the_training_keeps_it(finished, scenes, which):
     checkpoint = finished / "stage1" / "checkpoints" / f"{which}.ckpt"
-    cli = main.main(words(scenes, 1, finished, "--ckpt_path", which, subcommand="validate"))
+    cli = main.main(stage_args(scenes, 1, finished, "--ckpt_path", which, subcommand="validate"))
     assert Path(cli.trainer.ckpt_path) == checkpoint
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert all(torch.equal(saved[name], weight) for name, weight in cli.model.state_dict().items())
@@ -74,12 +68,12 @@ def test_a_checkpoint_is_looked_for_where_the_training_keeps_it(finished, scenes
 @pytest.mark.parametrize("which", ["last", "best"])
 def test_a_checkpoint_that_is_not_there_is_not_measured_as_fresh_weights(scenes, tmp_path, which):
     with pytest.raises(FileError) as refused:
-        main.main(words(scenes, 1, tmp_path / "r", "--ckpt_path", which, subcommand="validate"))
+        main.main(stage_args(scenes, 1, tmp_path / "r", "--ckpt_path", which, subcommand="validate"))
     assert refused.value.path == tmp_path / "r" / "stage1" / "checkpoints" / f"{which}.ckpt"
 
 
 @pytest.mark.parametrize(
-    ("more", "wanted"),
+    ("more", "expected"),
     [
         ([], "stage1/predict"),
         (["--trainer.logger.init_args.name", "mine"], "stage1/mine"),
@@ -87,16 +81,16 @@ def test_a_checkpoint_that_is_not_there_is_not_measured_as_fresh_weights(scenes,
         (["--trainer.logger", "false"], "stage1"),
     ],
 )
-def test_a_logger_that_the_user_named_keeps_its_name(scenes, monkeypatch, more, wanted):
+def test_a_logger_that_the_user_named_keeps_its_name(scenes, monkeypatch, more, expected):
     monkeypatch.setattr(main.StairCLI, "_run_subcommand", lambda self, subcommand: None)
     more = (*more, "--data.test", "{t: t.tar}")
-    cli = main.main(words(scenes, 1, Path("runs/x"), *more, subcommand="predict"))
-    assert Path(cli.trainer.log_dir) == Path("runs/x", wanted)
+    cli = main.main(stage_args(scenes, 1, Path("runs/x"), *more, subcommand="predict"))
+    assert Path(cli.trainer.log_dir) == Path("runs/x", expected)
 
 
 def test_without_a_run_a_validation_has_a_folder_of_its_own_too(scenes, monkeypatch):
     monkeypatch.setattr(main.StairCLI, "_run_subcommand", lambda self, subcommand: None)
-    line = words(scenes, 1, "", subcommand="validate")
+    line = stage_args(scenes, 1, "", subcommand="validate")
     at = line.index("--run")
     cli = main.main([*line[:at], *line[at + 2 :], "--transition.init_from", "mine/stage1/stair"])
     assert Path(cli.trainer.log_dir) == Path("runs/default/validate")
@@ -115,7 +109,7 @@ def without_val(line):
 def test_a_run_without_validations_that_is_killed_goes_on_from_its_last_checkpoint(scenes, tmp_path):
     more = ["--trainer.max_steps", "40", "--trainer.val_check_interval", "3"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = start(without_val(words(scenes, 1, killed, *more)))
+    process = start(without_val(stage_args(scenes, 1, killed, *more)))
     checkpoint = killed / "stage1" / "checkpoints" / "last.ckpt"
     while not checkpoint.exists() and process.poll() is None:
         time.sleep(0.01)
@@ -125,9 +119,9 @@ def test_a_run_without_validations_that_is_killed_goes_on_from_its_last_checkpoi
     assert output.count("last.ckpt is written by every_n_train_steps=3") == 1
     steps = torch.load(checkpoint, weights_only=True)["global_step"]
     assert 0 <= steps < 40 and steps % 3 == 0
-    resumed = main.main(without_val(words(scenes, 1, killed, *more, "--ckpt_path", "last")))
+    resumed = main.main(without_val(stage_args(scenes, 1, killed, *more, "--ckpt_path", "last")))
     assert Path(resumed.trainer.ckpt_path) == checkpoint
-    main.main(without_val(words(scenes, 1, whole, *more)))
+    main.main(without_val(stage_args(scenes, 1, whole, *more)))
     assert [path.name for path in (whole / "stage1" / "checkpoints").iterdir()] == ["last.ckpt"]
     for (name, a), b in zip(weights(killed, 1).items(), weights(whole, 1).values(), strict=True):
         assert torch.equal(a, b), name
@@ -145,7 +139,7 @@ def test_without_validations_last_ckpt_is_written_where_they_would_be(
     scenes, tmp_path, monkeypatch, more, steps, seconds, epoch_end
 ):
     monkeypatch.setattr(main.StairCLI, "_run_subcommand", lambda self, subcommand: None)
-    line = words(scenes, 1, tmp_path / "r", *more)
+    line = stage_args(scenes, 1, tmp_path / "r", *more)
     for nothing in (without_val(line), [*line, "--trainer.limit_val_batches", "0"]):
         cli = main.main(nothing)
         cli.trainer._data_connector.attach_data(cli.model, datamodule=cli.datamodule)

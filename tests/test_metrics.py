@@ -14,50 +14,13 @@ from torchmetrics.functional.retrieval import retrieval_normalized_dcg
 from stair.grounding import Expansion, Grounding
 from stair.metrics import RetrievalRecall, SparsityStats
 from stair.ranking import SparseRows
-
-KS = (1, 2, 5)
-
-
-def oracle_ranks(image, text, owner) -> tuple[list[int], list[int]]:
-    """image (N, V), text (C, V), owner (C,) row of each caption's image: ranks i2t and t2i, by counting."""
-    i2t, t2i = [], []
-    for i in range(len(image)):
-        own = [float(image[i] @ text[c]) for c in range(len(text)) if owner[c] == i]
-        others = [float(image[i] @ text[c]) for c in range(len(text)) if owner[c] != i]
-        if own:
-            i2t.append(1 + sum(s >= max(own) for s in others))
-    for c in range(len(text)):
-        own_score = float(image[owner[c]] @ text[c])
-        t2i.append(1 + sum(float(image[i] @ text[c]) >= own_score for i in range(len(image)) if i != owner[c]))
-    return i2t, t2i
+from tests.support.oracles import KS, oracle
 
 
-def oracle_gain(scores: np.ndarray, own: np.ndarray) -> float:
-    """nDCG@10 of one query with the pessimistic order: of equal scores, wrong answers first."""
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], own[i]))
-    gain = sum(own[i] / math.log2(2 + place) for place, i in enumerate(order[:10]))
-    return gain / sum(1 / math.log2(2 + place) for place in range(min(10, own.sum())))
-
-
-def oracle(image, text, owner, ks=KS) -> dict[str, float]:
-    figures = {}
-    score, own = image @ text.T, np.arange(len(image))[:, None] == owner[None, :]
-    gains = (
-        [oracle_gain(score[i], own[i]) for i in range(len(image)) if own[i].any()],
-        [oracle_gain(score[:, c], own[:, c]) for c in range(len(text))],
-    )
-    for name, ranks, gain in zip(("i2t", "t2i"), oracle_ranks(image, text, owner), gains, strict=True):
-        figures |= {f"{name}/recall@{k}": np.mean([r <= k for r in ranks]) for k in ks}
-        figures[f"{name}/median_rank"] = np.median(ranks)
-        figures[f"{name}/mrr"] = np.mean([1 / r for r in ranks])
-        figures[f"{name}/ndcg@10"] = np.mean(gain)
-    return figures
-
-
-def same(got: dict, wanted: dict) -> None:
-    assert got.keys() == wanted.keys()
-    for key in wanted:
-        assert float(got[key]) == pytest.approx(float(wanted[key]), abs=1e-6, nan_ok=True), key
+def same(got: dict, expected: dict) -> None:
+    assert got.keys() == expected.keys()
+    for key in expected:
+        assert float(got[key]) == pytest.approx(float(expected[key]), abs=1e-6, nan_ok=True), key
 
 
 @st.composite
@@ -137,14 +100,14 @@ def test_blocks_of_queries_equal_the_full_score_matrix(width, share):
     best_own = score.masked_fill(~own, -torch.inf).amax(1)
     i2t = 1 + ((score >= best_own[:, None]) & ~own).sum(1)
     t2i = 1 + ((score >= score[owner, torch.arange(len(owner))][None, :]) & ~own).sum(0)
-    wanted = {f"{n}/recall@{k}": np.mean(r.numpy() <= k) for n, r in (("i2t", i2t), ("t2i", t2i)) for k in (1, 5, 10)}
-    wanted |= {"i2t/median_rank": np.median(i2t), "t2i/median_rank": np.median(t2i)}
-    wanted |= {"i2t/mrr": (1 / i2t.numpy()).mean(), "t2i/mrr": (1 / t2i.numpy()).mean()}
+    expected = {f"{n}/recall@{k}": np.mean(r.numpy() <= k) for n, r in (("i2t", i2t), ("t2i", t2i)) for k in (1, 5, 10)}
+    expected |= {"i2t/median_rank": np.median(i2t), "t2i/median_rank": np.median(t2i)}
+    expected |= {"i2t/mrr": (1 / i2t.numpy()).mean(), "t2i/mrr": (1 / t2i.numpy()).mean()}
     # no ties here, so torchmetrics' order is ours
     for way, scores, right in (("i2t", score, own), ("t2i", score.T, own.T)):
         gains = [float(retrieval_normalized_dcg(s, r, top_k=10)) for s, r in zip(scores, right, strict=True)]
-        wanted[f"{way}/ndcg@10"] = np.mean(gains)
-    same(metric.compute(), wanted)
+        expected[f"{way}/ndcg@10"] = np.mean(gains)
+    same(metric.compute(), expected)
 
 
 def test_equal_rows_tie_whatever_their_place():
@@ -342,8 +305,8 @@ def test_pruned_rows_are_those_of_a_pruned_matrix(seed, k, share):
     rows = SparseRows.of(image)
     largest = torch.zeros_like(image).scatter(1, image.topk(min(k, 15)).indices, 1) * image
     above = torch.where(image >= share * image.amax(1, keepdim=True), image, 0)
-    for got, wanted in ((rows.largest(k), largest), (rows.above(share), above)):
-        torch.testing.assert_close(got.columns(0, 12, 15).T, wanted)
+    for got, expected in ((rows.largest(k), largest), (rows.above(share), above)):
+        torch.testing.assert_close(got.columns(0, 12, 15).T, expected)
     unit = torch.nn.functional.normalize(image, dim=1)
     torch.testing.assert_close(rows.unit().columns(0, 12, 15).T, unit)
     torch.testing.assert_close(SparseRows.cat([rows, rows]).columns(12, 24, 15).T, image)
@@ -389,9 +352,9 @@ def _rank(rank: int, folder: str) -> None:
 
 def test_two_ranks_with_unequal_or_no_rows_equal_one_process(tmp_path: Path):
     mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="fork")
-    wanted = _measure([list(range(10))])
+    expected = _measure([list(range(10))])
     for rank in (0, 1):
         for got in torch.load(tmp_path / f"{rank}.pt").values():
-            same(got, wanted)
+            same(got, expected)
         repeated = torch.load(tmp_path / f"repeated{rank}.pt")
-        same(repeated, {key: wanted[key] for key in repeated})
+        same(repeated, {key: expected[key] for key in repeated})

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer, DistilBertC
 from stair import Stair, Vocabulary
 from stair.encoders import ImageTower, TextEncoder, TextTower
 from stair.errors import FileError
-from tests.conftest import TEXT_OPTIONS, WORDS, tiny_config, write_vocabulary
+from tests.support.models import TEXT_OPTIONS, WORDS, tiny_config, write_vocabulary
 
 
 def test_vocabulary_keeps_special_and_unused_pieces_out(vocab_file):
@@ -130,8 +130,8 @@ def test_fingerprints_of_cased_vocabularies_say_so_and_of_others_are_as_ever(tmp
         published_tokenizer(tmp_path / form, **FORMS[form])
         found[form] = Vocabulary(tmp_path / form).fingerprint
     assert len(set(found.values())) == 4
-    wanted = hashlib.sha256("\n".join(CASED).encode()).hexdigest()
-    assert found["uncased"] == Vocabulary(tmp_path / "cased" / "vocab.txt").fingerprint == wanted
+    expected = hashlib.sha256("\n".join(CASED).encode()).hexdigest()
+    assert found["uncased"] == Vocabulary(tmp_path / "cased" / "vocab.txt").fingerprint == expected
     published_tokenizer(tmp_path / "cased", do_lower_case=False, strip_accents=False)  # what null means there
     assert Vocabulary(tmp_path / "cased").fingerprint == found["cased"]
 
@@ -439,7 +439,7 @@ def test_a_negative_lead_of_own_words_is_refused(vocab_file):
 
 
 @pytest.mark.parametrize("name", ["no/such", "./no/such", "/no/such/folder"])
-def test_a_folder_that_does_not_exist_is_said_to_be_none(name, vocab_file, monkeypatch):
+def test_a_folder_that_does_not_exist_is_named(name, vocab_file, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read from the environment when imported
     config = tiny_config(vocab_file)
     config.text.pretrained, config.text.name = True, name

@@ -16,13 +16,7 @@ from datamodules.shards import ImageTextShards
 from lightning_modules.stage import StairStage
 from main import main
 from stair.losses import flops, info_nce
-from tests.conftest import write_small_scenes
-from tests.test_stages import SMALL, scalars, words
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    return write_small_scenes(tmp_path_factory.mktemp("scenes"), SMALL)
+from tests.support.runs import scalars, stage_args
 
 
 def test_a_batch_of_one_pair_is_refused():
@@ -45,16 +39,16 @@ def test_losses_of_fp16_numbers_at_their_limit_are_those_of_exact_ones():
     for cosine, scale in ((False, 1e-9), (True, 30.0)):
         scale = torch.tensor(scale)
         got = info_nce(*half, scale, cosine).loss + flops(half[0]) * 1e-12
-        wanted = info_nce(*exact, scale.double(), cosine).loss + flops(exact[0]) * 1e-12
-        assert got.dtype == torch.float32 and float(got) == pytest.approx(float(wanted), rel=1e-5)
-        gradients = [torch.autograd.grad(loss, sides[0])[0] for loss, sides in ((got, half), (wanted, exact))]
+        expected = info_nce(*exact, scale.double(), cosine).loss + flops(exact[0]) * 1e-12
+        assert got.dtype == torch.float32 and float(got) == pytest.approx(float(expected), rel=1e-5)
+        gradients = [torch.autograd.grad(loss, sides[0])[0] for loss, sides in ((got, half), (expected, exact))]
         assert torch.allclose(gradients[0].double(), gradients[1], rtol=1e-2, atol=1e-7)
 
 
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
 def test_weights_of_16_bits_are_refused(scenes, tmp_path, precision):
     with pytest.raises(ValueError, match=rf"trainer.precision is {precision}.*Give bf16-mixed"):
-        main(words(scenes, 1, tmp_path / "r", "--trainer.accelerator", "cpu", "--trainer.precision", precision))
+        main(stage_args(scenes, 1, tmp_path / "r", "--trainer.accelerator", "cpu", "--trainer.precision", precision))
 
 
 # ------------------------------------------------------------------ runs in fp16, with its gradient scaler
@@ -70,7 +64,7 @@ MEASURE = ["--model.init_args.objective.scale_start", "measure"]
 @pytest.mark.slow
 def test_a_run_in_fp16_finds_the_scale_of_its_gradients_without_an_alarm(scenes, tmp_path):
     more = ("--trainer.max_steps", "12", "--trainer.val_check_interval", "12")
-    main(words(scenes, 1, tmp_path / "r", *more, *FP16))
+    main(stage_args(scenes, 1, tmp_path / "r", *more, *FP16))
     stage = tmp_path / "r" / "stage1"
     saved = torch.load(stage / "checkpoints" / "last.ckpt", weights_only=True)
     assert 1 <= saved["MixedPrecision"]["scale"] < 1e9  # its start: the first gradients overflowed
@@ -81,7 +75,7 @@ def test_a_run_in_fp16_finds_the_scale_of_its_gradients_without_an_alarm(scenes,
 def test_embeddings_that_overflow_fp16_stop_the_run_and_hand_nothing_over(scenes, tmp_path, monkeypatch):
     embed = StairStage.embed
     monkeypatch.setattr(StairStage, "embed", lambda *them: {k: 1e6 * v for k, v in embed(*them).items()})
-    first, second = (words(scenes, 1, tmp_path / run, *LONGER, *FP16) for run in "rs")
+    first, second = (stage_args(scenes, 1, tmp_path / run, *LONGER, *FP16) for run in "rs")
     with pytest.raises(RuntimeError, match=r"first batch's logits are not finite, so .*scale_start cannot be measured"):
         main([*first, *MEASURE])
     with pytest.raises(RuntimeError, match=r"the loss is not finite at step .* without these steps is saved.* bf16"):
@@ -93,7 +87,7 @@ def test_embeddings_that_overflow_fp16_stop_the_run_and_hand_nothing_over(scenes
 def test_gradients_that_overflow_fp16_at_any_scale_stop_the_run(scenes, tmp_path):
     breaking = ("--trainer.callbacks+", "tests.test_stages.BreaksGradients")
     with pytest.raises(RuntimeError, match=r"the gradient is not finite at step .*, and .* steps in a row were so"):
-        main(words(scenes, 1, tmp_path / "r", *LONGER, *FP16, *breaking))
+        main(stage_args(scenes, 1, tmp_path / "r", *LONGER, *FP16, *breaking))
     assert not (tmp_path / "r" / "stage1" / "stair").exists()
 
 
@@ -114,7 +108,7 @@ def test_captions_that_are_all_the_same_raise_the_alarm(scenes, tmp_path):
                 info.size = len(data)
                 new.addfile(info, io.BytesIO(data))
     with pytest.warns(UserWarning, match=r"the loss has been log N for \d+ steps"):
-        main(words(tmp_path, 1, tmp_path / "r", *LONGER, "--trainer.max_steps", "200"))
+        main(stage_args(tmp_path, 1, tmp_path / "r", *LONGER, "--trainer.max_steps", "200"))
     assert 1 in scalars(tmp_path / "r", 1)["health/alarm"]
 
 
@@ -122,5 +116,5 @@ def test_captions_that_are_all_the_same_raise_the_alarm(scenes, tmp_path):
 @pytest.mark.parametrize("rate", ["0.5", "1e20"])  # 0.5: hundreds of times too high
 def test_a_rate_beyond_reason_stops_the_run_and_hands_nothing_over(scenes, tmp_path, rate):
     with pytest.raises(RuntimeError, match=r"not finite|the run is dead"):
-        main(words(scenes, 1, tmp_path / "r", *LONGER, "--model.init_args.optimizer.lr", rate))
+        main(stage_args(scenes, 1, tmp_path / "r", *LONGER, "--model.init_args.optimizer.lr", rate))
     assert not (tmp_path / "r" / "stage1" / "stair").exists()

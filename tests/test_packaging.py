@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 STAIR, LIGHTNING = "from stair.cli import main; main()", "from stair.cli import lightning_main; lightning_main()"
 
 
-def run(code: str, *words: str, path: Path = ROOT, options: tuple[str, ...] = (), cwd: Path = ROOT):
+def run(code: str, *args: str, path: Path = ROOT, options: tuple[str, ...] = (), cwd: Path = ROOT):
     """Runs code as a console script would run it: `sys.argv` is the command's name and its words."""
-    argv = f"import sys; sys.argv = {['stair', *words]!r}; "
+    argv = f"import sys; sys.argv = {['stair', *args]!r}; "
     environment = {**os.environ, "PYTHONPATH": str(path)}
     command = [sys.executable, *options, "-c", argv + code]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
@@ -126,14 +126,12 @@ def test_training_without_a_checkout_is_refused_with_what_to_do(wheel: Path, tmp
 COMMANDS = ("embed", "index", "explain", "export", "serve", "search", "evaluate", "doctor", "prepare")
 
 
-@pytest.mark.parametrize(
-    "words", [("--help",), ("--version",), ("nonsense",), *((name, "--help") for name in COMMANDS)]
-)
-def test_help_imports_neither_torch_nor_lightning(words: tuple[str, ...]):
+@pytest.mark.parametrize("args", [("--help",), ("--version",), ("nonsense",), *((name, "--help") for name in COMMANDS)])
+def test_help_imports_neither_torch_nor_lightning(args: tuple[str, ...]):
     seen = (
         "import atexit; atexit.register(lambda: print('LOADED', *sorted({'torch', 'lightning'} & set(sys.modules))));"
     )
-    done = run(seen + STAIR, *words)
+    done = run(seen + STAIR, *args)
     assert done.stdout.splitlines()[-1] == "LOADED"
 
 

@@ -32,14 +32,14 @@ def record(kind: str, t2i: float, test: float) -> dict:
     def figures(recall):
         return {"retrieval": {"t2i/recall@1": recall, "i2t/recall@1": recall, "t2i/recall@10": 1, "i2t/recall@10": 1}}
 
-    words = {"words": {"sparsity/image/active_terms": 20.0}} if kind == "sparse" else {}
+    terms = {"terms": {"sparsity/image/active_terms": 20.0}} if kind == "sparse" else {}
     if kind == "sparse":
         at_64 = round(t2i - 0.1, 3) if t2i == 0.40 else t2i
         cuts = [("all", "both", t2i), ("top 64", "both", at_64), ("top 64", "images", (t2i + at_64) / 2)]
         cuts.append(("top 128", "both", t2i + 0.05))  # better than all terms
-        words["pruned"] = [{"kept": kept, "side": side, "t2i": r, "i2t": r} for kept, side, r in cuts]
+        terms["pruned"] = [{"kept": kept, "side": side, "t2i": r, "i2t": r} for kept, side, r in cuts]
     naming = {"vocabulary_probe": {"captions": {"top1": t2i, "frequency_baseline/top1": 0.324}}}
-    return {"model": {"kind": kind}, "sets": {"v": figures(t2i) | words | naming, "t": figures(test) | words}}
+    return {"model": {"kind": kind}, "sets": {"v": figures(t2i) | terms | naming, "t": figures(test) | terms}}
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
@@ -61,8 +61,8 @@ def test_every_stage_of_a_plan_has_settings_that_exist(scripts, path, tmp_path, 
             (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings or {}))
             files.append(str(tmp_path / f"{name}.yaml"))
         with pytest.raises(SystemExit) as end:
-            words = [word for file in files for word in ("--config", file)]
-            main.main(["fit", *words, "--model.init_args.stair.vocabulary=v", "--print_config"])
+            args = [word for file in files for word in ("--config", file)]
+            main.main(["fit", *args, "--model.init_args.stair.vocabulary=v", "--print_config"])
         assert end.value.code == 0, (stage, capsys.readouterr().err)
         capsys.readouterr()
 

@@ -167,8 +167,8 @@ def test_what_cannot_be_used_is_counted_by_cause_and_listed_and_too_much_of_it_s
     assert not list((tmp_path / "out").glob("index.json"))
 
     folder(table, images, tmp_path / "out", workers=1, max_pixels=10_000, max_bad_share=0.5)
-    told = report(tmp_path / "out")
-    assert told["skipped"] == {
+    summary = report(tmp_path / "out")
+    assert summary["skipped"] == {
         "image undecodable": 1,
         "image empty": 1,
         "image missing": 1,
@@ -179,10 +179,10 @@ def test_what_cannot_be_used_is_counted_by_cause_and_listed_and_too_much_of_it_s
         "line malformed": 1,
         "caption not UTF-8": 1,
     }
-    assert told["samples"] == 20 and told["inputs"] == 30
-    assert {entry["cause"] for entry in told["skipped_inputs"]} == set(told["skipped"])
-    assert any(entry["place"] == "cut.jpg" for entry in told["skipped_inputs"])
-    assert any("t.csv:30" in entry["place"] for entry in told["skipped_inputs"])
+    assert summary["samples"] == 20 and summary["inputs"] == 30
+    assert {entry["cause"] for entry in summary["skipped_inputs"]} == set(summary["skipped"])
+    assert any(entry["place"] == "cut.jpg" for entry in summary["skipped_inputs"])
+    assert any("t.csv:30" in entry["place"] for entry in summary["skipped_inputs"])
     assert "skipped 10 of 30 inputs" in capsys.readouterr().out
     assert len(by_file(tmp_path / "out")) == 20
 
@@ -211,7 +211,7 @@ def test_a_table_or_a_template_that_is_none_is_refused_by_name(tmp_path):
         classes(tmp_path / "nowhere", tmp_path / "out", workers=1)
 
 
-def test_columns_that_cannot_be_told_are_asked_for(tmp_path):
+def test_ambiguous_columns_must_be_given(tmp_path):
     images = write_images(tmp_path / "images", 1)
     (tmp_path / "t.csv").write_text("a,b\n0.jpg,text\n")
     with pytest.raises(SettingError) as missing:
@@ -221,7 +221,7 @@ def test_columns_that_cannot_be_told_are_asked_for(tmp_path):
     assert by_file(tmp_path / "out")["0.jpg"]["captions"] == ["text"]
 
 
-def test_images_are_kept_where_training_reads_them_and_written_anew_where_not_and_that_is_said(tmp_path, capsys):
+def test_images_that_training_reads_are_kept_others_are_converted_and_counted(tmp_path, capsys):
     images = tmp_path / "images"
     images.mkdir()
     kinds = {
@@ -258,8 +258,8 @@ def test_images_are_kept_where_training_reads_them_and_written_anew_where_not_an
 # ---- going on, and not going wrong
 
 
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-c", "from stair.cli import main; main()", *map(str, words)]
+def command(*args: object) -> list[str]:
+    return [sys.executable, "-c", "from stair.cli import main; main()", *map(str, args)]
 
 
 def _is_free(out: Path) -> bool:
@@ -277,10 +277,10 @@ def test_a_killed_run_goes_on_keeps_what_is_finished_and_ends_as_one_that_was_no
     table = write_csv(tmp_path / "t.csv", [(f"{i}.jpg", f"number {i}") for i in range(120)])
     folder(table, images, tmp_path / "calm", shard_samples=2, workers=1)
     out = tmp_path / "killed"
-    words = ("prepare", "folder", table, images, out, "--shard_samples", 2, "--workers", 2)
+    args = ("prepare", "folder", table, images, out, "--shard_samples", 2, "--workers", 2)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command(*words), env=environment, start_new_session=True, **quiet)
+    process = subprocess.Popen(command(*args), env=environment, start_new_session=True, **quiet)
     while len(list(out.glob("*.tar"))) < 6 and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)  # the parent alone: its workers must not live on and hold the folder
@@ -364,7 +364,7 @@ def test_two_at_a_time_in_one_folder_are_refused(tmp_path):
 def test_the_command_prepares_and_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys):
     images = write_images(tmp_path / "images", 2)
     table = write_csv(tmp_path / "t.csv", [("0.jpg", "x"), ("1.jpg", "y")])
-    words = [
+    args = [
         "stair",
         "prepare",
         "folder",
@@ -376,10 +376,10 @@ def test_the_command_prepares_and_says_in_one_line_what_is_wrong(tmp_path, monke
         "--seed",
         "null",
     ]
-    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "argv", args)
     main()
     assert "train: 2 samples with 2 captions" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [*words, "--split", "../up"])
+    monkeypatch.setattr(sys, "argv", [*args, "--split", "../up"])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert str(stopped.value).startswith("stair prepare: split='../up'")
@@ -539,8 +539,8 @@ def test_hugging_face_data_on_disk_keep_their_rows_splits_and_classes(tmp_path):
     for place in (disk, hub):
         out = tmp_path / f"{place.name}-out"
         datasets(place, out, shard_samples=4, workers=1)
-        wanted = [([f"text {i}", "more"], ["cat", "dog"][i % 2], i % 2, picture(i)) for i in range(7)]
-        assert rows_of(out, "train") == wanted
+        expected = [([f"text {i}", "more"], ["cat", "dog"][i % 2], i % 2, picture(i)) for i in range(7)]
+        assert rows_of(out, "train") == expected
         assert [row[0][0] for row in rows_of(out, "validation")] == ["text 50", "text 51"]
         assert json.loads((out / "classnames.json").read_text()) == {"classes": ["cat", "dog"]}
 
@@ -642,7 +642,7 @@ def test_emoji_carry_their_unicode_names_and_validation_holds_each_once(tmp_path
     assert not {sample["png"] for sample in train.values()} & {sample["png"] for sample in val.values()}
 
 
-def test_colour_glyphs_are_drawn_in_their_colours_and_blank_ones_are_said(tmp_path):
+def test_colour_glyphs_keep_their_colours_and_blank_ones_are_reported(tmp_path):
     builder = pytest.importorskip("fontTools.fontBuilder")
     pens = pytest.importorskip("fontTools.pens.ttGlyphPen")
 

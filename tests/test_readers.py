@@ -110,9 +110,9 @@ def test_of_two_images_of_one_key_every_command_takes_the_same(stair, model, tmp
         shards.setup("fit")
         pixels = next(iter(shards.train_dataloader()))["pixels"]
         assert (pixels[:, 2] > 200).all()
-        wanted = Stair.from_pretrained(model).encode(images=[Image.new("RGB", (40, 30), "blue")])
+        expected = Stair.from_pretrained(model).encode(images=[Image.new("RGB", (40, 30), "blue")])
         got = Embeddings.load(tmp_path / first).vectors
-        np.testing.assert_allclose(got[:1].toarray(), wanted.toarray(), atol=0.02)
+        np.testing.assert_allclose(got[:1].toarray(), expected.toarray(), atol=0.02)
 
 
 @pytest.mark.parametrize("layout", ["clip_benchmark", "no type"])
@@ -126,22 +126,22 @@ def test_a_txt_of_several_lines_has_one_meaning_in_every_command(stair, model, t
     path = write_tar(tmp_path / "set" / "test" / "0.tar", members)
     if layout == "clip_benchmark":
         (tmp_path / "set" / "dataset_type.txt").write_text("retrieval")
-        wanted = [["a red ball", "a small dog", "the big cat"], ["a tree", "a house", "the sea"]]
+        expected = [["a red ball", "a small dog", "the big cat"], ["a tree", "a house", "the sea"]]
     else:
-        wanted = [[text.decode().strip()] for text in texts]
+        expected = [[text.decode().strip()] for text in texts]
     pairs = EvaluationPairs(str(path), 32, 10**6)  # lightning validate
-    assert [pairs[n].captions for n in range(2)] == wanted
+    assert [pairs[n].captions for n in range(2)] == expected
     stair("embed", model, path, tmp_path / "t", "--side", "texts")
     assert [row["text"] for row in Embeddings.load(tmp_path / "t").source] == [
-        text for texts in wanted for text in texts
+        text for texts in expected for text in texts
     ]
     stair("embed", model, path, tmp_path / "i")
-    assert [row["captions"] for row in Embeddings.load(tmp_path / "i").source] == wanted
+    assert [row["captions"] for row in Embeddings.load(tmp_path / "i").source] == expected
     stair("evaluate", model, tmp_path / "set", "--output", tmp_path / "e")
     (measured,) = json.loads((tmp_path / "e" / "evaluation.json").read_text())["sets"].values()
-    assert measured["protocol"]["captions"] == sum(map(len, wanted))
+    assert measured["protocol"]["captions"] == sum(map(len, expected))
     (source,) = doctor([str(path)], global_batch_size=2, workers=1)["sources"].values()
-    assert source["captions_an_image"]["most"] == len(wanted[0])
+    assert source["captions_an_image"]["most"] == len(expected[0])
     shards = ImageTextShards(
         train=str(path), vocabulary=str(vocab_file), image_size=32, max_tokens=20, global_batch_size=2, workers=0
     )
@@ -334,8 +334,8 @@ def test_columns_of_any_name_stay_the_users_and_values_keep_their_types(stair, m
     stair("embed", model, tmp_path / "t.parquet", tmp_path / "p")
     got = Embeddings.load(tmp_path / "p")
     assert got.ids == ["007", "7"]
-    wanted = {"n": big, "yes": True, "day": "2026-01-02", "some": [1, 2], "of": {"a": [0.5]}}
-    assert got.metadata == [wanted, wanted] and isinstance(got.metadata[0]["yes"], bool)
+    expected = {"n": big, "yes": True, "day": "2026-01-02", "some": [1, 2], "of": {"a": [0.5]}}
+    assert got.metadata == [expected, expected] and isinstance(got.metadata[0]["yes"], bool)
     assert got.source[1] == {"file": "t.parquet", "row_group": 1, "row": 0, "column": "image"}
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from stair import SparseIndex
-from tests.conftest import write_small_scenes
-from tests.test_stages import ROOT, SMALL
+from tests.support.runs import ROOT, write_small_scenes
 
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
@@ -44,7 +43,7 @@ def test_the_python_runs_and_prints_lines_as_shown(tiny_stair, photos, tmp_path,
 
 @pytest.mark.slow
 def test_the_commands_train_three_stages_and_search(photos, tmp_path):
-    scenes = write_small_scenes(tmp_path / "scenes", SMALL)
+    scenes = write_small_scenes(tmp_path / "scenes")
     for folder in ("shards", "val"):
         (tmp_path / folder).mkdir()
     for path in scenes.glob("train-*.tar"):

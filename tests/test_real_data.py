@@ -1,4 +1,4 @@
-"""The overlays for real images, with the real vocabulary: a few steps of all stages through the front door."""
+"""The overlays for real images, with the real vocabulary: a few steps of all stages through the command line."""
 
 import math
 from pathlib import Path

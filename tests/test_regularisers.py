@@ -11,7 +11,7 @@ from lightning_modules import Stage3
 from lightning_modules.optimizer import Optimizer
 from lightning_modules.stage import Objective
 from stair.regularisers import Flops, TargetTerms
-from tests.conftest import tiny_config
+from tests.support.models import tiny_config
 
 KINDS = {"flops": Flops, "target": lambda: TargetTerms(5.0)}
 NAMES = tuple(KINDS)
@@ -33,10 +33,10 @@ def test_value_and_gradient_are_those_of_the_formula(name):
     rows = batch()
     rows[:, 2] = 0  # a word that is never on
     ours, theirs = rows.clone().requires_grad_(), rows.clone().requires_grad_()
-    got, wanted = KINDS[name]()(ours), oracle(theirs)
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-9)
+    got, expected = KINDS[name]()(ours), oracle(theirs)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-9)
     got.backward()
-    wanted.backward()
+    expected.backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-9)
 
 
@@ -57,7 +57,7 @@ def test_an_empty_batch_of_words_costs_nothing_and_has_a_gradient_without_nan(na
     assert float(value) == 0 and rows.grad.isfinite().all()
 
 
-def test_lambda_is_held_so_that_the_wanted_number_of_words_is_active():
+def test_lambda_is_adjusted_until_the_target_number_of_terms_is_active():
     # a made-up side: the weight that λ asks for decides how many of 100 words stay on
     control, words = TargetTerms(20.0, rate=0.05), torch.linspace(0, 1, 100)
     for _ in range(600):
@@ -104,9 +104,9 @@ def test_two_ranks_give_the_value_the_update_and_the_memory_of_one(tmp_path: Pat
         found = torch.load(tmp_path / f"{rank}.pt")
         for name, (value, gradient, state) in found.items():
             rows, alone = batch().requires_grad_(), KINDS[name]()
-            wanted = alone(rows)
-            wanted.backward()
-            torch.testing.assert_close(value, wanted.detach())
+            expected = alone(rows)
+            expected.backward()
+            torch.testing.assert_close(value, expected.detach())
             torch.testing.assert_close(gradient, rows.grad[3 * rank : 3 * rank + 3])
             torch.testing.assert_close(state, alone.state_dict())
 

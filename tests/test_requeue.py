@@ -11,42 +11,15 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
 
 from callbacks import requeue
 from callbacks.requeue import Requeue
 from datamodules.synthetic import write_scenes
 from main import main
 from stair.errors import FileError, SettingError
-from tests.test_stages import SMALL, start, weights, words
+from tests.support.runs import SMALL, Line, stage_args, start, weights
 
 ROOT = Path(__file__).parents[1]
-
-
-class Line(L.LightningModule):
-    """A weight that counts the steps; sends itself a signal in step `when`."""
-
-    def __init__(self, when=None, signum=signal.SIGTERM):
-        super().__init__()
-        self.w = torch.nn.Parameter(torch.zeros(1))
-        self.when, self.signum, self.validated = when, signum, []
-
-    def training_step(self, batch, batch_idx):
-        if self.trainer.global_step == self.when:
-            os.kill(os.getpid(), self.signum)
-        return -self.w.sum()
-
-    def validation_step(self, batch, batch_idx):
-        self.validated.append(self.trainer.global_step)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1.0)
-
-    def train_dataloader(self):
-        return DataLoader(torch.zeros(10, 1))
-
-    def val_dataloader(self):
-        return DataLoader(torch.zeros(1, 1))
 
 
 @pytest.fixture
@@ -229,7 +202,7 @@ def test_a_checkpoint_of_lightnings_own_requeueing_is_not_resumed_from(tmp_path,
     (tmp_path / "r" / "stage1").mkdir(parents=True)
     (tmp_path / "r" / "stage1" / "hpc_ckpt_1.ckpt").write_text("of another run")
     with pytest.raises(FileError) as refused:
-        main(words(tmp_path, 1, tmp_path / "r"))
+        main(stage_args(tmp_path, 1, tmp_path / "r"))
     assert refused.value.path.name == "hpc_ckpt_1.ckpt"
 
 
@@ -250,7 +223,7 @@ def test_a_signal_while_python_imports_waits_until_the_job_can_be_requeued(tmp_p
         monkeypatch.setenv(f"SLURM_{name}", value)
     write_scenes(tmp_path, train=64, val=12, image_size=32)
     (tmp_path / "small.yaml").write_text(SMALL)
-    process = start(words(tmp_path, 1, tmp_path / "r", "--trainer.devices", "1", "--ckpt_path", "last"))
+    process = start(stage_args(tmp_path, 1, tmp_path / "r", "--trainer.devices", "1", "--ckpt_path", "last"))
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None and not held(status, signum):
         time.sleep(0.005)
@@ -277,21 +250,21 @@ def test_sigterm_saves_ends_with_its_status_and_resumes_to_the_same_weights(tmp_
     write_scenes(tmp_path, train=64, val=12, image_size=32)
     (tmp_path / "small.yaml").write_text(SMALL)
     more = ["--trainer.max_steps", "60", "--trainer.val_check_interval", "10", "--data.workers", "1"]
-    told, whole = tmp_path / "told", tmp_path / "whole"
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     # a session of its own, to signal all processes as SLURM does, the reading ones as well
-    process = start(words(tmp_path, 1, told, *more), start_new_session=True)
-    checkpoints = told / "stage1" / "checkpoints"
+    process = start(stage_args(tmp_path, 1, stopped, *more), start_new_session=True)
+    checkpoints = stopped / "stage1" / "checkpoints"
     while not (checkpoints / "best.ckpt").exists() and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
     output = process.communicate(timeout=100)[0]
     assert process.returncode == 128 + signal.SIGTERM, output[-3000:]
     assert "SIGTERM: stopped at step" in output and "--ckpt_path last" in output and "Traceback" not in output
-    assert not (told / "stage1" / "stair").exists()
+    assert not (stopped / "stage1" / "stair").exists()
     assert 10 <= torch.load(checkpoints / "last.ckpt", weights_only=False)["global_step"] < 60
-    resumed = start(words(tmp_path, 1, told, *more, "--ckpt_path", "last"))
+    resumed = start(stage_args(tmp_path, 1, stopped, *more, "--ckpt_path", "last"))
     output = resumed.communicate(timeout=200)[0]
     assert resumed.returncode == 0 and "Restored all states" in output, output[-3000:]
-    main(words(tmp_path, 1, whole, *more))
-    for (name, a), b in zip(weights(told, 1).items(), weights(whole, 1).values(), strict=True):
+    main(stage_args(tmp_path, 1, whole, *more))
+    for (name, a), b in zip(weights(stopped, 1).items(), weights(whole, 1).values(), strict=True):
         assert torch.equal(a, b), name

@@ -18,25 +18,9 @@ import pytest
 from datamodules.synthetic import write_scenes
 from datamodules.workers import start_server
 from stair.data.specs import Shards
-from tests.test_shards import digest, keys, loader, shards, write_shards, write_words
+from tests.support.shards import digest, keys, loader, shards, take, write_shards
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def vocab(tmp_path: Path) -> str:
-    return write_words(tmp_path)
-
-
-def take(data, steps: int) -> list:
-    """So many batches from where the loader stands, through epochs."""
-    found = []
-    while len(found) < steps:
-        for batch in data:
-            found.append((data.epoch, digest(batch)))
-            if len(found) == steps:
-                break
-    return found
 
 
 FORMS = {
@@ -70,13 +54,13 @@ def test_a_loader_goes_on_after_any_step_as_if_nothing_had_happened(tmp_path, vo
         assert take(second, 14 - stop) == whole[stop:], stop
 
 
-def takes_and_dies(told, server, make, steps: int, state) -> None:
+def takes_and_dies(sender, server, make, steps: int, state) -> None:
     vars(forkserver._forkserver).update(server)  # that of the test's own process, which has made its imports
     forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None
     data = loader(*make[0], **make[1])
     if state:
         data.load_state_dict(state)
-    told.send((take(data, steps), data.state_dict()))
+    sender.send((take(data, steps), data.state_dict()))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -93,15 +77,15 @@ def test_readers_that_are_killed_at_random_steps_lose_and_repeat_nothing(tmp_pat
         found, state = [], None
         whole = take(loader(spec, vocab, rank, ranks, **options), 9)
         while len(found) < 9:
-            heard, told = multiprocessing.Pipe(duplex=False)
+            receiver, sender = multiprocessing.Pipe(duplex=False)
             steps = min(rng.randint(1, 4), 9 - len(found))
             make = (spec, vocab, rank, ranks), {**options, "workers": workers}
             # its workers have read ahead of what it was handed
             context = multiprocessing.get_context("fork")
-            process = context.Process(target=takes_and_dies, args=(told, server, make, steps, state))
+            process = context.Process(target=takes_and_dies, args=(sender, server, make, steps, state))
             process.start()
-            told.close()
-            more, state = heard.recv()
+            sender.close()
+            more, state = receiver.recv()
             process.join()
             assert process.exitcode == -signal.SIGKILL
             found += more
@@ -179,7 +163,7 @@ def test_a_union_of_named_sources_sees_each_sample_once_an_epoch(tmp_path, vocab
     } == {"more"}
 
 
-def test_a_resampled_stream_draws_shards_again_and_has_the_epoch_it_is_told(tmp_path, vocab):
+def test_a_resampled_stream_draws_shards_again_each_epoch_of_the_given_size(tmp_path, vocab):
     spec = write_shards(tmp_path, [8, 8, 8])
     data = loader(spec, vocab, resample=True, train_samples=160)
     assert len(data) == 40
@@ -233,11 +217,11 @@ if __name__ == "__main__":
 
 
 def start(folder: Path, *more: str) -> "subprocess.Popen[str]":
-    from tests.test_stages import words
+    from tests.support.runs import stage_args
 
     script = folder / "spy.py"
     script.write_text(SPY.format(root=str(ROOT)))
-    line = [*words(folder, 1, folder / more[0], *more[1:])]
+    line = [*stage_args(folder, 1, folder / more[0], *more[1:])]
     return subprocess.Popen(
         [sys.executable, str(script), *line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
@@ -254,7 +238,7 @@ def seen(output: str) -> dict[tuple[int, int], str]:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_fit_that_is_killed_goes_on_with_the_batches_it_would_have_seen(tmp_path, ranks, workers):
-    from tests.test_stages import SMALL, scalars
+    from tests.support.runs import SMALL, scalars
 
     write_scenes(tmp_path, train=64, val=12, image_size=32)
     (tmp_path / "small.yaml").write_text(SMALL)
@@ -263,20 +247,20 @@ def test_a_fit_that_is_killed_goes_on_with_the_batches_it_would_have_seen(tmp_pa
     more += ["--trainer.accelerator", "cpu", "--trainer.devices", str(ranks), "--data.train", mixed]
     whole = seen(start(tmp_path, "whole", *more).communicate(timeout=800)[0])
     assert whole.keys() == set(itertools.product(range(ranks), range(20)))
-    told = start(tmp_path, "told", *more)
+    sender = start(tmp_path, "killed", *more)
     output = ""
-    for line in told.stdout:  # killed hard: no signal it could act on
+    for line in sender.stdout:  # killed hard: no signal it could act on
         output += line
         if line.startswith("SAW 0 9 "):
-            os.killpg(told.pid, signal.SIGKILL)
+            os.killpg(sender.pid, signal.SIGKILL)
             break
-    told.wait()
-    again = start(tmp_path, "told", *more, "--ckpt_path", "last").communicate(timeout=800)[0]
+    sender.wait()
+    again = start(tmp_path, "killed", *more, "--ckpt_path", "last").communicate(timeout=800)[0]
     resumed = seen(again)
     assert 0 < min(step for _, step in resumed) <= 9 and len(resumed) < len(whole), again[-2000:]
     assert {**seen(output), **resumed} == whole
     # of all ranks, and counted on
-    logged = scalars(tmp_path / "told", 1)
+    logged = scalars(tmp_path / "killed", 1)
     assert logged["source/a/pairs"][-1] == 20 * 12 and logged["source/b/pairs"][-1] == 20 * 4
     losses = zip(logged["source/a/loss"], logged["source/b/loss"], strict=True)
     assert [0.75 * a + 0.25 * b for a, b in losses] == pytest.approx(logged["train/contrastive"], rel=1e-3)

@@ -19,22 +19,16 @@ from lightning_modules import run_lock
 from lightning_modules.run_folder import checkpoint_to_resume, training_inputs
 from main import StairCLI, main
 from stair.errors import FileError, SettingError
-from tests.conftest import write_small_scenes
-from tests.test_stages import SMALL, words
+from tests.support.runs import SMALL, stage_args
 
 TWO = ("--trainer.max_steps", "2")
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    return write_small_scenes(tmp_path_factory.mktemp("scenes"), SMALL)
 
 
 @pytest.fixture(scope="module")
 def trained(scenes, tmp_path_factory):
     """A run whose stage 1 was trained for 2 steps, and exported."""
     run = tmp_path_factory.mktemp("runs") / "trained"
-    main(words(scenes, 1, run, *TWO))
+    main(stage_args(scenes, 1, run, *TWO))
     return run
 
 
@@ -59,10 +53,10 @@ class OtherNameEachTime(CSVLogger):
 class Scores(L.Callback):
     """Logs the scores that a test wants at the validations."""
 
-    wanted = ()
+    expected = ()
 
     def on_validation_epoch_end(self, trainer, pl_module):
-        pl_module.log("score", self.wanted.pop(0))
+        pl_module.log("score", self.expected.pop(0))
 
 
 IDS = "{class_path: tests.test_run_folder.OtherNameEachTime}"
@@ -84,10 +78,10 @@ def test_a_run_is_resumed_whatever_loggers_and_callbacks_there_are(scenes, tmp_p
     file = tmp_path / "overlay.yaml"
     file.write_text(OVERLAYS[overlay])
     more = ("--config", str(file), "--ckpt_path", "last")
-    main(words(scenes, 1, tmp_path / "r", *TWO, *more))
+    main(stage_args(scenes, 1, tmp_path / "r", *TWO, *more))
     checkpoints = tmp_path / "r" / "stage1" / "checkpoints"
     assert {"last.ckpt", "best.ckpt"} <= {path.name for path in checkpoints.iterdir()}
-    resumed = main(words(scenes, 1, tmp_path / "r", *more))
+    resumed = main(stage_args(scenes, 1, tmp_path / "r", *more))
     assert Path(resumed.trainer.ckpt_path) == checkpoints / "last.ckpt" and resumed.trainer.global_step == 4
     assert resumed.trainer.fit_loop.epoch_loop.batch_progress.total.completed == 4
     if overlay == "own ModelCheckpoint":
@@ -101,21 +95,21 @@ def test_a_run_is_resumed_whatever_the_spelling_of_its_folder(scenes, copy, tmp_
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(copy)
     for steps, spelling in enumerate(("~/copy", "$RUNS/copy/", "copy", "./copy/../link", copy), 3):
-        cli = main(words(scenes, 1, spelling, "--trainer.max_steps", str(steps), "--ckpt_path", "last"))
+        cli = main(stage_args(scenes, 1, spelling, "--trainer.max_steps", str(steps), "--ckpt_path", "last"))
         assert Path(cli.trainer.ckpt_path).resolve() == copy / "stage1" / "checkpoints" / "last.ckpt"
         assert cli.trainer.fit_loop.epoch_loop.batch_progress.total.completed == steps
-        main(words(scenes, 1, spelling, "--ckpt_path", "best", subcommand="validate"))
+        main(stage_args(scenes, 1, spelling, "--ckpt_path", "best", subcommand="validate"))
     assert not (tmp_path / "~").exists()
     with pytest.raises(SettingError) as refused:
-        main(words(scenes, 1, "$NO_SUCH_VARIABLE/r"))
+        main(stage_args(scenes, 1, "$NO_SUCH_VARIABLE/r"))
     assert refused.value.setting == "run"
 
 
 def test_best_ckpt_is_never_replaced_by_a_worse_one(scenes, tmp_path, monkeypatch):
     more = ("--trainer.callbacks", "tests.test_run_folder.Scores", "--best.monitor", "score", "--ckpt_path", "last")
     scores = [0.5, 0.4, 0.45, 0.6]
-    monkeypatch.setattr("tests.test_run_folder.Scores.wanted", scores)
-    main(words(scenes, 1, tmp_path / "a", *TWO, *more))
+    monkeypatch.setattr("tests.test_run_folder.Scores.expected", scores)
+    main(stage_args(scenes, 1, tmp_path / "a", *TWO, *more))
     copied = Path(shutil.copytree(tmp_path / "a", tmp_path / "b"))
     best = copied / "stage1" / "checkpoints" / "best.ckpt"
     # as after a kill between the two: `last` does not know of the best
@@ -125,18 +119,18 @@ def test_best_ckpt_is_never_replaced_by_a_worse_one(scenes, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     seen = []
     for steps in (4, 6, 8):
-        main(words(scenes, 1, "b", "--trainer.max_steps", str(steps), *more))
+        main(stage_args(scenes, 1, "b", "--trainer.max_steps", str(steps), *more))
         seen.append(torch.load(best, weights_only=True)["global_step"])
     assert seen == [2, 2, 8] and scores == []
     with pytest.raises(SettingError) as refused:
-        main(words(scenes, 1, "b", "--trainer.max_steps", "9", "--ckpt_path", "last"))
+        main(stage_args(scenes, 1, "b", "--trainer.max_steps", "9", "--ckpt_path", "last"))
     assert refused.value.setting == "best.monitor"
 
 
 def test_a_callback_that_would_write_the_same_checkpoint_is_refused(scenes, tmp_path):
     own = "[{class_path: ModelCheckpoint, init_args: {filename: last, enable_version_counter: false}}]"
     with pytest.raises(SettingError) as refused:
-        main(words(scenes, 1, tmp_path / "r", "--trainer.logger", "false", "--trainer.callbacks", own))
+        main(stage_args(scenes, 1, tmp_path / "r", "--trainer.logger", "false", "--trainer.callbacks", own))
     assert refused.value.setting == "trainer.callbacks"
 
 
@@ -159,7 +153,7 @@ def test_a_folder_with_a_trace_of_training_and_no_last_ckpt_is_refused(scenes, t
     path.write_bytes(bytes(1000))
     before = content(tmp_path)
     with pytest.raises(FileError) as refused:
-        main(words(scenes, 1, tmp_path, *more))
+        main(stage_args(scenes, 1, tmp_path, *more))
     assert refused.value.path in (path, path.parent) and content(tmp_path) == before
 
 
@@ -182,15 +176,15 @@ def test_a_damaged_checkpoint_is_refused_by_name(scenes, copy, size, command):
     os.truncate(last, size)
     before = content(copy)
     with pytest.raises(FileError) as refused:
-        main(words(scenes, 1, copy, "--ckpt_path", "last", subcommand=command))
+        main(stage_args(scenes, 1, copy, "--ckpt_path", "last", subcommand=command))
     assert refused.value.path == last and content(copy) == before
 
 
 def test_a_run_and_a_root_folder_are_not_given_together(scenes, tmp_path):
     with pytest.raises(SettingError) as refused:
-        main(words(scenes, 1, tmp_path / "r", "--trainer.default_root_dir", str(tmp_path / "x")))
+        main(stage_args(scenes, 1, tmp_path / "r", "--trainer.default_root_dir", str(tmp_path / "x")))
     assert refused.value.setting == "trainer.default_root_dir"
-    line = words(
+    line = stage_args(
         scenes,
         1,
         "",
@@ -214,7 +208,7 @@ LAST = ("--ckpt_path", "last")
 @pytest.fixture(scope="module")
 def two_stages(scenes, trained, tmp_path_factory):
     run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("runs") / "two"))
-    main(words(scenes, 2, run, *TWO))
+    main(stage_args(scenes, 2, run, *TWO))
     return run
 
 
@@ -222,10 +216,10 @@ def test_a_finished_stage_that_is_submitted_again_writes_nothing(scenes, trained
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in copy.rglob("*")}
     moved = Path(shutil.copytree(scenes, tmp_path / "elsewhere"))
     free = ("--data.workers", "1", "--trainer.log_every_n_steps", "7", "--model.init_args.micro_batch_size", "4")
-    main(words(scenes, 1, copy, *TWO, *LAST))
-    main(words(moved, 1, copy, *TWO, *LAST, *free))
+    main(stage_args(scenes, 1, copy, *TWO, *LAST))
+    main(stage_args(moved, 1, copy, *TWO, *LAST, *free))
     shutil.rmtree(copy / "stage1" / "checkpoints")  # to save room
-    main(words(scenes, 1, copy, *TWO, *LAST))
+    main(stage_args(scenes, 1, copy, *TWO, *LAST))
     after = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in copy.rglob("*")}
     del before[copy / "stage1"], after[copy / "stage1"]
     assert after.items() <= before.items()
@@ -235,12 +229,12 @@ def test_a_finished_stage_that_is_submitted_again_writes_nothing(scenes, trained
 def test_a_stage_whose_stage_before_was_trained_anew_is_refused(scenes, two_stages, tmp_path, finished):
     run = Path(shutil.copytree(two_stages, tmp_path / "r"))
     shutil.rmtree(run / "stage1")
-    main(words(scenes, 1, run, *TWO, "--seed_everything", "7"))
+    main(stage_args(scenes, 1, run, *TWO, "--seed_everything", "7"))
     if not finished:
         shutil.rmtree(run / "stage2" / "stair")
     before = content(run)
     with pytest.raises(FileError, match=r"transition\.init_from") as refused:
-        main(words(scenes, 2, run, *TWO, *LAST))
+        main(stage_args(scenes, 2, run, *TWO, *LAST))
     assert refused.value.path == run / "stage2" / ("stair" if finished else "checkpoints/last.ckpt")
     assert content(run) == before
 
@@ -260,7 +254,7 @@ def test_a_finished_stage_is_not_complete_for_other_inputs(scenes, trained, chan
     name, value = changed
     before = content(trained)
     with pytest.raises(FileError, match=name) as refused:
-        main(words(scenes, 1, trained, *TWO, *LAST, f"--{name}", value.format(scenes=scenes)))
+        main(stage_args(scenes, 1, trained, *TWO, *LAST, f"--{name}", value.format(scenes=scenes)))
     assert refused.value.path == trained / "stage1" / "stair" and content(trained) == before
 
 
@@ -271,7 +265,7 @@ def test_a_finished_stage_is_not_complete_for_data_of_the_same_names_and_sizes(s
             file.seek(600)  # in the first picture
             file.write(b"other")
     with pytest.raises(FileError, match=r"data\.train"):
-        main(words(other, 1, trained, *TWO, *LAST))
+        main(stage_args(other, 1, trained, *TWO, *LAST))
 
 
 @pytest.mark.parametrize("name", ["vocabulary.txt", "tower"])
@@ -297,34 +291,34 @@ def test_a_last_checkpoint_without_a_step_left_is_exported_with_its_own_settings
     shutil.rmtree(copy / "stage1" / "stair")
     before, (name, value) = content(copy), changed
     with pytest.raises(FileError, match=name) as refused:
-        main(words(scenes, 1, copy, *TWO, *LAST, f"--{name}", value))
+        main(stage_args(scenes, 1, copy, *TWO, *LAST, f"--{name}", value))
     assert refused.value.path == copy / "stage1" / "checkpoints" / "last.ckpt" and content(copy) == before
-    main(words(scenes, 1, copy, *TWO, *LAST))
+    main(stage_args(scenes, 1, copy, *TWO, *LAST))
     assert (copy / "stage1" / "stair" / "config.json").exists()
 
 
 def test_a_checkpoint_of_another_folder_does_not_train_over_this_one(scenes, trained, copy):
     theirs, before = trained / "stage1" / "checkpoints" / "last.ckpt", content(copy)
     with pytest.raises(FileError) as refused:
-        main(words(scenes, 1, copy, "--ckpt_path", str(theirs)))
+        main(stage_args(scenes, 1, copy, "--ckpt_path", str(theirs)))
     assert refused.value.path.is_relative_to(copy) and content(copy) == before
     with pytest.raises(FileError) as refused:  # stage 2 starts from an exported model
-        main(words(scenes, 2, copy, "--ckpt_path", str(theirs)))
+        main(stage_args(scenes, 2, copy, "--ckpt_path", str(theirs)))
     assert refused.value.path == theirs and content(copy) == before
     own = copy / "stage1" / "checkpoints" / "best.ckpt"
-    assert main(words(scenes, 1, copy, "--ckpt_path", str(own))).trainer.global_step == 4
+    assert main(stage_args(scenes, 1, copy, "--ckpt_path", str(own))).trainer.global_step == 4
 
 
 def test_a_stage_that_earlystopping_ended_goes_on_with_another_patience_or_without_it(scenes, tmp_path):
     stop = "[{{class_path: EarlyStopping, init_args: {{monitor: val/recall, mode: max, patience: {}, min_delta: 2}}}}]"
     run, steps = tmp_path / "r", ("--trainer.max_steps", "8", *LAST)
-    main(words(scenes, 1, run, *steps, "--trainer.callbacks", stop.format(1)))
+    main(stage_args(scenes, 1, run, *steps, "--trainer.callbacks", stop.format(1)))
     before = content(run)
-    main(words(scenes, 1, run, *steps, "--trainer.callbacks", stop.format(1)))
+    main(stage_args(scenes, 1, run, *steps, "--trainer.callbacks", stop.format(1)))
     assert content(run) == before
-    longer = main(words(scenes, 1, run, *steps, "--trainer.callbacks", stop.format(2)))
+    longer = main(stage_args(scenes, 1, run, *steps, "--trainer.callbacks", stop.format(2)))
     assert longer.trainer.global_step == 6
-    assert main(words(scenes, 1, run, *steps)).trainer.global_step == 8
+    assert main(stage_args(scenes, 1, run, *steps)).trainer.global_step == 8
 
 
 class OutOfMemory(L.Callback):
@@ -340,23 +334,24 @@ class OutOfMemory(L.Callback):
 )
 def test_a_start_that_failed_in_its_first_step_does_not_bind_the_folder(scenes, tmp_path, more, corrected):
     with pytest.raises(torch.OutOfMemoryError):
-        main(words(scenes, 1, tmp_path, *TWO, "--trainer.callbacks", "tests.test_run_folder.OutOfMemory"))
+        main(stage_args(scenes, 1, tmp_path, *TWO, "--trainer.callbacks", "tests.test_run_folder.OutOfMemory"))
     name, value = corrected
     assert (
-        main(words(scenes, 1, tmp_path, *TWO, *more, f"--{name}", value.format(scenes=scenes))).trainer.global_step == 2
+        main(stage_args(scenes, 1, tmp_path, *TWO, *more, f"--{name}", value.format(scenes=scenes))).trainer.global_step
+        == 2
     )
     assert (tmp_path / "stage1" / "stair" / "config.json").is_file()
     with pytest.raises(FileError):  # now it holds a training
-        main(words(scenes, 1, tmp_path, *TWO, "--model.init_args.optimizer.lr", "1e-5"))
+        main(stage_args(scenes, 1, tmp_path, *TWO, "--model.init_args.optimizer.lr", "1e-5"))
 
 
 def test_config_yaml_states_the_settings_that_trained_what_is_there(scenes, copy):
     file = copy / "stage1" / "config.yaml"
     rate = "--model.init_args.optimizer.lr"
     with pytest.raises((ValueError, RuntimeError)):  # data.seed is not that of the checkpoint
-        main(words(scenes, 1, copy, *LAST, rate, "0.5", "--data.seed", "3"))
+        main(stage_args(scenes, 1, copy, *LAST, rate, "0.5", "--data.seed", "3"))
     assert yaml.safe_load(file.read_text())["model"]["init_args"]["optimizer"]["lr"] == 2e-3
-    main(words(scenes, 1, copy, *LAST, rate, "0.5"))
+    main(stage_args(scenes, 1, copy, *LAST, rate, "0.5"))
     assert yaml.safe_load(file.read_text())["model"]["init_args"]["optimizer"]["lr"] == 0.5
     exported = json.loads((copy / "stage1" / "stair" / "config.json").read_text())["training"]
     assert exported["inputs"]["model.init_args.optimizer.lr"] == 0.5 and exported["steps"] == 4
@@ -383,7 +378,7 @@ def test_a_second_job_in_a_folder_is_refused_by_naming_the_first(scenes, tmp_pat
     before = content(tmp_path / "r")
     for more in ((), LAST):
         with pytest.raises(FileError, match=str(holder.get("host", os.getppid()))) as refused:
-            main(words(scenes, 1, tmp_path / "r", *more))
+            main(stage_args(scenes, 1, tmp_path / "r", *more))
         assert refused.value.path == tmp_path / "r" / "stage1" / "lock" and content(tmp_path / "r") == before
 
 
@@ -431,7 +426,7 @@ def test_names_that_yaml_reads_as_something_else_stay_as_typed(tmp_path, monkeyp
     monkeypatch.setattr(StairCLI, "_run_subcommand", lambda self, subcommand: None)
     monkeypatch.setattr(StairCLI, "instantiate_classes", lambda self: None)
     monkeypatch.chdir(tmp_path)
-    line = words(
+    line = stage_args(
         tmp_path, 1, name, "--data.train", f"{{{name}: a.tar}}", "--data.val", f"{{{name}: v.tar, other: w.tar}}"
     )
     (tmp_path / "small.yaml").write_text(SMALL)

@@ -9,8 +9,8 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "scaling.py"
 
 
-def run(*words):
-    return subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True)
+def run(*args):
+    return subprocess.run([sys.executable, str(SCRIPT), *args], capture_output=True, text=True)
 
 
 @pytest.mark.slow

@@ -74,8 +74,8 @@ def test_a_text_becomes_words_and_words_become_the_hits_of_the_index(client, tin
     embedding = tiny_stair.encode_text(["a red ball"])[0]
     assert words == {tiny_stair.vocabulary.tokens[v]: float(embedding[v]) for v in embedding.nonzero()[:, 0].tolist()}
     hits = client.post("/api/search", json={"words": words, "k": 3, "where": ["n<5"]}).json()["hits"]
-    wanted = SparseIndex.open(tmp_path / "i", tiny_stair).search("a red ball", 3, where="n<5")
-    assert [(hit["id"], hit["score"]) for hit in hits] == [(hit.id, pytest.approx(hit.score)) for hit in wanted]
+    expected = SparseIndex.open(tmp_path / "i", tiny_stair).search("a red ball", 3, where="n<5")
+    assert [(hit["id"], hit["score"]) for hit in hits] == [(hit.id, pytest.approx(hit.score)) for hit in expected]
     assert sum(share for _, share in hits[0]["words"]) == pytest.approx(hits[0]["score"])
     assert client.post("/api/search", json={"words": {}}).json() == {"hits": []}
 
@@ -105,9 +105,9 @@ def test_a_query_of_many_words_ranks_by_all_of_them(tiny_stair, pictures, tmp_pa
     client = TestClient(serving.application(index, model, None, ["localhost"]), base_url="http://localhost")
     words = client.post("/api/image", content=png(pictures[2])).json()["words"]
     hits = client.post("/api/search", json={"words": words}).json()["hits"]
-    wanted = SparseIndex.open(tmp_path / "many", model).search(pictures[2], 24)
+    expected = SparseIndex.open(tmp_path / "many", model).search(pictures[2], 24)
     assert len(words) > 40 and list(words) == sorted(words, key=words.get, reverse=True)
-    assert [(hit["id"], hit["score"]) for hit in hits] == [(hit.id, pytest.approx(hit.score)) for hit in wanted]
+    assert [(hit["id"], hit["score"]) for hit in hits] == [(hit.id, pytest.approx(hit.score)) for hit in expected]
 
 
 def test_pictures_come_from_files_and_from_places_in_them(client, pictures, tiny_stair):
@@ -149,7 +149,7 @@ def test_paths_cannot_leave_the_collection(client, path, name):
         ("get", "/nothing", {}, 404, "Not Found"),
     ],
 )
-def test_what_is_wrong_is_told_as_problem_json(client, method, path, options, status, detail):
+def test_errors_are_problem_json(client, method, path, options, status, detail):
     answer = getattr(client, method)(path, **options)
     assert answer.status_code == status and answer.headers["content-type"] == "application/problem+json"
     problem = answer.json()

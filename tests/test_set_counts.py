@@ -13,9 +13,8 @@ from stair import Vocabulary, cli
 from stair.evaluate.classify import zero_shot
 from stair.ranking import SparseRows
 from stair.set_counts import SetCounts, class_counts, image_hashes, sentences, text_captions, token_captions
-from tests.conftest import write_small_scenes
 from tests.support.files import encoded, members_of, write_tar
-from tests.test_stages import SMALL, words
+from tests.support.runs import stage_args, write_small_scenes
 
 LONGEST = 8
 LONG = "a red ball on the green sea " * 3
@@ -144,11 +143,11 @@ def test_an_evaluation_states_the_counts_in_its_table_its_page_and_its_json(tiny
 
 
 def test_validation_states_the_counts_in_its_log(tmp_path, caplog):
-    scenes = write_small_scenes(tmp_path / "scenes", SMALL)
+    scenes = write_small_scenes(tmp_path / "scenes")
     write_set(tmp_path / "set" / "val-0.tar")
     more = "--data.val", f"{{s: {tmp_path}/set/val-0.tar}}", "--model.init_args.stair.text.max_tokens", str(LONGEST)
     with caplog.at_level(logging.INFO):
-        main(words(scenes, 1, tmp_path / "run", *more))
+        main(stage_args(scenes, 1, tmp_path / "run", *more))
     (line,) = [record.getMessage() for record in caplog.records if "val/s: " in record.getMessage()]
     # counts of tokens are those of another vocabulary here
     for sentence in sentences({"images": 6, "repeated_images": 2, "shared_captions": 6, "tied_t2i": 4}, (10,)):

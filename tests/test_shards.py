@@ -1,12 +1,10 @@
 """The data road: what reaches the model, in which order, on which rank, and what happens to what cannot be read."""
 
-import hashlib
 import io
 import itertools
 import json
 import os
 import random
-import tarfile
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +21,6 @@ from torchvision.transforms import v2
 
 from datamodules.augment import Augment, scaled, upright_jpeg
 from datamodules.pairs import CollatePairs, evaluation_loader
-from datamodules.reading import TrainingLoader
-from datamodules.shards import ImageTextShards
 from datamodules.sources import find
 from stair.data.pairs import EvaluationPairs
 from stair.data.remote import Remote, open_shard
@@ -34,78 +30,7 @@ from stair.data.tars import expand, stream, walk
 from stair.errors import FileError, SettingError
 from stair.images import box_pixels, decode_image, eval_pixels
 from stair.vocabulary import Vocabulary
-
-WORDS = [f"word{i}" for i in range(64)]
-
-
-@pytest.fixture
-def vocab(tmp_path: Path) -> str:
-    return write_words(tmp_path)
-
-
-def write_words(folder: Path) -> str:
-    path = folder / "vocab.txt"
-    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
-    return str(path)
-
-
-def encode(image: Image.Image, form: str = "PNG", **options) -> bytes:
-    out = io.BytesIO()
-    image.save(out, form, **options)
-    return out.getvalue()
-
-
-def picture(number: int, size: tuple[int, int] = (20, 16)) -> bytes:
-    noise = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return encode(Image.fromarray(noise))
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def good(number: int) -> dict[str, bytes]:
-    texts = [f"{WORDS[number % 64]} {WORDS[k]}" for k in range(3)]
-    return {f"{number:05d}.png": picture(number), f"{number:05d}.json": json.dumps({"captions": texts}).encode()}
-
-
-def write_shards(folder: Path, sizes: list[int], bad: dict[str, bytes] | None = None) -> str:
-    """Shards with these many samples, numbered through; the members in `bad` replace good ones of the same name."""
-    first = 0
-    for i, size in enumerate(sizes):
-        members = {k: v for n in range(first, first + size) for k, v in good(n).items()}
-        write_tar(folder / f"train-{i:04d}.tar", {k: (bad or {}).get(k, v) for k, v in members.items()})
-        first += size
-    return str(folder / "train-*.tar")
-
-
-def shards(train, vocab: str, **options) -> ImageTextShards:
-    given = {"val": None, "test": None, "image_size": 8, "max_tokens": 8, "global_batch_size": 4, "workers": 0}
-    return ImageTextShards(train=train, vocabulary=vocab, **{**given, "shuffle": 8, **options})
-
-
-def loader(train, vocab: str, rank: int = 0, ranks: int = 1, **options) -> TrainingLoader:
-    data = shards(train, vocab, **options)
-    data._rank_of = lambda: (rank, ranks)
-    data.setup("fit")
-    return data.train_dataloader()
-
-
-def digest(batch: dict) -> list[tuple[str, str, str]]:
-    """Key, caption and pixels of each row."""
-    rows = zip(batch["key"], batch["ids"], batch["mask"], batch["pixels"], strict=True)
-    return [
-        (k, str(i[m].tolist()), hashlib.md5(p.contiguous().numpy().tobytes()).hexdigest()[:8]) for k, i, m, p in rows
-    ]
-
-
-def keys(batches) -> list[str]:
-    return [key for batch in batches for key in batch["key"]]
+from tests.support.shards import digest, encode, good, keys, loader, picture, shards, write_shards, write_tar
 
 
 def test_each_stage_draws_for_itself_and_the_same_when_begun_again(tmp_path, vocab):
@@ -205,13 +130,13 @@ def test_colours_are_torchvisions_by_factors_around_one_and_off_draws_nothing():
     for seed in range(60):
         rng, again = random.Random(seed), random.Random(seed)
         pixels = Augment(16, (0.5, 1.0), True, 10_000, 0.4, 0.3)(data, rng)
-        wanted = Augment(16, (0.5, 1.0), True, 10_000)(data, again)
+        expected = Augment(16, (0.5, 1.0), True, 10_000)(data, again)
         factors = [again.uniform(0.6, 1.4) for _ in range(3)]
         for name, factor in zip(("brightness", "contrast", "saturation"), factors, strict=True):
-            wanted = getattr(v2.functional, f"adjust_{name}")(wanted, factor)
+            expected = getattr(v2.functional, f"adjust_{name}")(expected, factor)
         if again.random() < 0.3:
-            wanted = v2.functional.rgb_to_grayscale(wanted, 3)
-        assert torch.equal(pixels, wanted) and rng.random() == again.random()
+            expected = v2.functional.rgb_to_grayscale(expected, 3)
+        assert torch.equal(pixels, expected) and rng.random() == again.random()
         least, most = [*map(min, least, factors)], [*map(max, most, factors)]
     assert max(least) < 0.7 and min(most) > 1.3
     gray = Augment(16, (0.5, 1.0), True, 10_000, grayscale=1.0)(data, random.Random(3))
@@ -430,15 +355,15 @@ def find_on_a_machine(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     try:
         sources, _ = find(mixture(f"{folder}/{rank}/*.tar"), False, Remote(), rank, 2)
-        told = f"{sources[0].counts}"
+        text = f"{sources[0].counts}"
     except (ValueError, OSError) as error:
-        told = f"{type(error).__name__}: {error}"
-    Path(folder, f"{rank}.txt").write_text(told)
+        text = f"{type(error).__name__}: {error}"
+    Path(folder, f"{rank}.txt").write_text(text)
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    ("sizes", "wanted"),
+    ("sizes", "expected"),
     [
         (([4, 5, 3], [4, 5, 3]), None),
         (([4, 5, 3], [4, 5]), ["rank 0 found 3 shards", "rank 1 found 2 shards"]),
@@ -447,18 +372,18 @@ def find_on_a_machine(rank: int, folder: str) -> None:
     ],
     ids=str,
 )
-def test_ranks_that_find_other_shards_all_stop_and_say_who_found_what(tmp_path, sizes, wanted):
+def test_ranks_that_find_different_shards_all_stop_and_name_each_ranks_shards(tmp_path, sizes, expected):
     for rank, held in enumerate(sizes):  # folders of other names, as two machines may have
         (tmp_path / str(rank)).mkdir()
         write_shards(tmp_path / str(rank), held)
     mp.start_processes(find_on_a_machine, (str(tmp_path),), nprocs=2, start_method="fork")
     for rank in range(2):
-        told = (tmp_path / f"{rank}.txt").read_text()
-        if wanted is None:
-            assert told == "(4, 5, 3)"
+        text = (tmp_path / f"{rank}.txt").read_text()
+        if expected is None:
+            assert text == "(4, 5, 3)"
         else:
-            assert told.startswith("FileNotFoundError" if sizes == ([], []) else "SettingError")
-            assert all(part in told for part in wanted), told
+            assert text.startswith("FileNotFoundError" if sizes == ([], []) else "SettingError")
+            assert all(part in text for part in expected), text
 
 
 # ---- where a run goes on
@@ -629,7 +554,7 @@ def test_training_shards_without_samples_are_refused_before_the_first_step(tmp_p
         loader(str(path), vocab)
 
 
-def test_members_of_other_names_are_refused_with_what_was_seen_and_what_is_wanted(tmp_path, vocab):
+def test_members_of_other_names_are_an_error_with_given_and_allowed_names(tmp_path, vocab):
     names = {f"{n}.{kind}": b"word1" for n in range(8) for kind in ("avif", "txt")}
     with pytest.raises(ValueError, match=r"'jpg', 'jpeg', 'png', 'webp'.*members seen: \['0.avif', '0.txt'"):
         loader(str(write_tar(tmp_path / "a.tar", names)), vocab)
@@ -768,11 +693,11 @@ def test_keys_with_dots_are_left_out_and_counted_in_training_and_refused_in_eval
     data.setup("fit")
     assert {key[-5:] for key in keys(data.train_dataloader())} <= {f"{i:05d}" for i in range(60) if i % 3}
     assert set(data.skipped) == {"dotted key"} and data.skipped["dotted key"] == 20
-    wanted = r"'00000_v1.5.png' belongs to key '00000_v1' as type '5.png'; rename"
-    with pytest.raises(ValueError, match=f"evaluation sample '00000_v1.5' of .*a.tar: dotted key: {wanted}"):
+    expected = r"'00000_v1.5.png' belongs to key '00000_v1' as type '5.png'; rename"
+    with pytest.raises(ValueError, match=f"evaluation sample '00000_v1.5' of .*a.tar: dotted key: {expected}"):
         EvaluationPairs(spec, 8, 10_000)
     write_tar(tmp_path / "c.tar", {name: data for i in range(8) for name, data in dotted(i).items()})
-    with pytest.raises(ValueError, match=f"none of the first 8 samples .*dotted key: {wanted}"):
+    with pytest.raises(ValueError, match=f"none of the first 8 samples .*dotted key: {expected}"):
         shards(str(tmp_path / "c.tar"), vocab, global_batch_size=4).setup("fit")
     # each is one, though to WebDataset all are one key
     write_tar(tmp_path / "d.tar", {f"2024.01.0{i}.{kind}": b"x" for i in range(4) for kind in ("png", "txt")})
@@ -783,14 +708,14 @@ def test_keys_with_dots_are_left_out_and_counted_in_training_and_refused_in_eval
 def test_further_members_with_dots_beside_an_image_are_no_samples_and_move_none(tmp_path):
     members, plain = {}, {}
     for i in range(4):
-        image, told = good(i).items()
-        plain |= dict([image, told])
+        image, text = good(i).items()
+        plain |= dict([image, text])
         key = image[0].partition(".")[0]
         members |= {
             f"{key}.0.png": b"x",
             image[0]: image[1],
             f"{key}.seg.png": b"x",
-            told[0]: told[1],
+            text[0]: text[1],
             f"d/._{i}.png": b"x",
         }
     write_tar(tmp_path / "a.tar", plain)

@@ -19,11 +19,9 @@ import yaml
 
 from main import main
 from stair import Stair
-from tests.conftest import write_small_scenes
-from tests.test_parallel import Case
-from tests.test_parallel import run as on_ranks
-from tests.test_stages import SMALL, weights
-from tests.test_stages import words as stage_words
+from tests.support.ranks import Case
+from tests.support.ranks import run as on_ranks
+from tests.support.runs import stage_args, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -54,11 +52,6 @@ def cluster(tmp_path_factory):
         subprocess.run([TOOL, "down", folder], check=True)
 
 
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    return write_small_scenes(tmp_path_factory.mktemp("scenes"), SMALL)
-
-
 class Pace(L.Callback):
     """Makes steps last, so that SLURM, which looks at the clock every 30 s, finds the job at work."""
 
@@ -66,7 +59,7 @@ class Pace(L.Callback):
         time.sleep(0.4)
 
 
-def words(scenes, steps=60):
+def small_args(scenes, steps=60):
     overlays = ("--config", str(ROOT / "configs/model/tiny.yaml"), "--config", str(scenes / "small.yaml"))
     long = ("--trainer.max_steps", str(steps), "--trainer.val_check_interval", "20", "--data.workers", "1")
     return [*overlays, *long, "--model.init_args.stair.vocabulary", str(scenes / "vocab.txt")]
@@ -83,7 +76,12 @@ def submit(cluster, scenes, tmp_path):
         env = {**cluster, "RUN": str(run), "SBATCH_OPTIONS": " ".join(SHAPE)}
         env |= {"DATA_TRAIN": str(scenes / "train-*.tar"), "DATA_VAL": f"{{scenes: {scenes}/val-*.tar}}"}
         done = subprocess.run(
-            [*command, *words(scenes), *more], cwd=cwd, env=env | changes, check=True, capture_output=True, text=True
+            [*command, *small_args(scenes), *more],
+            cwd=cwd,
+            env=env | changes,
+            check=True,
+            capture_output=True,
+            text=True,
         )
         return done.stdout
 
@@ -145,13 +143,13 @@ def train_here(case):
     """The same two ranks, without SLURM and never interrupted."""
     folder = Path(case.folder)
     chosen = ("--trainer.devices", "2", "--config", str(ROOT / "configs" / "hardware" / "ddp.yaml"))
-    main(stage_words(folder, 1, folder / "whole", *words(folder, 150)[4:], *chosen))
+    main(stage_args(folder, 1, folder / "whole", *small_args(folder, 150)[4:], *chosen))
 
 
 def test_a_job_that_runs_into_its_time_limit_ends_with_the_weights_of_one_never_interrupted(
     submit, cluster, scenes, tmp_path
 ):
-    run = tmp_path / "told"
+    run = tmp_path / "stopped"
     more = ("--trainer.max_steps", "150", *PACED)
     job = submit("sbatch", "--parsable", *SHAPE, ROOT / "slurm" / "stage1.sh", run=run, more=more).strip()
     until(cluster, job, saved(run))

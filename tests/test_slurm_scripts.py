@@ -112,8 +112,8 @@ def test_the_tasks_train_with_the_resolved_settings_in_a_run_folder_below_the_us
     assert job().returncode == 0
     settings = tmp_path / "runs/mine/jobs/stage1-17.yaml"
     assert settings.read_text() == SETTINGS.format(run="null", train="x")
-    wanted = ["lightning", "fit", "--config", str(settings), "--run", f"{tmp_path}/runs/mine", "--ckpt_path", "last"]
-    assert called(log, "srun")[-len(wanted) :] == wanted
+    expected = ["lightning", "fit", "--config", str(settings), "--run", f"{tmp_path}/runs/mine", "--ckpt_path", "last"]
+    assert called(log, "srun")[-len(expected) :] == expected
 
 
 @pytest.mark.parametrize("run", ["~/r", "/tmp/r s"])
@@ -163,7 +163,7 @@ def test_a_pipeline_resolves_the_settings_of_all_stages_at_submission(job, log, 
 
 
 @pytest.mark.parametrize(
-    ("change", "wanted"),
+    ("change", "expected"),
     [
         ({"RUN": None}, r"RUN is not set.*RUN=runs/mine"),
         ({"SETTINGS": SETTINGS.format(run="null", train="null")}, r"DATA_TRAIN is not set.*--data\.train"),
@@ -187,11 +187,13 @@ def test_a_pipeline_resolves_the_settings_of_all_stages_at_submission(job, log, 
         ({"LIMIT": "UNLIMITED"}, None),
     ],
 )
-def test_a_job_that_cannot_train_is_refused_by_name_before_its_tasks(job, log, change, wanted):
+def test_a_job_that_cannot_train_is_refused_before_its_tasks_start(job, log, change, expected):
     done = job(**change)
-    assert (done.returncode, called(log, "srun") is None) == ((0, False) if wanted is None else (2, True)), done.stderr
-    assert wanted is None or re.search(wanted, done.stderr), done.stderr
-    assert bool(list(log.parent.glob("runs/mine/jobs/*.yaml*"))) == (wanted is None)
+    assert (done.returncode, called(log, "srun") is None) == ((0, False) if expected is None else (2, True)), (
+        done.stderr
+    )
+    assert expected is None or re.search(expected, done.stderr), done.stderr
+    assert bool(list(log.parent.glob("runs/mine/jobs/*.yaml*"))) == (expected is None)
 
 
 def test_settings_that_cannot_be_used_end_the_job_with_the_programs_status(job, log, tmp_path):
@@ -201,15 +203,15 @@ def test_settings_that_cannot_be_used_end_the_job_with_the_programs_status(job, 
 
 
 @pytest.mark.parametrize(
-    ("args", "wanted"),
+    ("args", "expected"),
     [
         (("--from", "4"), "--from 4: wanted 1, 2 or 3"),
         (("--config", "configs/paper/stage1.yaml"), "would go to all stages"),
     ],
 )
-def test_a_pipeline_that_cannot_run_is_refused(job, log, args, wanted):
+def test_a_pipeline_that_cannot_run_is_refused(job, log, args, expected):
     done = job(*args, script="pipeline")
-    assert done.returncode == 2 and wanted in done.stderr and called(log, "sbatch") is None
+    assert done.returncode == 2 and expected in done.stderr and called(log, "sbatch") is None
 
 
 # ------------------------------------------------------------------ after a crash

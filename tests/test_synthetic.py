@@ -123,18 +123,18 @@ def test_the_first_caption_names_all_of_the_scene_and_no_caption_anything_else(t
 
 
 @pytest.mark.parametrize(("layout", "axis"), [("row", 1), ("column", 0)])
-def test_the_group_told_to_be_left_or_above_is_drawn_there(train: list[Sample], layout: str, axis: int):
+def test_the_group_named_left_or_above_is_drawn_there(train: list[Sample], layout: str, axis: int):
     forward = ("left of",) if layout == "row" else (" above ", " over ", " on top of ")
     checked = 0
     for sample in train:
         groups, caption = sample["spec"]["groups"], sample["captions"][0]
         if sample["spec"]["layout"] != layout or groups[0]["colour"] == groups[1]["colour"]:
             continue
-        told = [NOUNS[w] for w in caption.split() if w in NOUNS]
+        nouns = [NOUNS[w] for w in caption.split() if w in NOUNS]
         if not any(phrase in caption for phrase in forward):
-            told.reverse()
+            nouns.reverse()
         colour_of = {g["shape"]: g["colour"] for g in groups}
-        first, second = (pixels_of(sample, colour_of[shape])[axis] for shape in told)
+        first, second = (pixels_of(sample, colour_of[shape])[axis] for shape in nouns)
         # the median ignores details in the other group's colour
         assert np.median(first) < np.median(second), (caption, sample["spec"])
         checked += 1

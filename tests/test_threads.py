@@ -15,7 +15,7 @@ from stair.clip import ClipConfig, DenseClip
 from stair.encoders import attention_on
 from stair.explain import explain
 from stair.serve.app import application
-from tests.conftest import tiny_config
+from tests.support.models import tiny_config
 
 LONG = " ".join(["a red ball on the green sea"] * 30)
 TYPED = "red dogs runs -tree"

@@ -8,8 +8,7 @@ from PIL import Image
 from examples.lucene import elasticsearch
 from main import main as lightning
 from stair import cli
-from tests.conftest import write_small_scenes
-from tests.test_stages import SMALL, words
+from tests.support.runs import stage_args, write_small_scenes
 
 
 @pytest.fixture(params=[0o002, 0o022, 0o027, 0o077], ids=oct)
@@ -59,7 +58,7 @@ def test_every_command_gives_its_files_the_mode_of_the_umask(tiny_stair, tmp_pat
 
 @pytest.mark.parametrize("umask", [0o027], ids=oct, indirect=True)
 def test_a_training_gives_its_files_the_mode_of_the_umask(tmp_path, umask):
-    scenes = write_small_scenes(tmp_path / "scenes", SMALL)
-    lightning(words(scenes, 1, tmp_path / "run"))
+    scenes = write_small_scenes(tmp_path / "scenes")
+    lightning(stage_args(scenes, 1, tmp_path / "run"))
     assert {"model.safetensors", "last.ckpt"} <= {path.name for path in (tmp_path / "run").rglob("*")}
     assert wrong_modes(tmp_path / "run", umask) == wrong_modes(scenes, umask) == []

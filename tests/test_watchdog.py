@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from callbacks.watchdog import Watchdog
 from stair.errors import SettingError
-from tests.test_requeue import Line
+from tests.support.runs import Line
 
 LIMIT = 2.0
 
@@ -74,7 +74,7 @@ def start(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("where", "wanted", "frame"),
+    ("where", "expected", "frame"),
     [
         (
             "step",
@@ -84,12 +84,12 @@ def start(tmp_path):
         ("input", r"It is waiting for the batch.*after step 2", "__getitem__"),
     ],
 )
-def test_a_run_that_stands_still_ends_with_rank_place_and_stack(start, where, wanted, frame):
+def test_a_stalled_run_ends_with_rank_place_and_stack(start, where, expected, frame):
     process, log = start(where)
     process.join(40)
-    said = log.read_text()
-    assert process.exitcode == 70 and re.search(wanted, said) and frame in said, said
-    assert "the same command with --ckpt_path last" in said.lower()
+    output = log.read_text()
+    assert process.exitcode == 70 and re.search(expected, output) and frame in output, output
+    assert "the same command with --ckpt_path last" in output.lower()
 
 
 @pytest.mark.parametrize("resumed", [False, True])

@@ -41,15 +41,15 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     if plan.get("tokens") == "train":
         _write_vocabulary(plan, out / "vocab.txt")
-    wanted = [
+    expected = [
         (name, seed)
         for seed in (seeds if seeds is not None else plan["seeds"])  # a whole table of one seed first
         for name in plan["variants"]
         if not only or name in only
     ]
-    print(f"{len(wanted)} runs of {plan['steps']} steps, {jobs} at a time, in {out}", flush=True)
+    print(f"{len(expected)} runs of {plan['steps']} steps, {jobs} at a time, in {out}", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        failed = [reason for reason in pool.map(lambda run: _run(plan, out, *run, further), wanted) if reason]
+        failed = [reason for reason in pool.map(lambda run: _run(plan, out, *run, further), expected) if reason]
     for reason in failed:
         print(f"failed: {reason}")
     from table import write_table

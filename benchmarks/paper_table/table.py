@@ -18,10 +18,10 @@ COLUMNS = {
     "i→t R@1": ("retrieval", "i2t/recall@1"),
     "t→i R@10": ("retrieval", "t2i/recall@10"),
     "i→t R@10": ("retrieval", "i2t/recall@10"),
-    "terms an image": ("words", "sparsity/image/active_terms"),
-    "terms a text": ("words", "sparsity/text/active_terms"),
-    "FLOPs a pair": ("words", "sparsity/flops_per_pair"),
-    "grounding@10": ("words", "grounding/grounding@10"),
+    "terms an image": ("terms", "sparsity/image/active_terms"),
+    "terms a text": ("terms", "sparsity/text/active_terms"),
+    "FLOPs a pair": ("terms", "sparsity/flops_per_pair"),
+    "grounding@10": ("terms", "grounding/grounding@10"),
     "caption word 1st": ("vocabulary_probe", "captions", "top1"),
     "class word 1st": ("vocabulary_probe", "class", "top1"),
     "zero-shot": ("zero_shot", "top1"),
@@ -95,10 +95,10 @@ def _frequency_baseline(found: dict[str, list[dict[str, Any]]], name: str) -> li
     sets = [record["sets"].get(name, {}) for records in found.values() for record in records]
     naming = [item for figures in sets for item in figures.get("vocabulary_probe", {}).items()]
     key = "frequency_baseline/top1"
-    said = {kind: f"{kind} {100 * of[key]:.1f}" for kind, of in naming if key in of}
+    output = {kind: f"{kind} {100 * of[key]:.1f}" for kind, of in naming if key in of}
     return (
-        ["", f"Frequency baseline (the most frequent term for every image): {', '.join(said.values())}."]
-        if said
+        ["", f"Frequency baseline (the most frequent term for every image): {', '.join(output.values())}."]
+        if output
         else []
     )
 
@@ -188,11 +188,11 @@ def _at_64(records: list[dict[str, Any]], name: str, way: str, side: str) -> tup
         {(line.get("side", "both"), line["kept"]): line[way] for line in record["sets"].get(name, {}).get("pruned", [])}
         for record in records
     ]
-    wanted, whole = (side, "top 64"), ("both", "all")
-    if not all({wanted, whole} <= of.keys() for of in cuts):
+    expected, whole = (side, "top 64"), ("both", "all")
+    if not all({expected, whole} <= of.keys() for of in cuts):
         return None
     means = {cut: statistics.mean(of[cut] for of in cuts) for cut in cuts[0] if all(cut in of for of in cuts)}
-    best, all_terms = (means[wanted] / than if than else 0.0 for than in (max(means.values()), means[whole]))
+    best, all_terms = (means[expected] / than if than else 0.0 for than in (max(means.values()), means[whole]))
     return best, all_terms
 
 

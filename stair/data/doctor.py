@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from tqdm import tqdm
 
 from stair.data import diagnostics
 from stair.data.diagnostics import Diagnostic, Requirements, SampleFacts, Values
@@ -135,7 +136,7 @@ def _examine(
         return {"shards": 0, "samples": 0}, diagnostics.worded(name, [("unreadable spec", {"reason": error})])
     chosen = _spread(shards, _REMOTE_SHARDS if is_remote(shards[0].path) else _SHARDS)
     facts, reasons = list[SampleFacts](), list[str]()
-    for shard in chosen:
+    for shard in tqdm(chosen, name, unit="shard", disable=None):
         read, reason = diagnostics.first_samples(shard.path, -(-samples // len(chosen)), remote)
         facts += [diagnostics.inspect(sample, requirements) for sample in read]
         reasons.append(reason or "not a tar, or empty")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from stair.evaluate.classify import TEMPLATES, class_rows, linear_probe, zero_shot
 from stair.evaluate.models import EvaluatedModel
@@ -67,7 +68,7 @@ def embed(evaluated: EvaluatedModel, what: EvaluationSet, batch_size: int = 64, 
     images, texts, owners, hashes, width = [], [], [], [], 1
     captions: list[list[str]] = []
     labels: list[int] = []
-    for first in range(0, len(what.samples), batch_size):
+    for first in tqdm(range(0, len(what.samples), batch_size), what.name, unit="batch", disable=None):
         batch = [what.samples[i] for i in range(first, min(first + batch_size, len(what.samples)))]
         image_id = torch.arange(first, first + len(batch))
         own = [list(sample.captions) for sample in batch]
@@ -167,7 +168,7 @@ def evaluate(
             progress(f"ranking {what.name}")
             result |= _retrieval(evaluated, rows, ks)
         if rows.figures:
-            result["words"] = {k: v for k, v in rows.figures.items() if v == v}
+            result["terms"] = {k: v for k, v in rows.figures.items() if v == v}
         if what.classes:
             progress(f"classifying {what.name}")
             result |= _classification(evaluated, what, rows, batch_size, progress)

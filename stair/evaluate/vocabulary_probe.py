@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from stair.errors import import_extra
 from stair.evaluate.models import EvaluatedModel
@@ -43,7 +44,7 @@ def term_rows(evaluated: EvaluatedModel, batch_size: int = 256) -> tuple[SparseR
     never = set(vocabulary.never_active)
     ids = [v for v, token in enumerate(vocabulary.tokens) if v not in never and not token.startswith("##")]
     rows = []
-    for first in range(0, len(ids), batch_size):
+    for first in tqdm(range(0, len(ids), batch_size), "vocabulary", unit="batch", disable=None):
         words = vocabulary.tokens_of(ids[first : first + batch_size])
         rows.append(SparseRows.of(evaluated.encoder.encode_text(words).float().cpu()).unit())
     return SparseRows.cat(rows), torch.tensor(ids)

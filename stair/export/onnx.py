@@ -1,7 +1,7 @@
 """ONNX: both encoders, from pixels or ids to the non-zero terms, all of it inside the graph.
 
 `image.onnx` takes `pixels` (B, 3, S, S) uint8, cropped and resized as `stair.images.eval_pixels` does; `text.onnx` takes
-`ids` (B, T) int64 and `mask` (B, T) bool. Both return `row`, `word` (N,) int64 and `weight` (N,) float32: the coordinates
+`ids` (B, T) int64 and `mask` (B, T) bool. Both return `row`, `term` (N,) int64 and `weight` (N,) float32: the coordinates
 of the N non-zeros, rows ascending, terms ascending within a row.
 """
 
@@ -86,7 +86,7 @@ def _write(graph: nn.Module, inputs: tuple[Tensor, ...], shapes: dict[str, Any],
         inputs,
         str(path),
         input_names=list(shapes),
-        output_names=["row", "word", "weight"],
+        output_names=["row", "term", "weight"],
         dynamic_shapes=shapes,
         dynamo=True,
         external_data=False,

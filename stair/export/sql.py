@@ -13,27 +13,27 @@ from stair.index import SparseIndex
 
 _TABLES = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT);
-CREATE TABLE words (word INTEGER PRIMARY KEY, token TEXT NOT NULL);
+CREATE TABLE terms (term INTEGER PRIMARY KEY, token TEXT NOT NULL);
 CREATE TABLE documents (document INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, metadata TEXT, source TEXT);
-CREATE TABLE postings (word INTEGER, document INTEGER, weight {real} NOT NULL{key});
+CREATE TABLE postings (term INTEGER, document INTEGER, weight {real} NOT NULL{key});
 """
-#: one parameter, JSON of weights by word id: {"7592": 1.5}; and how many hits
+#: one parameter, JSON of weights by term id: {"7592": 1.5}; and how many hits
 SQLITE_SCORE = """
 SELECT d.id, SUM(p.weight * q.value) AS score
-FROM json_each(?) AS q JOIN postings AS p ON p.word = CAST(q.key AS INTEGER) JOIN documents AS d USING (document)
+FROM json_each(?) AS q JOIN postings AS p ON p.term = CAST(q.key AS INTEGER) JOIN documents AS d USING (document)
 GROUP BY d.document HAVING score > 0 ORDER BY score DESC, d.document LIMIT ?
 """
-#: parameters: word ids, their weights, how many hits
+#: parameters: term ids, their weights, how many hits
 DUCKDB_SCORE = """
 SELECT d.id, SUM(p.weight * q.weight) AS score
-FROM (SELECT unnest(CAST(? AS INTEGER[])) AS word, unnest(CAST(? AS DOUBLE[])) AS weight) AS q
-JOIN postings AS p USING (word) JOIN documents AS d USING (document)
+FROM (SELECT unnest(CAST(? AS INTEGER[])) AS term, unnest(CAST(? AS DOUBLE[])) AS weight) AS q
+JOIN postings AS p USING (term) JOIN documents AS d USING (document)
 GROUP BY d.id, d.document HAVING score > 0 ORDER BY score DESC, d.document LIMIT ?
 """
 
 
 def sqlite(index: Path, out: Path) -> None:
-    """Writes an SQLite database: tables words, documents, postings, and in facts the statement that scores.
+    """Writes an SQLite database: tables terms, documents, postings, and in facts the statement that scores.
 
     Args:
         index: folder of the index.
@@ -41,14 +41,14 @@ def sqlite(index: Path, out: Path) -> None:
     """
     documents = opened(index, "SQLite")
     with engine_errors("SQLite"), new_target(out) as part, closing(sqlite3.connect(part)) as database, database:
-        # WITHOUT ROWID: postings lie sorted by word, as they are read
+        # WITHOUT ROWID: postings lie sorted by term, as they are read
         tables = _TABLES.replace("{key});", "{key}) WITHOUT ROWID;")
-        database.executescript(tables.format(real="REAL", key=", PRIMARY KEY (word, document)"))
+        database.executescript(tables.format(real="REAL", key=", PRIMARY KEY (term, document)"))
         _fill(database, documents, SQLITE_SCORE)
 
 
 def duckdb(index: Path, out: Path) -> None:
-    """Writes a DuckDB database: tables words, documents, postings, and in facts the statement that scores.
+    """Writes a DuckDB database: tables terms, documents, postings, and in facts the statement that scores.
 
     Args:
         index: folder of the index.
@@ -65,7 +65,7 @@ def duckdb(index: Path, out: Path) -> None:
 def _fill(database: Any, index: SparseIndex, statement: str) -> None:
     facts = {"model": index.space.model, "similarity": index.space.similarity, "score": statement}
     database.executemany("INSERT INTO facts VALUES (?, ?)", list(facts.items()))
-    database.executemany("INSERT INTO words VALUES (?, ?)", list(enumerate(index.space.tokens)))
+    database.executemany("INSERT INTO terms VALUES (?, ?)", list(enumerate(index.space.tokens)))
     numbered = enumerate(rows(index))
     while batch := list(islice(numbered, 1 << 13)):
         documents = [(n, row.id, *map(json.dumps, row.fields.values())) for n, row in batch]

@@ -6,6 +6,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
 from stair.errors import EngineError, FileError, SettingError, StairError
 from stair.files import new_file_mode, remove, removed_on_failure
 from stair.index import SparseIndex
@@ -22,6 +24,7 @@ class Row(NamedTuple):
 
 def rows(index: SparseIndex) -> Iterator[Row]:
     """All documents of an index."""
+    progress = tqdm(total=len(index), desc="exporting", unit="document", disable=None)
     for part in index.content():
         bounds = part.vectors.indptr.tolist()
         for n, name in enumerate(part.ids):
@@ -31,6 +34,7 @@ def rows(index: SparseIndex) -> Iterator[Row]:
                 for owner, values in (("metadata", part.metadata[n]), ("source", part.source[n]))
             }
             yield Row(name, part.vectors.indices[row].tolist(), part.vectors.data[row].tolist(), fields)
+            progress.update()
 
 
 def opened(folder: Path, engine: str, longest_id: int | None = None, int64: bool = False) -> SparseIndex:

@@ -31,7 +31,7 @@ def qdrant(index: Path, out: str, collection: str = "stair") -> None:
     batches = _batches(map(_qdrant_point, rows(opened(index, "Qdrant", int64=True))))
     if out.endswith(".jsonl"):
         with new_target(Path(out)) as part, part.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"sparse_vectors": {"words": {}}}) + "\n")
+            file.write(json.dumps({"sparse_vectors": {"terms": {}}}) + "\n")
             file.writelines(json.dumps({"points": points}) + "\n" for points in batches)
         return
     library = import_extra("qdrant_client", "qdrant-client", "export")
@@ -39,18 +39,18 @@ def qdrant(index: Path, out: str, collection: str = "stair") -> None:
     with engine_errors("Qdrant"), _database(out) as address:
         client = library.QdrantClient(**{"url" if "://" in address else "path": address}, check_compatibility=False)
         with closing(client), _new_collection(out, collection, client.collection_exists, client.delete_collection):
-            client.create_collection(collection, {}, sparse_vectors_config={"words": models.SparseVectorParams()})
+            client.create_collection(collection, {}, sparse_vectors_config={"terms": models.SparseVectorParams()})
             for points in batches:
                 client.upsert(collection, [models.PointStruct(**point) for point in points])
 
 
 def _qdrant_point(row: Row) -> dict[str, Any]:
-    vector = {"words": {"indices": row.terms, "values": row.weights}}
+    vector = {"terms": {"indices": row.terms, "values": row.weights}}
     return {"id": str(uuid.uuid5(_NAMES, row.id)), "vector": vector, "payload": {**row.fields, "id": row.id}}
 
 
 def milvus(index: Path, out: str, collection: str = "stair") -> None:
-    """Fills a new Milvus collection: field `words`, a sparse vector under an inner-product index; `id` and json fields.
+    """Fills a new Milvus collection: field `terms`, a sparse vector under an inner-product index; `id` and json fields.
 
     Args:
         index: folder of the index.
@@ -66,7 +66,7 @@ def milvus(index: Path, out: str, collection: str = "stair") -> None:
         with closing(client), _new_collection(out, collection, client.has_collection, client.drop_collection):
             _create_milvus(client, library.DataType, collection)
             points = (
-                {"id": row.id, "words": dict(zip(row.terms, row.weights, strict=True)), **row.fields}
+                {"id": row.id, "terms": dict(zip(row.terms, row.weights, strict=True)), **row.fields}
                 for row in rows(documents)
                 if row.terms
             )
@@ -92,11 +92,11 @@ def _quiet_milvus(address: str) -> Iterator[None]:
 def _create_milvus(client: Any, kind: Any, collection: str) -> None:
     schema = client.create_schema(auto_id=False)
     schema.add_field("id", kind.VARCHAR, is_primary=True, max_length=65_535)
-    schema.add_field("words", kind.SPARSE_FLOAT_VECTOR)
+    schema.add_field("terms", kind.SPARSE_FLOAT_VECTOR)
     schema.add_field("metadata", kind.JSON)
     schema.add_field("source", kind.JSON)
     indexes = client.prepare_index_params()
-    indexes.add_index("words", index_type="SPARSE_INVERTED_INDEX", metric_type="IP")
+    indexes.add_index("terms", index_type="SPARSE_INVERTED_INDEX", metric_type="IP")
     client.create_collection(collection, schema=schema, index_params=indexes)
 
 

@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from stair.embeddings import Embeddings, part_files, read_header
 from stair.errors import SettingError
 from stair.images import decode_image
@@ -33,10 +35,14 @@ def index(
     deleted = [delete] if delete is not None else []
     if delete_from is not None:
         deleted += delete_from.read_text(encoding="utf-8").splitlines()
-    for path in embeddings:
-        for file in part_files(path):
-            read_header(file)  # a path that is no embeddings ends the command before anything is written
-    parts = (part for path in embeddings for part in Embeddings.parts(path))
+    files = [file for path in embeddings for file in part_files(path)]
+    for file in files:
+        read_header(file)  # a path that is no embeddings ends the command before anything is written
+    parts = (
+        part
+        for file in tqdm(files, "indexing", unit="file", disable=None if files else True)
+        for part in Embeddings.parts(file)
+    )
     if embeddings and not deleted and not (folder / FILE).exists():
         SparseIndex.build(folder, parts)
     elif deleted or embeddings:

@@ -139,7 +139,7 @@ def _probe(sets: Mapping[str, Any]) -> Table:
 
 
 def _terms(sets: Mapping[str, Any]) -> Table:
-    figures_of = {name: figures["words"] for name, figures in sets.items() if figures.get("words")}
+    figures_of = {name: figures["terms"] for name, figures in sets.items() if figures.get("terms")}
     rows = []
     for key in dict.fromkeys(key for figures in figures_of.values() for key in figures):
         title = key.removeprefix("sparsity/").removeprefix("grounding/").replace("_", " ")

@@ -1,6 +1,7 @@
 """Images and tars."""
 
 import io
+import re
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,3 +40,6 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], mode: str = "w")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return path
+
+
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200e\u200f]")
