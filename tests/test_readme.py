@@ -1,4 +1,4 @@
-"""README.md: its Python and its commands run as they stand, on data and encoders small enough for a test."""
+"""README and "Get started": Python and commands run as they stand, on data and encoders small enough for a test."""
 
 import re
 import shlex
@@ -10,8 +10,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from stair import SparseIndex
+from stair.data.pairs import EvaluationPairs
+from stair.images import MAX_PIXELS
 from tests.support.runs import ROOT, write_small_scenes
 
 README = (ROOT / "README.md").read_text()
@@ -19,13 +22,13 @@ BIN = Path(sys.executable).parent
 PORT = 8080  # that of `stair serve`; the README gives none
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, page=README):
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
-def commands(*programs):
-    """The README's lines of these programs, without their comments."""
-    lines = "".join(blocks("sh")).splitlines()
+def commands(*programs, page=README):
+    """The page's lines of these programs, without their comments."""
+    lines = "".join(blocks("sh", page)).replace("\\\n", "").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.split()[0] in programs]
 
 
@@ -57,16 +60,22 @@ def test_the_commands_train_three_stages_and_search(photos, tmp_path):
     for line in training:
         line = [argument.replace("00999", "00003") for argument in line]
         subprocess.run([BIN / line[0], *line[1:], *small], cwd=tmp_path, check=True)
-    *searching, serving = commands("stair")
-    assert [line[1] for line in (*searching, serving)] == ["embed", "index", "serve"]
-    for line in searching:
-        subprocess.run([BIN / line[0], *line[1:]], cwd=tmp_path, check=True)
+    assert [line[1] for line in commands("stair")] == ["embed", "index", "serve"]
+    search(commands("stair"), tmp_path)
     assert len(SparseIndex.open(tmp_path / "photos.index")) == len(photos)
-    with subprocess.Popen([BIN / serving[0], *serving[1:]], cwd=tmp_path) as server:
-        try:
-            assert answer(server, f"http://127.0.0.1:{PORT}") == 200
-        finally:
-            server.terminate()
+
+
+def search(lines, folder):
+    """Runs the commands of a page in a folder; what serves has to answer."""
+    for program, *args in lines:
+        if args[0] != "serve":
+            subprocess.run([BIN / program, *args], cwd=folder, check=True)
+            continue
+        with subprocess.Popen([BIN / program, *args], cwd=folder) as server:
+            try:
+                assert answer(server, f"http://127.0.0.1:{PORT}") == 200
+            finally:
+                server.terminate()
 
 
 def answer(server, url):
@@ -78,3 +87,31 @@ def answer(server, url):
             assert server.poll() is None, "the server ended"
             time.sleep(0.1)
     raise AssertionError(f"{url} does not answer")
+
+
+@pytest.mark.slow
+def test_own_data_is_prepared_trained_on_and_searched_as_get_started_says(tmp_path):
+    scenes = write_small_scenes(tmp_path / "scenes")
+    (tmp_path / "photos").mkdir()
+    for split, name in (("train", "captions.csv"), ("val", "captions_val.csv")):
+        lines = ["image,caption"]
+        samples = EvaluationPairs(f"{scenes}/{split}-*.tar", image_size=32, max_pixels=MAX_PIXELS)
+        for n, sample in enumerate(map(samples.__getitem__, range(len(samples))), 1):
+            path = f"{n:04d}.jpg" if split == "train" else f"val{n}.jpg"
+            Image.fromarray(sample.pixels.permute(1, 2, 0).numpy()).save(tmp_path / "photos" / path)
+            lines += [f'{path},"{caption}"' for caption in sample.captions]
+        (tmp_path / name).write_text("\n".join(lines))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    pages = {name: (ROOT / "docs" / "start" / f"{name}.md").read_text() for name in ("own-data", "search")}
+    vocabulary = ["--vocabulary", str(scenes / "vocab.txt")]
+    for program, *args in commands("stair", page=pages["own-data"]):
+        more = [*vocabulary, "--global_batch_size", "16"] if args[0] == "doctor" else []
+        subprocess.run([BIN / program, *args, *more], cwd=tmp_path, check=True)
+    training = commands("lightning", page=pages["own-data"])[0]
+    small = ["--config", "configs/model/tiny.yaml", "--config", str(scenes / "small.yaml")]
+    small += ["--model.init_args.stair.vocabulary", str(scenes / "vocab.txt")]
+    for stage in (1, 2, 3):
+        line = [each.replace("stage1", f"stage{stage}") for each in training]
+        subprocess.run([BIN / line[0], *line[1:], *small], cwd=tmp_path, check=True)
+    search(commands("stair", page=pages["search"]), tmp_path)
+    assert "score" in (tmp_path / "why.html").read_text()
