@@ -24,17 +24,18 @@ Door = Callable[[bytes], None]
 def _tar(folder: Path) -> tuple[Door, list[bytes]]:
     """A shard: members, samples, captions."""
     from stair.data.samples import captions
-    from stair.data.tars import stream, walk
+    from stair.data.tars import read_samples, walk
+    from stair.errors import FileError
     from tests.support.fuzzing import WHOLE
 
     path = folder / "a.tar"
 
     def door(data: bytes) -> None:
         path.write_bytes(data)
-        broken: list[Exception] = []
-        for sample in stream(str(path), broken.append):
-            with suppress(ValueError):
-                captions(sample)
+        with suppress(FileError):
+            for sample in read_samples(str(path)):
+                with suppress(ValueError):
+                    captions(sample.members)
         with suppress(ValueError):
             list(walk(str(path), compressed=True))
 

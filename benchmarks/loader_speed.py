@@ -43,7 +43,7 @@ from datamodules.augment import Augment
 from datamodules.shards import ImageTextShards
 from stair.data.pairs import Pair
 from stair.data.samples import captions, image_bytes
-from stair.data.tars import expand, stream
+from stair.data.tars import expand, read_samples
 
 _BLOCK = 1 << 20
 _PARTS = 8
@@ -58,7 +58,7 @@ def tar_bytes(shards: list[str], images: int) -> int:
 
 
 def tar_members(shards: list[str]) -> int:
-    return sum(1 for shard in shards for _ in stream(shard, _raise))
+    return sum(1 for shard in shards for _ in read_samples(shard))
 
 
 def decode_and_resize(images: list[bytes], size: int) -> int:
@@ -89,10 +89,6 @@ def plain_webdataset(data: ImageTextShards, shards: list[str]) -> int:
 
 def ours(loader: Any) -> int:
     return sum(len(batch["pixels"]) for batch in loader)
-
-
-def _raise(error: Exception) -> None:
-    raise error
 
 
 def by_turns(contestants: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
@@ -195,7 +191,7 @@ def measure(args: argparse.Namespace) -> None:
     )  # fmt: skip
     alone = make(workers=0)
     alone.setup("fit")
-    images = [image_bytes(sample) for shard in shards for sample in stream(shard, _raise)]
+    images = [image_bytes(sample.members) for shard in shards for sample in read_samples(shard)]
     contestants = {
         "tar bytes": partial(tar_bytes, shards, len(images)),
         "tar members": partial(tar_members, shards),

@@ -15,7 +15,7 @@ import webdataset
 from PIL import Image, ImageOps
 
 from stair.data.samples import captions, image_bytes
-from stair.data.tars import expand, stream
+from stair.data.tars import expand, read_samples
 from stair.images import decode_image
 
 _WIDTH, _HEIGHT, _TILE = 500, 375, 125
@@ -40,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     shards = expand(args.shards)
-    samples = (sample for shard in itertools.cycle(shards) for sample in stream(shard, lambda error: None))
+    samples = (sample.members for shard in itertools.cycle(shards) for sample in read_samples(shard))
     pattern = str(args.folder / "mosaics-%05d.tar")
     tiles = (_WIDTH // _TILE) * (_HEIGHT // _TILE)
     with webdataset.ShardWriter(pattern, maxcount=250, verbose=0) as writer:

@@ -23,16 +23,9 @@ _EXIF_OR_XMP, _SCAN = 0xE1, 0xDA  # segments of a JPEG: where an orientation may
 
 @dataclass(frozen=True)
 class Augment:
-    """Makes a training image of a picture's bytes.
+    """Makes a training image of a picture's bytes. The settings are those of `ImageTextShards`.
 
-    Attributes:
-        size: side S of the square, in pixels.
-        scale: least and greatest share of the area that is kept; (1, 1) is the crop of evaluation.
-        flip: mirror half of the images.
-        max_pixels: largest width × height that is decoded.
-        color_jitter: brightness, contrast and saturation are each multiplied by a factor uniform in 1 ± this. No hue: at
-            224 px that alone would take three times as long as decoding.
-        grayscale: share of images that lose their colours.
+    No hue is changed: at 224 px that alone would take three times as long as decoding.
     """
 
     size: int
@@ -42,16 +35,16 @@ class Augment:
     color_jitter: float = 0.0
     grayscale: float = 0.0
 
-    def __call__(self, data: bytes, rng: random.Random, converted: list[str] | None = None) -> Tensor:
-        """A picture's training image.
+    def __call__(
+        self, data: bytes, rng: random.Random, converted: list[str] | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """A picture's training image, (3, S, S) uint8.
 
         Args:
             data: the bytes of an image file.
             rng: of crop, flip and colours.
             converted: a list to which is added what had to be converted, see `decode_image`.
-
-        Returns:
-            (3, S, S) uint8.
+            out: where it is written; None for a tensor of its own.
 
         Raises:
             ValueError: if it cannot be decoded; the message begins with the cause and a colon.
@@ -68,8 +61,11 @@ class Augment:
             pixels = scaled(image_HW3[top:bottom, left:right], self.size)
         if self.flip and rng.random() < 0.5:
             pixels = pixels.flip(-1)
-        if not (self.color_jitter or self.grayscale):  # what is off draws nothing
-            return pixels
+        if self.color_jitter or self.grayscale:  # what is off draws nothing
+            pixels = self._recoloured(pixels, rng)
+        return pixels.contiguous() if out is None else out.copy_(pixels)
+
+    def _recoloured(self, pixels: Tensor, rng: random.Random) -> Tensor:
         from torchvision.transforms.v2 import functional as colours  # seconds, which most runs need not wait
 
         if self.color_jitter > 0:
@@ -81,10 +77,9 @@ class Augment:
 
 
 def upright_jpeg(data: bytes, max_pixels: int, enough: int) -> NDArray[np.uint8] | None:
-    """The (H, W, 3) RGB pixels that `stair.images.decode_image` decodes, sooner.
+    """The (H, W, 3) RGB pixels that `stair.images.decode_image` decodes (see there for the arguments), sooner.
 
-    Returns None for what needs a closer look: no JPEG, a damaged, a CMYK or too large one, or one that EXIF or XMP may
-    turn. For the arguments see `decode_image`.
+    None for what needs a closer look: no JPEG, a damaged, CMYK or too large one, or one that EXIF or XMP may turn.
     """
     if not _may_be_plain(data):
         return None
@@ -115,7 +110,7 @@ def scaled(image_HW3: NDArray[np.uint8], size: int) -> Tensor:
     """Scales an RGB image to (3, S, S) uint8 as `stair.images.box_pixels` does, by torch's faster kernel."""
     pixels_13HW = torch.from_numpy(image_HW3).permute(2, 0, 1)[None]
     square_3SS: Tensor = interpolate(pixels_13HW, (size, size), mode="bicubic", antialias=True)[0]
-    return square_3SS.contiguous()
+    return square_3SS
 
 
 def _random_box(width: int, height: int, scale: tuple[float, float], rng: random.Random) -> tuple[int, int, int, int]:

@@ -1,7 +1,7 @@
 """What a reading process does: rows of a batch to images and captions, and bad samples to the next good ones.
 
 A training pair is a function of (bytes of its members, random state). `IndexedPairs` reads the samples that `order.py`
-names, `StreamedPairs` shards that can only be read from front to end.
+names, `StreamedPairs` shards that can only be read from front to end. B pairs a batch, S × S pixels.
 """
 
 import functools
@@ -17,24 +17,41 @@ import numpy as np
 import torch
 import webdataset
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from datamodules.augment import Augment
 from datamodules.order import SampleId, Shares, seeded
-from datamodules.pairs import CollatePairs
-from datamodules.skipped import CONVERTED, Skip
 from stair.batch import Batch
 from stair.data.pairs import Pair
 from stair.data.remote import Remote
 from stair.data.samples import Grouped, caption_choices, caption_lines, image_bytes
 from stair.data.shard_index import SampleReader
-from stair.data.tars import walk
+from stair.data.tars import read_samples
 from stair.errors import FileError, StairError
+from stair.vocabulary import Vocabulary
 
+CONVERTED = "converted "  # how causes begin that skip nothing
 _READ_AHEAD = 16  # samples
 _TRIES, _BROKEN = 200, 3  # samples, and shards that cannot be read, that are tried in the place of a bad one
 
 Sample = Grouped[bytes] | OSError  # or why its shard cannot be read
+
+
+class Skip(NamedTuple):
+    """A sample that was skipped, or a note about one that was not."""
+
+    reason: str  # begins with its cause and a colon
+    source: str
+    shard: str  # path or URL
+    place: str  # key and shard, for messages
+    samples: int = 1  # how many were skipped; 0 for a note
+
+    @property
+    def cause(self) -> str:
+        """What it is counted under."""
+        return self.reason.partition(":")[0]
+
+
 Made = tuple[Batch, int, list[Skip]]  # a batch, how many samples were read for it, and what was skipped
 
 
@@ -65,43 +82,62 @@ class ShardTable:
 
 
 @dataclass(frozen=True)
+class CollatePairs:
+    """Makes a batch of pairs. Captions are cut after `max_tokens` tokens."""
+
+    vocabulary: Vocabulary
+    max_tokens: int
+
+    def __call__(self, pairs: list[Pair], pixels: Tensor | None = None) -> Batch:
+        """The batch of B pairs; `pixels` are theirs, (B, 3, S, S) uint8, if they lie together already."""
+        encoded = self.vocabulary.encode([text for pair in pairs for text in pair.captions])
+        ids_CT, mask_CT = self.vocabulary.pad(encoded, self.max_tokens)
+        return Batch(
+            pixels=default_collate([pair.pixels for pair in pairs]) if pixels is None else pixels,
+            ids=ids_CT,
+            mask=mask_CT,
+            cut=torch.tensor([len(ids) > self.max_tokens for ids in encoded], dtype=torch.bool),
+            image_id=torch.tensor([pair.image_id for pair in pairs]),
+            caption_image=torch.tensor([pair.image_id for pair in pairs for _ in pair.captions]),
+            key=[pair.key for pair in pairs],
+            source=[pair.source for pair in pairs],
+        )
+
+
+@dataclass(frozen=True)
 class PairMaker:
-    """Makes training pairs and batches."""
+    """Makes training pairs. `caption_fields` are shares of fields; empty for the usual captions."""
 
     augment: Augment
     collate: CollatePairs
-    caption_fields: Mapping[str, float] = field(default_factory=dict)  # shares; empty for the usual captions
+    caption_fields: Mapping[str, float] = field(default_factory=dict)
 
-    def __call__(self, source: str, shard: str, sample: Sample, rng: random.Random, skips: list[Skip]) -> Pair | None:
-        """The pair of a sample, None for a bad one; what is wrong or was converted is added to `skips`."""
+    def empty(self, rows: int) -> Tensor:
+        """Room for the pixels of so many pairs, (rows, 3, S, S) uint8."""
+        return torch.empty(rows, 3, self.augment.size, self.augment.size, dtype=torch.uint8)
+
+    def __call__(
+        self, source: str, shard: str, sample: Sample, rng: random.Random, skips: list[Skip], pixels: Tensor, row: int
+    ) -> Pair | None:
+        """The pair of a sample, with its image in a row of `pixels`; None for a bad one. Adds to `skips` what is wrong."""
         if isinstance(sample, OSError):
-            skips.append(Skip(f"shard broken: {sample}", source, shard, shard, 1))
+            skips.append(Skip(f"shard broken: {sample}", source, shard, shard))
             return None
-        pair, problem, notes = None, "".join(sample.problems[:1]), sample.warnings[:1]
+        where, converted = f"{sample.key!r} in {shard}", list[str]()
+        skips += [Skip(note, source, shard, where, 0) for note in sample.warnings[:1]]
         try:
-            if not problem:
-                pixels, text = self._pair(sample.members, _lines(shard), rng, notes)
-                pair = Pair(pixels, [text], 0, f"{_stem(shard)}/{sample.key}", source)
+            if sample.problems:
+                raise ValueError(sample.problems[0])
+            shares, choices = zip(
+                *caption_choices(sample.members, self.caption_fields, caption_lines(shard)), strict=True
+            )
+            self.augment(image_bytes(sample.members), rng, converted, pixels[row])
         except ValueError as error:
-            problem = str(error)
-        where = f"{sample.key!r} in {shard}"
-        skips += [Skip(note, source, shard, where, 0) for note in notes]
-        skips += [Skip(problem, source, shard, where, 1)] if problem else []
-        return pair
-
-    def _pair(
-        self, members: Mapping[str, bytes], lines: bool, rng: random.Random, notes: list[str]
-    ) -> tuple[Tensor, str]:
-        """Pixels and caption; ValueError if the sample is bad, with its cause and a colon."""
-        shares, choices = zip(*caption_choices(members, self.caption_fields, lines), strict=True)
-        converted: list[str] = []
-        pixels = self.augment(image_bytes(members), rng, converted)
-        notes += [f"{CONVERTED}{kind}: to 8-bit RGB, upright" for kind in converted]
+            skips.append(Skip(str(error), source, shard, where))
+            return None
+        skips += [Skip(f"{CONVERTED}{kind}: to 8-bit RGB, upright", source, shard, where, 0) for kind in converted]
         texts = rng.choices(choices, shares)[0] if len(choices) > 1 else choices[0]
-        return pixels, rng.choice(texts)
-
-
-_lines = functools.lru_cache(maxsize=4096)(caption_lines)
+        return Pair(pixels[row], [rng.choice(texts)], row, f"{_stem(shard)}/{sample.key}", source)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -111,50 +147,43 @@ def _stem(shard: str) -> str:
 
 @dataclass(eq=False)
 class IndexedPairs(Dataset[Made | StairError]):
-    """Training batches by their samples."""
+    """Training batches by their samples. `seed` is that of crops, flips and captions."""
 
     streams: Sequence[ShardTable]
     make: PairMaker
-    seed: int | str  # of crops, flips and captions
+    seed: int | str
     reader: SampleReader
 
     def __getitems__(self, samples: list[SampleId]) -> Made | StairError:
         """The batch of these samples. A bad one is replaced by the next good one of its shard, or of the next shards.
 
-        Returns:
-            The batch. Or an error that stops the run, as torch would change its class: a shard that was replaced, too many
-            bad samples in a row.
+        Returns an error that stops the run, as torch would change the class of one that is raised.
         """
-        side, skips, pairs = self.make.augment.size, list[Skip](), list[Pair]()
-        pixels_B3SS = torch.empty(len(samples), 3, side, side, dtype=torch.uint8)
+        pixels_B3SS, skips, pairs = self.make.empty(len(samples)), list[Skip](), list[Pair]()
         try:
             due = zip(samples, self._read(samples), strict=True)
             # read some, then decode some: by turns each would find the processor's caches full of the other's data
             while part := list(itertools.islice(due, _READ_AHEAD)):
                 for which, sample in part:
-                    pair = self._made(which, sample, skips) or self._replacement(which, skips)
-                    pixels_B3SS[len(pairs)] = (
-                        pair.pixels
-                    )  # at once, so that the next image takes the memory of this one
-                    pairs.append(replace(pair, pixels=pixels_B3SS[len(pairs)], image_id=len(pairs)))
+                    to = pixels_B3SS, len(pairs)
+                    pairs.append(self._made(which, sample, skips, *to) or self._replacement(which, skips, *to))
         except StairError as error:
             return error
         return self.make.collate(pairs, pixels_B3SS), len(samples), skips
 
     def _read(self, samples: Sequence[SampleId]) -> Iterator[Sample]:
         shards = [self.streams[each.stream][each.shard] for each in samples]
-        rows = [(shard, each.row, count) for each, (_, shard, count) in zip(samples, shards, strict=True)]
-        return self.reader.read(rows)
+        return self.reader.read([(s, each.row, count) for each, (_, s, count) in zip(samples, shards, strict=True)])
 
-    def _made(self, which: SampleId, sample: Sample, skips: list[Skip]) -> Pair | None:
+    def _made(self, which: SampleId, sample: Sample, skips: list[Skip], pixels: Tensor, row: int) -> Pair | None:
         source, shard, _ = self.streams[which.stream][which.shard]
-        return self.make(source, shard, sample, seeded(self.seed, which.stream, which.position), skips)
+        return self.make(source, shard, sample, seeded(self.seed, which.stream, which.position), skips, pixels, row)
 
-    def _replacement(self, bad: SampleId, skips: list[Skip]) -> Pair:
+    def _replacement(self, bad: SampleId, skips: list[Skip], pixels: Tensor, row: int) -> Pair:
         ignored: list[Skip] = []  # each is counted where it is due
-        broken = 0
+        tried = broken = 0
         for tried, (which, sample) in enumerate(self._next(bad), 1):
-            if pair := self._made(which, sample, ignored):
+            if pair := self._made(which, sample, ignored, pixels, row):
                 return pair
             broken += isinstance(sample, OSError)
             if broken > _BROKEN or tried > _TRIES:
@@ -183,7 +212,8 @@ class IndexedPairs(Dataset[Made | StairError]):
 class StreamedPairs(IterableDataset[Made]):
     """Training batches from shards that are read from front to end, drawn with replacement, without end.
 
-    Each process draws for itself, by seed and `start`: a resumed run makes new draws.
+    Each process draws for itself, by seed and `start` (the first step, from the start of the run): a resumed run makes new
+    draws. `shuffle` samples are permuted among each other.
     """
 
     streams: Sequence[ShardTable]
@@ -192,9 +222,9 @@ class StreamedPairs(IterableDataset[Made]):
     seed: int | str
     rank: int
     ranks: int
-    shuffle: int  # samples that are shuffled among each other
+    shuffle: int
     remote: Remote
-    start: int = 0  # the first step, counted from the start of the run
+    start: int = 0
 
     def __iter__(self) -> Iterator[Made]:
         info = get_worker_info()
@@ -222,7 +252,7 @@ class StreamedPairs(IterableDataset[Made]):
         bad = 0
         for shard, sample in webdataset.DataPipeline(drawn, self._samples, shuffled):
             self._seen += 1
-            pair = self.make(sources[shard], shard, sample, rng, self._skips)
+            pair = self.make(sources[shard], shard, sample, rng, self._skips, self.make.empty(1), 0)
             bad = 0 if pair else bad + 1
             if bad > _TRIES:
                 raise RuntimeError(f"no good sample among the last {bad}: {self._skips[-1:]}")
@@ -233,7 +263,7 @@ class StreamedPairs(IterableDataset[Made]):
         for shard in (each["url"] for each in shards):
             problem = "it holds no sample"
             try:
-                for sample in walk(shard, self.remote, True, lambda member: member.read()):
+                for sample in read_samples(shard, self.remote):
                     yield shard, sample
                     problem = ""
             except FileError as error:

@@ -1,20 +1,70 @@
-"""The loader of one rank's batches, epoch after epoch, which knows its place in the run."""
+"""Loaders: one rank's training batches, which know their place in the run, and its share of an evaluation set."""
 
 import logging
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from datamodules.dataset import IndexedPairs, Made, StreamedPairs
+from torch.utils.data import DistributedSampler
+
+from datamodules.dataset import CONVERTED, CollatePairs, IndexedPairs, Made, Skip, StreamedPairs
 from datamodules.order import Order, SampleId
-from datamodules.skipped import Skip, SkipCounter
 from datamodules.workers import ReadingLoader
 from stair.batch import Batch
+from stair.data.pairs import EvaluationPairs
 from stair.errors import SettingError, StairError
 
 logger = logging.getLogger(__name__)
 
 _ENOUGH = 200  # among fewer samples the share of bad ones is too rough to stop a run for
+
+
+class SkipCounter:
+    """Samples that a rank has read, skipped and converted.
+
+    Args:
+        limit: greatest share of skipped samples.
+        enough: samples to read before the limit counts.
+    """
+
+    def __init__(self, limit: float, enough: int) -> None:
+        self.limit, self.enough, self.seen = limit, enough, 0
+        self.skipped: Counter[tuple[str, str, str]] = Counter()  # by cause, source and shard
+        self.notes: Counter[tuple[str, str, str]] = Counter()
+
+    def add(self, seen: int, skips: list[Skip]) -> None:
+        """Counts what a batch reports; RuntimeError, naming causes and the worst shards, if too many were skipped."""
+        self.seen += seen
+        for skip in skips:
+            (self.skipped if skip.samples else self.notes)[skip.cause, skip.source, skip.shard] += 1
+        total = self.skipped.total()
+        if self.seen < self.enough or total <= self.limit * self.seen:
+            return
+        causes, shards = Counter[str](), Counter[str]()
+        for (cause, _, shard), count in self.skipped.items():
+            causes[cause] += count
+            shards[shard] += count
+        worst = ", ".join(f"{shard} with {count}" for shard, count in shards.most_common(3))
+        raise RuntimeError(
+            f"{total} of {self.seen} samples are bad, more than max_bad_share={self.limit}: {dict(causes)}; "
+            f"worst shards: {worst}. Repair the shards or raise max_bad_share"
+        )
+
+    def by_cause(self, converted: bool = False) -> dict[str, int]:
+        """Skipped samples and notes, or converted images, by cause, and by `source/cause` if sources have names."""
+        counts = Counter[str]()
+        for (cause, source, _), count in (self.skipped + self.notes).items():
+            if cause.startswith(CONVERTED) == converted:
+                for name in (f"{source}/", "") if source else ("",):
+                    counts[name + cause.removeprefix(CONVERTED)] += count
+        return dict(counts)
+
+    def by_source(self, converted: bool = False) -> dict[str, int]:
+        """Skipped samples, or converted images, by source."""
+        counts = Counter[str]()
+        for (cause, source, _), count in (self.notes if converted else self.skipped).items():
+            counts[source] += count * (cause.startswith(CONVERTED) == converted)
+        return dict(+counts)
 
 
 class _Batches:
@@ -39,9 +89,8 @@ def _as_is(made: Made | StairError) -> Made | StairError:
 class TrainingLoader:
     """The batches of one rank.
 
-    The state is the epoch and the batches handed out in it, the same on every rank. Lightning stores it in its checkpoints.
-    Any number of ranks and workers continues there with the same global batches; shards that can only be read from front to
-    end continue with new draws.
+    The state is the epoch and the batches handed out in it, the same on every rank. Any number of ranks and workers
+    continues there with the same global batches; shards that can only be read from front to end continue with new draws.
 
     Args:
         dataset: makes batches.
@@ -86,7 +135,13 @@ class TrainingLoader:
         while self.handed < self.epoch_batches:
             batch, seen, skips = self._fetch()
             self.handed, self._moved = self.handed + 1, True
-            self._count(seen, skips)
+            for skip in skips:
+                if (skip.cause, skip.source) not in self._shown:
+                    self._shown.add((skip.cause, skip.source))
+                    where = f"{skip.place} of source {skip.source!r}" if skip.source else skip.place
+                    what = "skipped" if skip.samples else "met"
+                    logger.warning("%s %s: %s; more of this cause are only counted", what, where, skip.reason)
+            self.counter.add(seen, skips)
             if self.handed == self.epoch_batches and (new := Counter(self.counter.by_cause()) - before):
                 total = sum(count for cause, count in new.items() if "/" not in cause)
                 logger.warning("epoch %d: skipped %d samples: %s", self.epoch, total, dict(new))
@@ -108,18 +163,9 @@ class TrainingLoader:
         except BaseException:
             self._loader._iterator = self._iterator = None  # whoever tries again gets other processes
             raise
-        after = self.handed + 1
-        self._next = (self.epoch, after) if after < self.epoch_batches else (self.epoch + 1, 0)
+        last = self.handed + 1 == self.epoch_batches
+        self._next = (self.epoch + 1, 0) if last else (self.epoch, self.handed + 1)
         return made
-
-    def _count(self, seen: int, skips: list[Skip]) -> None:
-        for skip in skips:
-            if (skip.cause, skip.source) not in self._shown:
-                self._shown.add((skip.cause, skip.source))
-                where = f"{skip.place} of source {skip.source!r}" if skip.source else skip.place
-                what = "skipped" if skip.samples else "met"
-                logger.warning("%s %s: %s; more of this cause are only counted", what, where, skip.reason)
-        self.counter.add(seen, skips)
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next iteration begin this epoch, unless it is the one under way."""
@@ -132,18 +178,30 @@ class TrainingLoader:
         return {"epoch": self.epoch + epochs, "batches": batches, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next iteration continue where the state was taken.
-
-        Raises:
-            SettingError: if it was taken with other shards or settings.
-        """
+        """Makes the next iteration continue there; SettingError if the state is of other shards or settings."""
         there, here = state["fingerprint"], self.fingerprint
-        differ = {
-            k: (there.get(k), here.get(k)) for k in sorted(there.keys() | here.keys()) if there.get(k) != here.get(k)
-        }
-        if differ:
+        pairs = {name: (there.get(name), here.get(name)) for name in sorted(there.keys() | here.keys())}
+        if differ := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
             raise SettingError(
                 f"the checkpoint's data position does not fit this run: (checkpoint, this run) differ in {differ}; "
                 "resume with the checkpoint's values, or start a new run from its weights", f"data.{next(iter(differ))}",
             )  # fmt: skip
         self.epoch, self.handed, self._moved = state["epoch"], state["batches"], False
+
+
+class RankShare(DistributedSampler[int]):
+    """Indices r, r + ranks, r + 2·ranks, ...: as many on every rank, so the last ones may lie past the set's end.
+
+    A `DistributedSampler`, because Lightning puts its own, which repeats samples unmarked, in the place of any other.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self.total_size, self.num_replicas))
+
+
+def evaluation_loader(
+    pairs: EvaluationPairs, collate: CollatePairs, batch_size: int, workers: int, rank: int, ranks: int
+) -> ReadingLoader:
+    """A loader of this rank's share of a set: the same number of batches, of the same sizes, on every rank."""
+    sampler = RankShare(pairs, ranks, rank, shuffle=False)
+    return ReadingLoader(pairs, batch_size=batch_size, sampler=sampler, workers=workers, collate_fn=collate)

@@ -13,10 +13,9 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from datamodules.augment import Augment
-from datamodules.dataset import IndexedPairs, PairMaker, ShardTable, Source, StreamedPairs
+from datamodules.dataset import CollatePairs, IndexedPairs, PairMaker, ShardTable, Source, StreamedPairs
 from datamodules.order import Order
-from datamodules.pairs import CollatePairs, evaluation_loader
-from datamodules.reading import TrainingLoader
+from datamodules.reading import TrainingLoader, evaluation_loader
 from datamodules.sources import file_name, find
 from datamodules.workers import start_server
 from stair.data.diagnostics import Requirements, probe
@@ -32,15 +31,14 @@ logger = logging.getLogger(__name__)
 
 
 class ImageTextShards(LightningDataModule):
-    """Image-text pairs from WebDataset shards: `KEY.jpg|jpeg|png|webp` with `KEY.json` and/or `KEY.txt`.
+    """Image-text pairs from WebDataset shards, in batches of `stair.batch.Batch`. docs/guides/data.md says more.
 
-    Captions are `{"captions": [...]}` or `{"caption": "..."}` of the JSON, else the text. Training draws one of them,
-    evaluation uses all. Batches are `stair.batch.Batch`. An epoch is floor(samples / global_batch_size) steps on every
-    rank, each with other samples; it depends on `seed` and not on global random state, and resumes inside an epoch from
-    Lightning's checkpoints on any number of ranks and workers, with the same batch size, shuffling and shards.
+    Training draws one caption of an image, evaluation uses all. An epoch is floor(samples / global_batch_size) steps on
+    every rank. It depends on `seed` and not on global random state, and resumes inside an epoch from Lightning's
+    checkpoints on any number of ranks and workers, with the same batch size, shuffling and shards.
 
     A shard spec is a path, a glob (`data/*.tar`), a brace pattern (`data/train-{0000..0004}.tar`), a URL (http, https, or
-    what fsspec opens), and for training also a `pipe:` command. docs/guides/data.md says more.
+    what fsspec opens), and for training also a `pipe:` command.
 
     Args:
         train: shard spec, or a list of them, or a mixture: name of a source to its spec, or to `shards` and `weight`.
@@ -75,12 +73,11 @@ class ImageTextShards(LightningDataModule):
         remote: time-out, retries and local copies of shards that are not local files.
 
     Attributes:
-        val_names: names of the validation sets, in the order of their loaders.
-        test_names: names of the test sets, in the order of their loaders.
+        val_names: names of the validation sets, in the order of their loaders; `test_names` of the test sets.
         source_names: names of the sources of a mixture; empty where there is but one.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        SettingError: if an argument is out of its range.
     """
 
     def __init__(
@@ -137,38 +134,24 @@ class ImageTextShards(LightningDataModule):
         if workers:  # it imports while this process builds the model and looks at the shards
             start_server(*["torchvision.transforms.v2"] * bool(color_jitter or grayscale))
 
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Bad training samples this rank has met so far, by cause and, in a mixture, by `source/cause` too."""
-        return self._loader.counter.by_cause() if self._loader else {}
-
-    @property
-    def skipped_by_source(self) -> dict[str, int]:
-        """Bad training samples this rank has met so far, by source of the mixture."""
-        return self._loader.counter.by_source() if self._loader else {}
-
-    @property
-    def converted(self) -> dict[str, int]:
-        """Training images this rank has met so far that were not plain 8-bit grayscale or RGB, by kind, as `skipped`."""
-        return self._loader.counter.by_cause(converted=True) if self._loader else {}
-
-    @property
-    def converted_by_source(self) -> dict[str, int]:
-        """The same by source of the mixture."""
-        return self._loader.counter.by_source(converted=True) if self._loader else {}
+    # what this rank has met so far: bad samples, and images that were not plain 8-bit grayscale or RGB. By cause or kind
+    # and, in a mixture, also by `source/cause`; or by source
+    skipped = property(lambda self: self._loader.counter.by_cause() if self._loader else {})
+    skipped_by_source = property(lambda self: self._loader.counter.by_source() if self._loader else {})
+    converted = property(lambda self: self._loader.counter.by_cause(converted=True) if self._loader else {})
+    converted_by_source = property(lambda self: self._loader.counter.by_source(converted=True) if self._loader else {})
 
     def setup(self, stage: str) -> None:
         """Finds, counts and checks all that a stage (`fit`, `validate`, `test`, `predict`) reads."""
         if stage == "fit" and self.train:
-            self._loader = self._training()
+            self._loader = self._training(*self._rank_of())
         part, specs = ("val", self.val) if stage in ("fit", "validate") else ("test", self.test)
         self._sets[part] = []
         for name, spec in specs.items():
             with errors_name(f"set {name!r}"):
                 self._sets[part].append(EvaluationPairs(spec, self.augment.size, self.max_pixels, self.remote))
 
-    def _training(self) -> TrainingLoader:
-        rank, ranks = self._rank_of()
+    def _training(self, rank: int, ranks: int) -> TrainingLoader:
         self._check_settings(ranks)
         check_cache(self.remote)
         sources, broken = find(self.train, self.resample, self.remote.at_first(), rank, ranks)
@@ -190,23 +173,21 @@ class ImageTextShards(LightningDataModule):
                     "some shards can only be read from front to end: samples are drawn by each reading process, and a "
                     "resumed run goes on with new draws"
                 )
-        fingerprint = {**order.fingerprint(), **self._fingerprint(sources)}
+        shards = [(source.name, [file_name(shard) for shard in source.shards]) for source in sources]
+        digest = hashlib.sha256(repr(shards).encode(errors="replace")).hexdigest()[:12]
+        fingerprint = {
+            **order.fingerprint(),
+            "shuffle": self.shuffle,
+            "resample": self.resample,
+            "shards": f"{sum(len(names) for _, names in shards)} shards, {digest}",
+            "caption_fields": self.caption_fields,
+        }
         # an epoch that the trainer cuts short is complete, and a resumed run must begin the next one
         limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
         batches = min(order.steps, limit) if isinstance(limit, int) else int(order.steps * limit)
         loader = TrainingLoader(dataset, order, rank, ranks, self.workers, batches, self.max_bad_share, fingerprint)
         loader.counter.add(0, broken if rank == 0 else [])  # nobody reads these again, and all ranks know of them
         return loader
-
-    def _fingerprint(self, sources: list[Source]) -> dict[str, Any]:
-        names = [(source.name, [file_name(shard) for shard in source.shards]) for source in sources]
-        digest = hashlib.sha256(repr(names).encode(errors="replace")).hexdigest()[:12]
-        return {
-            "shuffle": self.shuffle,
-            "resample": self.resample,
-            "shards": f"{sum(len(source.shards) for source in sources)} shards, {digest}",
-            "caption_fields": self.caption_fields,
-        }
 
     def _check_settings(self, ranks: int) -> None:
         if (batch := self.global_batch_size) % ranks:
@@ -270,19 +251,15 @@ class ImageTextShards(LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """One loader a validation set, in the order of `val_names`."""
-        return self._loaders("val")
+        options = self.collate, self.eval_batch_size, self.workers, *self._rank_of()
+        return [evaluation_loader(pairs, *options) for pairs in self._sets["val"]]
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """One loader a test set, in the order of `test_names`."""
-        return self._loaders("test")
-
-    def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """As `test_dataloader`."""
-        return self._loaders("test")
-
-    def _loaders(self, part: str) -> list[DataLoader[Any]]:
         options = self.collate, self.eval_batch_size, self.workers, *self._rank_of()
-        return [evaluation_loader(pairs, *options) for pairs in self._sets[part]]
+        return [evaluation_loader(pairs, *options) for pairs in self._sets["test"]]
+
+    predict_dataloader = test_dataloader
 
     def state_dict(self) -> dict[str, Any]:
         """The loader's state; Lightning gives it back also after a whole epoch, where it leaves loaders as new."""

@@ -3,14 +3,14 @@
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
-from datamodules.dataset import Source
-from datamodules.skipped import Skip
+from datamodules.dataset import Skip, Source
 from stair.data.remote import LastingError, Remote, is_remote, read_ranges
 from stair.data.shard_index import SUFFIX, sizes
 from stair.data.specs import Shards
@@ -23,14 +23,9 @@ logger = logging.getLogger(__name__)
 def find(
     specs: dict[str, Shards], resample: bool, remote: Remote, rank: int, ranks: int
 ) -> tuple[list[Source], list[Skip]]:
-    """Finds the shards of all sources and, where they are read by position, their samples.
+    """Finds the shards of all sources and, where they are read by position, counts their samples.
 
-    Args:
-        specs: sources by name.
-        resample: whether shards are drawn with replacement, so that remote ones without an index can be read forwards.
-        remote: how to read shards that are not local.
-        rank: this process, from 0.
-        ranks: processes in all, which share the indexing.
+    With `resample`, remote shards without an index can be read forwards. The ranks share the indexing.
 
     Returns:
         The sources, without counts if any shard can only be read forwards; and a note for each broken shard.
@@ -80,44 +75,50 @@ def _lack_index(sources: list[Source], remote: Remote) -> bool:
 
 
 def _agreed(specs: dict[str, Shards], ranks: int) -> dict[str, list[str]]:
-    """The shards of each source, the same on all ranks: a rank that stopped alone would leave the others waiting."""
-    shards: dict[str, list[str]] = {}
-    failure: Exception | None = None
-    try:
-        for name, source in specs.items():
-            with errors_name(f"source {name!r} of data.train" if name else ""):
-                shards[name] = expand(source.shards)
-    except (ValueError, OSError) as error:
-        failure = error
-    names = {name: sorted(map(file_name, paths)) for name, paths in shards.items()}
-    digest = hashlib.sha256(repr(names).encode(errors="surrogateescape")).hexdigest()[:8]
-    result = f"found {sum(map(len, shards.values()))} shards (names {digest})"
-    results = _gathered(f"stopped ({failure})" if failure else result, ranks)
+    """The shards of each source, the same on all ranks."""
+    shards = _attempt(lambda: {name: _expanded(name, source) for name, source in specs.items()})
+    if isinstance(shards, Exception):
+        result = f"stopped ({shards})"
+    else:
+        names = [(name, list(map(file_name, paths))) for name, paths in shards.items()]
+        digest = hashlib.sha256(repr(names).encode(errors="surrogateescape")).hexdigest()[:8]
+        result = f"found {sum(map(len, shards.values()))} shards (names {digest})"
+    results = _gathered(result, ranks)
     if len(set(results)) > 1 and any(each.startswith("found") for each in results):
         listed = ", ".join(f"rank {results.index(each)} {each}" for each in dict.fromkeys(results))
         raise SettingError(
             f"the ranks do not find the same shards: {listed}. All ranks must read the same files: copy to each machine "
             "what it lacks, remove what the others do not have, or use a folder that all of them see", "data.train",
-        ) from failure  # fmt: skip
-    if failure:
-        raise failure
-    return shards
+        )  # fmt: skip
+    if isinstance(shards, Exception):
+        raise shards
+    return shards  # type: ignore[no-any-return]
+
+
+def _expanded(name: str, source: Shards) -> list[str]:
+    with errors_name(f"source {name!r} of data.train" if name else ""):
+        return expand(source.shards)
 
 
 def _counted(shards: list[str], remote: Remote, rank: int, ranks: int) -> dict[str, tuple[int, str]]:
-    """Samples and problem of each shard, each counted by one rank. A failure reaches all: none waits for another."""
+    """Samples and problem of each shard, each counted by one rank."""
     together = ranks if ranks > 1 and dist.is_available() and dist.is_initialized() else 1
+    processes = max((os.cpu_count() or 1) // together, 1)
     mine = shards[rank::together] if together > 1 else shards
-    try:
-        result: Any = list(sizes(mine, remote, max((os.cpu_count() or 1) // together, 1)).values())
-    except (ValueError, OSError) as error:
-        result = error
-    parts = _gathered(result, ranks)
+    parts = _gathered(_attempt(lambda: list(sizes(mine, remote, processes).values())), ranks)
     for part in parts:
         if isinstance(part, Exception):
             raise part
     # by number and not by path: a folder may be called otherwise on another machine
     return {shard: parts[i % len(parts)][i // len(parts)] for i, shard in enumerate(shards)}
+
+
+def _attempt(work: Callable[[], Any]) -> Any:
+    """A result, or the error: a rank that stopped alone would leave the others waiting."""
+    try:
+        return work()
+    except (ValueError, OSError) as error:
+        return error
 
 
 def _gathered(value: Any, ranks: int) -> list[Any]:

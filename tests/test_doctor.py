@@ -20,7 +20,6 @@ from stair.cli import main
 from stair.data.diagnostics import first_samples
 from stair.data.doctor import doctor
 from stair.data.remote import Remote
-from stair.data.samples import types_of
 from stair.errors import FileError, SettingError
 from tests.support.files import encoded, write_tar
 
@@ -398,4 +397,4 @@ def test_a_member_that_training_passes_over_stops_no_fit_however_large_it_is(tmp
     data.setup("fit")
     assert sum(len(batch["key"]) for batch in data.train_dataloader()) == 8
     (seen, reason) = first_samples(str(tmp_path / "a.tar"), 3, Remote())
-    assert not reason and [types_of(sample) for sample in seen] == [["png", "json", "mp4"]] * 3
+    assert not reason and [list(sample.members) for sample in seen] == [["png", "json", "mp4"]] * 3

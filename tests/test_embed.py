@@ -51,7 +51,7 @@ def typed(monkeypatch):
 
 
 def test_embedded_vectors_are_those_of_the_encoders_in_training(stair, model, shard, tmp_path):
-    from datamodules.pairs import CollatePairs
+    from datamodules.dataset import CollatePairs
     from stair.data.pairs import EvaluationPairs
     from stair.model import Stair
 

@@ -17,8 +17,9 @@ from PIL import Image
 
 from datamodules.augment import Augment
 from stair.data.samples import captions, image_bytes
-from stair.data.tars import BrokenTarError, stream, walk
+from stair.data.tars import BrokenTarError, read_samples, walk
 from stair.data.tars import members as members_of
+from stair.errors import FileError
 from tests.support.fuzzing import COLOURS, WHOLE, coloured, tar_of
 from tests.support.shards import encode, good, keys, picture, shards, write_shards, write_tar
 
@@ -27,20 +28,24 @@ AUGMENT = Augment(8, (0.5, 1.0), True, 1_000_000)
 
 def read_all(path: Path) -> tuple[list[tuple[str, str, np.ndarray]], Counter[str]]:
     """What training would see of a shard, and what it would count."""
-    pairs, causes, errors = [], Counter(), []
-    for sample in stream(str(path), errors.append):
+    pairs, causes = [], Counter()
+    samples, broken = whole_samples(path)
+    for sample in samples:
         try:
-            if sample["__problem__"]:
-                raise ValueError(sample["__problem__"])
-            texts = captions(sample)
-            pixels = AUGMENT(image_bytes(sample), random.Random(0))
-            pairs.append((sample["__key__"], texts[0], pixels.numpy()))
+            if sample.problems:
+                raise ValueError(sample.problems[0])
+            texts = captions(sample.members)
+            pixels = AUGMENT(image_bytes(sample.members), random.Random(0))
+            pairs.append((sample.key, texts[0], pixels.numpy()))
         except ValueError as error:
             causes[str(error).partition(":")[0]] += 1
-    causes["shard broken"] += len(errors)
+    causes["shard broken"] += broken
     return pairs, causes
 
 
+from stair.errors import FileError
+from tests.support.fuzzing import COLOURS, WHOLE, coloured, tar_of
+from tests.support.shards import encode, good, keys, picture, shards, write_shards, write_tar
 #: the blocks of each sample
 UNTOUCHED = [tar_of({k: v for k, v in coloured(9).items() if k.startswith(f"{n:03d}")})[:2_048] for n in range(9)]
 KNOWN = {"image empty", "image undecodable", "image too large", "no image", "no caption", "caption unreadable"} | {
@@ -83,10 +88,9 @@ def check_damaged(path: Path, data: bytes) -> None:
     pairs, causes = read_all(path)
     assert time.monotonic() - start < 20
     assert set(causes) <= KNOWN
-    for sample in stream(str(path), lambda error: None):
-        members = {kind: content for kind, content in sample.items() if not kind.startswith("__")}
-        for kind, content in members.items():
-            name = f"{sample['__key__']}.{kind}".encode("utf-8", "surrogateescape")
+    for sample in whole_samples(path)[0]:
+        for kind, content in sample.members.items():
+            name = f"{sample.key}.{kind}".encode("utf-8", "surrogateescape")
             assert _stands_in(data, name, content), name
     for key, caption, pixels in pairs:  # what nobody touched is paired as it was
         if key.isdigit() and UNTOUCHED[int(key) % 9] in data and data.count(key.encode()) == 2:
@@ -157,7 +161,7 @@ def test_a_folder_in_the_second_name_field_is_part_of_the_key(tmp_path):
     data = bytes(data)
     (tmp_path / "a.tar").write_bytes(data)
     check_damaged(tmp_path / "b.tar", data)
-    assert next(iter(stream(str(tmp_path / "a.tar"), print)))["__key__"] == "0/000"
+    assert next(read_samples(str(tmp_path / "a.tar"))).key == "0/000"
 
 
 def test_links_folders_and_devices_are_passed_over(tmp_path):

@@ -28,7 +28,7 @@ from lightning_modules.consolidate import consolidate
 from main import main
 from stair import Embeddings, SparseIndex, Stair
 from stair.data.items import list_items
-from stair.data.tars import BrokenTarError, members, stream
+from stair.data.tars import BrokenTarError, members, read_samples
 from stair.errors import FileError
 from stair.evaluate import output
 from stair.explain import read_text
@@ -276,12 +276,12 @@ for n in itertools.count():
 
 def test_an_endless_stream_is_read_only_as_far_as_needed(tmp_path):
     (tmp_path / "endless.py").write_text(ENDLESS)
-    samples = stream(f"pipe:{sys.executable} {tmp_path}/endless.py", lambda error: None)
-    assert [sample["__key__"] for sample in islice(samples, 3)] == ["0", "1", "2"]
+    samples = read_samples(f"pipe:{sys.executable} {tmp_path}/endless.py")
+    assert [sample.key for sample in islice(samples, 3)] == ["0", "1", "2"]
     samples.close()
-    broken = []
-    assert list(stream("pipe:yes", broken.append)) == [] and "no header" in str(broken[0])
-    assert list(stream("pipe:cat /dev/zero", broken.append)) == [] and len(broken) == 1  # zeros end an archive
+    with pytest.raises(FileError, match="no header"):
+        next(read_samples("pipe:yes"))
+    assert list(read_samples("pipe:cat /dev/zero")) == []  # zeros end an archive
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from stair.data.doctor import write_indices
 from stair.data.prepare import cc, classes, datasets, emoji, folder, karpathy
 from stair.data.prepare.writer import make_shard
 from stair.data.samples import captions, image_bytes
-from stair.data.tars import stream
+from stair.data.tars import read_samples
 from stair.errors import FileError, SettingError, StairError
 from tests.support.files import members_of, plain_image, write_tar
 
@@ -115,7 +115,7 @@ def test_a_table_becomes_samples_with_the_original_bytes_and_an_index_that_is_tr
     }
     assert sorted(entry["samples"] for entry in index["shards"].values()) == [2, 2, 3]
     # and training's own reader takes all of it
-    read = [sample for tar in tars for sample in stream(str(tar), pytest.fail)]
+    read = [sample.members for tar in tars for sample in read_samples(str(tar))]
     assert len(read) == 7 and all(captions(sample) and image_bytes(sample) for sample in read)
     assert not (out / ".prepare").exists()
 
@@ -731,10 +731,10 @@ def test_img2datasets_samples_that_training_skips_by_their_names_are_bad_too(tmp
         last = next(member.name for member in reversed(tar.getmembers()) if member.name.endswith(".jpg"))
     write_tar(path, [(last, picture(1)), ("photo_v1.5.jpg", picture(1))], "a")
     cc(tmp_path / "cc", workers=1, max_bad_share=0.5)
-    streamed = list(stream(str(path), pytest.fail))
-    wrong = [sample["__problem__"].partition(":")[0] for sample in streamed if sample["__problem__"]]
+    streamed = list(read_samples(str(path)))
+    wrong = [sample.problems[0].partition(":")[0] for sample in streamed if sample.problems]
     assert wrong == ["duplicate member", "dotted key"]
     assert {cause: report(tmp_path / "cc", "all")["bad"].get(cause) for cause in wrong} == dict.fromkeys(wrong, 1)
     cc(tmp_path / "cc", mend=True, workers=1, max_bad_share=0.5)
-    left = list(stream(str(path), pytest.fail))
-    assert not any(sample["__problem__"] for sample in left) and len(left) == len(streamed) - 2
+    left = list(read_samples(str(path)))
+    assert not any(sample.problems for sample in left) and len(left) == len(streamed) - 2

@@ -20,13 +20,14 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from datamodules.augment import Augment, scaled, upright_jpeg
-from datamodules.pairs import CollatePairs, evaluation_loader
+from datamodules.dataset import CollatePairs
+from datamodules.reading import evaluation_loader
 from datamodules.sources import find
 from stair.data.pairs import EvaluationPairs
 from stair.data.remote import Remote, open_shard
 from stair.data.shard_index import build
 from stair.data.specs import Shards, mixture
-from stair.data.tars import expand, stream, walk
+from stair.data.tars import expand, read_samples, walk
 from stair.errors import FileError, SettingError
 from stair.images import box_pixels, decode_image, eval_pixels
 from stair.vocabulary import Vocabulary
@@ -701,7 +702,7 @@ def test_keys_with_dots_are_left_out_and_counted_in_training_and_refused_in_eval
         shards(str(tmp_path / "c.tar"), vocab, global_batch_size=4).setup("fit")
     # each is one, though to WebDataset all are one key
     write_tar(tmp_path / "d.tar", {f"2024.01.0{i}.{kind}": b"x" for i in range(4) for kind in ("png", "txt")})
-    streamed = [sample["__key__"] for sample in stream(str(tmp_path / "d.tar"), pytest.fail)]
+    streamed = [sample.key for sample in read_samples(str(tmp_path / "d.tar"))]
     assert streamed == [sample.key for sample in walk(str(tmp_path / "d.tar"))] == [f"2024.01.0{i}" for i in range(4)]
 
 
@@ -720,7 +721,7 @@ def test_further_members_with_dots_beside_an_image_are_no_samples_and_move_none(
         }
     write_tar(tmp_path / "a.tar", plain)
     write_tar(tmp_path / "b.tar", members)
-    streamed = [list(stream(str(tmp_path / name), pytest.fail)) for name in ("a.tar", "b.tar")]
+    streamed = [[(s.key, s.members) for s in read_samples(str(tmp_path / name))] for name in ("a.tar", "b.tar")]
     assert streamed[0] == streamed[1] and len(streamed[0]) == 4
 
 

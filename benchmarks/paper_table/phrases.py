@@ -7,13 +7,12 @@ a bare word, as captions of photographs are none (plans/emoji_phrases.yaml).
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import webdataset
 
-from stair.data.samples import IMAGE_TYPES, captions
-from stair.data.tars import expand, stream
+from stair.data.samples import IMAGE_TYPES, captions, json_fields
+from stair.data.tars import expand, read_samples
 
 
 def main() -> None:
@@ -26,18 +25,14 @@ def main() -> None:
     for shard in expand(args.shards):
         kept = 0
         with webdataset.TarWriter(str(args.folder / Path(shard).name)) as writer:
-            for sample in stream(shard, fail):
-                texts = [text for text in captions(sample) if args.text in text]
+            for sample in read_samples(shard):
+                texts = [text for text in captions(sample.members) if args.text in text]
                 if texts:
-                    facts = json.loads(sample["json"]) if "json" in sample else {}
-                    image = {key: value for key, value in sample.items() if key in IMAGE_TYPES}
-                    writer.write({"__key__": sample["__key__"], **image, "json": {**facts, "captions": texts}})
+                    facts = json_fields(sample.members)
+                    image = {kind: data for kind, data in sample.members.items() if kind in IMAGE_TYPES}
+                    writer.write({"__key__": sample.key, **image, "json": {**facts, "captions": texts}})
                     kept += 1
         print(f"{Path(shard).name}: {kept} images")
-
-
-def fail(error: Exception) -> None:
-    raise error
 
 
 if __name__ == "__main__":

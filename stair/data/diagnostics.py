@@ -6,7 +6,6 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from stair.data import samples as fields
 from stair.data.remote import Remote, is_remote
-from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES, caption_field, caption_lines, captions, image_type, types_of
-from stair.data.tars import stream
+from stair.data.tars import read_samples
+from stair.errors import FileError
 from stair.images import MAX_PIXELS, decode_image, eval_pixels, image_format
 from stair.vocabulary import Vocabulary
 
@@ -77,45 +77,40 @@ class SampleFacts:
     unknown: int = 0  # tokens that the vocabulary does not have
 
 
-def first_samples(shard: str, count: int, remote: Remote) -> tuple[list[dict[str, Any]], str]:
+def first_samples(shard: str, count: int, remote: Remote) -> tuple[list[fields.Grouped[bytes]], str]:
     """The first samples of a shard, with the names of all members, and what broke it before there were so many."""
-    errors: list[Exception] = []
-    reader: Any = stream(shard, errors.append, remote, everything=True)
-    with closing(reader) as samples:
-        about = {"__url__": shard, "__lines__": caption_lines(shard)}
-        read = [{**sample, **about} for sample in itertools.islice(samples, count)]
-    return read, str(errors[0]) if errors else ""
+    samples = list[fields.Grouped[bytes]]()
+    try:
+        samples.extend(itertools.islice(read_samples(shard, remote, everything=True), count))
+    except FileError as error:
+        return samples, str(error)
+    return samples, ""
 
 
-def inspect(sample: dict[str, Any], requirements: Requirements) -> SampleFacts:
+def inspect(shard: str, sample: fields.Grouped[bytes], needs: Requirements) -> SampleFacts:
     """Reads and decodes a sample of `first_samples` as training does."""
-    names = [f"{sample['__key__']}.{kind}" for kind in types_of(sample)]
-    facts = SampleFacts(f"{sample['__key__']!r} in {sample['__url__']}", names)
-    facts.problems += [sample["__problem__"]] if sample["__problem__"] else []
-    for read in (_read_captions, _read_image):
-        try:
-            read(sample, requirements, facts)
-        except ValueError as error:
-            facts.problems.append(str(error))
-    return facts
-
-
-def _read_captions(sample: dict[str, Any], requirements: Requirements, facts: SampleFacts) -> None:
-    facts.captions, facts.caption_field = captions(sample, sample["__lines__"]), caption_field(sample)
-    if vocabulary := requirements.vocabulary:
+    names = [f"{sample.key}.{kind}" for kind in sample.members]
+    facts = SampleFacts(f"{sample.key!r} in {shard}", names, sample.problems[:1])
+    try:
+        facts.captions = fields.captions(sample.members, fields.caption_lines(shard))
+        facts.caption_field = fields.caption_field(sample.members)
+    except ValueError as error:
+        facts.problems.append(str(error))
+    if vocabulary := needs.vocabulary:
         encoded = vocabulary.encode([text for text in facts.captions if text])
         facts.lengths = [len(ids) for ids in encoded]
         facts.unknown = sum(ids.count(vocabulary.unknown_id) for ids in encoded)
-
-
-def _read_image(sample: dict[str, Any], requirements: Requirements, facts: SampleFacts) -> None:
-    data = sample[image_type(sample)]
-    facts.has_image, facts.digest = True, hashlib.sha256(data).digest()
-    start = time.thread_time()  # of a processor: the machine may be busy with other work
-    image = decode_image(data, requirements.max_pixels)
-    eval_pixels(image, requirements.image_size)
-    facts.seconds, facts.size = time.thread_time() - start, image.size
-    facts.format = image_format(data) or "other"
+    try:
+        data = fields.image_bytes(sample.members)
+        facts.has_image, facts.digest = True, hashlib.sha256(data).digest()
+        start = time.thread_time()  # of a processor: the machine may be busy with other work
+        image = decode_image(data, needs.max_pixels)
+        eval_pixels(image, needs.image_size)
+        facts.seconds, facts.size = time.thread_time() - start, image.size
+        facts.format = image_format(data) or "other"
+    except ValueError as error:
+        facts.problems.append(str(error))
+    return facts
 
 
 def probe(name: str, shards: Sequence[str], requirements: Requirements, remote: Remote) -> list[Diagnostic]:
@@ -126,7 +121,7 @@ def probe(name: str, shards: Sequence[str], requirements: Requirements, remote: 
     for shard in shards:
         samples, reason = first_samples(shard, PROBED, remote)
         reasons.append(reason or f"{shard} is not a tar, or empty")
-        facts += [inspect(sample, requirements) for sample in samples]
+        facts += [inspect(shard, sample, requirements) for sample in samples]
         tried += bool(samples)
         if not all(one.problems for one in facts) or tried == _TRIED:
             break
@@ -157,9 +152,9 @@ def _bad(samples: Sequence[SampleFacts], requirements: Requirements) -> Iterator
             first.setdefault(problem.partition(":")[0], f"{sample.place}: {problem[:200]}")
     missing: dict[str, list[str]] = {}
     if not any(sample.has_image for sample in samples):
-        missing["no image"] = [*IMAGE_TYPES]
+        missing["no image"] = [*fields.IMAGE_TYPES]
     if not any(sample.captions for sample in samples):
-        missing["no caption"] = [*CAPTION_TYPES]
+        missing["no caption"] = [*fields.CAPTION_TYPES]
     for cause, expected in missing.items():
         reason = first.get("dotted key") or first.get(cause) or next(iter(first.values()))
         members = [name for sample in samples for name in sample.members][:10]

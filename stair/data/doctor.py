@@ -76,15 +76,15 @@ def doctor(
     given |= {"global_batch_size": global_batch_size, "train_samples": train_samples}
     settings = _settings([configs] if isinstance(configs, str) else configs or [])
     settings |= {name: value for name, value in given.items() if value is not None}
-    vocabulary_of_run = Vocabulary(settings["vocabulary"]) if settings["vocabulary"] else None
     names = ("max_tokens", "image_size", "max_pixels", "max_bad_share", "flip")
-    requirements = Requirements(vocabulary_of_run, **{name: settings[name] for name in names})
+    terms = Vocabulary(settings["vocabulary"]) if settings["vocabulary"] else None
+    needs = Requirements(terms, **{name: settings[name] for name in names})
     sources = _sources(data)
     if write_index:
         write_indices([shard for spec in sources.values() for shard in expand(spec.shards) if not is_remote(shard)])
     reports, findings = {}, list[Diagnostic]()
     for name, source in sources.items():
-        reports[name], of_source = _examine(name, source, requirements, settings, samples, seconds / len(sources))
+        reports[name], of_source = _examine(name, source, needs, settings, samples, seconds / len(sources))
         findings += of_source
     findings += diagnostics.worded("the run", _of_run(reports, settings, ranks))
     _print(reports, findings)
@@ -116,17 +116,15 @@ def _sources(data: list[str]) -> dict[str, Shards]:
                 sources |= mixture({str(name): Shards(**one) if isinstance(one, dict) else one for name, one in named})
             except (TypeError, AttributeError, yaml.YAMLError) as error:
                 reason = getattr(error, "problem", None) or error
-                expected = "'{name: spec, ...}' or '{name: {shards: spec, weight: 1.0}, ...}'"
-                raise SettingError(
-                    f"{spec!r} is no mapping of sources ({reason}); wanted {expected}", "data"
-                ) from error
+                allowed = "'{name: spec, ...}' or '{name: {shards: spec, weight: 1.0}, ...}'"
+                raise SettingError(f"{spec!r} is no mapping of sources ({reason}); wanted {allowed}", "data") from error
         elif spec not in files:
             sources[spec] = Shards(spec)
     return sources
 
 
 def _examine(
-    name: str, source: Shards, requirements: Requirements, settings: dict[str, Any], samples: int, seconds: float
+    name: str, source: Shards, needs: Requirements, settings: dict[str, Any], samples: int, seconds: float
 ) -> tuple[dict[str, Any], list[Diagnostic]]:
     """The report on a source, and what is wrong with it."""
     remote, stated = Remote(**settings["remote"]).at_first(), settings["train_samples"]
@@ -138,12 +136,12 @@ def _examine(
     facts, reasons = list[SampleFacts](), list[str]()
     for shard in tqdm(chosen, name, unit="shard", disable=None):
         read, reason = diagnostics.first_samples(shard.path, -(-samples // len(chosen)), remote)
-        facts += [diagnostics.inspect(sample, requirements) for sample in read]
+        facts += [diagnostics.inspect(shard.path, sample, needs) for sample in read]
         reasons.append(reason or "not a tar, or empty")
-    findings = list(_of_shards(shards, bool(stated))) + [("unknown vocabulary", {})] * (not requirements.vocabulary)
-    worded = [*diagnostics.worded(name, findings), *diagnostics.diagnose(name, facts, requirements, reasons)]
+    findings = list(_of_shards(shards, bool(stated))) + [("unknown vocabulary", {})] * (not needs.vocabulary)
+    worded = [*diagnostics.worded(name, findings), *diagnostics.diagnose(name, facts, needs, reasons)]
     worded.sort(key=lambda one: ("stops", "warns", "notes").index(one.severity))
-    return _report(shards, facts, requirements.max_tokens, stated), worded
+    return _report(shards, facts, needs.max_tokens, stated), worded
 
 
 @dataclass
@@ -169,22 +167,21 @@ def inspect_shards(paths: Sequence[str], seconds: float, remote: Remote) -> list
     """
     shards = {path: ShardFacts(path) for path in paths}
     with suppress(FileError, LastingError):  # no index: their number stays unknown
-        for remote_path, (samples, _) in sizes([path for path in shards if is_remote(path)], remote, 1).items():
-            shards[remote_path].samples = samples
+        for path, (count, _) in sizes([path for path in shards if is_remote(path)], remote, 1).items():
+            shards[path].samples = count
     local = [shard for path, shard in shards.items() if not is_remote(path)]
     indices = {folder: index_entries(folder) for folder in {Path(shard.path).parent for shard in local}}
-    hashed = {shard.path for shard in _spread(local, _HASHED_SHARDS)}
-    bytes_left = _HASHED_BYTES
+    hashed, bytes_left = {shard.path for shard in _spread(local, _HASHED_SHARDS)}, _HASHED_BYTES
     for shard in local:
-        path = Path(shard.path)
-        entry, shard.size = indices[path.parent].get(path.name, {}), path.stat().st_size
-        stated = entry.get("samples", known_json(path.with_name(f"{path.stem}_stats.json")).get("successes"))
+        file = Path(shard.path)
+        entry, shard.size = indices[file.parent].get(file.name, {}), file.stat().st_size
+        stated = entry.get("samples", known_json(file.with_name(f"{file.stem}_stats.json")).get("successes"))
         shard.samples = stated if isinstance(stated, int) else None
         if entry and entry["bytes"] != shard.size:
             shard.stale = f"{entry['bytes']} bytes in {MANIFEST}, {shard.size} on disk"
         elif shard.path in hashed and entry.get("sha256"):
             bytes_left -= shard.size
-            if bytes_left > 0 and entry["sha256"] != sha256(path):
+            if bytes_left > 0 and entry["sha256"] != sha256(file):
                 shard.doubtful = f"other content than {MANIFEST} says (sha256)"
     start, earlier = time.monotonic(), set[int]()
     # those without a number first; of the others a few, to see whether it is true
@@ -202,65 +199,57 @@ def _spread(shards: Sequence[ShardFacts], count: int) -> list[ShardFacts]:
 
 def _walk(shard: ShardFacts, earlier: set[int]) -> None:
     """Reads the headers of a shard; `earlier` are the samples of those before, which its own join."""
-    keys, samples, count = set[str](), set[int](), 0
+    keys, samples = list[str](), set[int]()
     try:
         for sample in walk(shard.path, compressed=True):
-            count += 1
-            shard.repeated += sample.key in keys
-            keys.add(sample.key)
+            keys.append(sample.key)
             samples.add(hash((sample.key, *sorted((kind, size) for kind, (_, size) in sample.members.items()))))
             kinds = sample.members.keys()
             shard.incomplete += not (kinds & set(IMAGE_TYPES) and kinds & set(CAPTION_TYPES))
     except FileError as error:
         shard.broken = str(error)
-    shard.copies = len(samples & earlier)
+    shard.repeated, shard.copies = len(keys) - len({*keys}), len(samples & earlier)
     earlier |= samples
-    if shard.samples not in (None, count) and not shard.stale:
-        shard.doubtful = f"{shard.samples} samples by its index or statistics, {count} in the tar"
-    shard.walked, shard.samples = True, count
+    if shard.samples not in (None, len(keys)) and not shard.stale:
+        shard.doubtful = f"{shard.samples} samples by its index or statistics, {len(keys)} in the tar"
+    shard.walked, shard.samples = True, len(keys)
 
 
 def _of_shards(shards: list[ShardFacts], is_stated: bool) -> Iterator[Values]:
-    counted = sum(shard.samples is not None for shard in shards)
-    uncounted = sum(is_remote(shard.path) and shard.samples is None for shard in shards)
-    if uncounted and not is_stated:
+    walked = [shard for shard in shards if shard.walked]
+    unknown = [shard for shard in shards if shard.samples is None]
+    if not is_stated and (uncounted := sum(is_remote(shard.path) for shard in unknown)):
         yield "uncounted shards", {"count": uncounted}
-    if broken := [shard for shard in shards if shard.broken]:
-        walked = sum(shard.walked for shard in shards)
-        values = {"count": len(broken), "walked": walked, "reason": broken[0].broken, "shard": broken[0].path}
-        yield "broken shards", values
-    incomplete = sum(shard.incomplete for shard in shards)
-    if repeated := sum(shard.repeated for shard in shards):
+    if broken := [shard for shard in walked if shard.broken]:
+        values = {"walked": len(walked), "reason": broken[0].broken, "shard": broken[0].path}
+        yield "broken shards", {"count": len(broken), **values}
+    incomplete, repeated, copies = (
+        sum(getattr(s, fact) for s in shards) for fact in ("incomplete", "repeated", "copies")
+    )
+    if repeated:
         worst = max(shards, key=lambda shard: shard.repeated)
         yield "torn samples" if incomplete else "repeated keys", {"count": repeated, "shard": worst.path}
     elif incomplete:
         yield "incomplete samples", {"count": incomplete}
-    if copies := sum(shard.copies for shard in shards):
+    if copies:
         worst = max(shards, key=lambda shard: shard.copies)
         yield "copied samples", {"count": copies, "most": worst.copies, "shard": worst.path}
-    stale = [(shard.path, shard.stale) for shard in shards if shard.stale]
-    doubtful = [(shard.path, shard.doubtful) for shard in shards if shard.doubtful]
-    for name, reasons in (("stale index", stale), ("doubtful index", doubtful)):
-        if reasons:
-            yield name, {"count": len(reasons), "shard": reasons[0][0], "reason": reasons[0][1]}
-    if 0 < counted < len(shards) and not is_stated:
-        yield "estimated shards", {"count": counted, "total": len(shards)}
+    for name in ("stale", "doubtful"):
+        if reasons := [(shard.path, getattr(shard, name)) for shard in shards if getattr(shard, name)]:
+            yield f"{name} index", {"count": len(reasons), "shard": reasons[0][0], "reason": reasons[0][1]}
+    if 0 < len(unknown) < len(shards) and not is_stated:
+        yield "estimated shards", {"count": len(shards) - len(unknown), "total": len(shards)}
 
 
 def _of_run(reports: dict[str, dict[str, Any]], settings: dict[str, Any], ranks: int) -> Iterator[Values]:
     samples = settings["train_samples"] or sum(report["samples"] for report in reports.values())
-    shards = sum(report["shards"] for report in reports.values())
     batch, workers = settings["global_batch_size"], max(settings["workers"], 1)
-    steps = samples // batch
     if batch % ranks:
         yield "unequal ranks", {"batch": batch, "ranks": ranks}
     if 0 < samples < batch:
         yield "too few pairs", {"samples": samples, "batch": batch}
-    if 0 < steps < workers:
-        yield "idle workers", {"steps": steps, "workers": workers}
-    elif 0 < shards < ranks * workers:
-        fitting = max(shards // ranks, 1)
-        yield "shared shards", {"shards": shards, "ranks": ranks, "workers": workers, "fitting": fitting}
+    if 0 < samples // batch < workers:
+        yield "idle workers", {"steps": samples // batch, "workers": workers}
 
 
 def _report(
@@ -307,7 +296,7 @@ def _print(reports: dict[str, dict[str, Any]], findings: list[Diagnostic]) -> No
 
 
 def write_indices(shards: list[str]) -> None:
-    """Reads local shards from front to end and writes `index.json` into each of their folders.
+    """Reads local shards from front to end and writes their indexes.
 
     Raises:
         FileError: if one cannot be read to its end, `stair prepare` is not finished, or another tool's index is there.

@@ -22,12 +22,9 @@ class ImageFile(NamedTuple):
 
 
 def image_files(folder: Path) -> Iterator[ImageFile | Skipped]:
-    """The entries of a folder and of all folders below it, in a fixed order. Links are followed.
+    """The images of a folder and of all folders below it, in a fixed order, and `Skipped` for everything else.
 
-    Hidden entries, whose names begin with a dot or `__MACOSX`, are no part of the folder.
-
-    Yields:
-        Images, known by the suffix of their names in any case; `Skipped` for everything else but folders.
+    Images are known by the suffix of their names in any case. Links are followed, hidden entries are left out.
     """
     yield from _walk(folder, "", frozenset())
 
@@ -48,15 +45,9 @@ def class_files(folder: Path) -> tuple[list[str], list[tuple[ImageFile, int]], l
 
 
 def class_names(folders: list[str], names: Path | None = None, key: str = "classes") -> list[str]:
-    """What the classes of folders are called.
+    """What the classes of sorted folders are called; FileError if `names`, a file as of `read_names`, does not name each.
 
-    Args:
-        folders: sorted.
-        names: a file as `read_names` takes it; None takes the folders' names, without numbers before them and underscores.
-        key: of the list in it.
-
-    Raises:
-        FileError: if it does not name each folder.
+    None takes the folders' names, without numbers before them and underscores.
     """
     if names is None:
         return [printable(_NUMBER.sub("", name).replace("_", " ").strip()) for name in folders]
@@ -76,15 +67,10 @@ def class_names(folders: list[str], names: Path | None = None, key: str = "class
 
 
 def read_names(path: Path, key: str = "classes") -> Any:
-    """Names of classes.
+    """Names of classes; FileError if the file is no JSON, or a line is blank.
 
-    Args:
-        path: a `.json` file of a list, an object with a list under `key`, or {folder: name}; or a text file with a name, or
-            `folder name`, on every line.
-        key: of the list.
-
-    Raises:
-        FileError: if it is no JSON, or a line is blank.
+    A `.json` file holds a list, an object with a list under `key`, or {folder: name}; a text file a name, or `folder name`,
+    on every line.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -99,10 +99,9 @@ def list_items(source: str, side: Side, column: str | None = None, id_column: st
 
     Args:
         source: a folder of images; tars (`a.tar`, `shards/*.tar`); a table; `-` for lines of standard input.
-        side: whether its images or its texts are listed. Texts of tars are the captions.
-        column: of a table: paths of images (relative to the table), in parquet also their bytes or Hugging Face's
-            `{bytes, path}`; or texts. Default: `image` or `text`.
-        id_column: of a table: ids, as typed. Default: `id` if there is such a column, else numbers of rows from 0.
+        side: whether its images or its texts (of tars, the captions) are listed.
+        column: of a table: paths of images, in parquet also their bytes or `{bytes, path}`; or texts.
+        id_column: of a table. Default: `id` if there is such a column, else numbers of rows from 0.
 
     Raises:
         FileNotFoundError: if there is nothing.

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,19 +18,11 @@ from stair.data.samples import (
     image_bytes,
     image_type,
     printable,
-    types_of,
 )
 from stair.data.shard_index import Span, read_index, read_spans, spans_of
 from stair.data.tars import expand, walk
 from stair.errors import FileError
 from stair.images import decode_image, eval_pixels
-
-
-class Entry(NamedTuple):
-    """Where a sample lies, and whether its .txt holds a caption on each line (`stair.data.samples.caption_lines`)."""
-
-    span: Span
-    lines: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,18 +37,7 @@ class Pair:
 
 
 class EvaluationPairs(Dataset[Pair]):
-    """A set of N images by index; indices from N on repeat images as padding.
-
-    Args:
-        spec: path, glob, brace pattern, URL, or list of these; uncompressed tars.
-        image_size: side S of the square images, in pixels.
-        max_pixels: largest width × height that is decoded.
-        remote: how to read what is not local.
-
-    Raises:
-        FileNotFoundError: if the spec matches nothing.
-        ValueError: if it names a command, a broken tar, a set without samples, or a sample without image or caption.
-    """
+    """A set of N images by index; indices from N on repeat images as padding. Arguments and errors as of `entries`."""
 
     def __init__(self, spec: str | list[str], image_size: int, max_pixels: int, remote: Remote = LOCAL) -> None:
         self.image_size, self.max_pixels, self.remote = image_size, max_pixels, remote
@@ -68,23 +48,19 @@ class EvaluationPairs(Dataset[Pair]):
 
     def __getitem__(self, index: int) -> Pair:
         """Reads one sample; ValueError, naming file, key and cause, if it is bad."""
-        entry = self.entries[index % len(self)]
-        with opened(entry, self.remote) as sample:
-            texts = whole_captions(sample.members, entry.lines)
+        span = self.entries[index % len(self)]
+        with opened(span, self.remote) as sample:
+            texts = whole_captions(sample.members, span.shard)
             pixels = eval_pixels(decode_image(image_bytes(sample.members), self.max_pixels), self.image_size)
-        image_id, stem = index if index < len(self) else -1, printable(Path(entry.span.shard).stem)
+        image_id, stem = index if index < len(self) else -1, printable(Path(span.shard).stem)
         return Pair(pixels, texts, image_id, f"{stem}/{sample.key}")
 
 
 @contextmanager
-def opened(entry: Entry, remote: Remote = LOCAL) -> Iterator[Grouped[bytes]]:
-    """A sample, while it is used.
-
-    Raises:
-        ValueError: of whatever is wrong with it; names file, key and cause.
-    """
-    sample = read_entry(entry, remote)
-    with _errors_name(sample.key, entry.span.shard):
+def opened(span: Span, remote: Remote = LOCAL) -> Iterator[Grouped[bytes]]:
+    """A sample, while it is used; ValueError, naming file, key and cause, of whatever is wrong with it meanwhile."""
+    sample = read_entry(span, remote)
+    with _errors_name(sample.key, span.shard):
         if sample.problems:
             raise ValueError(sample.problems[0])
         yield sample
@@ -98,23 +74,23 @@ def _errors_name(key: str, shard: str) -> Iterator[None]:
         raise ValueError(f"evaluation sample {key!r} of {shard}: {error}") from error
 
 
-def read_entry(entry: Entry, remote: Remote = LOCAL) -> Grouped[bytes]:
+def read_entry(span: Span, remote: Remote = LOCAL) -> Grouped[bytes]:
     """The members of a sample; OSError if they cannot be read."""
-    (sample,) = read_spans([entry.span], remote)
+    (sample,) = read_spans([span], remote)
     if isinstance(sample, OSError):
         raise sample
     return sample
 
 
-def whole_captions(members: Mapping[str, bytes], lines: bool = False) -> list[str]:
+def whole_captions(members: Mapping[str, bytes], shard: str) -> list[str]:
     """The captions of a sample; ValueError also if one is blank: training skips such, a measure must not."""
-    texts = captions(members, lines)
+    texts = captions(members, caption_lines(shard))
     if not all(texts):
         raise ValueError(f"no caption: one of the {len(texts)} is blank")
     return texts
 
 
-def entries(spec: str | list[str], beside: Sequence[str], remote: Remote = LOCAL) -> list[Entry]:
+def entries(spec: str | list[str], beside: Sequence[str], remote: Remote = LOCAL) -> list[Span]:
     """Where the samples of a set lie.
 
     Args:
@@ -127,7 +103,7 @@ def entries(spec: str | list[str], beside: Sequence[str], remote: Remote = LOCAL
         ValueError: if it names a command, a broken tar, a set without samples, or one without image or what must be beside.
             Samples of a remote tar with an index are checked when they are read.
     """
-    found = [Entry(span, caption_lines(shard)) for shard in expand(spec) for span in _spans(shard, beside, remote)]
+    found = [span for shard in expand(spec) for span in _spans(shard, beside, remote)]
     if not found:
         raise ValueError(f"evaluation set {spec!r} holds no sample: wanted {IMAGE_TYPES} beside {tuple(beside)}")
     return found
@@ -149,5 +125,5 @@ def _spans(shard: str, beside: Sequence[str], remote: Remote) -> list[Span]:
                 raise ValueError(sample.problems[0])
             image_type(sample.members)
             if not sample.members.keys() & set(beside):
-                raise ValueError(f"no caption: members are {types_of(sample.members)}, wanted one of {list(beside)}")
+                raise ValueError(f"no caption: members are {list(sample.members)}, wanted one of {list(beside)}")
     return [Span(shard, sample.start, sample.stop) for sample in samples]

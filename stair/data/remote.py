@@ -22,8 +22,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from stair.data.specs import require
-from stair.errors import SettingError, install
+from stair.errors import SettingError, check_settings, install
 from stair.files import lock
 
 logger = logging.getLogger(__name__)
@@ -46,8 +45,7 @@ class Remote:
     Args:
         timeout: seconds without a byte after which a connection counts as dead; more than 0.
         retries: new tries, after pauses that double from half a second to half a minute. 0 or more.
-        cache: folder for local copies of remote shards, which may be shared by processes. None: single samples are read
-            by `Range` requests.
+        cache: folder for local copies of remote shards, which processes may share. None: `Range` requests for samples.
         cache_gib: size limit of that folder in GiB; the least recently used copies are deleted first. More than 0.
 
     Raises:
@@ -61,9 +59,8 @@ class Remote:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        require(self.timeout > 0, "data.remote.timeout", self.timeout, "more than 0")
-        require(self.retries >= 0, "data.remote.retries", self.retries, "0 or more")
-        require(self.cache_gib > 0, "data.remote.cache_gib", self.cache_gib, "more than 0")
+        valid = {"timeout": self.timeout > 0, "retries": self.retries >= 0, "cache_gib": self.cache_gib > 0}
+        check_settings("data.remote", self, valid, "more than 0; retries also 0")
 
     def at_first(self) -> "Remote":
         """For reading before the first step: gives up within a minute."""
@@ -89,8 +86,7 @@ def is_remote(shard: str) -> bool:
 def read_ranges(ranges: Sequence[Range], remote: Remote) -> Iterator[bytes | OSError]:
     """Reads parts of files: remote ones all at once, neighbours by one request; local ones when they are taken.
 
-    Yields:
-        The bytes of each range, fewer where the file ends; or why they cannot be read.
+    Yields the bytes of each range, fewer where the file ends; or why they cannot be read.
     """
     remote_ranges = [each for each in ranges if is_remote(each[0]) and not remote.cache]
     fetched = iter(_fetched(remote_ranges, remote) if remote_ranges else ())
@@ -162,12 +158,11 @@ def _system(url: str, remote: Remote) -> tuple[Any, str]:
 
 
 def _as_os_error(url: str, error: Exception) -> OSError:
-    if isinstance(error, LastingError):
-        return error
+    kind = type(error).__name__
     lasting = isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", None) in _LASTING
-    if lasting or "Credential" in type(error).__name__:  # as botocore's NoCredentialsError
-        return LastingError(f"{url}: {type(error).__name__}: {error}")
-    return OSError(f"{type(error).__name__}: {error}")
+    if lasting or "Credential" in kind:  # as botocore's NoCredentialsError
+        return LastingError(f"{url}: {kind}: {error}")
+    return error if isinstance(error, LastingError) else OSError(f"{kind}: {error}")
 
 
 # ------------------------------------------------------------------ http
@@ -204,32 +199,25 @@ async def _check_redirect(session: Any, context: Any, answer: Any) -> None:
 
 def _local_address(host: str) -> str | None:
     """The first address of a host that is not a public one."""
-    addresses = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
-    return next((each for each in sorted(addresses) if not _is_public(ipaddress.ip_address(each))), None)
-
-
-def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    if isinstance(address, ipaddress.IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour
-        if address in _NAT64:
-            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if inner is not None:  # a router would send it on to that one
-            return _is_public(inner)
-    return address.is_global and not address.is_multicast
+    for text in sorted({str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}):
+        address = ipaddress.ip_address(text)
+        if isinstance(address, ipaddress.IPv6Address):
+            inside = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None
+            address = (
+                inside or address.ipv4_mapped or address.sixtofour or address
+            )  # where a router would send it on to
+        if not address.is_global or address.is_multicast:
+            return text
+    return None
 
 
 # ------------------------------------------------------------------ from front to end
 
 
 def open_shard(shard: str, remote: Remote) -> BinaryIO:
-    """Opens a shard for reading from front to end.
+    """Opens a path, `pipe:COMMAND`, `http(s)://…`, or a URL that fsspec knows, for reading from front to end.
 
-    Args:
-        shard: a path, `pipe:COMMAND`, `http(s)://…`, or a URL that fsspec knows (`s3://`, `gs://`, `hf://`, …).
-        remote: time-out, retries and cache.
-
-    Raises:
-        OSError: if it cannot be opened, or on reading if it cannot be read to its end.
+    OSError if it cannot be opened, or on reading if it cannot be read to its end.
     """
     if not is_remote(shard):
         return open(shard, "rb", buffering=_PART)
@@ -343,9 +331,7 @@ def _cache_errors(folder: str) -> Iterator[None]:
 def local_copy(url: str, remote: Remote) -> BinaryIO:
     """Opens the local copy of a remote file, fetched whole if need be, once for all processes.
 
-    Raises:
-        OSError: if it cannot be fetched.
-        SettingError: if there is no room for it, or no permission.
+    OSError if it cannot be fetched, SettingError if there is no room for it or no permission.
     """
     assert remote.cache
     folder, digest = Path(remote.cache), hashlib.sha256(url.encode()).hexdigest()[:24]

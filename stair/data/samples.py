@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -112,9 +113,9 @@ class Grouped(Generic[Value]):
                 yield Grouped(name, {}, [*self.problems, problem], warnings, self.start, self.stop)
 
 
-def is_wanted(name: str) -> bool:
-    """Whether a member can belong to a sample, by its name."""
-    return key_and_type(name)[1] in _WANTED
+def content(member: Member) -> bytes:
+    """The bytes of a member, none of one that belongs to no sample."""
+    return member.read() if key_and_type(member.name)[1] in _WANTED else b""
 
 
 def key_and_type(name: str) -> tuple[str, str]:
@@ -130,8 +131,7 @@ def group(
 ) -> Iterator[Grouped[Value]]:
     """Groups members of an archive into samples; `value` computes what is kept of a member.
 
-    If `members` raises, the sample at hand is not yielded: a part of it may be missing. With `everything`, members are kept
-    that no sample can use.
+    If `members` raises, the sample at hand is not yielded. With `everything`, members are kept that no sample can use.
     """
     sample: Grouped[Value] = Grouped("")
     for member in members:
@@ -148,26 +148,20 @@ def group(
             sample = Grouped(key, problems=problems, start=member.start)
         sample.stop = member.offset + -(-member.size // BLOCK) * BLOCK
         if dotted:
-            problem = (
-                f"dotted key: {member.name!r} belongs to key {key!r} as type {kind!r}; rename it: keys hold no dots"
-            )
-            sample.dotted.setdefault(member.name.rpartition(".")[0], problem)
+            problem = f"{member.name!r} belongs to key {key!r} as type {kind!r}; rename it: keys hold no dots"
+            sample.dotted.setdefault(member.name.rpartition(".")[0], f"dotted key: {problem}")
         if pickle:
             sample.warnings.append(f"pickle ignored: {member.name!r} is never opened")
         if wanted and kind in sample.members:
-            sample.problems.append(
-                f"duplicate member: {member.name!r} comes twice, or two samples that follow each other share a key"
-            )
+            problem = f"{member.name!r} comes twice, or two samples that follow each other share a key"
+            sample.problems.append(f"duplicate member: {problem}")
         elif wanted:
             sample.members[kind] = value(member)
     yield from sample.resolved()
 
 
 def other_members(names: Iterable[str], keys: Iterable[str]) -> Iterator[Skipped]:
-    """The members of an archive that belong to none of its samples, one for each key.
-
-    WebDataset's own members and hidden ones, whose names begin with a dot, are left out.
-    """
+    """The members of an archive that belong to none of its samples, one for each key; hidden ones are left out."""
     known = set(keys)
     for key, kind in map(key_and_type, map(printable, names)):
         if key and not key.endswith("/") and key not in known and kind.rpartition(".")[2] not in _WANTED:
@@ -178,17 +172,12 @@ def other_members(names: Iterable[str], keys: Iterable[str]) -> Iterator[Skipped
 # ------------------------------------------------------------------ image, captions, class
 
 
-def types_of(sample: Mapping[str, Any]) -> list[str]:
-    """The types of a sample's members, without fields that begin with two underscores."""
-    return [kind for kind in sample if not kind.startswith("__")]
-
-
 def image_type(members: Mapping[str, Any]) -> str:
     """The type of the member that is a sample's image; ValueError `no image: ...` if it has none."""
     for kind in IMAGE_TYPES:
         if kind in members:
             return kind
-    raise ValueError(f"no image: members are {types_of(members)}, wanted one of {list(IMAGE_TYPES)}")
+    raise ValueError(f"no image: members are {list(members)}, wanted one of {list(IMAGE_TYPES)}")
 
 
 def image_bytes(sample: Mapping[str, bytes]) -> bytes:
@@ -203,12 +192,8 @@ class NoCaptionError(ValueError):
 def captions(sample: Mapping[str, bytes], lines: bool = False) -> list[str]:
     """The captions of a sample: `captions` of its JSON, else `caption` of it, else its text.
 
-    Args:
-        sample: bytes of its members by type.
-        lines: whether a .txt member holds a caption on each line. By default it is one caption.
-
-    Returns:
-        At least one string that is not blank; surrounding white space is removed, blank ones are kept as "".
+    With `lines`, a .txt member holds a caption on each line. White space around captions is removed. Blank ones are kept as
+    "", but one is not blank.
 
     Raises:
         NoCaptionError: `no caption: ...`.
@@ -220,7 +205,7 @@ def captions(sample: Mapping[str, bytes], lines: bool = False) -> list[str]:
         raise ValueError(f"caption unreadable: {error}") from error
     if not any(texts):
         raise NoCaptionError(
-            f"no caption: members are {types_of(sample)}, wanted KEY.txt, or KEY.json with "
+            f"no caption: members are {list(sample)}, wanted KEY.txt, or KEY.json with "
             '{"captions": [...]} or {"caption": "..."}; members of a sample must follow each other in the tar'
         )
     _check_length(texts)
@@ -230,10 +215,10 @@ def captions(sample: Mapping[str, bytes], lines: bool = False) -> list[str]:
 def caption_choices(
     sample: Mapping[str, bytes], shares: Mapping[str, float], lines: bool = False
 ) -> list[tuple[float, list[str]]]:
-    """The captions that training draws from: share and captions, none of them blank, of each field that the sample has.
+    """Share and captions, none of them blank, of each field that the sample has, for training to draw from.
 
     `shares` are relative probabilities of fields of the JSON (strings, or lists of strings) or of `txt`; without any, the
-    captions are those of `captions`, which states the other arguments and errors.
+    captions are those of `captions`. Errors are the same.
     """
     if not shares:
         return [(1.0, [text for text in captions(sample, lines) if text])]
@@ -247,18 +232,14 @@ def caption_choices(
         raise ValueError(f"caption unreadable: {error}") from error
     choices = [(shares[name], list(filter(None, each))) for name, each in texts.items() if any(each)]
     if not choices:
-        raise NoCaptionError(f"no caption: none of the fields {list(shares)} is there; members are {types_of(sample)}")
+        raise NoCaptionError(f"no caption: none of the fields {list(shares)} is there; members are {list(sample)}")
     for _, each in choices:
         _check_length(each)
     return choices
 
 
 def check_caption(text: str) -> str:
-    """A caption that stands alone, such as a cell of a table, without white space around it.
-
-    Raises:
-        ValueError: `caption empty: ...`, `caption not UTF-8: ...` or `caption too long: ...`.
-    """
+    """A caption that stands alone, such as a cell of a table, stripped; ValueError begins with the cause if it is none."""
     text = text.strip()
     if not text:
         raise ValueError("caption empty: nothing but white space")
@@ -273,11 +254,11 @@ def _check_length(texts: Iterable[str]) -> None:
         raise ValueError(f"caption too long: {longest} characters, the limit is {LONGEST_CAPTION}")
 
 
+@lru_cache(maxsize=4096)
 def caption_lines(shard: str) -> bool:
-    """Whether the .txt members of a shard hold a caption on each line rather than one caption.
+    """Whether the .txt members of a local shard hold a caption on each line.
 
-    That is so in the retrieval sets of CLIP_benchmark: `dataset_type.txt` in the shard's folder, or in the one above it,
-    says `retrieval`. No file is looked for beside URLs and commands.
+    In the retrieval sets of CLIP_benchmark, `dataset_type.txt` in the shard's folder, or in the one above it, says so.
     """
     if is_remote(shard):
         return False

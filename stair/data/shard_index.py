@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from stair.data.remote import LastingError, Remote, is_remote, local_copy, open_shard, read_ranges
+from stair.data.remote import LOCAL, LastingError, Remote, is_remote, local_copy, open_shard, read_ranges
 from stair.data.samples import BLOCK, Grouped, group
 from stair.data.tars import members_of_part, walk
 from stair.errors import FileError
@@ -41,24 +41,21 @@ _REMEDY = "delete it, or write it again with `stair doctor SHARDS --write_index`
 Rows = NDArray[np.uint32]  # (N, 3): first block, blocks, checksum of each sample
 
 
-def build(shard: Path | str) -> Rows:
-    """Finds the samples of a local, uncompressed tar by its headers; FileError if it cannot be read to its end."""
-    rows, problem = _scan(str(shard))
-    if problem:
-        raise FileError(problem, shard)
-    return rows
+def build(shard: Path | str, problems: list[str] | None = None) -> Rows:
+    """Finds the samples of a local, uncompressed tar by its headers.
 
-
-def _scan(shard: str) -> tuple[Rows, str]:
-    """The rows of the whole samples, and what breaks the shard behind them."""
-    rows, problem = [], ""
+    FileError if it cannot be read to its end; or this is added to `problems`, and the rows are those of whole samples.
+    """
+    rows = []
     try:
-        for sample in walk(shard):
+        for sample in walk(str(shard)):
             check = _checksum(sample.key, {kind: size for kind, (_, size) in sample.members.items()})
             rows.append((sample.start // BLOCK, (sample.stop - sample.start) // BLOCK, check))
     except FileError as error:
-        problem = str(error)
-    return np.array(rows, np.uint32).reshape(-1, 3), problem
+        if problems is None:
+            raise
+        problems.append(str(error))
+    return np.array(rows, np.uint32).reshape(-1, 3)
 
 
 def _checksum(key: str, lengths: dict[str, int]) -> int:
@@ -66,12 +63,7 @@ def _checksum(key: str, lengths: dict[str, int]) -> int:
 
 
 def index_shard(shard: Path) -> int:
-    """Writes the index of a local shard beside it, and returns its number of samples.
-
-    Raises:
-        FileError: if it cannot be read to its end.
-        OSError: if there is no room or no permission.
-    """
+    """Writes the index of a local shard beside it, and returns its number of samples; errors as of `build` and `write`."""
     rows = build(shard)
     write(f"{shard}{SUFFIX}", rows, shard.stat().st_size)
     return len(rows)
@@ -103,12 +95,7 @@ def _checked(shard: str, data: bytes) -> int:
 
 
 def read_index(shard: str, remote: Remote) -> Rows:
-    """The rows of a shard (path or URL), of its index file or made now.
-
-    Raises:
-        FileError: if the index is damaged or of another file.
-        OSError: if shard or index cannot be read.
-    """
+    """The rows of a shard, of its index file or made now. FileError if that is damaged or of another file; OSError."""
     (data,) = read_ranges([(index_path(shard), 0, _LONGEST)], replace(remote, cache=None))
     if isinstance(data, OSError):
         return _without_file(shard, remote, data)
@@ -136,7 +123,7 @@ def _without_file(shard: str, remote: Remote, error: OSError) -> Rows:
             return read_index(copy.name, remote)
     if is_remote(shard) or not isinstance(error, FileNotFoundError):
         raise error
-    return _made(shard)[0]
+    return _made(shard, [])
 
 
 def index_path(shard: str) -> str:
@@ -155,14 +142,14 @@ def _cached(shard: str) -> str:
     return os.path.join(home, "stair", "index", hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:32])
 
 
-def _made(shard: str) -> tuple[Rows, str]:
-    """Makes an index and keeps it where that is possible. That of a broken shard is not kept; the reason comes with it."""
-    rows, problem = _scan(shard)
-    for path in () if problem else (shard + SUFFIX, _cached(shard)):
+def _made(shard: str, problems: list[str]) -> Rows:
+    """Makes an index and keeps it where that is possible. That of a broken shard is not kept."""
+    rows = build(shard, problems)
+    for path in () if problems else (shard + SUFFIX, _cached(shard)):
         with suppress(OSError):  # what cannot be kept costs the next run its time, no more
             write(path, rows, os.stat(shard).st_size)
             break
-    return rows, problem
+    return rows
 
 
 # ------------------------------------------------------------------ samples
@@ -183,11 +170,7 @@ def spans_of(shard: str, rows: Rows) -> list[Span]:
 
 
 def read_spans(spans: Sequence[Span], remote: Remote) -> Iterator[Grouped[bytes] | OSError]:
-    """Reads samples, remote ones at the same time; or says why they cannot be read.
-
-    Raises:
-        FileError: if a shard is not the file whose spans these are.
-    """
+    """Reads samples, or says why they cannot be read. FileError if a shard is not the file whose spans these are."""
     for span, data in zip(spans, read_ranges([span[:3] for span in spans], remote), strict=True):
         yield data if isinstance(data, OSError) else _parsed(span, data)
 
@@ -206,21 +189,16 @@ def _parsed(span: Span, data: bytes) -> Grouped[bytes]:
 
 
 class SampleReader:
-    """Reads samples of shards by their rows, and keeps the pages of indexes that it has read.
-
-    Args:
-        remote: how to read what is not local. Shards that failed are tried once, not for minutes again.
-    """
+    """Reads samples by their rows, and keeps pages of indexes. Shards that failed are tried once, not for minutes again."""
 
     def __init__(self, remote: Remote) -> None:
         self._remote, self._failed = remote, set[str]()
         self._pages = dict[tuple[str, int], Rows | OSError]()
 
     def read(self, samples: Sequence[tuple[str, int, int]]) -> Iterator[Grouped[bytes] | OSError]:
-        """The samples at shard (path or URL), row, and number of rows in the shard; or why one cannot be read.
+        """The samples at (shard, row, number of rows in the shard), or why one cannot be read.
 
-        Raises:
-            FileError: if a shard or its index was replaced, or the number is wrong.
+        FileError if a shard or its index was replaced, or the number is wrong.
         """
         spans = [
             page if isinstance(page, OSError) else spans_of(shard, page[row % _PAGE : row % _PAGE + 1])[0]
@@ -271,12 +249,7 @@ class SampleReader:
 def sizes(shards: Sequence[str], remote: Remote, processes: int) -> dict[str, tuple[int, str]]:
     """Number of samples of each shard, and what is wrong with it ("" if nothing is known to be).
 
-    Local shards without an index are indexed, in parallel, with a progress bar.
-
-    Args:
-        shards: paths and URLs.
-        remote: how to read what is not local.
-        processes: that index.
+    Local shards without an index are indexed by so many processes, with a progress bar.
 
     Raises:
         FileError: if an index is damaged or of another file, or a remote shard has none.
@@ -332,8 +305,8 @@ def _make(shards: list[str], processes: int) -> dict[str, tuple[int, str]]:
 
 
 def _count(shard: str) -> tuple[int, str]:
-    rows, problem = _made(shard)
-    return len(rows), problem
+    problems: list[str] = []
+    return len(_made(shard, problems)), "".join(problems)
 
 
 def _folder(shard: str) -> str:
@@ -344,12 +317,10 @@ def _name(shard: str) -> str:
     return os.path.basename(shard.partition("?")[0] if is_remote(shard) else shard)
 
 
-def read_manifest(folder: str, remote: Remote) -> dict[str, tuple[int, int]]:
+def read_manifest(folder: str, remote: Remote = LOCAL) -> dict[str, tuple[int, int]]:
     """Samples and bytes of each shard, by its name, as `index.json` in a folder or under a URL states.
 
-    Raises:
-        FileError: if it is damaged, or of another format.
-        OSError: if it cannot be read.
+    FileError if it is damaged or of another format; OSError.
     """
     path = f"{folder}/{MANIFEST}"
     try:

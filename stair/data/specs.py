@@ -6,11 +6,7 @@ from stair.errors import SettingError
 
 
 def require(holds: bool, name: str, value: object, wanted: str) -> None:
-    """Checks a setting.
-
-    Raises:
-        SettingError: unless it holds.
-    """
+    """Checks a setting; SettingError unless it holds."""
     if not holds:
         raise SettingError(f"{name}={value!r}: wanted {wanted}", name)
 
@@ -29,11 +25,7 @@ class Shards:
 
 
 def mixture(train: str | list[str] | dict[str, str | list[str] | Shards] | None) -> dict[str, Shards]:
-    """The sources by name; "" is the name of an only one.
-
-    Raises:
-        ValueError: if some have a weight and others none, or a mapping was not understood as one.
-    """
+    """The sources by name, "" of an only one; ValueError if some have no weight, or a mapping was not understood as one."""
     given = list(train.values()) if isinstance(train, dict) else [train] if isinstance(train, str) else train or []
     for spec in given:
         if isinstance(spec, str) and spec.startswith("{") and ": " in spec:

@@ -50,14 +50,9 @@ class Table:
 
 
 def open_table(path: Path, delimiter: str | None = None) -> Table:
-    """Opens a table by the suffix of its name.
+    """Opens a table by the suffix of its name; FileError if it is none, has no columns, or two columns of one name.
 
-    Args:
-        path: the file.
-        delimiter: of cells; a tab in .tsv and a comma in .csv and .txt if None.
-
-    Raises:
-        FileError: if it is no table, has no columns, or two columns of one name.
+    Cells are divided by `delimiter`: by default a tab in .tsv, a comma in .csv and .txt.
     """
     suffix, types = path.suffix.lower(), {}
     if suffix == ".parquet":

@@ -16,19 +16,14 @@ from urllib.parse import urlsplit
 import braceexpand
 
 from stair.data.remote import LOCAL, Remote, is_remote, open_shard
-from stair.data.samples import BLOCK, Grouped, Member, group, is_wanted
+from stair.data.samples import BLOCK, Grouped, Member, content, group
 from stair.errors import FileError
 
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")  # how gzip, bzip2 and xz begin: positions in such a tar mean nothing
 LARGEST = 1 << 28  # bytes of one member that are read into memory; a damaged header may say 2^60
 _LONGEST_HEADER = 1 << 20  # bytes of a long name or an extended header
-_EXTENDED = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
+_EXTENDED = {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE}
+_EXTENDED |= {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 _DAMAGED = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError, lzma.LZMAError, zlib.error)
 _OTHER_BACKSLASH = re.compile(r"\\(?![{},])")  # a command's own: only a brace's or comma's is for the pattern
 
@@ -36,9 +31,8 @@ _OTHER_BACKSLASH = re.compile(r"\\(?![{},])")  # a command's own: only a brace's
 def expand(spec: str | list[str]) -> list[str]:
     """The shards a spec names, in a fixed order.
 
-    Args:
-        spec: a path, a glob (`a/*.tar`), a brace pattern (`a/{0000..0004}.tar`), a URL or `pipe:` command (braces
-            allowed; `\\{`, `\\}` and `\\,` stand for themselves, any other backslash stays), or a list of these.
+    A spec is a path, a glob (`a/*.tar`), a brace pattern (`a/{0000..0004}.tar`), a URL or `pipe:` command (braces allowed;
+    `\\{`, `\\}` and `\\,` stand for themselves, any other backslash stays), or a list of these.
 
     Raises:
         FileNotFoundError: if a part of the spec matches no file.
@@ -110,14 +104,9 @@ class _Header(tarfile.TarInfo):
 
 
 def members(file: BinaryIO, mode: str = "r:") -> Iterator[Member]:
-    """The regular files of a tar in order; links, devices and folders are skipped.
+    """The regular files of a tar in order; BrokenTarError names the byte where it is damaged or cut short.
 
-    Args:
-        file: the archive.
-        mode: `r:` for an uncompressed file that can seek, `r|*` for any tar that is read forwards, compressed or not.
-
-    Raises:
-        BrokenTarError: where the archive is damaged or cut short; names the byte.
+    The mode is `r:` for an uncompressed file that can seek, `r|*` for any tar that is read forwards, compressed or not.
     """
     archive = None
     try:
@@ -185,11 +174,11 @@ def walk(
         shard: path, URL or `pipe:` command.
         remote: how to read what is not local.
         compressed: whether compressed tars are accepted, in which offsets mean nothing.
-        value: what is kept of a member: offset and length in bytes.
+        value: what is kept of a member: offset and length in bytes, or `samples.content`.
         everything: whether members that belong to no sample are kept too.
 
     Raises:
-        FileError: where the file stops being a tar, with the byte; every complete sample before has been yielded by then.
+        FileError: where the file stops being a tar, with the byte, after every complete sample before it.
     """
     try:
         with open_shard(shard, remote) as file:
@@ -199,24 +188,6 @@ def walk(
         raise FileError(f"{shard} {error}", shard) from error
 
 
-def stream(
-    shard: str, on_error: Callable[[Exception], Any], remote: Remote = LOCAL, everything: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Reads the samples of one shard from front to end.
-
-    Args:
-        shard: path, URL or `pipe:` command.
-        on_error: called with what breaks the shard, after which nothing more comes.
-        remote: how to read what is not local.
-        everything: whether members that belong to no sample are named too, as b"".
-
-    Yields:
-        `__key__`, `__problem__` (a reason to skip the sample, else empty), `__warnings__` and, by type in lower case, the
-        bytes of each member.
-    """
-    try:
-        for sample in walk(shard, remote, True, lambda m: m.read() if is_wanted(m.name) else b"", everything):
-            problem = sample.problems[0] if sample.problems else ""
-            yield {"__key__": sample.key, "__problem__": problem, "__warnings__": sample.warnings, **sample.members}
-    except FileError as error:
-        on_error(error)
+def read_samples(shard: str, remote: Remote = LOCAL, everything: bool = False) -> Iterator[Grouped[bytes]]:
+    """Reads the samples of a tar, compressed or not, from front to end; arguments and errors as of `walk`."""
+    return walk(shard, remote, True, content, everything)

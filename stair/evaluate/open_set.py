@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 
 from stair.data import samples as fields
 from stair.data.folders import class_files, class_names, read_names
-from stair.data.pairs import Entry, entries, opened, whole_captions
+from stair.data.pairs import entries, opened, whole_captions
 from stair.data.specs import require
 from stair.data.tars import expand
 from stair.errors import FileError, SettingError
@@ -124,7 +124,7 @@ class _TarSamples:
 
     def __getitem__(self, index: int, /) -> Sample:
         with opened(self._entries[index]) as sample:
-            captions, label = self._annotation(sample.members, self._entries[index])
+            captions, label = self._annotation(sample.members, self._entries[index].shard)
             return Sample(decode_image(fields.image_bytes(sample.members)), captions, label)
 
     def annotations(self) -> list[tuple[tuple[str, ...], int | None]]:
@@ -132,13 +132,13 @@ class _TarSamples:
         annotations = []
         for entry in self._entries:
             with opened(entry) as sample:
-                annotations.append(self._annotation(sample.members, entry))
+                annotations.append(self._annotation(sample.members, entry.shard))
         return annotations
 
-    def _annotation(self, members: dict[str, bytes], entry: Entry) -> tuple[tuple[str, ...], int | None]:
+    def _annotation(self, members: dict[str, bytes], shard: str) -> tuple[tuple[str, ...], int | None]:
         label = self._label(members) if self._labels else None
         try:
-            return tuple(whole_captions(members, entry.lines)[: self._max_captions]), label
+            return tuple(whole_captions(members, shard)[: self._max_captions]), label
         except fields.NoCaptionError:
             if label is None:
                 raise

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pyarrow import parquet
 
-from stair.data.prepare.writer import REPORT, Record, finish, known_json, listed, open_tar, preparing, run
+import stair.data.prepare.writer as writer
 from stair.data.samples import Skipped, caption_lines, captions, count_causes, image_bytes, skipped_lines
 from stair.data.shard_index import index_shard
-from stair.data.tars import stream
+from stair.data.tars import read_samples
 from stair.errors import FileError
 from stair.files import atomic_write, write_json
 from stair.images import decode_image
@@ -34,21 +34,20 @@ def cc(folder: Path, mend: bool = False, max_bad_share: float = 0.05, workers: i
             f"{folder} holds {len(shards)} tars and no NNNNN_stats.json, which img2dataset writes (webdataset format)"
         )
         raise FileError(f"{what}. Shards of other origin: `stair doctor --write_index`", folder)
-    with preparing(folder) as state:
+    with writer.preparing(folder) as state:
         jobs = {shard: (mend,) for shard in shards}
-        records, skipped = run(jobs, check_shard, state, f"cc, mend={mend}", workers, max_bad_share)
+        records, skipped = writer.run(jobs, check_shard, state, f"cc, mend={mend}", workers, max_bad_share)
         samples = sum(record["samples"] for record in records.values())
         mended = [shard.name for shard, record in records.items() if record["mended"]]
         report = {"source": "img2dataset", "samples": samples, "mended": mended}
-        name = "skipped" if mend else "bad"
-        report |= {name: count_causes(skipped), f"{name}_inputs": [entry.facts() for entry in skipped]}
-        write_json(folder / REPORT, {"format": 1, "splits": {"all": report}})
-        finish(folder, state, records, is_replaced=lambda name: True)
+        report |= writer.skipped_facts(skipped, "skipped" if mend else "bad")
+        write_json(folder / writer.REPORT, {"format": 1, "splits": {"all": report}})
+        writer.finish(folder, state, records, is_replaced=lambda name: True)
     counts = f"{sum(record['samples'] > 0 for record in records.values())} shards with {samples} samples"
     print(*skipped_lines(skipped), f"{folder}: {counts}, indexed; {len(mended)} written anew", sep="\n")
     if skipped:
         todo = "" if mend else "; training skips them, `--mend` rewrites their shards without them"
-        print(f"  bad: {listed(count_causes(skipped))}{todo}; which ones: {REPORT}")
+        print(f"  bad: {writer.listed(count_causes(skipped))}{todo}; which ones: {writer.REPORT}")
 
 
 def _command(table: Path) -> str:
@@ -67,37 +66,39 @@ def _stats_file(shard: Path) -> Path:
     return shard.with_name(f"{shard.stem}_stats.json")
 
 
-def check_shard(shard: Path, mend: bool) -> Record:
+def check_shard(shard: Path, mend: bool) -> writer.Record:
     """Reads a shard, compares it with `NNNNN_stats.json` and `NNNNN.parquet` beside it, and returns its record."""
-    errors: list[Exception] = []
-    lines, keys, bad = caption_lines(str(shard)), list[str](), dict[str, str]()
-    for sample in stream(str(shard), errors.append):
-        keys.append(sample["__key__"])
-        try:
-            if sample["__problem__"]:
-                raise ValueError(sample["__problem__"])
-            captions(sample, lines)
-            decode_image(image_bytes(sample), enough=1)
-        except ValueError as error:
-            bad[keys[-1]] = str(error)[:300]
+    lines, keys, bad, broken = caption_lines(str(shard)), list[str](), dict[str, str](), ""
+    try:
+        for sample in read_samples(str(shard)):
+            keys.append(sample.key)
+            try:
+                if sample.problems:
+                    raise ValueError(sample.problems[0])
+                captions(sample.members, lines)
+                decode_image(image_bytes(sample.members), enough=1)
+            except ValueError as error:
+                bad[keys[-1]] = str(error)[:300]
+    except FileError as error:
+        broken = str(error)
     skipped = [Skipped(f"{shard.name}:{key}", reason) for key, reason in bad.items()]
-    skipped += [Skipped(shard.name, f"shard cut short: {error}"[:300]) for error in errors]
+    skipped += [Skipped(shard.name, f"shard cut short: {broken}"[:300])] if broken else []
     stats = _stats_file(shard)
-    stated = known_json(stats).get("successes")
+    stated = writer.known_json(stats).get("successes")
     stated = stated if isinstance(stated, int) else 0
     if not stats.is_file():
         skipped.append(Skipped(shard.name, f"shard unfinished: no {stats.name}, img2dataset stopped in it"))
-    elif errors or len(keys) != stated:
+    elif broken or len(keys) != stated:
         skipped += _missing(shard, keys, stated)
     samples, kept = len(keys), sum(key not in bad for key in keys)
-    mended = mend and bool(bad or errors) and kept > 0
+    mended = mend and bool(bad or broken) and kept > 0
     if mended:
         samples = kept
-        with atomic_write(shard) as part, part.open("wb") as file, open_tar(file) as tar:
-            for sample in stream(str(shard), lambda error: None):
-                if sample["__key__"] not in bad:
-                    tar.write(sample)  # without fields that begin with two underscores
-        write_json(stats, {**known_json(stats), "successes": kept})
+        with atomic_write(shard) as part, part.open("wb") as file, writer.open_tar(file) as tar, suppress(FileError):
+            for sample in read_samples(str(shard)):
+                if sample.key not in bad:
+                    tar.write({"__key__": sample.key, **sample.members})
+        write_json(stats, {**writer.known_json(stats), "successes": kept})
     with suppress(FileError):  # training indexes what there is of it
         index_shard(shard)
     return {"inputs": max(len(keys), stated), "samples": samples, "mended": mended, "skipped": skipped}

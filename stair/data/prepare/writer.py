@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from stair.data.remote import LOCAL
 from stair.data.samples import Skipped, check_caption, count_causes, printable, skipped_lines
 from stair.data.shard_index import MANIFEST, MANIFEST_FORMAT, index_shard, read_manifest
 from stair.data.specs import require
@@ -102,47 +101,37 @@ def write_shards(
     require(workers >= 0, "workers", workers, "0 or more")
     for split in source.splits:
         require(_SPLIT.fullmatch(split) is not None, "split", split, "letters, digits, - and _: shards have its name")
-    splits = [split for split, inputs in source.splits.items() if inputs or source.skipped.get(split)]
-    if not splits:
+    if not any([*source.splits.values(), *source.skipped.values()]):
         raise StairError(f"{source.name} holds no input")
-    order = seed if source.shuffled else None
+    settings = {"seed": seed if source.shuffled else None, "shard_samples": shard_samples, "max_side": max_side}
     with preparing(out) as state:
-        _write_classnames(out / CLASSNAMES, source.classnames)
-        for split in splits:
-            jobs, fingerprint = _jobs(source, split, out, order, shard_samples, max_side, max_pixels)
-            if not _is_done(out, state, split, fingerprint):
-                known = source.skipped.get(split, [])
-                made = run(jobs, make_shard, state, fingerprint, workers, max_bad_share, known)
-                settings = {"seed": order, "shard_samples": shard_samples, "max_side": max_side}
-                report: Record = {"source": source.name, "fingerprint": fingerprint, "settings": settings}
-                report["inputs"] = len(source.splits[split]) + len(known)
-                _finish_split(out, state, split, report, *made)
-
-
-def _write_classnames(path: Path, classnames: list[str] | None) -> None:
-    known = known_json(path)
-    if classnames is not None:
-        if known.get("classes", classnames) != classnames:
-            raise FileError(f"{path} lists other classes, and labels are positions in it; give another folder", path)
-        write_json(path, {**known, "classes": classnames})
-
-
-def _jobs(
-    source: Source, split: str, out: Path, seed: int | None, shard_samples: int, max_side: int, max_pixels: int
-) -> tuple[dict[Path, tuple[Any, ...]], str]:
-    """What `make_shard` takes for each shard, and a fingerprint of all that their bytes depend on."""
-    keyed = [(f"{split}-{number:08d}", each) for number, each in enumerate(source.splits[split])]
-    if seed is not None:
-        random.Random(seed).shuffle(keyed)
-    digest = hashlib.sha256()
-    for part in ((shard_samples, max_side, max_pixels), source.read, *keyed):
-        digest.update(repr(part).encode("utf-8", "surrogateescape"))
-    shards = math.ceil(len(keyed) / shard_samples)
-    cuts = [len(keyed) * i // max(shards, 1) for i in range(shards + 1)]
-    jobs = {}
-    for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
-        jobs[out / f"{split}-{i:05d}.tar"] = (keyed[start:stop], source.read, max_side, max_pixels)
-    return jobs, digest.hexdigest()
+        if source.classnames is not None:
+            known = known_json(out / CLASSNAMES)
+            if known.get("classes", source.classnames) != source.classnames:
+                what = f"{out / CLASSNAMES} lists other classes, and labels are positions in it; give another folder"
+                raise FileError(what, out / CLASSNAMES)
+            write_json(out / CLASSNAMES, {**known, "classes": source.classnames})
+        for split, inputs in source.splits.items():
+            skipped = source.skipped.get(split, [])
+            if not (inputs or skipped):
+                continue
+            keyed = [(f"{split}-{number:08d}", each) for number, each in enumerate(inputs)]
+            if settings["seed"] is not None:
+                random.Random(seed).shuffle(keyed)
+            digest = hashlib.sha256()  # of all that the bytes of the shards depend on
+            for part in ((shard_samples, max_side, max_pixels), source.read, *keyed):
+                digest.update(repr(part).encode("utf-8", "surrogateescape"))
+            if _is_done(out, state, split, digest.hexdigest()):
+                continue
+            shards = math.ceil(len(keyed) / shard_samples)
+            cuts = [len(keyed) * i // max(shards, 1) for i in range(shards + 1)]
+            jobs = {
+                out / f"{split}-{i:05d}.tar": (keyed[start:stop], source.read, max_side, max_pixels)
+                for i, (start, stop) in enumerate(itertools.pairwise(cuts))
+            }
+            made = run(jobs, make_shard, state, digest.hexdigest(), workers, max_bad_share, skipped)
+            report = {"source": source.name, "fingerprint": digest.hexdigest(), "settings": settings}
+            _finish_split(out, state, split, report | {"inputs": len(inputs) + len(skipped)}, *made)
 
 
 def _is_done(out: Path, state: Path, split: str, fingerprint: str) -> bool:
@@ -153,9 +142,8 @@ def _is_done(out: Path, state: Path, split: str, fingerprint: str) -> bool:
     if sizes and written_as != fingerprint:
         raise FileError(
             f"{out} holds split {split!r} made of other inputs or with other settings ({', '.join(sorted(sizes)[:3])}): "
-            f"give another folder or split, or remove {split}-*.tar there",
-            out,
-        )
+            f"give another folder or split, or remove {split}-*.tar there", out,
+        )  # fmt: skip
     with suppress(FileError):  # a damaged index is written again
         indexed = {name: entry["bytes"] for name, entry in index_entries(out).items() if _is_of_split(name, split)}
         if sizes and sizes == indexed and not plan.exists():
@@ -173,14 +161,11 @@ def _finish_split(
     out: Path, state: Path, split: str, report: Record, records: dict[Path, Record], skipped: list[Skipped]
 ) -> None:
     """Writes report and index of a split, and prints what became of its inputs."""
-    for name in ("samples", "captions"):
-        report[name] = sum(record[name] for record in records.values())
+    report |= {name: sum(record[name] for record in records.values()) for name in ("samples", "captions")}
     if not report["samples"]:
         raise StairError(f"{report['source']}: split {split!r} holds no input that can be used: {summary(skipped)}")
-    report["written_anew"] = anew = sum(
-        (Counter(record["written_anew"]) for record in records.values()), Counter[str]()
-    )
-    report |= {"skipped": count_causes(skipped), "skipped_inputs": [entry.facts() for entry in skipped]}
+    anew = sum((Counter(record["written_anew"]) for record in records.values()), Counter[str]())
+    report |= {"written_anew": anew, **skipped_facts(skipped)}
     reports = known_json(out / REPORT).get("splits", {})
     write_json(out / REPORT, {"format": 1, "splits": {**reports, split: report}})
     finish(out, state, records, lambda name: _is_of_split(name, split))
@@ -198,9 +183,7 @@ def make_shard(
     path: Path, keyed: list[tuple[str, Input]], read: Callable[[tuple[Any, ...]], bytes], max_side: int, max_pixels: int
 ) -> Record:
     """Writes the shard of keys and inputs, with its index, and returns its record. Without a sample, there is no tar."""
-    skipped: list[Skipped] = []
-    written_anew: Counter[str] = Counter()
-    captions = 0
+    skipped, written_anew, captions = list[Skipped](), Counter[str](), 0
     with atomic_write(path) as part, part.open("wb") as file, open_tar(file) as tar:
         for key, each in keyed:
             try:
@@ -245,8 +228,7 @@ def encode(data: bytes, max_side: int, max_pixels: int) -> tuple[str, bytes, str
         reason = f"with more than {max_side} pixels a side"
     if not reason:
         return kind, data, ""
-    buffer = io.BytesIO()
-    is_lossy = kind in ("jpg", "webp")
+    buffer, is_lossy = io.BytesIO(), kind in ("jpg", "webp")
     image.save(buffer, "JPEG" if is_lossy else "PNG", quality=95)
     return "jpg" if is_lossy else "png", buffer.getvalue(), reason
 
@@ -256,10 +238,9 @@ def encode(data: bytes, max_side: int, max_pixels: int) -> tuple[str, bytes, str
 
 def known_json(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one if there is none."""
-    try:
+    with suppress(OSError, FileError):
         return read_json(path)
-    except (OSError, FileError):
-        return {}
+    return {}
 
 
 @contextmanager
@@ -296,6 +277,15 @@ def run(
     records = {path: known_json(state / f"{path.name}.json") for path in jobs}
     missing = {path for path in jobs if records[path].get("state") != [fingerprint, _modified(path)]}
     inputs, skipped = len(skipped), [*skipped]
+
+    def check_share() -> None:
+        if len(skipped) > max_bad_share * inputs:
+            path = state / "skipped.json"
+            write_json(path, [entry.facts() for entry in skipped])
+            share = f"{len(skipped)} of {inputs} inputs cannot be used, more than max_bad_share={max_bad_share}"
+            remedy = "Correct the source, or run again with a higher --max_bad_share: finished shards are kept"
+            raise StairError(f"{share}: {summary(skipped)}. All of them: {path}. {remedy}")
+
     with closing(_results([(work, path, *jobs[path]) for path in jobs if path in missing], workers)) as results:
         for path in tqdm(jobs, "shards", disable=None):
             if path in missing:
@@ -304,8 +294,8 @@ def run(
             inputs += records[path]["inputs"]
             skipped += [Skipped(*entry) for entry in records[path]["skipped"]]
             if inputs >= _ENOUGH:
-                _check_share(skipped, inputs, max_bad_share, state)
-    _check_share(skipped, inputs, max_bad_share, state)
+                check_share()
+    check_share()
     return records, skipped
 
 
@@ -313,13 +303,9 @@ def _modified(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
-def _check_share(skipped: Sequence[Skipped], inputs: int, max_bad_share: float, state: Path) -> None:
-    if len(skipped) > max_bad_share * inputs:
-        path = state / "skipped.json"
-        write_json(path, [entry.facts() for entry in skipped])
-        share = f"{len(skipped)} of {inputs} inputs cannot be used, more than max_bad_share={max_bad_share}"
-        remedy = "Correct the source, or run again with a higher --max_bad_share: finished shards are kept"
-        raise StairError(f"{share}: {summary(skipped)}. All of them: {path}. {remedy}")
+def skipped_facts(skipped: Sequence[Skipped], name: str = "skipped") -> Record:
+    """For reports: how many for each cause, and all of them."""
+    return {name: count_causes(skipped), f"{name}_inputs": [entry.facts() for entry in skipped]}
 
 
 def summary(skipped: Sequence[Skipped]) -> str:
@@ -345,9 +331,9 @@ def _results(jobs: Sequence[tuple[Any, ...]], workers: int) -> Generator[Record,
         try:
             yield from pool.map(_record, jobs)
         except BrokenProcessPool as error:
-            remedy = "run the same command again with fewer --workers: finished shards are kept"
             raise ChildProcessError(
-                f"a process died, most likely as the machine ran out of memory; {remedy}"
+                "a process died, most likely as the machine ran out of memory; run the same command again with fewer "
+                "--workers: finished shards are kept"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -366,7 +352,7 @@ def _end_with_parent() -> None:  # else a process whose parent is killed would w
 
 def index_entries(folder: Path) -> dict[str, dict[str, Any]]:
     """`samples`, `bytes` and `sha256` of each shard by its name, as `index.json` states; FileError if it is damaged."""
-    known = read_manifest(str(folder), LOCAL)
+    known = read_manifest(str(folder))
     stated = read_json(folder / MANIFEST)["shards"] if known else {}
     return {name: {**stated[name], "samples": samples, "bytes": size} for name, (samples, size) in known.items()}
 
