@@ -128,9 +128,7 @@ class PairMaker:
         try:
             if sample.problems:
                 raise ValueError(sample.problems[0])
-            shares, choices = zip(
-                *caption_choices(sample.members, self.caption_fields, caption_lines(shard)), strict=True
-            )
+            shares, choices = zip(*caption_choices(sample.members, self.caption_fields, _lines(shard)), strict=True)
             self.augment(image_bytes(sample.members), rng, converted, pixels[row])
         except ValueError as error:
             skips.append(Skip(str(error), source, shard, where))
@@ -138,6 +136,9 @@ class PairMaker:
         skips += [Skip(f"{CONVERTED}{kind}: to 8-bit RGB, upright", source, shard, where, 0) for kind in converted]
         texts = rng.choices(choices, shares)[0] if len(choices) > 1 else choices[0]
         return Pair(pixels[row], [rng.choice(texts)], row, f"{_stem(shard)}/{sample.key}", source)
+
+
+_lines = functools.lru_cache(maxsize=4096)(caption_lines)
 
 
 @functools.lru_cache(maxsize=4096)

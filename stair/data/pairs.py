@@ -50,7 +50,7 @@ class EvaluationPairs(Dataset[Pair]):
         """Reads one sample; ValueError, naming file, key and cause, if it is bad."""
         span = self.entries[index % len(self)]
         with opened(span, self.remote) as sample:
-            texts = whole_captions(sample.members, span.shard)
+            texts = whole_captions(sample.members, span.lines)
             pixels = eval_pixels(decode_image(image_bytes(sample.members), self.max_pixels), self.image_size)
         image_id, stem = index if index < len(self) else -1, printable(Path(span.shard).stem)
         return Pair(pixels, texts, image_id, f"{stem}/{sample.key}")
@@ -82,9 +82,9 @@ def read_entry(span: Span, remote: Remote = LOCAL) -> Grouped[bytes]:
     return sample
 
 
-def whole_captions(members: Mapping[str, bytes], shard: str) -> list[str]:
+def whole_captions(members: Mapping[str, bytes], lines: bool = False) -> list[str]:
     """The captions of a sample; ValueError also if one is blank: training skips such, a measure must not."""
-    texts = captions(members, caption_lines(shard))
+    texts = captions(members, lines)
     if not all(texts):
         raise ValueError(f"no caption: one of the {len(texts)} is blank")
     return texts
@@ -103,7 +103,10 @@ def entries(spec: str | list[str], beside: Sequence[str], remote: Remote = LOCAL
         ValueError: if it names a command, a broken tar, a set without samples, or one without image or what must be beside.
             Samples of a remote tar with an index are checked when they are read.
     """
-    found = [span for shard in expand(spec) for span in _spans(shard, beside, remote)]
+    found = list[Span]()
+    for shard in expand(spec):
+        lines = caption_lines(shard)
+        found += [span._replace(lines=lines) for span in _spans(shard, beside, remote)]
     if not found:
         raise ValueError(f"evaluation set {spec!r} holds no sample: wanted {IMAGE_TYPES} beside {tuple(beside)}")
     return found

@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -254,7 +253,6 @@ def _check_length(texts: Iterable[str]) -> None:
         raise ValueError(f"caption too long: {longest} characters, the limit is {LONGEST_CAPTION}")
 
 
-@lru_cache(maxsize=4096)
 def caption_lines(shard: str) -> bool:
     """Whether the .txt members of a local shard hold a caption on each line.
 

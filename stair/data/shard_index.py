@@ -156,12 +156,13 @@ def _made(shard: str, problems: list[str]) -> Rows:
 
 
 class Span(NamedTuple):
-    """Where a sample lies: path or URL, first byte, the byte behind the last, and the checksum of its names."""
+    """Where a sample lies: path or URL, first byte, the byte behind the last; checksum of its names; see `caption_lines`."""
 
     shard: str
     start: int
     stop: int
     check: int | None = None
+    lines: bool = False
 
 
 def spans_of(shard: str, rows: Rows) -> list[Span]:

@@ -124,7 +124,7 @@ class _TarSamples:
 
     def __getitem__(self, index: int, /) -> Sample:
         with opened(self._entries[index]) as sample:
-            captions, label = self._annotation(sample.members, self._entries[index].shard)
+            captions, label = self._annotation(sample.members, self._entries[index].lines)
             return Sample(decode_image(fields.image_bytes(sample.members)), captions, label)
 
     def annotations(self) -> list[tuple[tuple[str, ...], int | None]]:
@@ -132,13 +132,13 @@ class _TarSamples:
         annotations = []
         for entry in self._entries:
             with opened(entry) as sample:
-                annotations.append(self._annotation(sample.members, entry.shard))
+                annotations.append(self._annotation(sample.members, entry.lines))
         return annotations
 
-    def _annotation(self, members: dict[str, bytes], shard: str) -> tuple[tuple[str, ...], int | None]:
+    def _annotation(self, members: dict[str, bytes], lines: bool) -> tuple[tuple[str, ...], int | None]:
         label = self._label(members) if self._labels else None
         try:
-            return tuple(whole_captions(members, shard)[: self._max_captions]), label
+            return tuple(whole_captions(members, lines)[: self._max_captions]), label
         except fields.NoCaptionError:
             if label is None:
                 raise
