@@ -19,7 +19,6 @@ from datamodules.augment import Augment
 from stair.data.samples import captions, image_bytes
 from stair.data.tars import BrokenTarError, read_samples, walk
 from stair.data.tars import members as members_of
-from stair.errors import FileError
 from tests.support.fuzzing import COLOURS, WHOLE, coloured, tar_of
 from tests.support.shards import encode, good, keys, picture, shards, write_shards, write_tar
 
@@ -43,9 +42,16 @@ def read_all(path: Path) -> tuple[list[tuple[str, str, np.ndarray]], Counter[str
     return pairs, causes
 
 
-from stair.errors import FileError
-from tests.support.fuzzing import COLOURS, WHOLE, coloured, tar_of
-from tests.support.shards import encode, good, keys, picture, shards, write_shards, write_tar
+def whole_samples(path: Path) -> tuple[list, bool]:
+    """The samples before what breaks the shard, and whether something does."""
+    samples = []
+    try:
+        samples.extend(read_samples(str(path)))
+    except FileError:
+        return samples, True
+    return samples, False
+
+
 #: the blocks of each sample
 UNTOUCHED = [tar_of({k: v for k, v in coloured(9).items() if k.startswith(f"{n:03d}")})[:2_048] for n in range(9)]
 KNOWN = {"image empty", "image undecodable", "image too large", "no image", "no caption", "caption unreadable"} | {

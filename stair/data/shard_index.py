@@ -156,7 +156,7 @@ def _made(shard: str, problems: list[str]) -> Rows:
 
 
 class Span(NamedTuple):
-    """Where a sample lies: path or URL, first byte, the byte behind the last; checksum of its names; see `caption_lines`."""
+    """Where a sample lies: path or URL, first byte, the byte behind the last; checksum of names; see `caption_lines`."""
 
     shard: str
     start: int
