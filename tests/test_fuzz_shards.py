@@ -19,6 +19,7 @@ from datamodules.augment import Augment
 from stair.data.samples import captions, image_bytes
 from stair.data.tars import BrokenTarError, read_samples, walk
 from stair.data.tars import members as members_of
+from stair.errors import FileError
 from tests.support.fuzzing import COLOURS, WHOLE, coloured, tar_of
 from tests.support.shards import encode, good, keys, picture, shards, write_shards, write_tar
 
