@@ -1,7 +1,4 @@
-"""What a training writes into its stage's folder: `last.ckpt`, `best.ckpt`, and the settings. Always on.
-
-The paths follow from the stage's folder alone (lightning_modules/run_folder.py), not from loggers or other callbacks.
-"""
+"""What a training writes into its stage's folder: `last.ckpt`, `best.ckpt`, and the settings. Always on."""
 
 import os
 from datetime import timedelta
@@ -15,37 +12,30 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.lightning_private import validation_seconds
-from lightning_modules.run_folder import checkpoint_folder, checkpoint_path, read_checkpoint, save_last
+from lightning_modules.run_folder import checkpoint_path, read_checkpoint, save_last
 from stair.errors import SettingError
 
 
 class _FixedCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint in the stage's folder, of one name. `filename` is the name without `.ckpt`."""
+    """A ModelCheckpoint in the stage's folder, of one name, whatever loggers and other callbacks there are."""
 
     @property
     def state_key(self) -> str:
-        """The class alone: other settings or paths have the same state."""
+        """The same whatever the settings and paths."""
         return type(self).__qualname__
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes the folder from the trainer.
-
-        Raises:
-            SettingError: if a callback of `trainer.callbacks` has the same folder and name.
-        """
-        self.dirpath = str(checkpoint_folder(trainer.default_root_dir))
-        for other in trainer.callbacks:
-            if type(other) is ModelCheckpoint and other.filename == self.filename:
-                folder = other.dirpath or ("" if trainer.loggers else self.dirpath)
-                if os.path.realpath(folder) == os.path.realpath(self.dirpath):
-                    raise SettingError(
-                        f"a ModelCheckpoint of trainer.callbacks writes {self.filename}.ckpt into {folder}, where there is "
-                        "one already: leave it out, or give it another dirpath or filename",
-                        "trainer.callbacks",
-                    )
+        """Takes the folder from the trainer; SettingError if another callback has the same folder and name."""
+        self.dirpath = folder = os.path.realpath(checkpoint_path(trainer.default_root_dir, "last").parent)
+        others = (
+            each for each in trainer.callbacks if type(each) is ModelCheckpoint and each.filename == self.filename
+        )
+        if any(os.path.realpath(each.dirpath or ("" if trainer.loggers else folder)) == folder for each in others):
+            name = f"a ModelCheckpoint of trainer.callbacks has the folder and name of our {self.filename}.ckpt"
+            raise SettingError(f"{name}: leave it out, or give it another dirpath or filename", "trainer.callbacks")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores nothing: a path in a checkpoint may be another spelling of this one, or of another folder."""
+        """Restores nothing: paths in a checkpoint may be those of another folder."""
 
 
 class LastCheckpoint(_FixedCheckpoint):
@@ -97,22 +87,15 @@ class BestCheckpoint(_FixedCheckpoint):
         super().__init__(filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes the folder from the trainer, and the score to beat from the file.
-
-        Raises:
-            SettingError: if `best.ckpt` was chosen by another score.
-        """
+        """Takes the score to beat from the file; SettingError if `best.ckpt` was chosen by another score."""
         super().setup(trainer, pl_module, stage)
         path = checkpoint_path(trainer.default_root_dir, "best")
         if stage != "fit" or not path.exists():
             return
         state = read_checkpoint(path)["callbacks"].get(self.state_key, {})
         if state.get("monitor", self.monitor) != self.monitor:
-            raise SettingError(
-                f"{path} is the best by {state['monitor']}, and best.monitor is {self.monitor}: the two do not compare. "
-                f"Give --best.monitor {state['monitor']}, or move the file away",
-                "best.monitor",
-            )
+            different = f"{path} is the best by {state['monitor']}, and best.monitor is {self.monitor}"
+            raise SettingError(f"{different}: give the same, or move the file away", "best.monitor")
         score, name = state.get("best_model_score"), self.format_checkpoint_name({})
         if score is not None:
             self.best_model_score = self.kth_value = self.best_k_models[name] = score

@@ -25,11 +25,19 @@ from stair.batch import Batch
 from stair.errors import TrainingError, check_settings
 from stair.plain import one_line
 
-_NEAR_CHANCE = 0.01
-_WIDE_LOGITS = 3.0
-_DENSE = 0.5
-_KEYS_SHOWN = 20
-_SLOW_BF16 = 2.0
+_NEAR_CHANCE, _WIDE_LOGITS, _DENSE, _KEYS_SHOWN, _SLOW_BF16 = 0.01, 3.0, 0.5, 20, 2.0
+_SPARSER = "a lower objective.flops_image and objective.flops_text, or a longer objective.flops_ramp_steps"
+# `{}`: steps in a row, this step, share of the vocabulary, advice
+_DEAD = (
+    "the run is dead: every embedding is empty on at least one side and the loss has been log N for {0} steps, up to step "
+    "{1}. Start again with {3}. If it died in the first steps, set objective.scale_start to 'measure'"
+)
+_WARNINGS = {
+    "chance": "the loss has been log N for {0} steps, up to step {1}: all images, or all texts, have the same embedding. "
+    "Check whether the stage before learned enough, or start again with {3}",
+    "dense": "at step {1}, {2:.0%} of the vocabulary is active in a mean embedding: the model is dense, slow to search and "
+    "not readable. Raise objective.flops_image or objective.flops_text",
+}
 
 
 class _Step(NamedTuple):
@@ -44,9 +52,8 @@ class _Step(NamedTuple):
 
 def bf16_cost() -> float:
     """Time of a matrix product in bf16 on this CPU, in units of that in fp32: above 30 without instructions for it."""
-    dtypes = torch.bfloat16, torch.float32
     # not torch.utils.benchmark: importing it looks for CUDA, and ddp_fork refuses a process that has done so
-    squares = [{"x": torch.ones(256, 256, dtype=dtype)} for dtype in dtypes]
+    squares = [{"x": torch.ones(256, 256, dtype=dtype)} for dtype in (torch.bfloat16, torch.float32)]
     bf16, fp32 = (min(timeit.repeat("x @ x", globals=x, number=1, repeat=3)) for x in squares)  # the first sets up
     return bf16 / fp32
 
@@ -97,7 +104,7 @@ class Health(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_batch = trainer.global_step == 0
-        self._skipped_row = self._dead_row = self._chance_row = 0
+        self._in_a_row = dict.fromkeys(("skipped", "dead", "chance"), 0)
         self._skipped = torch.zeros((), device=pl_module.device) + self._skipped
         self._alarm = 0.0
         self._steps: list[_Step] = []  # since the last reading
@@ -122,20 +129,40 @@ class Health(Callback):
             if self._first_batch:
                 self.check_first_logits(pl_module, float(outputs["logit_std"]))
         self._first_batch = False
-        figures = torch.stack(
-            [each.float() for each in (skipped, ~(at_chance & (active < 1).any()), ~at_chance, share)]
-        )
+        figures = torch.stack([skipped.float(), ~(at_chance & (active < 1).any()), ~at_chance, share])
         finite_B = (images.sum(1) + texts.sum(1)).isfinite()
         self._steps.append(_Step(trainer.global_step, figures, loss_finite, finite_B, batch["key"]))
         self._skipped = self._skipped + skipped
         if len(self._steps) == self.every:
-            self._read(trainer)
+            self.on_train_epoch_end(trainer, pl_module)
         if logs_now(trainer):
             pl_module.log_dict({"health/alarm": self._alarm, "health/skipped_steps": self._skipped}, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._steps:
-            self._read(trainer)
+        """Reads the steps since the last reading."""
+        if not self._steps:
+            return
+        steps, self._steps = self._steps, []
+        rows = trainer.strategy.reduce(torch.stack([step.figures for step in steps]), reduce_op="max").tolist()
+        most_skipped = 0
+        for skipped, alive, learning, _ in rows:
+            for kind, is_so in (("skipped", skipped), ("dead", not alive), ("chance", not learning)):
+                self._in_a_row[kind] = (self._in_a_row[kind] + 1) * bool(is_so)
+            most_skipped = max(most_skipped, self._in_a_row["skipped"])
+        if most_skipped:
+            self._handle_skipped(trainer, steps, most_skipped)
+        step, share = trainer.global_step, rows[-1][3]
+        advice = _SPARSER if isinstance(pl_module, StairStage) else "a lower optimizer.lr or a longer warm-up"
+        if self._in_a_row["dead"] >= self.patience:
+            raise TrainingError(_DEAD.format(self._in_a_row["dead"], step, share, _SPARSER))
+        alarms = {
+            "chance": self._in_a_row["chance"] >= self.patience,
+            "dense": share > _DENSE and step > self.dense_after,
+        }
+        self._alarm = float(any(alarms.values()))
+        for kind in (kind for kind, is_so in alarms.items() if is_so and kind not in self._warned):
+            self._warned.add(kind)
+            rank_zero_warn(_WARNINGS[kind].format(self._in_a_row["chance"], step, share, advice))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps the last checkpoint where the weights are broken.
@@ -148,47 +175,6 @@ class Health(Callback):
                 f"weights are not finite at step {trainer.global_step}, so no checkpoint is written, the last one stays: "
                 "start from it (--ckpt_path last) with a lower optimizer.lr, or a lower trainer.gradient_clip_val"
             )
-
-    def _read(self, trainer: Trainer) -> None:
-        steps, self._steps = self._steps, []
-        rows = trainer.strategy.reduce(torch.stack([step.figures for step in steps]), reduce_op="max").tolist()
-        most_skipped = 0
-        for skipped, alive, learning, _ in rows:
-            self._skipped_row = (self._skipped_row + 1) * bool(skipped)
-            self._dead_row = (self._dead_row + 1) * (not alive)
-            self._chance_row = (self._chance_row + 1) * (not learning)
-            most_skipped = max(most_skipped, self._skipped_row)
-        if most_skipped:
-            self._handle_skipped(trainer, steps, most_skipped)
-        step, share = trainer.global_step, rows[-1][3]
-        sparser = "a lower objective.flops_image and objective.flops_text, or a longer objective.flops_ramp_steps"
-        if self._dead_row >= self.patience:
-            raise TrainingError(
-                "the run is dead: every embedding is empty on at least one side and the loss has been log N for "
-                f"{self._dead_row} steps, up to step {step}. Start again with {sparser}. If it died in the first steps, "
-                "set objective.scale_start to 'measure'"
-            )
-        at_chance, dense = self._chance_row >= self.patience, share > _DENSE and step > self.dense_after
-        self._alarm = float(dense or at_chance)
-        if at_chance:
-            sparse = isinstance(trainer.lightning_module, StairStage)
-            advice = sparser if sparse else "a lower optimizer.lr or a longer optimizer.warmup_steps"
-            self._warn_once(
-                "chance",
-                f"the loss has been log N for {self._chance_row} steps, up to step {step}: all images, or all texts, have "
-                f"the same embedding. Check whether the stage before learned enough, or start again with {advice}",
-            )
-        if dense:
-            self._warn_once(
-                "dense",
-                f"at step {step}, {share:.0%} of the vocabulary is active in a mean embedding: the model is dense, slow to "
-                "search and not readable. Raise objective.flops_image or objective.flops_text",
-            )
-
-    def _warn_once(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            rank_zero_warn(message)
 
     def _handle_skipped(self, trainer: Trainer, steps: list[_Step], in_a_row: int) -> None:
         reason = _reason(trainer, steps)
@@ -227,9 +213,8 @@ def _weights_finite(trainer: Trainer) -> bool:
 
 def _reason(trainer: Trainer, steps: list[_Step]) -> str:
     """Names the first skipped step, and its pairs whose embeddings are not finite, or all where none is to blame."""
-    first = next((step for step in steps if step.figures[0]), None)
     mine = None
-    if first is not None:
+    if first := next((step for step in steps if step.figures[0]), None):
         broken = [key for key, finite in zip(first.keys, first.finite_B.tolist(), strict=True) if not finite]
         mine = first.number, bool(first.loss_finite), bool(broken), broken or first.keys
     # every rank builds the message: launchers end the others, and their messages, when the first one stops
@@ -238,9 +223,8 @@ def _reason(trainer: Trainer, steps: list[_Step]) -> str:
     ranks = {rank: each for rank, each in ranks.items() if each[2]} or ranks
     most = max(1, _KEYS_SHOWN // len(ranks))
     batches = (
-        f"of rank {rank} was {one_line(', '.join(keys[:most]))}"
-        + (f" and {len(keys) - most} more" * (len(keys) > most))
+        f"of rank {rank} was {one_line(', '.join(keys[:most]))}" + f" and {len(keys) - most} more" * (len(keys) > most)
         for rank, (_, _, _, keys) in ranks.items()
     )
-    problem = "the gradient is not finite" if loss_finite else "the loss is not finite"
-    return f"{problem} at step {number}; the batch {'; '.join(batches)}"
+    problem = "gradient" if loss_finite else "loss"
+    return f"the {problem} is not finite at step {number}; the batch {'; '.join(batches)}"

@@ -1,7 +1,6 @@
 """A signal becomes one checkpoint between two batches, and under SLURM the same job once more.
 
-Lightning saves inside the signal handler, with a barrier. A rank that sits in an all-reduce meanwhile never gets there
-(upstream issue 21406). Here a handler only notes the signal.
+Lightning saves inside the signal handler, which can deadlock (upstream issue 21406). Here a handler only notes the signal.
 """
 
 import logging
@@ -45,9 +44,6 @@ class Requeue(Callback):
 
     Args:
         every: steps between two agreements of several ranks, at least 1; a signal is acted on at most that much late.
-
-    Raises:
-        SettingError: if `every` is out of range.
     """
 
     def __init__(self, every: int = 5) -> None:
@@ -57,8 +53,7 @@ class Requeue(Callback):
         self._clear()
 
     def _clear(self) -> None:
-        self._noted = 0  # on this rank: 0, or 1 + the position in _ORDER
-        self._agreed = 0  # on all ranks
+        self._noted = self._agreed = 0  # on this rank, on all ranks: 0, or 1 + the position in _ORDER
         self._waited = False  # for a validation
         self._saved: Path | None = None
 
@@ -79,11 +74,7 @@ class Requeue(Callback):
         self._noted = max(self._noted, 1 + _ORDER.index(signal.Signals(signum)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Acts on signals that came before. Lightning's handler of SIGTERM, set by now, would wait for other ranks.
-
-        Raises:
-            SystemExit: to leave, if the job is being ended already.
-        """
+        """Acts on signals that came before. Lightning's handler of SIGTERM, set by now, would wait for other ranks."""
         if self._previous:
             signal.signal(signal.SIGTERM, self._note)
             restore_at_end(trainer, self._previous)
@@ -107,11 +98,7 @@ class Requeue(Callback):
         self._saved = save_last(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        """Leaves, if the state is saved.
-
-        Raises:
-            SystemExit: with the status of the first rank, 0 on others (their launcher would kill the first).
-        """
+        """Leaves, if the state is saved."""
         if self._saved is not None:
             self._leave(trainer, f"step {trainer.global_step}, saved in {self._saved}")
 
@@ -130,19 +117,15 @@ class Requeue(Callback):
                 _log(logging.WARNING, f"{signum.name}: this SLURM job goes on later from {state}")
                 raise SystemExit(0)
             if signum == signal.SIGUSR1:
-                _log(
-                    logging.ERROR,
-                    f"SIGUSR1. {refusal}Training goes on until the time limit, and this job will NOT come back by itself: "
-                    f"submit it again, with --requeue. The state is that of {state}",
-                )
+                alone = "Training goes on until the time limit, and this job will NOT come back by itself"
+                _log(logging.ERROR, f"SIGUSR1. {refusal}{alone}: submit it again. The state is that of {state}")
                 later = self._noted if self._noted > self._agreed else 0  # SIGTERM, meanwhile
                 self._clear()
                 self._noted = later
                 return
-        _log(
-            logging.WARNING,
-            f"{signum.name}: stopped at {state}. {refusal}To go on, give the same command with --ckpt_path last",
-        )
+        goes_on = "To go on, give the same command with --ckpt_path last"
+        _log(logging.WARNING, f"{signum.name}: stopped at {state}. {refusal}{goes_on}")
+        # 0 on other ranks: their launcher would kill the first
         raise SystemExit(128 + signum if trainer.is_global_zero else 0)
 
 
@@ -168,10 +151,8 @@ def _requeue(signum: signal.Signals, idle: int) -> str:
         if "JobState=RUNNING" not in state and "Reason=TimeLimit" not in state:
             return "SLURM is ending this job. "
     if idle >= _IDLE_STARTS:
-        return (
-            f"{idle} starts in a row made no progress, so this job is not requeued. --time must be longer than the lead of "
-            "--signal and the start of the program together. "
-        )
+        longer = "--time must be longer than the lead of --signal and the start of the program together"
+        return f"{idle} starts in a row made no progress, so this job is not requeued: {longer}. "
     result = _scontrol("requeue", job)
     if result.returncode in (0, -signal.SIGTERM):  # requeueing ends the job's processes, scontrol among them
         return ""
@@ -180,8 +161,7 @@ def _requeue(signum: signal.Signals, idle: int) -> str:
 
 
 def _scontrol(*args: str) -> subprocess.CompletedProcess[str]:
-    command = ["scontrol", *args]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return subprocess.run(["scontrol", *args], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return subprocess.CompletedProcess(command, 1, "", str(error))
+        return subprocess.CompletedProcess(args, 1, "", str(error))

@@ -41,9 +41,6 @@ class RetrievalPanels(Callback):
     Args:
         images: how many; 0 for none.
         terms: K, how many active terms of each, strongest first. At least 1.
-
-    Raises:
-        SettingError: if an argument is out of range.
     """
 
     def __init__(self, images: int = 16, terms: int = 10) -> None:
@@ -78,15 +75,10 @@ class RetrievalPanels(Callback):
             rank_zero_info("RetrievalPanels: no panels without a TensorBoard logger and a model with a vocabulary")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._panels:
-            tag, picture, table = (
-                f"val/{trainer.datamodule.val_names[0]}/panels",
-                _draw(self._panels),
-                _table(self._panels),
-            )
-            for board in _boards(trainer):
-                board.add_image(tag, picture, trainer.global_step, dataformats="HWC")
-                board.add_text(tag, table, trainer.global_step)
+        for board in _boards(trainer) if self._panels else ():
+            tag = f"val/{trainer.datamodule.val_names[0]}/panels"
+            board.add_image(tag, _draw(self._panels), trainer.global_step, dataformats="HWC")
+            board.add_text(tag, _table(self._panels), trainer.global_step)
 
 
 def _boards(trainer: Trainer) -> list[Any]:

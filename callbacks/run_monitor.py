@@ -54,9 +54,6 @@ class RunMonitor(Callback):
     def __init__(self) -> None:
         self._earlier: dict[str, int] = {}  # pairs by source before this start, of all ranks
         self._by_source: Counter[str] = Counter()  # since, of this rank
-        self._restart()
-
-    def _restart(self) -> None:
         self._pairs, self._steps, self._seconds, self._waiting = 0, 0, 0.0, 0.0
 
     def on_train_start(self, *args: Any) -> None:
@@ -78,7 +75,7 @@ class RunMonitor(Callback):
         if logs_now(trainer):
             figures = self._figures(trainer, pl_module.device, outputs, batch)
             pl_module.log_dict(figures, batch_size=1)
-            self._restart()
+            self._pairs, self._steps, self._seconds, self._waiting = 0, 0, 0.0, 0.0
             if not getattr(trainer.progress_bar_callback, "is_enabled", False):
                 rank_zero_info(_line(trainer, float(outputs["loss"]), figures))
 

@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_modules.contrastive import ContrastiveModule, check_same_model, planned_steps, sides
+from lightning_modules.contrastive import ContrastiveModule, check_same_model, planned_steps
 from lightning_modules.parallel import gathered
 from lightning_modules.stage import StairStage
 from stair.errors import FileError, SettingError
@@ -72,15 +72,9 @@ class StageTransition(Callback):
             folder = Path(self.init_from)
             exported_by = read_description(folder)["training"].get("stage")
             if None not in (exported_by, pl_module.stage) and exported_by != pl_module.stage:
-                raise FileError(
-                    f"{folder} was exported by stage {exported_by}, and this is stage {pl_module.stage}. Give "
-                    f"configs/stage{exported_by}.yaml, or another --transition.init_from",
-                    folder,
-                )
+                other = f"{folder} was exported by stage {exported_by}, and this is stage {pl_module.stage}"
+                raise FileError(f"{other}. Give that stage's config, or another --transition.init_from", folder)
             _load(pl_module, folder)
-        for side in pl_module.frozen:
-            for module in sides(pl_module.towers)[side]:
-                module.requires_grad_(False).eval()
 
     def _init(self, module: ContrastiveModule) -> None:
         previous = stage_before(module, self.init_stage)
@@ -96,20 +90,14 @@ class StageTransition(Callback):
             return
         folder = Path(self.init_from)
         if not folder.is_dir():
-            raise FileError(
-                f"no exported model of stage {previous} at {folder}: it is written when that stage has finished its "
-                "planned steps. Finish it, or correct --transition.init_from",
-                folder,
-            )
+            missing = f"no exported model of stage {previous} at {folder}"
+            raise FileError(f"{missing}: finish that stage, or correct --transition.init_from", folder)
         description = read_description(folder)
         training = description["training"]
         if training.get("stage") != previous or not training.get("finished"):
-            state = "finished" if training.get("finished") else "unfinished"
-            raise FileError(
-                f"stage {module.stage} starts from a finished stage {previous}, but {folder} is of stage "
-                f"{training.get('stage')}, {state}. Finish that stage, or correct --transition.init_from",
-                folder,
-            )
+            state = f"of stage {training.get('stage')}, {'' if training.get('finished') else 'un'}finished"
+            wanted = f"stage {module.stage} starts from a finished stage {previous}"
+            raise FileError(f"{wanted}, but {folder} is {state}. Correct --transition.init_from", folder)
         _check_scale(module, description["model"].get("similarity"))
         # a stage has its own similarity; under the hard mask no other term was active, and the margin had no effect yet
         _load(module, folder, "similarity", *(["in_caption_margin"] if training.get("masked_loss_weight") == 1 else []))
@@ -119,11 +107,8 @@ class StageTransition(Callback):
         self._export(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports where a run was killed between its last checkpoint and the export, and has no step left.
-
-        Lightning then calls no hook of training, and the model is on the CPU again by now.
-        """
-        if not self._trained:
+        """Exports where a run was killed between its last checkpoint and the export, and has no step left."""
+        if not self._trained:  # Lightning called no hook of training, and the model is on the CPU again
             pl_module.to(trainer.strategy.root_device)
             self._export(trainer, pl_module)
 
@@ -164,36 +149,26 @@ def _stop_reason(trainer: Trainer) -> tuple[str, bool]:
 
 
 def stage_before(module: ContrastiveModule | type[ContrastiveModule], init_stage: int | None) -> int:
-    """The stage that a module starts from, 0 for none.
-
-    Raises:
-        SettingError: if `init_stage` is no earlier stage.
-    """
+    """The stage that a module starts from, 0 for none; SettingError if `init_stage` is no earlier stage."""
     if module.stage is None:
         return 0
     if init_stage is not None and not 0 <= init_stage < module.stage:
-        raise SettingError(
-            f"--transition.init_stage is {init_stage}. Allowed for stage {module.stage}: 0 (initial weights) to "
-            f"{module.stage - 1}",
-            "transition.init_stage",
-        )
+        allowed = f"0 (initial weights) to {module.stage - 1} for stage {module.stage}"
+        raise SettingError(f"--transition.init_stage is {init_stage}. Allowed: {allowed}", "transition.init_stage")
     return module.stage - 1 if init_stage is None else init_stage
 
 
 def _check_scale(module: ContrastiveModule, similarity: str | None) -> None:
     """Checks a scale that is to be kept. `similarity` is that of the stage before, None if there is none."""
-    if isinstance(module, StairStage) and module.objective.scale_start == "keep":
-        ours = module.stair.similarity
-        if similarity != ours:
-            before = "it starts from initial weights" if similarity is None else f"the stage before uses {similarity!r}"
-            raise SettingError(
-                f"objective.scale_start is 'keep' in stage {module.stage}, but {before}: there is no scale of {ours!r} to "
-                f"keep. Give --model.init_args.objective.scale_start {'14.3' if ours == 'cosine' else 'measure'}",
-                "objective.scale_start",
-            )
+    kept = isinstance(module, StairStage) and module.objective.scale_start == "keep"
+    if kept and similarity != (ours := module.towers.similarity):
+        before = "it starts from initial weights" if similarity is None else f"the stage before uses {similarity!r}"
+        start = "14.3" if ours == "cosine" else "measure"
+        wrong = f"objective.scale_start is 'keep', but {before}: no scale of {ours!r} is there. Give {start}"
+        raise SettingError(wrong, "objective.scale_start")
 
 
 def _load(module: ContrastiveModule, folder: Path, *free: str) -> None:
-    """Loads all weights. Both models must be of one family, vocabulary and design, but for the settings `free`."""
-    check_same_model(module.towers, folder, read_description(folder), free)
+    """Loads all weights of a model of the same family, vocabulary and design, but for the settings `free`."""
+    check_same_model(module.towers, folder, read_description(folder), *free)
     load_weights(module.towers, folder)

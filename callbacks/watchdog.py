@@ -1,7 +1,6 @@
 """A run that makes no progress ends and prints where: a collective that a rank never joins would wait until the job's end.
 
-A thread counts ticks, as the main one may be inside a collective. `faulthandler.dump_traceback_later` would also end a run
-that SLURM suspended, and prints no rank.
+Not `faulthandler.dump_traceback_later`: it would also end a run that SLURM suspended, and prints no rank.
 """
 
 import faulthandler
@@ -9,7 +8,6 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from lightning import Callback, Trainer
@@ -42,9 +40,6 @@ class Watchdog(Callback):
     Args:
         limit: seconds without a hook, longer than the slowest start, checkpoint or final count of an evaluation; 0 for no
             watchdog. Below the 30 minutes after which collectives give up by themselves.
-
-    Raises:
-        SettingError: if `limit` is negative.
     """
 
     def __init__(self, limit: float = 1200.0) -> None:
@@ -65,13 +60,14 @@ class Watchdog(Callback):
             if end.wait(self.limit / _TICKS):
                 return
             self._ticks += 1
-        message = (
+        print(
             f"watchdog: {rank} has not moved for {self.limit:g} s. It is {self._activity}. Compare with the messages of "
             "other ranks: one that waits for input, or is missing, holds up the rest. This process ends. To go on from the "
             "last checkpoint: the same command with --ckpt_path last. If the run was only slow, raise --watchdog.limit. "
-            "Stacks of all threads:"
+            "Stacks of all threads:",
+            file=sys.__stderr__,
+            flush=True,
         )
-        print(message, file=sys.__stderr__, flush=True)
         faulthandler.dump_traceback(2, all_threads=True)
         os._exit(_EXIT)
 
@@ -81,9 +77,5 @@ class Watchdog(Callback):
     on_exception = teardown
 
 
-def _hook(name: str) -> Callable[..., None]:
-    return lambda self, trainer, *args, **options: self._record(name, trainer)
-
-
 for _name in _ACTIVITIES:
-    setattr(Watchdog, _name, _hook(_name))
+    setattr(Watchdog, _name, lambda self, trainer, *_, hook=_name, **__: self._record(hook, trainer))

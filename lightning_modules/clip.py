@@ -14,16 +14,12 @@ class Clip(ContrastiveModule):
     """Dense CLIP (Radford et al. 2021): symmetric InfoNCE of pooled and projected towers, by cosine.
 
     Args:
-        stair: the towers and the vocabulary, read from the same files as those of the stages; settings of terms (start of
-            biases, `in_caption_margin`) have no effect.
+        stair: the towers and the vocabulary, as of the stages; settings of terms have no effect.
         optimizer: how parameters move.
         width: numbers in an embedding.
         pooling: `mean` of the positions, or the `class` token.
         scale_start: start of the learnable scale (inverse temperature), in (0, 100]; CLIP's 1/0.07.
         layout: `micro_batch_size`, `recompute` and `compile`, see `ContrastiveModule`.
-
-    Raises:
-        ValueError: if an argument is out of range, or a tower cannot be built so.
     """
 
     export_name = "clip"
@@ -39,11 +35,6 @@ class Clip(ContrastiveModule):
     ) -> None:
         super().__init__(optimizer, scale_start, **layout)
         self.clip = DenseClip(ClipConfig(stair.vocabulary, stair.image, stair.text, width, pooling))
-
-    @property
-    def towers(self) -> DenseClip:
-        """The dense model."""
-        return self.clip
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One step: encode, compare with all ranks. Returns and logs the parts by name."""

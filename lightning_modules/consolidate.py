@@ -26,17 +26,13 @@ def consolidate(checkpoint: str, out: str) -> None:
     source, target = Path(checkpoint), Path(out)
     if target.exists():
         raise FileError(f"{target} exists; give another name, or remove it", target)
-    if not source.is_file():
-        raise FileError(f"{source}: there is no such checkpoint file", source)
     content = read_checkpoint(source)
     if "towers" not in content:
         raise FileError(f"{source} does not state which model it holds: it was not written by a run of STAIR", source)
-    towers = content["towers"]
-    prefix = f"{towers['family']}."
+    towers, prefix = content["towers"], f"{content['towers']['family']}."
     weights = {name.removeprefix(prefix): w for name, w in content["state_dict"].items() if name.startswith(prefix)}
     with tempfile.TemporaryDirectory() as folder:
-        vocabulary = Path(folder) / "vocab.txt"
-        write_text(vocabulary, "\n".join(towers["tokens"]) + "\n")
-        model = rebuilt(_FAMILIES[towers["family"]], towers["model"], str(vocabulary), weights)
+        write_text(Path(folder) / "vocab.txt", "\n".join(towers["tokens"]) + "\n")
+        model = rebuilt(_FAMILIES[towers["family"]], towers["model"], folder, weights)
         model.save_pretrained(target, {"stage": towers["stage"], "steps": content["global_step"], "finished": False})
     print(f"{target}: step {content['global_step']} of {source}")

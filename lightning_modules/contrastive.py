@@ -1,14 +1,11 @@
 """What every contrastive run shares, sparse or dense: one batch, one evaluation, one optimiser.
 
-The stages of STAIR (stage.py) and the dense baseline (clip.py) state only what differs: the model and the loss.
-
 B images, C captions (C = B in training), V terms (or the width of a dense embedding).
 """
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict
+import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,21 +20,24 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_modules import parallel
 from lightning_modules.optimizer import Optimizer
+from lightning_modules.run_folder import flat
 from stair.batch import Batch
-from stair.errors import FileError, SettingError, StairError
+from stair.data.specs import require
+from stair.errors import FileError, StairError
 from stair.exchange import ranks
 from stair.metrics import RetrievalRecall
 from stair.set_counts import SetCounts, image_hashes, sentences, token_captions
 from stair.towers import TwoTowers
 
 RECALL_AT = (1, 5, 10)
-_UNSEEN = ("in_caption_margin", "similarity", "pooling", "width")  # settings of a model that no weight shows
+# settings of a model by which weights may differ
+_FREE = re.compile(r".*\.pretrained|text\.options\.(dtype|_name_or_path)|text_bias_start|text_form")
 
 
 class ContrastiveModule(LightningModule):
     """Trains two towers on pairs, and evaluates them.
 
-    A subclass has a model (`towers`) and a `training_step` that ends in `report`.
+    A subclass has a model, under its `export_name`, and a `training_step` that ends in `report`.
 
     Args:
         optimizer: how parameters move.
@@ -65,27 +65,24 @@ class ContrastiveModule(LightningModule):
         super().__init__()
         self.optimizer, self.scale_start, self.micro_batch_size = optimizer, scale_start, micro_batch_size
         self.recompute, self.compile_backend, self._laid_out = recompute, compile, False
-        backends = torch.compiler.list_backends(exclude_tags=()) if compile is not None else []
-        micro = micro_batch_size is None or micro_batch_size >= 1
-        for name, value, valid, allowed in (
-            ("scale_start", scale_start, scale_start is None or 0 < scale_start <= 100, "a number in (0, 100]"),
-            ("micro_batch_size", micro_batch_size, micro, "at least 1, or null for all"),
-            ("compile", compile, compile is None or compile in backends, f"{', '.join(backends)}, or null for none"),
-        ):
-            if not valid:
-                raise SettingError(f"{name} is {value!r}. Allowed: {allowed}", f"model.init_args.{name}")
-        self._begin([])
+        backends = [None, *(torch.compiler.list_backends(exclude_tags=()) if compile is not None else [])]
+        positive = micro_batch_size is None or micro_batch_size >= 1
+        in_range = scale_start is None or 0 < scale_start <= 100
+        require(in_range, "model.init_args.scale_start", scale_start, "a number in (0, 100], or null")
+        require(positive, "model.init_args.micro_batch_size", micro_batch_size, "at least 1, or null for all")
+        require(compile in backends, "model.init_args.compile", compile, f"one of {backends}")
         self._stated: dict[str, str] = {}
 
     @classmethod
     def home(cls) -> str:
-        """Where a run of this module works: RUN/home of `--run RUN`; `stage1` to `stage3`, or `clip`."""
+        """The folder in a run where this module works: `stage1` to `stage3`, or `clip`."""
         return cls.export_name if cls.stage is None else f"stage{cls.stage}"
 
     @property
     def towers(self) -> TwoTowers:
         """The model that trains."""
-        raise NotImplementedError
+        model: TwoTowers = getattr(self, self.export_name)
+        return model
 
     def configure_model(self) -> None:
         """Applies recompute, compile and sharding, once: weights are loaded and frozen by now."""
@@ -108,39 +105,36 @@ class ContrastiveModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises a StairError if the checkpoint is of another model; names both sides."""
+        """Raises a StairError if the checkpoint is of another model; names the differences."""
         if "towers" in checkpoint:
             check_same_model(self.towers, "the checkpoint", checkpoint["towers"])
 
-    def train(self, mode: bool = True) -> "ContrastiveModule":
-        """As in torch, but frozen sides stay in eval mode, without dropout."""
-        super().train(mode)
-        for side in self.frozen:
-            for module in sides(self.towers)[side]:
-                module.eval()
-        return self
+    def setup(self, stage: str) -> None:
+        """Makes the metrics; SettingError if loss, clipping and export would be wrong under the trainer's settings."""
+        trainer, wide = self.trainer, str(self.trainer.precision) not in ("16-true", "bf16-true")
+        require(wide, "trainer.precision", trainer.precision, "bf16-mixed or 32-true: 16 bits lose small updates")
+        if stage == "fit":
+            known = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | parallel.FullySharded)
+            wanted = "ddp (configs/hardware/ddp.yaml) or FSDP2 (configs/hardware/fsdp2.yaml)"
+            require(known, "trainer.strategy", type(trainer.strategy).__name__, wanted)
+            parts, one = trainer.accumulate_grad_batches, "1: the loss is of a whole batch. See model.micro_batch_size"
+            require(parts == 1, "trainer.accumulate_grad_batches", parts, one)
+        name = {"predict": None, "test": "test_names"}.get(stage, "val_names")
+        self._sets: list[str] = list(getattr(trainer.datamodule, name)) if name else []
+        self.retrieval: Any = torch.nn.ModuleList([RetrievalRecall(RECALL_AT) for _ in self._sets])
+        self.counts: Any = torch.nn.ModuleList([SetCounts() for _ in self._sets])
 
-    def on_fit_start(self) -> None:
-        """Raises a SettingError if loss, clipping and export would be wrong under the trainer's settings."""
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | parallel.FullySharded):
-            raise SettingError(
-                f"trainer.strategy is {type(strategy).__name__}, which is not supported. Give ddp "
-                "(configs/hardware/ddp.yaml) or FSDP2 (configs/hardware/fsdp2.yaml)",
-                "trainer.strategy",
-            )
-        if self.trainer.accumulate_grad_batches != 1:
-            raise SettingError(
-                f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}: each piece would be compared "
-                "with itself only. Set model.micro_batch_size instead, which keeps the whole batch in one loss",
-                "trainer.accumulate_grad_batches",
-            )
+    def train(self, mode: bool = True) -> "ContrastiveModule":
+        """As in torch, but frozen sides stay in eval mode, without dropout, and have no gradient."""
+        super().train(mode)
+        for name, module in self.towers.named_children() if self.frozen else ():
+            if name.startswith(self.frozen):
+                module.requires_grad_(False).eval()
+        return self
 
     def on_train_start(self) -> None:
         """Puts the optimiser's settings over a checkpoint's, and sets the scale at step 0; only here is the step known."""
-        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
-        if isinstance(optimizer, torch.optim.Optimizer) and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            self.optimizer.apply_settings(optimizer, scheduler, self)
+        self.optimizer.apply_settings(self.optimizers(use_pl_optimizer=False), self.lr_schedulers(), self)
         if self.scale_start is not None and self.trainer.global_step == 0:
             self.set_scale(self.scale_start)
 
@@ -161,10 +155,7 @@ class ContrastiveModule(LightningModule):
         torch.manual_seed(seed + 1 + self.trainer.global_step * self.trainer.world_size + self.trainer.global_rank)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Steps, and holds the scale at 100: held in the forward pass, it would have no gradient there.
-
-        Not at the batch's end: callbacks come before the module there, and save.
-        """
+        """Steps, and holds the scale at 100: held in the forward pass, it would have no gradient there."""
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.towers.log_scale.clamp_(max=math.log(100))
@@ -203,10 +194,8 @@ class ContrastiveModule(LightningModule):
         """
         self._loss = logged["loss"].detach()
         logged = {**logged, "scale": self.towers.scale[0]}
-        for bar, names in ((False, logged.keys() - {"loss", "scale"}), (True, {"loss", "scale"})):
-            self.log_dict(
-                {f"train/{name}": logged[name] for name in logged if name in names}, prog_bar=bar, batch_size=1
-            )
+        for bar, names in ((False, logged.keys() - {"loss", "scale"}), (True, ("loss", "scale"))):
+            self.log_dict({f"train/{name}": logged[name] for name in names}, prog_bar=bar, batch_size=1)
         outputs = {**logged, **encoded, "pair_loss_B": pair_loss_B}
         detached = {name: torch.as_tensor(value).detach() for name, value in outputs.items()}
         return {**detached, "loss": logged["loss"], "pairs": len(encoded["image_BV"]) * ranks()}
@@ -245,22 +234,6 @@ class ContrastiveModule(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optimizer.schedule(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def setup(self, stage: str) -> None:
-        """Makes the metrics of every evaluation set. Raises a SettingError for weights of 16 bits."""
-        if str(self.trainer.precision) in ("16-true", "bf16-true"):
-            raise SettingError(
-                f"trainer.precision is {self.trainer.precision}: in weights of 16 bits small updates vanish. Give "
-                "bf16-mixed, or 32-true",
-                "trainer.precision",
-            )
-        name = {"predict": None, "test": "test_names"}.get(stage, "val_names")
-        self._begin(getattr(self.trainer.datamodule, name) if name else [])
-
-    def _begin(self, sets: Sequence[str]) -> None:
-        self._sets = list(sets)
-        self.retrieval: Any = torch.nn.ModuleList([RetrievalRecall(RECALL_AT) for _ in sets])
-        self.counts: Any = torch.nn.ModuleList([SetCounts() for _ in sets])
-
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Encodes a batch of an evaluation set and updates the set's metrics."""
         encoded, ids = self.encode(batch), (batch["image_id"], batch["caption_image"])
@@ -278,10 +251,7 @@ class ContrastiveModule(LightningModule):
         return {**self.encode(batch), **ids}
 
     def on_validation_epoch_end(self) -> None:
-        """Logs recall of every set, and `val/recall`, the mean over both directions of the first set.
-
-        States once, and whenever it changes by more than ties, what makes the figures of a set unfair.
-        """
+        """Logs recall of every set, `val/recall` (mean over both directions of the first), and what makes it unfair."""
         prefix = "test" if self.trainer.testing else "val"
         for name, metric, counter in zip(self._sets, self.retrieval, self.counts, strict=True):
             values, counts, tied = metric.compute(), counter.compute(), metric.tied
@@ -301,53 +271,31 @@ class ContrastiveModule(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
 
-def sides(towers: TwoTowers) -> dict[str, tuple[torch.nn.Module, ...]]:
-    """The modules of each side of a model, as stages freeze them."""
-    parts = list(towers.named_children())
-    return {side: tuple(part for name, part in parts if name.startswith(side)) for side in ("image", "text")}
-
-
-def check_same_model(towers: TwoTowers, source: Path | str, saved: dict[str, Any], free: Sequence[str] = ()) -> None:
-    """Compares a model with the description of saved weights.
-
-    Args:
-        towers: the model.
-        source: what holds the weights: a folder, or words for it.
-        saved: `family`, `model` as `portable_config` gives it, and where known `vocabulary_fingerprint`.
-        free: settings that may differ.
+def check_same_model(towers: TwoTowers, source: Path | str, saved: dict[str, Any], *free: str) -> None:
+    """Compares a model with the description of the weights in `source`, but for the settings `free`.
 
     Raises:
-        StairError: if others differ; names both sides. A FileError if the source is a folder.
+        StairError: if they differ; names the settings. A FileError if the source is a path.
     """
-    ours: dict[str, Any] = {"family": towers.family, "vocabulary": towers.vocabulary.fingerprint[:12]}
-    theirs: dict[str, Any] = {
-        "family": saved["family"],
-        "vocabulary": saved.get("vocabulary_fingerprint", ours["vocabulary"])[:12],
-    }
+    fingerprint = towers.vocabulary.fingerprint
+    ours = {"family": towers.family, "vocabulary": fingerprint}
+    theirs = {"family": saved["family"], "vocabulary": saved.get("vocabulary_fingerprint", fingerprint)}
     if theirs["family"] == ours["family"]:
-        for design, values in ((theirs, saved["model"]), (ours, towers.portable_config())):
-            config = asdict(towers.config_class.from_dict(values))
-            design.update({key: config[key] for key in _UNSEEN if key in config})
-            for side in ("image", "text"):  # not how weights were initialised
-                design.update({f"{side}.{key}": v for key, v in config[side].items() if key != "pretrained"})
-            options = design.pop("text.options")
-            design.update({f"text.options.{k}": v for k, v in options.items() if k not in ("dtype", "_name_or_path")})
-    keys = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key) and key not in free)
-    if keys:
-        differences = "; ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in keys)
+        ours, theirs = {**flat(towers.portable_config()), **ours}, {**flat(saved["model"]), **theirs}
+    if differences := [
+        f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key) and key not in free and not _FREE.fullmatch(key)
+    ]:
         message = (
-            f"{source} is another model than this run's. {differences}. Use the same settings of stair in all stages"
+            f"{source} is another model than this run's. {'; '.join(differences)}. Use the same stair in all stages"
         )
         raise FileError(message, source) if isinstance(source, Path) else StairError(message)
 
 
 def planned_steps(trainer: Trainer) -> int:
-    """Optimiser steps the run is planned for.
-
-    Raises:
-        SettingError: if nothing bounds the run.
-    """
+    """Optimiser steps the run is planned for; SettingError if nothing bounds it."""
     steps = trainer.estimated_stepping_batches
-    if math.isinf(steps):
-        raise SettingError("the run has no end: set trainer.max_steps (schedules and λ follow it)", "trainer.max_steps")
+    bounded = not math.isinf(steps)
+    require(bounded, "trainer.max_steps", trainer.max_steps, "an end of the run, which schedules and λ follow")
     return int(steps)

@@ -1,13 +1,12 @@
 """How a model is laid over devices and memory: sharded, compiled, recomputed. Nothing here changes what is computed.
 
-Sharding is FSDP2: every rank keeps its part of each parameter and of the optimiser's state, and a unit's parameters are
-gathered while the unit computes. A tower's blocks are units, each module of the image side is one, and the rest (the text
-side's embeddings and head, which share a matrix, and the scale) is the root. So what stage 2 freezes is never reduced.
+FSDP2's units are a tower's blocks and each module of the image side; the rest (the text side's embeddings and head, which
+share a matrix, and the scale) is the root. So what stage 2 freezes is never reduced.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import chain
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +66,7 @@ def compile_blocks(towers: TwoTowers, backend: str) -> None:
 def shard(towers: TwoTowers, mesh: DeviceMesh) -> None:
     """Shards a model, in place.
 
-    Parameters are gathered and gradients reduced in fp32, also in bf16-mixed: the result is that of `ddp`. Gathering
-    blocks in bf16 would halve those bytes, and round norms.
+    Parameters are gathered and gradients reduced in fp32, also in bf16-mixed: the result is that of `ddp`.
 
     Args:
         towers: on any device; what is frozen must be so already.
@@ -116,7 +114,7 @@ class FullySharded(ModelParallelStrategy):
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         state = get_optimizer_state_dict(self.model, optimizer, options=_WHOLE)
-        return _renamed(state, list(range(len(_parameters(state))))) if state else state
+        return _renamed(state, count()) if state else state
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Loads model and optimisers from a checkpoint of any strategy; returns the rest."""
@@ -132,12 +130,11 @@ class FullySharded(ModelParallelStrategy):
         return saved
 
 
-def _parameters(state: dict[str, Any]) -> list[Any]:
-    """What an optimiser's state dict calls the parameters, in the order of the groups."""
-    return list(chain(*(group["params"] for group in state["param_groups"])))
-
-
-def _renamed(state: dict[str, Any], names: list[Any]) -> dict[str, Any]:
-    new = dict(zip(_parameters(state), names, strict=True))
-    groups = [{**group, "params": [new[old] for old in group["params"]]} for group in state["param_groups"]]
-    return {"state": {new[old]: value for old, value in state["state"].items()}, "param_groups": groups}
+def _renamed(state: dict[str, Any], names: Iterable[Any]) -> dict[str, Any]:
+    """The state of an optimiser with other names for its parameters, in the order of the groups."""
+    groups = state["param_groups"]
+    new = dict(zip((old for group in groups for old in group["params"]), names, strict=False))
+    return {
+        "state": {new[old]: value for old, value in state["state"].items()},
+        "param_groups": [{**group, "params": [new[old] for old in group["params"]]} for group in groups],
+    }

@@ -114,9 +114,6 @@ class StairStage(ContrastiveModule):
 
     Attributes:
         weights: weight of each contrastive term by the text form it compares, greatest first; terms of weight 0 are absent.
-
-    Raises:
-        SettingError: if `objective.masked_loss_weight` turns the stage into another one.
     """
 
     stage: ClassVar[int]
@@ -134,11 +131,10 @@ class StairStage(ContrastiveModule):
         weight = float(masked) if objective.masked_loss_weight is None else objective.masked_loss_weight
         if weight == float(not masked):
             allowed = "above 0, or begin with stage 3 for no mask" if masked else "below 1, or run stage 1"
-            raise SettingError(
-                f"objective.masked_loss_weight is {weight} in stage {self.stage}: give a weight {allowed}; null is the "
-                "paper's form",
-                "objective.masked_loss_weight",
+            message = (
+                f"objective.masked_loss_weight is {weight} in stage {self.stage}: give a weight {allowed}, or null"
             )
+            raise SettingError(message, "objective.masked_loss_weight")
         weights = {"text_masked": weight, "text_full": 1 - weight}
         self.weights = {name: w for name, w in sorted(weights.items(), key=lambda item: -item[1]) if w > 0}
         self._evaluated = f"text_{self.text_form}"
@@ -146,11 +142,7 @@ class StairStage(ContrastiveModule):
         target = objective.regulariser == "target"
         self.regulariser_image = TargetTerms(objective.target_image) if target else Flops()
         self.regulariser_text = TargetTerms(objective.target_text) if target else Flops()
-
-    @property
-    def towers(self) -> Stair:
-        """The STAIR model."""
-        return self.stair
+        self.train()  # freezes
 
     def embed(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Embeds one micro-batch: in training `image_BV` and the text forms that the loss needs, see `Stair.forward`."""
@@ -172,28 +164,22 @@ class StairStage(ContrastiveModule):
         contrastive = torch.stack([w * parts[name].loss for name, w in self.weights.items()]).sum()
         pair_loss_B = torch.stack([w * parts[name].pair_loss_B for name, w in self.weights.items()]).sum(0)
         rising = ramp(self.trainer.global_step, self.objective.flops_ramp_steps)
-        lambda_image = rising * self.objective.flops_image * self.regulariser_image.factor
-        lambda_text = rising * self.objective.flops_text * self.regulariser_text.factor
-        flops_image = self.regulariser_image(image_BV, rising)
-        flops_text = self.regulariser_text(encoded[self._regularised], rising)
         logged = {
-            "loss": contrastive + lambda_image * flops_image + lambda_text * flops_text,
             "contrastive": contrastive,
+            "lambda_image": rising * self.objective.flops_image * self.regulariser_image.factor,
+            "lambda_text": rising * self.objective.flops_text * self.regulariser_text.factor,
+            "flops_image": self.regulariser_image(image_BV, rising),
+            "flops_text": self.regulariser_text(encoded[self._regularised], rising),
             **{f"contrastive_{name.removeprefix('text_')}": part.loss for name, part in parts.items()},
-            "flops_image": flops_image,
-            "flops_text": flops_text,
-            "lambda_image": lambda_image,
-            "lambda_text": lambda_text,
             "logit_std": next(iter(parts.values())).logit_std,  # of the term with the greatest weight
         }
+        sparsity = (logged[f"lambda_{side}"] * logged[f"flops_{side}"] for side in ("image", "text"))
+        logged["loss"] = sum(sparsity, contrastive)
         return self.report(logged, {**encoded, "image_BV": image_BV, "text_CV": encoded[self._evaluated]}, pair_loss_B)
 
     def _measure_scale(self, image_BV: Tensor, text_BV: Tensor, cosine: bool) -> None:
         one = torch.ones(1, device=self.device)
         deviation = info_nce(image_BV.detach(), text_BV.detach(), one, cosine).logit_std
         if not deviation.isfinite():  # a scale made of it would never be a number again
-            raise RuntimeError(
-                "the first batch's logits are not finite, so objective.scale_start cannot be measured: give "
-                "trainer.precision bf16-mixed or 32-true, or start from other weights"
-            )
+            raise RuntimeError("the first batch's logits are not finite: give trainer.precision bf16-mixed or 32-true")
         self.set_scale(1.0 / max(float(deviation), 1e-6))

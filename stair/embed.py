@@ -1,9 +1,7 @@
 """`stair embed`: many pictures or texts to sparse embeddings on disk, part by part, so that it can resume.
 
-`embeddings.json` holds the settings: model, items, pruning, number of parts. The same command makes the parts that are
-missing; other settings are an error. Processes share parts by their number, so any number of devices or machines
-on one file system work without communication. When all parts exist, the file also states how many items were taken and
-skipped, and why. B items of a batch, V terms.
+`embeddings.json` holds the settings. The same command makes the parts that are missing; other settings are an error.
+Processes share parts by their number, without communication. When all parts exist, the file states what was skipped.
 """
 
 import hashlib
@@ -70,9 +68,8 @@ def embed(
         FileNotFoundError: if there is no source or model.
         StairError: if a setting is out of range, or the folder holds embeddings of other settings.
     """
-    require(batch_size >= 1, "batch_size", batch_size, "1 or more")
-    require(part_size >= 1, "part_size", part_size, "1 or more")
-    require(top is None or top >= 1, "top", top, "1 or more")
+    for name, value in (("batch_size", batch_size), ("part_size", part_size), ("top", top)):
+        require(value is None or value >= 1, name, value, "1 or more")
     require(workers >= 0, "workers", workers, "0 or more")
     require(0 <= threshold < math.inf, "threshold", threshold, "0, which keeps every weight that is not zero, or more")
     rank, ranks = _share(share)
@@ -170,9 +167,8 @@ def _device(device: str, rank: int) -> str:
         torch.zeros(1, device=device).cpu()  # a name may be known although the machine has no such device
     except (RuntimeError, AssertionError) as error:
         why = str(error).partition("\n")[0]
-        raise SettingError(
-            f"device is {device!r}; give auto, cpu, or a GPU such as cuda:0 ({why})", "device"
-        ) from error
+        allowed = "auto, cpu, or a GPU such as cuda:0"
+        raise SettingError(f"device is {device!r}; give {allowed} ({why})", "device") from error
     return device
 
 
@@ -180,11 +176,8 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Checks that parts with these settings can be written, and writes the settings."""
     earlier = read_json(path) if path.exists() else {}
     if differing := [key for key in settings if earlier and earlier.get(key) != settings[key]]:
-        raise FileError(
-            f"{path.parent} holds embeddings made otherwise: {', '.join(differing)} differ. Give the command that made "
-            "them to go on, or another folder",
-            path.parent,
-        )
+        different = f"{path.parent} holds embeddings made otherwise: {', '.join(differing)} differ"
+        raise FileError(f"{different}. Give the command that made them to go on, or another folder", path.parent)
     if not earlier and (parts := sorted(path.parent.glob("part-*"))):
         raise FileError(f"{path.parent} holds {parts[0].name} and no {PLAN}; give another folder", path.parent)
     write_json(path, earlier or settings)  # also when resuming: a folder that cannot be written to is known at once

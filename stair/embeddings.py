@@ -52,11 +52,8 @@ class EmbeddingSpace:
         for name in ("model", "vocabulary", "similarity"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
-                raise SettingError(
-                    f"{what}: {name} is {theirs[:12]}, it must be {ours[:12]}. Weights of different models cannot be "
-                    "compared: embed everything, queries too, with one model",
-                    "model",
-                )
+                different = f"{what}: {name} is {theirs[:12]}, it must be {ours[:12]}"
+                raise SettingError(f"{different}. Embed everything, queries too, with one model", "model")
 
     def comparable(self, vectors: sparse.csr_matrix) -> sparse.csr_matrix:
         """Rows ready for the dot product, as `Stair.comparable` gives them: of length 1 for `cosine` (empty stay empty)."""
@@ -76,19 +73,17 @@ class Embeddings:
     vectors: sparse.csr_matrix  # (N, V), float32, the weights as the model gave them, not normalised
     ids: Sequence[str]
     space: EmbeddingSpace
-    metadata: Sequence[
-        dict[str, Any]
-    ] = ()  # plain values that the user gave, such as columns of a table, or none at all
+    metadata: Sequence[dict[str, Any]] = ()  # plain values that the user gave, or none at all
     source: Sequence[dict[str, Any]] = ()  # where each item came from (`stair.data.items.Item.source`), or none at all
 
     def __post_init__(self) -> None:
         count = len(self.ids)
         lengths = {len(self.metadata) or count, len(self.source) or count, count}
         if self.vectors.shape != (count, len(self.space.tokens)) or len(lengths) > 1:
-            raise ValueError(
-                f"{self.vectors.shape} vectors, {count} ids, {len(self.metadata)} metadata, {len(self.source)} source, "
-                f"{len(self.space.tokens)} terms do not fit together"
+            sizes = (
+                f"{count} ids, {len(self.metadata)} metadata, {len(self.source)} source, {len(self.space.tokens)} terms"
             )
+            raise ValueError(f"{self.vectors.shape} vectors, {sizes} do not fit together")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -130,10 +125,8 @@ class Embeddings:
             try:
                 rows.append(json.dumps(row, allow_nan=False))
             except (TypeError, ValueError) as error:
-                raise SettingError(
-                    f"metadata of {name!r}: {error}; give texts, finite numbers, true or false, or lists of these",
-                    "metadata",
-                ) from error
+                allowed = "texts, finite numbers, true or false, or lists of these"
+                raise SettingError(f"metadata of {name!r}: {error}; give {allowed}", "metadata") from error
         return rows
 
     @classmethod
@@ -162,10 +155,9 @@ class Embeddings:
         for file in part_files(path):
             header = read_header(file)
             space = EmbeddingSpace(header["model"], header["similarity"], tuple(header["tokens"].split("\n")))
+            read = _read_safetensors if file.suffix == _SUFFIXES[0] else _read_parquet
             try:
-                columns, ids, metadata, source = (_read_safetensors if file.suffix == _SUFFIXES[0] else _read_parquet)(
-                    file
-                )
+                columns, ids, metadata, source = read(file)
                 vectors = sparse.csr_matrix(columns, shape=(len(ids), len(space.tokens)))
                 vectors.check_format(full_check=True)  # else a number out of range is read out of memory later
             except OSError:
@@ -175,13 +167,14 @@ class Embeddings:
             yield cls(vectors, ids, space, metadata, source)
 
 
-def _read_safetensors(path: Path) -> tuple[tuple[Any, Any, Any], list[str], list[dict[str, Any]], list[dict[str, Any]]]:
+def _read_safetensors(path: Path) -> Any:
+    """Columns of CSR, ids, metadata, source."""
     part = load_file(str(path))
     ids, metadata, source = (json.loads(part[name].tobytes()) for name in ("ids", "metadata", "source"))
     return (part["data"], part["indices"], part["indptr"]), ids, metadata, source
 
 
-def _read_parquet(path: Path) -> tuple[tuple[Any, Any, Any], list[str], list[dict[str, Any]], list[dict[str, Any]]]:
+def _read_parquet(path: Path) -> Any:
     table = parquet.read_table(path).combine_chunks()
     lists = [table[name].combine_chunks() for name in ("weights", "terms")]
     indptr = lists[0].offsets.to_numpy() - lists[0].offsets[0].as_py()
@@ -201,9 +194,7 @@ def part_files(path: str | Path) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"{path}: no embeddings there; `stair embed` writes them")
     if (path / PLAN).is_file() and len(files) < (parts := read_json(path / PLAN)["parts"]):
-        raise FileError(
-            f"{path} has {len(files)} of {parts} parts; give the same `stair embed` again, it goes on", path
-        )
+        raise FileError(f"{path} has {len(files)} of {parts} parts; give the same `stair embed` again", path)
     return files
 
 

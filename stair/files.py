@@ -56,24 +56,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def process_start(process: int) -> str | None:
-    """When a process of this machine started: numbers are used again. None if it has ended, or there is no /proc."""
-    try:
-        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else fields[18]
-
-
 def _has_ended(process: int) -> bool:
     """Also of one that nobody waits for, a zombie, which keeps its number; usual where containers have no init."""
     try:
         os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except ProcessLookupError:
         return True
-    except PermissionError:
+    except OSError:  # of another user, or there is no /proc
         return False
-    return process_start(os.getpid()) is not None and process_start(process) is None
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -115,7 +106,7 @@ def atomic_folder(folder: Path, last: str, names: Collection[str], is_ours: Call
     """
     # a folder may be a mount point or a link: only inside is the same file system
     stage = (folder if folder.is_dir() else folder.parent) / f".{folder.absolute().name}.part"
-    with lock(stage.with_suffix(".lock"), f"{folder} is being written by another process; try again later"):
+    with lock(stage.with_suffix(".lock"), f"{folder} is being written; try again later"):
         _check_folder(folder, stage, last, names, is_ours)
         remove(stage)
         stage.mkdir()
@@ -147,22 +138,17 @@ def _check_folder(
     present = sorted(name for name in {last, *names} if os.path.lexists(folder / name))
     ours = is_ours(folder / last) if last in present else (stage / last).is_file()  # killed between two renames
     if present and not ours:
-        raise FileError(
-            f"{folder} holds {', '.join(present)}, which this project did not write. Give another folder, or move them",
-            folder,
-        )
+        files = f"{', '.join(present)}, which this project did not write"
+        raise FileError(f"{folder} holds {files}. Give another folder, or move them", folder)
 
 
 @contextmanager
 def removed_on_failure(path: Path, unfinished: Path) -> Iterator[None]:
-    """Removes an unfinished file or folder if writing it fails. States path and free bytes if the disk is full.
+    """Removes an unfinished file or folder if writing it fails; if the disk is full, the OSError states the free bytes.
 
     Args:
         path: what is to appear, or to be replaced.
         unfinished: what is being written.
-
-    Raises:
-        OSError: of the number that the system gave, with `path` and the free bytes.
     """
     try:
         yield
@@ -219,20 +205,23 @@ def lock(path: Path, message: str = "", wait: bool = False) -> Iterator[None]:
     """Holds a lock; the system releases it when the process ends. A file system without locks gives none.
 
     Args:
-        path: the lock's file. It is removed afterwards. Missing parent folders are created.
-        message: of the error, what is in use.
+        path: the lock's file. It names the holder, and is removed afterwards. Missing parent folders are created.
+        message: of the error, what is in use; the holder follows.
         wait: for another holder instead of failing.
 
     Raises:
         FileError: if another process or thread holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    job = os.environ.get("SLURM_JOB_ID")
+    holder = f"process {os.getpid()} on {platform.node()}" + (f", SLURM job {job}" if job else "")
     while True:
-        with path.open("a") as file:
+        with path.open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError as error:
-                raise FileError(message or f"{path} is locked by another process; try again later", path) from error
+                other = path.read_text() if path.exists() else ""
+                raise FileError(f"{message or f'{path} is in use'}: by {other or 'another process'}", path) from error
             except OSError:
                 pass
             try:
@@ -240,6 +229,9 @@ def lock(path: Path, message: str = "", wait: bool = False) -> Iterator[None]:
                     continue  # the holder before removed it
             except FileNotFoundError:
                 continue
+            with suppress(OSError):  # no room
+                file.truncate(0)
+                os.write(file.fileno(), holder.encode())
             try:
                 yield
             finally:
@@ -257,12 +249,7 @@ def sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        FileNotFoundError: if there is no file.
-        FileError: if it holds anything else.
-    """
+    """Reads a JSON object; FileError if the file holds anything else, FileNotFoundError if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -274,11 +261,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def folder_or_hub_name(source: str | Path) -> Iterator[None]:
-    """Around a call that takes a folder or a name on the hub: a folder that does not exist is taken for a name.
-
-    Raises:
-        FileError: if the source is a path and there is nothing, or the hub gives nothing under that name.
-    """
+    """Around a call that takes a folder or a name on the hub: a FileError if there is neither."""
     text = str(source)
     if not Path(text).exists() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
         raise FileError(f"{source}: no such folder", source)
@@ -288,6 +271,5 @@ def folder_or_hub_name(source: str | Path) -> Iterator[None]:
         if Path(text).exists():
             raise
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise FileError(
-            f"{source}: there is no such folder, and the hub gives no model of that name ({why})", source
-        ) from error
+        missing = f"{source}: there is no such folder, and the hub gives no model of that name ({why})"
+        raise FileError(missing, source) from error

@@ -11,7 +11,7 @@ from typing import Any
 
 from stair.files import read_json
 from stair.pages import render
-from stair.report.tables import markdown_sections, markdown_table
+from stair.report.tables import Table, protocol, tables
 from stair.towers import FILES, folder_of, read_description
 
 
@@ -32,27 +32,18 @@ def model_card(
         FileNotFoundError, ValueError: if the folder holds no saved model, or results are neither.
     """
     about = read_description(folder)
-    values = {key: about[key] for key in ("model", "vocabulary_fingerprint", "training")}
-    shown = _measured(results) if results else []
-    card = render(
-        "card.md",
-        **values,
-        name=name or folder.name,
-        source=name or folder,
-        sparse=True,
-        results=shown,
-        licence=licence,
-        data=data,
-    )
-    return f"{card}\n"
+    values = {key: about[key] for key in ("model", "vocabulary_fingerprint", "training")} | _measured(results or {})
+    names = {"name": name or folder.name, "source": name or folder}
+    return render("card.md", **values, **names, sparse=True, licence=licence, data=data) + "\n"
 
 
-def _measured(results: Mapping[str, Any]) -> list[str]:
+def _measured(results: Mapping[str, Any]) -> dict[str, Any]:
     if {"model", "sets"} <= results.keys():
-        return markdown_sections(results)
+        return {"protocols": [protocol(*each) for each in results["sets"].items()], "tables": list(tables(results))}
     if odd := [name for name, value in results.items() if not isinstance(value, (str, int, float))]:
         raise ValueError(f"results: {odd[0]!r} is no number or text; give those by name, or evaluation.json")
-    return [markdown_table(["measure", "value"], list(results.items()))]
+    rows = [[name, f"{value:.4g}" if isinstance(value, float) else str(value)] for name, value in results.items()]
+    return {"protocols": [], "tables": [Table("", ["measure", "value"], rows)] if rows else []}
 
 
 def push(

@@ -75,15 +75,7 @@ def one_line_errors(*types: type[Exception]) -> Iterator[None]:
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
-    """Prints one line and ends the process. Ranks with the error of the first one end without a line.
-
-    Args:
-        message: the error; its line ends become spaces.
-        status: exit status, 2 for an unknown or unreadable option.
-
-    Raises:
-        SystemExit: with the status.
-    """
+    """Prints one line and ends the process with a status. Ranks with the error of the first one end without a line."""
     if max(int(os.environ.get(name) or 0) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")) > 0:
         _wait_for_first_rank()
     if job := os.environ.get("STAIR_JOB"):  # slurm/run_stage.sh does not restart after it

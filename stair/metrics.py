@@ -33,11 +33,8 @@ def row_of_caption(image_id_B: Tensor, caption_image_C: Tensor) -> Tensor:
     real_C = caption_image_C >= 0
     match_CB = (caption_image_C[:, None] == image_id_B[None, :]) & real_C[:, None]
     if not torch.equal(match_CB.sum(1), real_C.long()):
-        raise ValueError(
-            f"captions belong to images {sorted(set(caption_image_C.tolist()))}, the batch holds images "
-            f"{sorted(image_id_B.tolist())}: give each caption's image exactly once in the same batch, and mark repeated "
-            "images and their captions with -1"
-        )
+        given = f"captions of images {sorted(set(caption_image_C.tolist()))}, images {sorted(image_id_B.tolist())}"
+        raise ValueError(f"{given}: give each caption's image once in its batch; mark repeated ones with -1")
     return match_CB.int().argmax(1).masked_fill(~real_C, -1) if match_CB.numel() else caption_image_C.long()
 
 

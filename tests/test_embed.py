@@ -70,43 +70,6 @@ def test_embedded_vectors_are_those_of_the_encoders_in_training(stair, model, sh
     assert images.source[0]["captions"] == [CAPTIONS[0], f"{CAPTIONS[0]} ."]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_trainers_predict_writes_what_embed_writes(stair, tiny_stair, model, shard, tmp_path, vocab_file, ranks):
-    import lightning as L
-
-    from callbacks.embedding_writer import EmbeddingWriter
-    from datamodules.shards import ImageTextShards
-    from lightning_modules import Stage3
-    from lightning_modules.optimizer import Optimizer
-    from lightning_modules.stage import Objective
-    from tests.support.models import tiny_config
-
-    stair("embed", model, shard, tmp_path / "images")
-    stair("embed", model, shard, tmp_path / "texts", "--side", "texts")
-    module = Stage3(tiny_config(vocab_file), Objective(), Optimizer())
-    module.stair.load_state_dict(tiny_stair.state_dict())
-    data = ImageTextShards(
-        test={"c": str(shard)}, vocabulary=str(vocab_file), image_size=32, max_tokens=12, eval_batch_size=2, workers=0
-    )
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=ranks,
-        strategy="ddp_fork" if ranks > 1 else "auto",
-        logger=False,
-        enable_progress_bar=False,
-        default_root_dir=tmp_path,
-        callbacks=[EmbeddingWriter(str(tmp_path / "out"))],
-    )
-    trainer.predict(module, datamodule=data, return_predictions=False)
-    for side in ("images", "texts"):
-        written, expected = Embeddings.load(tmp_path / "out" / "c" / side), Embeddings.load(tmp_path / side)
-        assert len(list((tmp_path / "out/c" / side).glob("part-*"))) == ranks
-        assert sorted(written.ids) == sorted(expected.ids) and written.space == expected.space
-        order = [written.ids.index(name) for name in expected.ids]
-        np.testing.assert_allclose(written.vectors[order].toarray(), expected.vectors.toarray(), atol=1e-6)
-
-
 @pytest.mark.parametrize("format", ["safetensors", "parquet"])
 def test_an_interrupted_embedding_goes_on_where_it_stopped(stair, model, folder, tmp_path, format):
     out = tmp_path / "out"

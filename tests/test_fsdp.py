@@ -2,19 +2,16 @@
 
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from callbacks.embedding_writer import EmbeddingWriter
-from datamodules.shards import ImageTextShards
 from datamodules.synthetic import write_scenes
 from lightning_modules import Stage1, Stage2, Stage3
 from lightning_modules.consolidate import consolidate
 from lightning_modules.parallel import FullySharded, blocks
 from main import main
-from stair import Embeddings, Stair
+from stair import Stair
 from stair.errors import FileError
 from tests.support.ranks import STAGES, STEPS, Case, difference, fit, make, run, same
 from tests.support.runs import SMALL, stage_args, weights
@@ -84,41 +81,6 @@ def test_the_blocks_of_both_towers_are_found(case):
     stair = make(case(Stage1)).stair
     assert blocks(stair.image_encoder) == list(stair.image_encoder.vit.blocks)
     assert blocks(stair.text_encoder) == list(stair.text_encoder.bert.encoder.layer)
-
-
-def predict(case):
-    """Writes embeddings; returns the model's fingerprint."""
-    torch.set_num_threads(1)
-    module, folder = make(case), Path(case.folder)
-    fingerprint = module.stair.fingerprint
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=case.ranks,
-        strategy=case.strategy(),
-        logger=False,
-        enable_progress_bar=False,
-        default_root_dir=folder,
-        callbacks=[EmbeddingWriter(str(folder / "out"))],
-    )
-    data = ImageTextShards(
-        test={"c": str(folder / "val-0000.tar")},
-        vocabulary=case.vocabulary,
-        image_size=32,
-        max_tokens=12,
-        eval_batch_size=2,
-        workers=0,
-    )
-    trainer.predict(module, datamodule=data, return_predictions=False)
-    return fingerprint
-
-
-def test_a_sharded_model_writes_embeddings_with_the_fingerprint_of_the_whole(case, tmp_path):
-    write_scenes(tmp_path, train=4, val=5, image_size=32)
-    one = case(Stage3, strategy=FullySharded)
-    fingerprint, module = run(one, predict), make(one)
-    images, texts = (Embeddings.load(tmp_path / "out" / "c" / side) for side in ("images", "texts"))
-    assert images.space == texts.space == module.stair.eval().space and images.space.model == fingerprint
-    assert len(set(images.ids)) == 5 and len(set(texts.ids)) >= 5
 
 
 # ------------------------------------------------------------------ checkpoints

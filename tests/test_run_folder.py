@@ -4,8 +4,8 @@ import itertools
 import json
 import os
 import shutil
-import socket
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -15,10 +15,10 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_modules import run_lock
 from lightning_modules.run_folder import checkpoint_to_resume, training_inputs
 from main import StairCLI, main
 from stair.errors import FileError, SettingError
+from stair.files import lock
 from tests.support.runs import SMALL, stage_args
 
 TWO = ("--trainer.max_steps", "2")
@@ -360,62 +360,34 @@ def test_config_yaml_states_the_settings_that_trained_what_is_there(scenes, copy
 # ------------------------------------------------------------------ two jobs
 
 
-def locked(home, age=0.0, **changes):
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "lock").write_text(json.dumps({**run_lock.lock_holder(), **changes}))
-    os.utime(home / "lock", (time.time() - age,) * 2)
+HOLD = """
+import pathlib, sys, time
+from stair.files import lock
+with lock(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
 
 
-@pytest.mark.parametrize(
-    "holder",
-    [
-        {"process": os.getppid(), "started": run_lock.process_start(os.getppid())},
-        {"host": "node7", "job": "12", "age": 60},
-    ],
-)
-def test_a_second_job_in_a_folder_is_refused_by_naming_the_first(scenes, tmp_path, holder):
-    locked(tmp_path / "r" / "stage1", **holder)
-    before = content(tmp_path / "r")
-    for more in ((), LAST):
-        with pytest.raises(FileError, match=str(holder.get("host", os.getppid()))) as refused:
-            main(stage_args(scenes, 1, tmp_path / "r", *more))
-        assert refused.value.path == tmp_path / "r" / "stage1" / "lock" and content(tmp_path / "r") == before
+def test_a_second_job_in_a_folder_is_refused_by_naming_the_first_until_that_is_killed(scenes, tmp_path):
+    path = tmp_path / "r" / "stage1" / "lock"
+    with subprocess.Popen([sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        before = content(tmp_path / "r")
+        for more in ((), LAST):
+            with pytest.raises(FileError, match=f"process {first.pid} on ") as refused:
+                main(stage_args(scenes, 1, tmp_path / "r", *more))
+            assert refused.value.path == path and content(tmp_path / "r") == before
+        first.kill()
+    assert path.exists()
+    main(stage_args(scenes, 1, tmp_path / "r", *TWO))
+    assert not path.exists()
 
 
-@pytest.mark.parametrize(
-    "holder",
-    [
-        {"process": 2**22 + 1, "started": "1"},
-        {"started": "1"},  # the number of a process that has ended is another's now
-        {"host": "node7", "age": 1000},
-        {"host": "node7", "job": "12", "restart": "0"},
-    ],
-    ids=["ended", "number used again", "no sign of life", "earlier start of this job"],
-)
-def test_the_lock_of_a_job_that_has_ended_is_taken_over(tmp_path, holder, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "12")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    locked(tmp_path, **holder)
-    with run_lock.training_lock(tmp_path):
-        mine = json.loads((tmp_path / "lock").read_text())
-        assert (mine["host"], mine["process"], mine["job"]) == (socket.gethostname(), os.getpid(), "12")
-        with pytest.raises(FileError), run_lock.training_lock(tmp_path):
-            pass
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_holder_shows_signs_of_life_and_other_ranks_take_no_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lock, "HEARTBEAT", 0.01)
-    with run_lock.training_lock(tmp_path):
-        os.utime(tmp_path / "lock", (0, 0))
-        end = time.monotonic() + 20
-        while (tmp_path / "lock").stat().st_mtime == 0 and time.monotonic() < end:
-            time.sleep(0.01)
-        assert (tmp_path / "lock").stat().st_mtime > 0
-        monkeypatch.setenv("SLURM_PROCID", "1")
-        with run_lock.training_lock(tmp_path):
-            pass
-        assert (tmp_path / "lock").exists()
+def test_other_ranks_of_a_job_take_no_lock(scenes, tmp_path, monkeypatch):
+    monkeypatch.setenv("NODE_RANK", "1")
+    with lock(tmp_path / "r" / "stage1" / "lock"):
+        main(stage_args(scenes, 1, tmp_path / "r", *TWO))
 
 
 # ------------------------------------------------------------------ names stay as typed

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_modules import Stage1, Stage2, Stage3
-from lightning_modules.contrastive import ContrastiveModule, sides
+from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.optimizer import Optimizer
 from lightning_modules.stage import Objective
 from main import main
@@ -139,9 +139,9 @@ def test_what_cannot_train_is_refused_before_the_first_step(finished, scenes, st
 
 def test_strategies_that_would_train_something_else_are_refused():
     # not through the command line: this strategy leaves a process group behind, and the next test's ranks would wait for it
-    trainer = SimpleNamespace(strategy=ModelParallelStrategy(), accumulate_grad_batches=1)
+    trainer = SimpleNamespace(strategy=ModelParallelStrategy(), precision="32-true")
     with pytest.raises(SettingError, match="fsdp2") as refused:
-        ContrastiveModule.on_fit_start(SimpleNamespace(trainer=trainer))
+        ContrastiveModule.setup(SimpleNamespace(trainer=trainer), "fit")
     assert refused.value.setting == "trainer.strategy"
 
 
@@ -524,8 +524,6 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(vocab_file, batch, m
 def test_micro_batches_encode_a_frozen_image_once(vocab_file, batch):
     for share in (None, 0.25):
         stage = module(vocab_file, 2, Stage2, objective=Objective(masked_loss_weight=share))
-        for tower in sides(stage.towers)["image"]:
-            tower.requires_grad_(False)
         seen = []
         stage.stair.image_encoder.register_forward_hook(lambda module, given, out, seen=seen: seen.append(len(out)))
         assert embeddings_and_gradient(stage, batch)[1] and seen == [2, 2]

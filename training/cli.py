@@ -1,10 +1,11 @@
 """Lightning's command line with this project's callbacks, `--run`, and the checks of a stage's folder.
 
-It overrides or calls private methods of LightningCLI that have no public equivalent: `_instantiate_trainer`,
-`_run_subcommand`, `_parse_ckpt_path` (added for upstream issue 20801) and `_parser`.
+Of LightningCLI it uses the private methods `_instantiate_trainer`, `_run_subcommand`, `_parse_ckpt_path` (added for
+upstream issue 20801) and `_parser`, which have no public equivalent.
 """
 
 import importlib
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint, SaveSettings
 from callbacks.health import Health
@@ -25,15 +26,15 @@ from callbacks.stage_transition import StageTransition, stage_before
 from callbacks.watchdog import Watchdog
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.run_folder import (
-    check_leftover,
     checkpoint_path,
     checkpoint_to_resume,
     is_complete,
+    read_checkpoint,
     training_inputs,
     write_atomically,
 )
-from lightning_modules.run_lock import training_lock
 from stair.errors import FileError, SettingError, StairError
+from stair.files import lock
 from stair.launch import fail
 from training.settings import check_data, expand_paths, listed, match_launcher, place_loggers, stage_folder
 
@@ -122,18 +123,15 @@ class StairCLI(LightningCLI):
             return
         if config.ckpt_path in ("last", "best"):
             path = checkpoint_path(self._home, config.ckpt_path)
-            if not path.exists():
-                raise FileError(f"--ckpt_path {config.ckpt_path}: there is no {path}. Give --run, or a file", path)
+            read_checkpoint(path)
             config.ckpt_path = str(path)
         elif config.ckpt_path is None:
-            check_leftover(self._home)
+            if left := sorted(self._home.glob("hpc_ckpt_*.ckpt")):  # under SLURM Lightning would load it unasked
+                raise FileError(f"{left[-1]} is left over from Lightning's own requeueing: remove it", left[-1])
             self._init_from = str(export) if config.run is not None else None
         if (self._init_from or config.transition.init_from or config.ckpt_path) is None:
-            raise SettingError(
-                f"{command} has no model, only initial weights: give --run RUN, --transition.init_from RUN/stage3/stair "
-                "or --ckpt_path FILE",
-                "run",
-            )
+            given = "--run RUN, --transition.init_from RUN/stage3/stair or --ckpt_path FILE"
+            raise SettingError(f"{command} has no model, only initial weights: give {given}", "run")
         check_data(command, config)
 
     def _prepare_fit(self, config: Any, family: type[ContrastiveModule], export: Path) -> None:
@@ -147,7 +145,9 @@ class StairCLI(LightningCLI):
             rank_zero_info(f"{export} is finished, and came from the same inputs: there is nothing to do")
             self._complete = True
             return
-        self._held.enter_context(training_lock(self._home))
+        if not (rank_zero_only.rank or int(os.environ.get("NODE_RANK", 0))):
+            busy = f"another job trains in {self._home}. Wait for it, end it, or give another --run"
+            self._held.enter_context(lock(self._home / "lock", busy))
         config.ckpt_path = checkpoint_to_resume(config.ckpt_path, self._home, export, self._inputs)
 
     def instantiate_classes(self) -> None:
@@ -160,11 +160,7 @@ class StairCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
-        """Fails if the planned steps were not done: a later stage would find no model to start from.
-
-        Raises:
-            StairError: with the step and the reason.
-        """
+        """Raises a StairError if the planned steps were not done: a later stage would find no model to start from."""
         if reason := self.config_init[self.subcommand].transition.unfinished:
             raise StairError(reason)
 

@@ -39,8 +39,7 @@ def _typed_names(value: Any, typed: Any) -> Any:
 def expand_paths(config: Namespace) -> None:
     """Expands `~` and environment variables in every string of the settings. `pipe:` commands are left to their shell.
 
-    Raises:
-        SettingError: if `run` or `trainer.default_root_dir` names a variable that is not set.
+    SettingError if `run` or `trainer.default_root_dir` names a variable that is not set.
     """
     _expanded(config)
     for key in ("run", "trainer.default_root_dir"):
@@ -64,11 +63,7 @@ def _expanded(value: Any) -> Any:
 
 
 def match_launcher(trainer: Any) -> None:
-    """Gives the trainer the processes that srun or torchrun started: others would each train alone, or wait for ever.
-
-    Raises:
-        SettingError: if settings name another number of them.
-    """
+    """Gives the trainer the processes that srun or torchrun started; SettingError if settings name another number."""
     if (launched := launched_processes()) is None:
         return
     launcher, nodes, processes = launched
@@ -77,19 +72,12 @@ def match_launcher(trainer: Any) -> None:
         if value in unset:
             trainer[name] = count
         elif str(value) != str(count) and not (isinstance(value, list) and len(value) == count):
-            raise SettingError(
-                f"trainer.{name} is {value}, but {launcher} started {processes} processes on each of {nodes} nodes: leave "
-                f"the setting out, or start {value} of them",
-                f"trainer.{name}",
-            )
+            started = f"{launcher} started {processes} processes on each of {nodes} nodes"
+            raise SettingError(f"trainer.{name} is {value}, but {started}: leave the setting out", f"trainer.{name}")
 
 
 def check_data(command: str, config: Any) -> None:
-    """Refuses a command that would do nothing.
-
-    Raises:
-        SettingError: naming the setting that is missing, or that leaves no batch.
-    """
+    """Refuses a command that would do nothing: SettingError for missing data, or a limit that leaves no batch."""
     name, limit = {"fit": ("train", "train"), "validate": ("val", "val")}.get(command, ("test", command))
     if not config.data[name]:
         spec = "SHARDS" if name == "train" else "'{NAME: SHARDS}'"
@@ -98,32 +86,19 @@ def check_data(command: str, config: Any) -> None:
     if config.trainer[limit] == 0:
         raise SettingError(f"trainer.{limit} is 0: {command} would do nothing", f"trainer.{limit}")
     if command == "predict" and not config.trainer.callbacks:
-        rank_zero_warn(
-            "predict writes no embeddings: trainer.callbacks has no callback that does. Give "
-            "--trainer.callbacks+=callbacks.embedding_writer.EmbeddingWriter --trainer.callbacks.folder FOLDER"
-        )
+        rank_zero_warn("predict writes nothing without a callback that does; `stair embed` writes embeddings")
 
 
 def stage_folder(config: Any, name: str) -> Path:
-    """The folder that a command works in.
-
-    Args:
-        config: its settings.
-        name: of the stage's folder in a run.
-
-    Raises:
-        SettingError: if run is empty, or the folder is given twice.
-    """
+    """The folder that a command works in, of this name in a run; SettingError if it is given twice, or empty."""
     given = config.trainer.default_root_dir
     if config.run is None:
         return Path(given or HOME)
     if not config.run.strip():
         raise SettingError(f"--run is {config.run!r}: give a folder", "run")
     if given is not None:
-        raise SettingError(
-            f"--run {config.run} and --trainer.default_root_dir {given} both name the folder: give one of them",
-            "trainer.default_root_dir",
-        )
+        both = f"--run {config.run} and --trainer.default_root_dir {given}"
+        raise SettingError(f"{both} both name the folder: give one of them", "trainer.default_root_dir")
     return Path(config.run) / name
 
 

@@ -55,14 +55,7 @@ def class_rows(evaluated: EvaluatedModel, classes: Sequence[str], templates: Seq
 def zero_shot(
     images: SparseRows, labels: Tensor, classes: SparseRows, names: Sequence[str], width: int
 ) -> dict[str, Any]:
-    """Accuracy of the class embedding with the highest score; ties count as errors.
-
-    Args:
-        images: N comparable rows.
-        labels: (N,) int64.
-        classes: L comparable rows (`class_rows`).
-        names: of the classes.
-        width: V.
+    """Accuracy of the class embedding with the highest score, of N and L comparable rows; ties count as errors.
 
     Returns:
         `top1`, `top5`, `mean_class_top1` (over classes with images), `images`, `classes`, `tied` (images that score a wrong

@@ -46,10 +46,9 @@ class OpenClip:
         if not checkpoint:
             raise SettingError(f"open_clip:{source}: give open_clip:ARCHITECTURE:CHECKPOINT", "model")
         open_clip = import_extra("open_clip", "open_clip_torch", "openclip")
+        options = {"pretrained": checkpoint, "weights_only": True}
         try:
-            model, _, self.preprocess = open_clip.create_model_and_transforms(
-                architecture, pretrained=checkpoint, weights_only=True
-            )
+            model, _, self.preprocess = open_clip.create_model_and_transforms(architecture, **options)
             self.tokenize = open_clip.get_tokenizer(architecture)
         except (RuntimeError, OSError, TypeError, ValueError, pickle.UnpicklingError) as error:
             reason = str(error)[:200]  # the whole message lists all models

@@ -89,11 +89,7 @@ def evaluate(
 def open_set(
     place: str, split: str | None = None, classnames: str | None = None, captions: int | None = None
 ) -> EvaluationSet:
-    """A set of the command line, `PLACE` or `name=PLACE`; other arguments as in `evaluate`.
-
-    Raises:
-        FileNotFoundError, ValueError: if nothing is there, or no set.
-    """
+    """A set of the command line, `PLACE` or `name=PLACE`; other arguments and errors as of `evaluate`."""
     name, sign, path = place.partition("=")
     if not sign or "/" in name or Path(place).exists():  # an `=` of the path
         name, path = "", place
@@ -197,9 +193,8 @@ def _class_names(home: Path, given: str | None) -> list[str]:
     names = read_names(path, key)
     if not _are_names(names):
         keys = sorted(k for k, v in names.items() if isinstance(v, list)) if isinstance(names, dict) else []
-        raise SettingError(
-            f"{path} has no list of names under {key!r}; it has {keys}. Give --classnames FILE:KEY", "classnames"
-        )
+        wrong = f"{path} has no list of names under {key!r}; it has {keys}"
+        raise SettingError(f"{wrong}. Give --classnames FILE:KEY", "classnames")
     return list(names)
 
 
@@ -221,20 +216,14 @@ class _FolderSamples:
         names, files, skipped = class_files(folder)
         self.classes = names if classes is None else classes
         labels = {name: label for label, name in enumerate(self.classes)}
-        skipped += [
-            fields.Skipped(fields.printable(file.name), "no class: not among the classes")
-            for file, n in files
-            if names[n] not in labels
-        ]
+        other = [file for file, n in files if names[n] not in labels]
+        skipped += [fields.Skipped(fields.printable(file.name), "no class: not among the classes") for file in other]
         self._files = [(file.path, labels[names[n]]) for file, n in files if names[n] in labels]
         for each in skipped:
             if each.cause not in ("not an image by its name", "no class"):
                 raise FileError(f"{folder / each.place}: {each.reason}", folder / each.place)
-        print(
-            *fields.skipped_lines(skipped),
-            f"{folder}: {len(self._files)} images, {len(skipped)} files skipped",
-            sep="\n",
-        )
+        counts = f"{folder}: {len(self._files)} images, {len(skipped)} files skipped"
+        print(*fields.skipped_lines(skipped), counts, sep="\n")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -252,11 +241,8 @@ def _class_folders(folder: Path, split: str | None, classnames: str | None) -> E
     home = folder / part if part else folder
     samples = _FolderSamples(home)
     if not len(samples):
-        raise FileError(
-            f"{home} holds neither tars nor class folders with images. Give tars, a folder of them, or a folder with a "
-            "folder of images for each class",
-            home,
-        )
+        wanted = "tars, a folder of them, or a folder with a folder of images for each class"
+        raise FileError(f"{home} holds neither tars nor class folders with images. Give {wanted}", home)
     others = {
         other: _FolderSamples(folder / other, samples.classes)
         for other in ("train", "val")

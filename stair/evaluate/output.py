@@ -18,7 +18,7 @@ from stair.files import write_json, write_text
 from stair.pages import render, write_html
 from stair.plain import one_line
 from stair.report import Picture, encode_png
-from stair.report.tables import DIRECTIONS, markdown_sections, protocol, tables
+from stair.report.tables import DIRECTIONS, protocol, tables
 
 _EXAMPLES = 12
 
@@ -45,9 +45,8 @@ def write(
     embedded: Mapping[str, EmbeddedSet],
 ) -> None:
     """Writes `evaluation.json`, `report.html` and `model_card.md` into a folder, each atomically."""
-    write_json(
-        folder / "evaluation.json", json.loads(json.dumps(result), parse_constant=lambda _: None)
-    )  # NaN is no JSON
+    values = json.loads(json.dumps(result), parse_constant=lambda _: None)  # NaN is no JSON
+    write_json(folder / "evaluation.json", values)
     write_text(folder / "model_card.md", model_card(result))
     examples = (pictures for what in sets if (pictures := _examples(evaluated, what, embedded[what.name])))
     content = render("evaluation.html", tables=list(tables(result)), plots=_plots(result), pictures=next(examples, []))
@@ -61,8 +60,8 @@ def model_card(result: Mapping[str, Any]) -> str:
     """Markdown: what the model is, how it was measured, the results."""
     model = result["model"]
     values = {key: model[key] for key in ("name", "similarity", "training")}
-    values |= {"sparse": model["kind"] == "sparse", "results": markdown_sections(result)}
-    return render("card.md", **values, licence="", data="", model=None) + "\n"
+    values |= {"protocols": [protocol(*each) for each in result["sets"].items()], "tables": list(tables(result))}
+    return render("card.md", **values, sparse=model["kind"] == "sparse", licence="", data="", model=None) + "\n"
 
 
 def _plots(result: Mapping[str, Any]) -> list[tuple[str, bytes]]:

@@ -22,8 +22,8 @@ def curve(
     texts: SparseRows,
     owner: torch.Tensor,
     similarity: str,
-    most: Sequence[int],
-    shares: Sequence[float],
+    most: Sequence[int] = (8, 16, 32, 64, 128, 256, 512),
+    shares: Sequence[float] = (0.05, 0.1, 0.2, 0.4),
 ) -> list[dict[str, Any]]:
     """Recall when both sides keep only their heaviest terms, and when images alone do, as in an index.
 
@@ -32,18 +32,17 @@ def curve(
         owner: (C,) int64, the image of each caption.
         similarity: `dot` or `cosine`.
         most: numbers of terms to keep of each embedding.
-        shares: keep terms of at least this share of the embedding's heaviest.
+        shares: of the embedding's heaviest term, below which terms are cut.
 
     Returns:
         A row for each cut, the first without one: `kept`, pruned `side` (`both` or `images`), mean active terms of `images`
         and `texts`, `i2t` and `t2i` recall@1, `index_bytes` of the images.
     """
-    longest_image, longest_text = (int(rows.entries.max()) if len(rows.entries) else 0 for rows in (images, texts))
+    longest = {"images": int(images.entries.max()) if len(images.entries) else 0}
+    longest["both"] = max(longest["images"], int(texts.entries.max()) if len(texts.entries) else 0)
     cuts: list[tuple[str, str, Callable[[SparseRows], SparseRows]]] = [("all", "both", lambda rows: rows)]
-    cuts += [
-        (f"top {k}", "both", partial(SparseRows.largest, k=k)) for k in most if k < max(longest_image, longest_text)
-    ]
-    cuts += [(f"top {k}", "images", partial(SparseRows.largest, k=k)) for k in most if k < longest_image]
+    for side in ("both", "images"):
+        cuts += [(f"top {k}", side, partial(SparseRows.largest, k=k)) for k in most if k < longest[side]]
     cuts += [(f"≥ {share:g} of the heaviest", "both", partial(SparseRows.above, share=share)) for share in shares]
     rows = []
     for kept, side, prune in cuts:

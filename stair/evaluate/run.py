@@ -27,8 +27,6 @@ from stair.towers import TwoTowers
 from stair.vocabulary import Vocabulary
 
 KS = (1, 5, 10)
-MOST = (8, 16, 32, 64, 128, 256, 512)  # terms of an embedding that pruning keeps
-SHARES = (0.05, 0.1, 0.2, 0.4)  # of the heaviest weight, below which pruning cuts
 TIES = "ties count against: an answer ranks behind all wrong ones that score the same"
 
 
@@ -54,14 +52,7 @@ class EmbeddedSet:
 
 @torch.no_grad()
 def embed(evaluated: EvaluatedModel, what: EvaluationSet, batch_size: int = 64, top_k: int = 10) -> EmbeddedSet:
-    """Embeds a set.
-
-    Args:
-        evaluated: the model.
-        what: the set.
-        batch_size: images at a time, with all their captions.
-        top_k: K of grounding@K.
-    """
+    """Embeds a set, `batch_size` images at a time with all their captions; `top_k` is the K of grounding@K."""
     start, encoder, vocabulary, counts = time.perf_counter(), evaluated.encoder, evaluated.terms, SetCounts()
     V = len(vocabulary) if vocabulary else 1
     sparsity, grounding, expansion = SparsityStats(V), Grounding(V, min(top_k, V)), Expansion(V)
@@ -72,8 +63,8 @@ def embed(evaluated: EvaluatedModel, what: EvaluationSet, batch_size: int = 64, 
         batch = [what.samples[i] for i in range(first, min(first + batch_size, len(what.samples)))]
         image_id = torch.arange(first, first + len(batch))
         own = [list(sample.captions) for sample in batch]
-        flat = [text for texts_of_image in own for text in texts_of_image]
-        owner = image_id.repeat_interleave(torch.tensor([len(texts_of_image) for texts_of_image in own]))
+        flat = [text for of_image in own for text in of_image]
+        owner = image_id.repeat_interleave(torch.tensor([len(of_image) for of_image in own]))
         hashes.append(image_hashes([sample.image for sample in batch]))
         counts.update(hashes[-1], _captions(encoder, flat), image_id, owner)
         captions += own
@@ -219,20 +210,13 @@ def _retrieval(evaluated: EvaluatedModel, rows: EmbeddedSet, ks: Sequence[int]) 
     images, texts = rows.comparable(similarity)
     ranks = retrieval_ranks(images, texts, rows.owner)
     rows.counts.update({f"tied_{way}": int(each.tied.sum()) for way, each in ranks.items()})
-    pruned = curve(rows.images, rows.texts, rows.owner, similarity, MOST, SHARES) if sparse else None
-    return {
-        "retrieval": {name: float(value) for name, value in rank_figures(ranks, ks).items()},
-        "cost": cost(images, texts, rows.width, sparse),
-        **({"pruned": pruned} if sparse else {}),
-    }
+    result: dict[str, Any] = {"retrieval": {name: float(value) for name, value in rank_figures(ranks, ks).items()}}
+    result["cost"] = cost(images, texts, rows.width, sparse)
+    return result | ({"pruned": curve(rows.images, rows.texts, rows.owner, similarity)} if sparse else {})
 
 
 def _classification(
-    evaluated: EvaluatedModel,
-    what: EvaluationSet,
-    rows: EmbeddedSet,
-    batch_size: int,
-    progress: Callable[[str], None],
+    evaluated: EvaluatedModel, what: EvaluationSet, rows: EmbeddedSet, batch_size: int, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     similarity, labelled = evaluated.encoder.similarity, rows.labels >= 0
     if int(rows.labels.max()) >= len(what.classes):

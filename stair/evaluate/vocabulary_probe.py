@@ -56,9 +56,9 @@ def vocabulary_probe(
     """Ranks each image's correct terms.
 
     Args:
-        images: N comparable rows.
+        images: N comparable rows of a width.
         correct: ids of the correct terms of each image (`correct_terms`).
-        width: V, or the width of a dense embedding.
+        width: of the rows.
         terms: candidates of a dense model (`term_rows`); None: the columns of `images`.
 
     Returns:

@@ -7,11 +7,6 @@ from stair.export.vectors import milvus, qdrant, seismic
 
 #: the second words of `stair export`
 FORMATS = {
-    "sqlite": sqlite,
-    "duckdb": duckdb,
-    "qdrant": qdrant,
-    "milvus": milvus,
-    "seismic": seismic,
-    "onnx": onnx,
-    "sentence-transformers": sentence_transformers,
+    function.__name__.replace("_", "-"): function
+    for function in (sqlite, duckdb, qdrant, milvus, seismic, onnx, sentence_transformers)
 }

@@ -1,7 +1,4 @@
-"""A folder that sentence-transformers' `SparseEncoder` loads, texts and pictures both.
-
-Loading it needs this package, and `trust_remote_code=True`: sentence-transformers 6 requires it for modules of others.
-"""
+"""A folder that sentence-transformers' `SparseEncoder` loads: with this package, and `trust_remote_code=True`."""
 
 from pathlib import Path
 

@@ -3,19 +3,18 @@
 import json
 import sqlite3
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from stair.errors import import_extra
-from stair.export.target import engine_errors, new_target, opened, rows
+from stair.export.target import batches, engine_errors, new_target, opened, rows
 from stair.index import SparseIndex
 
 _TABLES = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE terms (term INTEGER PRIMARY KEY, token TEXT NOT NULL);
 CREATE TABLE documents (document INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, metadata TEXT, source TEXT);
-CREATE TABLE postings (term INTEGER, document INTEGER, weight {real} NOT NULL{key});
+CREATE TABLE postings (term INTEGER, document INTEGER, weight {real} NOT NULL{key}){end};
 """
 #: one parameter, JSON of weights by term id: {"7592": 1.5}; and how many hits
 SQLITE_SCORE = """
@@ -42,8 +41,7 @@ def sqlite(index: Path, out: Path) -> None:
     documents = opened(index, "SQLite")
     with engine_errors("SQLite"), new_target(out) as part, closing(sqlite3.connect(part)) as database, database:
         # WITHOUT ROWID: postings lie sorted by term, as they are read
-        tables = _TABLES.replace("{key});", "{key}) WITHOUT ROWID;")
-        database.executescript(tables.format(real="REAL", key=", PRIMARY KEY (term, document)"))
+        database.executescript(_TABLES.format(real="REAL", key=", PRIMARY KEY (term, document)", end=" WITHOUT ROWID"))
         _fill(database, documents, SQLITE_SCORE)
 
 
@@ -58,7 +56,7 @@ def duckdb(index: Path, out: Path) -> None:
     connect = import_extra("duckdb", "duckdb", "export").connect
     with engine_errors("DuckDB"), new_target(out) as part, closing(connect(str(part))) as database:
         # no key on postings: DuckDB would check it row by row, and scans columns anyway
-        database.execute(_TABLES.format(real="DOUBLE", key=""))
+        database.execute(_TABLES.format(real="DOUBLE", key="", end=""))
         _fill(database, documents, DUCKDB_SCORE)
 
 
@@ -66,8 +64,7 @@ def _fill(database: Any, index: SparseIndex, statement: str) -> None:
     facts = {"model": index.space.model, "similarity": index.space.similarity, "score": statement}
     database.executemany("INSERT INTO facts VALUES (?, ?)", list(facts.items()))
     database.executemany("INSERT INTO terms VALUES (?, ?)", list(enumerate(index.space.tokens)))
-    numbered = enumerate(rows(index))
-    while batch := list(islice(numbered, 1 << 13)):
+    for batch in batches(enumerate(rows(index)), 1 << 13):
         documents = [(n, row.id, *map(json.dumps, row.fields.values())) for n, row in batch]
         database.executemany("INSERT INTO documents VALUES (?, ?, ?, ?)", documents)
         postings = [(term, n, weight) for n, row in batch for term, weight in zip(row.terms, row.weights, strict=True)]

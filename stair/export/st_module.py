@@ -1,7 +1,4 @@
-"""A STAIR model as a module of sentence-transformers: texts and pictures in, one weight a term out.
-
-Named in `modules.json` of an exported folder, so it stays where it is: `stair.export.st_module.StairModule`.
-"""
+"""A STAIR model as a module of sentence-transformers. `modules.json` of exported folders names it: it stays here."""
 
 import copy
 from collections.abc import Sequence
@@ -33,11 +30,7 @@ class StairModule(InputModule):
         return ["text", "image"]
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **_: Any) -> dict[str, Any]:
-        """Texts to ids, or pictures (PIL) to pixels; a batch is of one kind.
-
-        Raises:
-            ValueError: if it is neither.
-        """
+        """Texts to ids, or pictures (PIL) to pixels; a batch is of one kind, else a ValueError."""
         if all(isinstance(one, str) for one in inputs):
             texts = [(prompt or "") + one for one in inputs]
             ids, mask = self.model.vocabulary.tokenize(texts, self.model.config.text.max_tokens)
@@ -60,9 +53,7 @@ class StairModule(InputModule):
         """V."""
         return len(self.model.vocabulary)
 
-    def get_sentence_embedding_dimension(self) -> int:
-        """V."""
-        return self.get_embedding_dimension()
+    get_sentence_embedding_dimension = get_embedding_dimension
 
     @property
     def max_seq_length(self) -> int:
@@ -76,10 +67,8 @@ class StairModule(InputModule):
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", *_: Any, **options: Any) -> Self:
         """Reads what `save` wrote, from a folder or the hub."""
-        known = {
-            key: options[key] for key in ("token", "cache_folder", "revision", "local_files_only") if key in options
-        }
-        folder = cls.load_dir_path(model_name_or_path, subfolder=subfolder, **known)
+        names = options.keys() & {"token", "cache_folder", "revision", "local_files_only"}
+        folder = cls.load_dir_path(model_name_or_path, subfolder=subfolder, **{name: options[name] for name in names})
         if folder is None:
             raise ValueError(f"{model_name_or_path} has no folder {subfolder!r} with a STAIR model")
         return cls(Stair.from_pretrained(folder))

@@ -1,8 +1,10 @@
 """Common to all exports: checks before the first document is written, targets that appear complete or not at all."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +39,13 @@ def rows(index: SparseIndex) -> Iterator[Row]:
             progress.update()
 
 
+def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """The items in lists of a size, the last one shorter."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
 def opened(folder: Path, engine: str, longest_id: int | None = None, int64: bool = False) -> SparseIndex:
     """Opens an index and checks that an engine can hold all of it.
 
@@ -44,35 +53,31 @@ def opened(folder: Path, engine: str, longest_id: int | None = None, int64: bool
         folder: of the index.
         engine: its name, for messages.
         longest_id: most UTF-8 bytes of an id; then ids of no bytes are errors too.
-        int64: whether integers beyond 64 bits are errors, as they would lose digits.
+        int64: whether integers beyond 64 bits, which would lose digits, are errors.
     """
     index = SparseIndex.open(folder)
     if not len(index):
         raise SettingError(f"{folder} has no documents; add some before an export", "index")
     for name in index.ids:
-        size = len(name.encode())
-        if longest_id is not None and not 0 < size <= longest_id:
-            raise SettingError(f"id {name[:40]!r}... has {size} bytes; {engine} takes 1 to {longest_id}", "index")
+        if longest_id and not 0 < len(name.encode()) <= longest_id:
+            raise SettingError(f"id {name[:40]!r}... is too long or empty; {engine} takes {longest_id} bytes", "index")
     for row in rows(index) if int64 else ():
-        if (number := _beyond_int64(row.fields)) is not None:
-            raise SettingError(f"metadata of {row.id!r}: {engine} would change {number}; make it text", "index")
+        try:
+            json.loads(json.dumps(row.fields), parse_int=_int64)
+        except OverflowError as error:
+            wrong = f"metadata of {row.id!r}: {engine} would change {error}; make it text"
+            raise SettingError(wrong, "index") from error
     return index
 
 
-def _beyond_int64(value: Any) -> int | None:
-    if isinstance(value, (dict, list)):
-        numbers = map(_beyond_int64, value.values() if isinstance(value, dict) else value)
-        return next((number for number in numbers if number is not None), None)
-    return value if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63 else None
+def _int64(text: str) -> None:
+    if not -(1 << 63) <= int(text) < 1 << 63:
+        raise OverflowError(text)
 
 
 @contextmanager
 def new_target(out: Path, folder: bool = False) -> Iterator[Path]:
-    """Where to write a file (or folder, which is made) that appears as `out` when it is complete.
-
-    Raises:
-        FileError: before anything is written, if `out` exists; an empty folder may.
-    """
+    """Where to write a file (or folder, which is made) that appears as `out` when complete; FileError if `out` exists."""
     if out.is_symlink() or (out.exists() and not (folder and out.is_dir() and not any(out.iterdir()))):
         raise FileError(f"{out} exists; give a new name, or remove it", out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,16 +3,15 @@
 import json
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stair.errors import SettingError, import_extra
-from stair.export.target import Row, engine_errors, new_target, opened, rows
+from stair.export.target import Row, batches, engine_errors, new_target, opened, rows
 
 # ours: Qdrant's ids are numbers or UUIDs, so ids become UUIDs
 _NAMES = uuid.UUID("6d2ab1f2-6f0f-5a53-9d0c-2f0f5b1f5a11")
@@ -28,11 +27,12 @@ def qdrant(index: Path, out: str, collection: str = "stair") -> None:
             `PUT /collections/NAME/points` a line, the first being that of `PUT /collections/NAME`.
         collection: its name.
     """
-    batches = _batches(map(_qdrant_point, rows(opened(index, "Qdrant", int64=True))))
+    documents = opened(index, "Qdrant", int64=True)
+    requests = batches(map(_qdrant_point, rows(documents)), _BATCH)
     if out.endswith(".jsonl"):
         with new_target(Path(out)) as part, part.open("w", encoding="utf-8") as file:
             file.write(json.dumps({"sparse_vectors": {"terms": {}}}) + "\n")
-            file.writelines(json.dumps({"points": points}) + "\n" for points in batches)
+            file.writelines(json.dumps({"points": points}) + "\n" for points in requests)
         return
     library = import_extra("qdrant_client", "qdrant-client", "export")
     models = library.models
@@ -40,7 +40,7 @@ def qdrant(index: Path, out: str, collection: str = "stair") -> None:
         client = library.QdrantClient(**{"url" if "://" in address else "path": address}, check_compatibility=False)
         with closing(client), _new_collection(out, collection, client.collection_exists, client.delete_collection):
             client.create_collection(collection, {}, sparse_vectors_config={"terms": models.SparseVectorParams()})
-            for points in batches:
+            for points in requests:
                 client.upsert(collection, [models.PointStruct(**point) for point in points])
 
 
@@ -64,40 +64,29 @@ def milvus(index: Path, out: str, collection: str = "stair") -> None:
     with engine_errors("Milvus"), _database(out) as address, _quiet_milvus(address):
         client = library.MilvusClient(address)
         with closing(client), _new_collection(out, collection, client.has_collection, client.drop_collection):
-            _create_milvus(client, library.DataType, collection)
-            points = (
-                {"id": row.id, "terms": dict(zip(row.terms, row.weights, strict=True)), **row.fields}
-                for row in rows(documents)
-                if row.terms
-            )
-            written = sum(client.insert(collection, batch)["insert_count"] for batch in _batches(points))
+            schema, indexes = client.create_schema(auto_id=False), client.prepare_index_params()
+            schema.add_field("id", library.DataType.VARCHAR, is_primary=True, max_length=65_535)
+            schema.add_field("terms", library.DataType.SPARSE_FLOAT_VECTOR)
+            for owner in ("metadata", "source"):
+                schema.add_field(owner, library.DataType.JSON)
+            indexes.add_index("terms", index_type="SPARSE_INVERTED_INDEX", metric_type="IP")
+            client.create_collection(collection, schema=schema, index_params=indexes)
+            weighted = (row for row in rows(documents) if row.terms)
+            points = ({"id": r.id, "terms": dict(zip(r.terms, r.weights, strict=True)), **r.fields} for r in weighted)
+            written = sum(client.insert(collection, batch)["insert_count"] for batch in batches(points, _BATCH))
     if written < len(documents):
         print(f"{len(documents) - written} documents without a weight are left out: Milvus takes no empty vector")
 
 
 @contextmanager
 def _quiet_milvus(address: str) -> Iterator[None]:
-    log = logging.getLogger("pymilvus")
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # it logs a trace of each error that it raises
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs a trace of each error that it raises
     try:
         yield
     finally:
-        log.setLevel(level)
         if "://" not in address:
             manager = import_extra("milvus_lite.server_manager", "milvus-lite", "export").server_manager_instance
             manager.release_server(address)
-
-
-def _create_milvus(client: Any, kind: Any, collection: str) -> None:
-    schema = client.create_schema(auto_id=False)
-    schema.add_field("id", kind.VARCHAR, is_primary=True, max_length=65_535)
-    schema.add_field("terms", kind.SPARSE_FLOAT_VECTOR)
-    schema.add_field("metadata", kind.JSON)
-    schema.add_field("source", kind.JSON)
-    indexes = client.prepare_index_params()
-    indexes.add_index("terms", index_type="SPARSE_INVERTED_INDEX", metric_type="IP")
-    client.create_collection(collection, schema=schema, index_params=indexes)
 
 
 def seismic(index: Path, out: Path) -> None:
@@ -116,12 +105,6 @@ def seismic(index: Path, out: Path) -> None:
         library.SeismicIndex.build_from_dataset(dataset).save(str(part).removesuffix(".index.seismic"))
 
 
-def _batches(items: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    rest = iter(items)
-    while batch := list(islice(rest, _BATCH)):
-        yield batch
-
-
 @contextmanager
 def _database(out: str) -> Iterator[str]:
     """A server, or a database that exists, as it is; a new database appears when it is complete."""
@@ -133,9 +116,7 @@ def _database(out: str) -> Iterator[str]:
 
 
 @contextmanager
-def _new_collection(
-    out: str, collection: str, exists: Callable[[str], bool], drop: Callable[[str], Any]
-) -> Iterator[None]:
+def _new_collection(out: str, collection: str, exists: Callable[..., bool], drop: Callable[..., Any]) -> Iterator[None]:
     if exists(collection):
         raise SettingError(f"{out} has a collection {collection!r}; drop it, or give another name", "collection")
     try:

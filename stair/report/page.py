@@ -80,10 +80,7 @@ def write_page(
     best = {metric: max(stage.metrics.get(metric, -math.inf) for stage in stages) for metric in metrics}
     content = render(
         "report.html",
-        metrics=[
-            (_GROUPS.get(group, group), name.replace("_", " "))
-            for group, _, name in (m.rpartition("/") for m in metrics)
-        ],
+        metrics=[(_GROUPS.get(g, g), name.replace("_", " ")) for g, _, name in (m.rpartition("/") for m in metrics)],
         stages=[(stage.name, [_cell(m, stage.metrics.get(m, math.nan), best[m]) for m in metrics]) for stage in stages],
         pictures=pictures,
         # one scale for the bars of all hits of a query

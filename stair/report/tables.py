@@ -49,31 +49,8 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
                 + [f"{row['index_bytes']:,.0f}"]
                 for row in figures["pruned"]
             ]
-            yield Table(
-                f"Quality against size: {name}", heads, rows, ["`images`: only images are pruned, as in an index."]
-            )
-
-
-def markdown_sections(result: Mapping[str, Any]) -> list[str]:
-    """Markdown of an evaluation for a card: the protocol of each set, then the tables."""
-    sections = ["\n".join(f"- {protocol(name, figures)}" for name, figures in result["sets"].items())]
-    for table in tables(result):
-        notes = table.notes if table.title != "Retrieval" else ()
-        sections.append("\n\n".join([f"### {table.title}", markdown_table(table.heads, table.rows), *notes]))
-    return sections
-
-
-def markdown_table(heads: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """A table; numbers have four digits, all columns but the first are right-aligned."""
-    cells = [
-        [
-            (f"{value:.4g}" if isinstance(value, float) else str(value)).replace("|", "\\|").replace("\n", " ")
-            for value in row
-        ]
-        for row in (heads, *rows)
-    ]
-    cells.insert(1, ["---", *("--:" for _ in heads[1:])])
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+            note = "`images`: only images are pruned, as in an index."
+            yield Table(f"Quality against size: {name}", heads, rows, [note])
 
 
 def protocol(name: str, figures: Mapping[str, Any]) -> str:

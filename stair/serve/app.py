@@ -98,13 +98,8 @@ class _SearchPage:
 
     def _hits(self, weights: dict[str, float], k: int, where: str | list[str]) -> list[dict[str, Any]]:
         return [
-            {
-                "id": hit.id,
-                "score": hit.score,
-                "words": [[term.token, term.contribution] for term in hit.terms[:_SHOWN_TERMS]],
-                "metadata": hit.metadata,
-                "source": hit.source,
-            }
+            {"id": hit.id, "score": hit.score, "metadata": hit.metadata, "source": hit.source}
+            | {"words": [[term.token, term.contribution] for term in hit.terms[:_SHOWN_TERMS]]}
             for hit in self.index.search(words=weights, k=k, where=where)
         ]
 
@@ -209,11 +204,10 @@ def application(index: SparseIndex, model: Stair, pictures: Path | None, hosts: 
     posts = {"/api/text": page.text, "/api/image": page.image, "/api/search": page.search}
     gets = {"/": page.page, "/api/about": page.about, "/api/words": page.document}
     gets |= {"/picture": page.picture, "/heat": page.heat}
+    routes = [Route(path, answer) for path, answer in gets.items()]
+    routes += [Route(path, answer, methods=["POST"]) for path, answer in posts.items()]
     return Starlette(
-        routes=[
-            *(Route(path, answer) for path, answer in gets.items()),
-            *(Route(path, answer, methods=["POST"]) for path, answer in posts.items()),
-        ],
+        routes=routes,
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
         exception_handlers={kind: _problem for kind in (HTTPException, ValueError, Exception)},
     )

@@ -11,7 +11,6 @@ import torch.multiprocessing as mp
 from torch.utils.data import DataLoader
 
 from lightning_modules import Stage1, Stage2, Stage3, stage
-from lightning_modules.contrastive import sides
 from lightning_modules.optimizer import Optimizer
 from lightning_modules.stage import Objective
 from stair import losses, regularisers
@@ -137,9 +136,6 @@ def make(case):
     )
     with torch.no_grad():
         module.stair.image_head.bias += case.image_bias
-    for side in module.frozen:
-        for part in sides(module.stair)[side]:
-            part.requires_grad_(False)
     return module
 
 
