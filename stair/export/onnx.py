@@ -81,6 +81,6 @@ def onnx(model: str, out: Path) -> None:
 
 
 def _write(graph: nn.Module, inputs: tuple[Tensor, ...], shapes: dict[str, Any], path: Path) -> None:
+    names: dict[str, Any] = {"input_names": list(shapes), "output_names": ["row", "term", "weight"]}
     options: dict[str, Any] = {"dynamic_shapes": shapes, "dynamo": True, "external_data": False, "verbose": False}
-    names = ["row", "term", "weight"]
-    torch.onnx.export(graph.eval(), inputs, str(path), input_names=list(shapes), output_names=names, **options)
+    torch.onnx.export(graph.eval(), inputs, str(path), **names, **options)

@@ -28,14 +28,12 @@ def rows(index: SparseIndex) -> Iterator[Row]:
     """All documents of an index."""
     progress = tqdm(total=len(index), desc="exporting", unit="document", disable=None)
     for part in index.content():
-        bounds = part.vectors.indptr.tolist()
-        for n, name in enumerate(part.ids):
-            row = slice(bounds[n], bounds[n + 1])
+        for n, vector in enumerate(part.vectors):
             fields = {
                 owner: {key: value.isoformat() if isinstance(value, date) else value for key, value in values.items()}
                 for owner, values in (("metadata", part.metadata[n]), ("source", part.source[n]))
             }
-            yield Row(name, part.vectors.indices[row].tolist(), part.vectors.data[row].tolist(), fields)
+            yield Row(part.ids[n], vector.indices.tolist(), vector.data.tolist(), fields)
             progress.update()
 
 
@@ -65,8 +63,7 @@ def opened(folder: Path, engine: str, longest_id: int | None = None, int64: bool
         try:
             json.loads(json.dumps(row.fields), parse_int=_int64)
         except OverflowError as error:
-            wrong = f"metadata of {row.id!r}: {engine} would change {error}; make it text"
-            raise SettingError(wrong, "index") from error
+            raise SettingError(f"metadata of {row.id!r}: {engine} would change {error}", "index") from error
     return index
 
 

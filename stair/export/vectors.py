@@ -13,8 +13,7 @@ import numpy as np
 from stair.errors import SettingError, import_extra
 from stair.export.target import Row, batches, engine_errors, new_target, opened, rows
 
-# ours: Qdrant's ids are numbers or UUIDs, so ids become UUIDs
-_NAMES = uuid.UUID("6d2ab1f2-6f0f-5a53-9d0c-2f0f5b1f5a11")
+_NAMES = uuid.UUID("6d2ab1f2-6f0f-5a53-9d0c-2f0f5b1f5a11")  # Qdrant's ids are numbers or UUIDs, so ids become UUIDs
 _BATCH = 256
 
 
