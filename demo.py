@@ -24,7 +24,7 @@ from stair.embed import embed
 from stair.images import MAX_PIXELS
 from stair.index.commands import index
 from stair.model import Stair
-from stair.report import StageRow, write_model_page
+from stair.report.page import StageRow, write_model_page
 from stair.towers import read_description
 
 HOME = Path(__file__).parent

@@ -1,7 +1,4 @@
-"""The same few validation images at every validation, with their strongest terms. In-caption terms are coloured.
-
-B images and C captions of a batch, K terms shown, V terms.
-"""
+"""The same few validation images at every validation, with their strongest terms. B images, C captions, K of V terms."""
 
 import math
 import re

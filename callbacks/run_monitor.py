@@ -1,7 +1,4 @@
-"""How fast a run goes, what it waits for, what it skips, and what each source of a mixture gives.
-
-Figures are those of all ranks. Ranks move in lock step, so the slowest one sets the pace.
-"""
+"""How fast a run goes, what it waits for, what it skips, and what each source of a mixture gives, over all ranks."""
 
 import resource
 import time

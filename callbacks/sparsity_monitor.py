@@ -1,9 +1,4 @@
-"""Are the embeddings sparse, do both sides activate the same terms, and do the terms fit the image?
-
-A sparse model can fail in these three ways while its loss looks well. All figures are exact over ranks.
-
-V terms.
-"""
+"""Are the embeddings sparse, do both sides activate the same terms, and do the terms fit the image? V terms."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""From one stage to the next: load the exported model, freeze what the stage freezes, export at the end.
+"""From one stage to the next: load the exported model, export at the end.
 
-Loading happens in `setup("fit")`: the modules exist, the strategy has not wrapped them (DDP and FSDP read `requires_grad`
-once), and Lightning has not restored a checkpoint, whose weights win. The frozen set comes from the stage's class.
+Loading happens in `setup("fit")`: the modules exist, the strategy has not wrapped them, and Lightning has not restored a
+checkpoint, whose weights win.
 """
 
 from pathlib import Path
@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_modules.contrastive import ContrastiveModule, check_same_model, planned_steps
 from lightning_modules.parallel import gathered
 from lightning_modules.stage import StairStage
-from stair.errors import FileError, SettingError
+from stair.data.specs import require
+from stair.errors import FileError
 from stair.towers import load_weights, read_description
 
 
@@ -57,15 +58,13 @@ class StageTransition(Callback):
             if isinstance(callback, EarlyStopping) and (state := checkpoint["callbacks"].get(callback.state_key)):
                 state["patience"] = callback.patience
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Loads weights and freezes.
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Loads weights.
 
         Raises:
             FileError: if `init_from` is missing, not of the previous stage, unfinished, or of another model.
             SettingError: if a setting contradicts it, or a scale is to be kept and there is none of this similarity.
         """
-        if not isinstance(pl_module, ContrastiveModule):
-            return
         if stage == "fit":
             self._init(pl_module)
         elif self.init_from is not None and trainer.ckpt_path is None:  # evaluates an exported model
@@ -73,19 +72,15 @@ class StageTransition(Callback):
             exported_by = read_description(folder)["training"].get("stage")
             if None not in (exported_by, pl_module.stage) and exported_by != pl_module.stage:
                 other = f"{folder} was exported by stage {exported_by}, and this is stage {pl_module.stage}"
-                raise FileError(f"{other}. Give that stage's config, or another --transition.init_from", folder)
+                raise FileError(f"{other}. Give configs/stage{exported_by}.yaml, or another folder", folder)
             _load(pl_module, folder)
 
     def _init(self, module: ContrastiveModule) -> None:
         previous = stage_before(module, self.init_stage)
-        if self.init_from is None or previous == 0:
-            if self.init_from is not None or previous > 0:
-                needed = f"starts from stage {previous}: give" if previous else "starts from initial weights: leave out"
-                raise SettingError(
-                    f"{module.home()} {needed} --transition.init_from {self.init_from or f'RUN/stage{previous}/stair'}"
-                    + " , or --run RUN where both stages live" * bool(previous),
-                    "transition.init_from",
-                )
+        wanted = f"the export of stage {previous}, or --run RUN where both stages live" if previous else "null"
+        matches = (self.init_from is not None) == (previous > 0)
+        require(matches, "transition.init_from", self.init_from, f"{wanted}, from which {module.home()} starts")
+        if self.init_from is None:
             _check_scale(module, None)
             return
         folder = Path(self.init_from)
@@ -112,8 +107,8 @@ class StageTransition(Callback):
             pl_module.to(trainer.strategy.root_device)
             self._export(trainer, pl_module)
 
-    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, ContrastiveModule) or trainer.fast_dev_run:
+    def _export(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.fast_dev_run:
             return
         facts = {"stage": pl_module.stage, "steps": trainer.global_step, "finished": True, "inputs": self.inputs}
         if isinstance(pl_module, StairStage):
@@ -152,20 +147,17 @@ def stage_before(module: ContrastiveModule | type[ContrastiveModule], init_stage
     """The stage that a module starts from, 0 for none; SettingError if `init_stage` is no earlier stage."""
     if module.stage is None:
         return 0
-    if init_stage is not None and not 0 <= init_stage < module.stage:
-        allowed = f"0 (initial weights) to {module.stage - 1} for stage {module.stage}"
-        raise SettingError(f"--transition.init_stage is {init_stage}. Allowed: {allowed}", "transition.init_stage")
-    return module.stage - 1 if init_stage is None else init_stage
+    previous = module.stage - 1 if init_stage is None else init_stage
+    allowed = f"0 (initial weights) to {module.stage - 1} in stage {module.stage}"
+    require(0 <= previous < module.stage, "transition.init_stage", init_stage, allowed)
+    return previous
 
 
 def _check_scale(module: ContrastiveModule, similarity: str | None) -> None:
     """Checks a scale that is to be kept. `similarity` is that of the stage before, None if there is none."""
-    kept = isinstance(module, StairStage) and module.objective.scale_start == "keep"
-    if kept and similarity != (ours := module.towers.similarity):
-        before = "it starts from initial weights" if similarity is None else f"the stage before uses {similarity!r}"
-        start = "14.3" if ours == "cosine" else "measure"
-        wrong = f"objective.scale_start is 'keep', but {before}: no scale of {ours!r} is there. Give {start}"
-        raise SettingError(wrong, "objective.scale_start")
+    kept, ours = isinstance(module, StairStage) and module.objective.scale_start == "keep", module.towers.similarity
+    wanted = f"{14.3 if ours == 'cosine' else 'measure'}: there is no scale of {ours!r} to keep, but of {similarity!r}"
+    require(not kept or similarity == ours, "objective.scale_start", "keep", wanted)
 
 
 def _load(module: ContrastiveModule, folder: Path, *free: str) -> None:

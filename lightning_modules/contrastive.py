@@ -168,9 +168,8 @@ class ContrastiveModule(LightningModule):
     def encode(self, batch: Batch) -> dict[str, Tensor]:
         """Encodes the batch, by micro-batches if so set.
 
-        Each micro-batch is a checkpointed segment: forwards only its embeddings are kept, backwards it is encoded again
-        with the same random state. Models encode images last, and encoding again stops where nothing is missing any more:
-        frozen images are not encoded again.
+        Each is a checkpointed segment, encoded again backwards with the same random state. Models encode images last, and
+        encoding again stops where nothing is missing any more: frozen images are not encoded again.
         """
         parts = batch["pixels"], batch["ids"], batch["mask"]
         if not self.training or self.micro_batch_size is None or self.micro_batch_size >= len(parts[0]):
@@ -182,15 +181,12 @@ class ContrastiveModule(LightningModule):
         return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
 
     def report(self, logged: dict[str, Tensor], encoded: dict[str, Tensor], pair_loss_B: Tensor) -> dict[str, Any]:
-        """Logs the parts of a step by name, and returns them with what callbacks read.
+        """Logs the parts of a step, and returns them detached, but for `loss`, with `scale` and `pairs` of all ranks.
 
         Args:
             logged: `loss`, `contrastive`, `logit_std` and other parts, already of the global batch on every rank.
             encoded: `image_BV` and `text_CV`, as in evaluation, and whatever else was encoded.
             pair_loss_B: (B,) the contrastive loss of each pair; its mean over all ranks is `contrastive`.
-
-        Returns:
-            All of them detached, but for `loss`, with `scale` and `pairs`, the number of pairs on all ranks.
         """
         self._loss = logged["loss"].detach()
         logged = {**logged, "scale": self.towers.scale[0]}
@@ -206,10 +202,9 @@ class ContrastiveModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips, and skips a step whose loss or gradient is not finite: without gradients nothing moves.
+        """Clips, and skips a step whose loss or gradient is not finite, on all ranks: without gradients nothing moves.
 
-        Loss and norm are those of the global batch, so all ranks skip the step or none. In 16-mixed the gradient scaler
-        finds its scale by overflow: a step counts as skipped only where that is below 1 already.
+        In 16-mixed the gradient scaler finds its scale by overflow: a step counts as skipped only if that is below 1.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])

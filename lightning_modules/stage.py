@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.optimizer import Optimizer
 from stair.batch import Batch
-from stair.errors import SettingError, check_settings
+from stair.data.specs import require
 from stair.losses import info_nce, info_nces, ramp
 from stair.model import Stair, StairConfig, StairDesign
 from stair.regularisers import Flops, TargetTerms
@@ -65,24 +65,14 @@ class TextObjective:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        start, weight = self.scale_start, self.masked_loss_weight
-        valid = {
-            "scale_start": start in ("measure", "keep") if isinstance(start, str) else 0 < start <= 100,
-            "flops_image": 0 <= self.flops_image < math.inf,
-            "flops_text": 0 <= self.flops_text < math.inf,
-            "flops_ramp_steps": self.flops_ramp_steps >= 0,
-            "target_image": self.target_image >= 1,
-            "target_text": self.target_text >= 1,
-            "masked_loss_weight": weight is None or 0 <= weight <= 1,
-            "negative_slope": 0 <= self.negative_slope <= 1,
-        }
-        check_settings(
-            "objective",
-            self,
-            valid,
-            "scale_start is a number in (0, 100], 'measure' or 'keep'; λ and steps are finite and at least 0, targets at "
-            "least 1; masked_loss_weight (or null) and negative_slope are in [0, 1]",
-        )
+        start = self.scale_start
+        known = start in ("measure", "keep") if isinstance(start, str) else 0 < start <= 100
+        require(known, "objective.scale_start", start, "a number in (0, 100], 'measure' or 'keep'")
+        most = dict.fromkeys(("flops_image", "flops_text", "flops_ramp_steps", "target_image", "target_text"), math.inf)
+        for name, limit in (most | {"masked_loss_weight": 1.0, "negative_slope": 1.0}).items():
+            value, least = getattr(self, name), int(name.startswith("target"))
+            valid = value is None or (least <= value <= limit and math.isfinite(value))
+            require(valid, f"objective.{name}", value, f"a finite number from {least} to {limit:g}")
 
 
 @dataclass
@@ -129,12 +119,8 @@ class StairStage(ContrastiveModule):
         self.objective = objective
         masked = self.text_form == "masked"
         weight = float(masked) if objective.masked_loss_weight is None else objective.masked_loss_weight
-        if weight == float(not masked):
-            allowed = "above 0, or begin with stage 3 for no mask" if masked else "below 1, or run stage 1"
-            message = (
-                f"objective.masked_loss_weight is {weight} in stage {self.stage}: give a weight {allowed}, or null"
-            )
-            raise SettingError(message, "objective.masked_loss_weight")
+        allowed = "above 0, or begin with stage 3 for no mask" if masked else "below 1, or run stage 1"
+        require(weight != float(not masked), "objective.masked_loss_weight", weight, f"null, or {allowed}")
         weights = {"text_masked": weight, "text_full": 1 - weight}
         self.weights = {name: w for name, w in sorted(weights.items(), key=lambda item: -item[1]) if w > 0}
         self._evaluated = f"text_{self.text_form}"

@@ -63,10 +63,6 @@ def embed(
         share: R/N: of N processes this is number R, from 0; it makes every N-th part.
         device: cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.
         format: of the files.
-
-    Raises:
-        FileNotFoundError: if there is no source or model.
-        StairError: if a setting is out of range, or the folder holds embeddings of other settings.
     """
     for name, value in (("batch_size", batch_size), ("part_size", part_size), ("top", top)):
         require(value is None or value >= 1, name, value, "1 or more")

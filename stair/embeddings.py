@@ -89,11 +89,7 @@ class Embeddings:
         return len(self.ids)
 
     def save(self, path: str | Path, facts: dict[str, Any] | None = None) -> None:
-        """Writes one file, whole or not at all.
-
-        Args:
-            path: ends in `.safetensors` or `.parquet`.
-            facts: plain values to keep in the file's header.
+        """Writes one file, `.safetensors` or `.parquet`, whole or not at all; `facts` are kept in its header.
 
         Raises:
             FileError: for another ending.
@@ -183,12 +179,7 @@ def _read_parquet(path: Path) -> Any:
 
 
 def part_files(path: str | Path) -> list[Path]:
-    """The files of embeddings at a path, in order.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        FileError: if parts are missing.
-    """
+    """The files of embeddings at a path, in order; FileNotFoundError if there is none, FileError if some are missing."""
     path = Path(path)
     files = [path] if path.is_file() else sorted(f for f in path.glob("part-*") if f.suffix in _SUFFIXES)
     if not files:
@@ -199,11 +190,7 @@ def part_files(path: str | Path) -> list[Path]:
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The header of a file of embeddings: keys `model`, `similarity`, `tokens`, `facts` (json).
-
-    Raises:
-        FileError: if it is not ours.
-    """
+    """The header of a file of embeddings: keys `model`, `similarity`, `tokens`, `facts` (json); FileError if not ours."""
     header: dict[str, str] = {}
     try:
         if path.suffix == ".safetensors":

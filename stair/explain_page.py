@@ -13,7 +13,7 @@ from stair.images import decode_image
 from stair.model import Stair
 from stair.pages import document, render
 from stair.plain import one_line
-from stair.report import encode_png
+from stair.report.terms import encode_png
 
 _TILE, _MARGIN, _LINE, _COLUMNS = 192, 12, 22, 5
 _HEAT, _INK, _SOFT = (214, 64, 20), (29, 33, 38), (93, 101, 110)
@@ -65,14 +65,7 @@ def explain_command(
 def overlay(
     image: Image.Image, heat_RC: NDArray[Any], side: int = _TILE, mark: tuple[int, int] | None = None
 ) -> Image.Image:
-    """Lays a heat map over an image.
-
-    Args:
-        image: the square that the model sees.
-        heat_RC: (R, C), not negative; the highest value is the strongest colour.
-        side: of the result, in pixels.
-        mark: row and column of a patch to outline.
-    """
+    """Lays a heat map (R, C) over the square that the model sees; `mark` is row and column of a patch to outline."""
     heat_RC = np.clip(np.asarray(heat_RC, np.float64), 0, None)
     strength = (heat_RC / heat_RC.max() if heat_RC.max() > 0 else heat_RC) * 190
     mask = Image.fromarray(strength.astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)

@@ -26,13 +26,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Writes a file beside its place and renames it. A symbolic link is replaced, its target stays.
-
-    Args:
-        path: the file. Missing parent folders are created.
-
-    Yields:
-        Where to write. No file exists there yet.
+    """Yields where to write a file, and renames it to `path`. A symbolic link is replaced, its target stays.
 
     Raises:
         FileError: if `path` is a folder.
@@ -85,23 +79,19 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path, last: str, names: Collection[str], is_ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """Writes the files of a folder beside their places, then renames them.
+    """Yields an empty folder to write files to, which then replace those of `folder`.
 
-    A new folder appears at once. In a folder that exists, `last` goes first and comes last: while files are replaced the
-    folder is invalid, and never a mix of old and new files.
+    A new folder appears at once. In a folder that exists, `last` goes first and comes last: it is never valid with a mix of
+    old and new files.
 
     Args:
-        folder: where the files go. Missing parent folders are created.
+        folder: where the files go.
         last: the file that makes the folder valid, such as `config.json`.
         names: all files that such a folder can hold. Those that are not written again are removed.
         is_ours: whether an existing `last` was written by this project.
 
-    Yields:
-        An empty folder to write to.
-
     Raises:
-        FileError: before anything is written, if `folder` is a file, holds files of others under these names, or is
-            written by another process.
+        FileError: before anything is written, if `folder` is a file, holds files of others, or is being written.
         OSError: if the disk is full, with `folder` and the free bytes.
     """
     # a folder may be a mount point or a link: only inside is the same file system
@@ -205,12 +195,9 @@ def lock(path: Path, message: str = "", wait: bool = False) -> Iterator[None]:
     """Holds a lock; the system releases it when the process ends. A file system without locks gives none.
 
     Args:
-        path: the lock's file. It names the holder, and is removed afterwards. Missing parent folders are created.
-        message: of the error, what is in use; the holder follows.
+        path: the lock's file. It names the holder, and is removed afterwards.
+        message: of the FileError if another process or thread holds it; the holder follows.
         wait: for another holder instead of failing.
-
-    Raises:
-        FileError: if another process or thread holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     job = os.environ.get("SLURM_JOB_ID")

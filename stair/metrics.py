@@ -1,7 +1,4 @@
-"""Retrieval and sparsity of a whole evaluation set, exact over any number of ranks.
-
-The mean of recalls of ranks or batches is not the recall of the set. So states are gathered or summed, and each figure is
-computed once. Rows with id -1 are padding that evens out ranks, and are ignored.
+"""Retrieval and sparsity of a whole evaluation set, exact over any number of ranks. Rows with id -1 are padding.
 
 The retrieval metrics of torchmetrics are not used: they hold one entry per (image, caption) pair in memory (5,000 x 25,000
 for COCO, in each direction) and leave the order of ties to the sort. The tests compare with them.
@@ -33,8 +30,9 @@ def row_of_caption(image_id_B: Tensor, caption_image_C: Tensor) -> Tensor:
     real_C = caption_image_C >= 0
     match_CB = (caption_image_C[:, None] == image_id_B[None, :]) & real_C[:, None]
     if not torch.equal(match_CB.sum(1), real_C.long()):
-        given = f"captions of images {sorted(set(caption_image_C.tolist()))}, images {sorted(image_id_B.tolist())}"
-        raise ValueError(f"{given}: give each caption's image once in its batch; mark repeated ones with -1")
+        given = f"captions are of images {sorted(set(caption_image_C.tolist()))}, the batch holds images"
+        wanted = "give each caption's image exactly once in its batch; mark repeated ones with -1"
+        raise ValueError(f"{given} {sorted(image_id_B.tolist())}: {wanted}")
     return match_CB.int().argmax(1).masked_fill(~real_C, -1) if match_CB.numel() else caption_image_C.long()
 
 
@@ -101,15 +99,11 @@ class RetrievalRecall(ImageRows):
     rank <= k, mrr the mean of 1/rank, ndcg@10 counts all captions of an image (`stair.ranking.rank`). Without a query every
     figure is NaN.
 
-    Embeddings are kept without their zeros in CPU memory, 8 bytes an active term: 30,000 rows take 25 MB at 100 active
-    terms, but 7 GB if a run has become dense. Gathering and ranking happen on the metric's device, so that both gloo and
-    nccl can gather. Call `.to(device)` before the first update.
+    Embeddings are kept without their zeros in CPU memory, 8 bytes an active term. Gathering and ranking happen on the
+    metric's device. Call `.to(device)` before the first update.
 
     Args:
         ks: the k of recall@k, each at least 1.
-
-    Raises:
-        ValueError: if a k is below 1.
     """
 
     higher_is_better = True

@@ -1,7 +1,4 @@
-"""Ranking by sparse rows, without ever holding all scores or all weights at once.
-
-Held are each row without its zeros (8 bytes an active term) and one block of `QUERIES` queries: their dense transposed rows
-(V × 256 fp32, 31 MB at V = 30,522) and their scores (M × 256 fp32, 100 MB for 100,000 rows).
+"""Ranking by sparse rows: held are rows without zeros (8 bytes an active term), and one block of `QUERIES` queries.
 
 Shapes: N rows, M rows ranked against each other, Q queries of a block, V terms (or the width of a dense embedding), K own
 rows of the query that has most.
@@ -120,12 +117,6 @@ def rank(query: SparseRows, owner_N: Tensor, gallery: SparseRows, owner_M: Tenso
     A right answer's rank in nDCG is 1 + the wrong ones that score at least as much + the right ones before it; the
     gain of a query is `Σ_right 1/log2(1 + rank)` over ranks up to `cut`, divided by that of the best order.
     Both directions use the product gallery times block, so that equal rows get bitwise equal scores and tie.
-
-    Args:
-        query: N rows, with `owner_N` int64.
-        gallery: M rows, with `owner_M` int64.
-        width: V, more than the largest column.
-        cut: of nDCG.
     """
     parts = [Ranks(owner_N[:0], query.weight[:0], owner_N[:0].bool())]
     gallery_MV = gallery.matrix(width)

@@ -1,7 +1,6 @@
 """What makes the figures of an evaluation set unfair, counted alike by `stair evaluate` and validation.
 
-A repeated image can be no hit for its captions, two classes of one name cannot be distinguished, a caption that is cut says
-less. Such samples are measured as they are; the protocol states how many there are.
+A repeated image, for example, can be no hit for its captions. Such samples are measured as they are, and counted.
 
 B images of an update, C captions of it, N images in all, T positions, L classes.
 """

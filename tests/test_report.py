@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stair.report import Hit, Picture, Search, StageRow, encode_png, shared_terms, top_terms, write_page
+from stair.report.page import Hit, Picture, Search, StageRow, write_page
+from stair.report.terms import encode_png, shared_terms, top_terms
 from stair.vocabulary import Vocabulary
 
 HOSTILE = "<script>alert(1)</script><img src=\"http://evil.example/x\" onerror='x()'>&amp;"

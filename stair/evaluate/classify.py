@@ -34,10 +34,7 @@ _INVERSE_PENALTIES = tuple(10.0**power for power in range(-3, 5))
 def class_rows(evaluated: EvaluatedModel, classes: Sequence[str], templates: Sequence[str] = TEMPLATES) -> SparseRows:
     """L comparable embeddings, each the mean over its templates, term by term: a term active in 1 of T keeps 1/T.
 
-    For cosine, rows have length 1 before and after the mean.
-
-    Raises:
-        ValueError: if there are no templates, or one has no `{}`.
+    For cosine, rows have length 1 before and after the mean. ValueError if a template has no `{}`.
     """
     if not templates or any("{}" not in template for template in templates):
         raise ValueError(f"templates are {list(templates)}; give some, each with {{}} where the class name goes")
@@ -86,9 +83,6 @@ def linear_probe(
     Returns:
         `top1` on test, `val_top1`, the chosen `inverse_penalty` (scikit-learn's C), `swept`: validation accuracy of each
         penalty, `images` of each part.
-
-    Raises:
-        MissingPackageError: if scikit-learn is not installed.
     """
     linear_model = import_extra("sklearn.linear_model", "scikit-learn", "evaluate")
     preprocessing = import_extra("sklearn.preprocessing", "scikit-learn", "evaluate")

@@ -60,10 +60,6 @@ def evaluate(
         limit: number of images of each set, the first ones; all if null.
         no_probe: train no linear probe, which takes long for many classes.
         batch_size: images encoded at a time.
-
-    Raises:
-        FileNotFoundError: if the model or a set is missing.
-        ValueError: if a set cannot be measured.
     """
     require(min(ks, default=0) >= 1, "ks", ks, "numbers of at least 1")
     for name, value in (("batch_size", batch_size), ("captions", captions), ("limit", limit)):

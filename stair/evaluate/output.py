@@ -17,8 +17,9 @@ from stair.evaluate.sets import EvaluationSet
 from stair.files import write_json, write_text
 from stair.pages import render, write_html
 from stair.plain import one_line
-from stair.report import Picture, encode_png
+from stair.report.page import Picture
 from stair.report.tables import DIRECTIONS, protocol, tables
+from stair.report.terms import encode_png
 
 _EXAMPLES = 12
 

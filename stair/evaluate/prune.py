@@ -31,8 +31,7 @@ def curve(
         images, texts: weights as the model gives them. For `cosine` they are normalised after pruning.
         owner: (C,) int64, the image of each caption.
         similarity: `dot` or `cosine`.
-        most: numbers of terms to keep of each embedding.
-        shares: of the embedding's heaviest term, below which terms are cut.
+        most, shares: cuts: terms to keep of each embedding, and shares of its heaviest term below which terms go.
 
     Returns:
         A row for each cut, the first without one: `kept`, pruned `side` (`both` or `images`), mean active terms of `images`

@@ -130,9 +130,6 @@ def evaluate(
 
     Returns:
         `model` and `sets`, JSON-ready, and the embeddings of each set by its name.
-
-    Raises:
-        ValueError: if a set has no images, neither captions nor classes, or a label beyond them, or two have one name.
     """
     names = [what.name for what in sets]
     if len(set(names)) < len(names):

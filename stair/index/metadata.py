@@ -111,11 +111,7 @@ class Condition:
 
 
 def conditions(where: str | Sequence[str]) -> list[Condition]:
-    """The conditions of a filter: a text with ` and ` between them, or one in each text; see docs/search.md for the syntax.
-
-    Raises:
-        SettingError: if a condition cannot be read.
-    """
+    """The conditions of a filter: a text with ` and ` between them, or one in each text; SettingError if unreadable."""
     if not isinstance(where, str):
         return [_condition(_WHOLE.fullmatch(text), text) for text in where if text.strip()]
     parsed, at = [], 0
@@ -143,8 +139,7 @@ def _condition(match: re.Match[str] | None, text: str) -> Condition:
 def to_table(ids: Sequence[str], metadata: Sequence[Row] = (), source: Sequence[Row] = ()) -> pa.Table:
     """N ids, the user's values and our own (N dictionaries, or none at all) as a table.
 
-    Raises:
-        SettingError: if an id, a key or a text is no valid Unicode, or a value has no type here: with key and id.
+    SettingError, with key and id, if one is no valid Unicode, or a value has no type here.
     """
     if wrong := [name for name in ids if _HALF.search(name)]:
         raise SettingError(f"id {wrong[0]!r} is not valid Unicode; rename it", "ids")
@@ -248,12 +243,9 @@ class Documents:
         return rows
 
     def matching(self, where: str | Sequence[str]) -> tuple[NDArray[np.bool_], dict[str, int]]:
-        """Which documents match a filter: (N,) bool, of length 0 where there is no condition.
+        """Which documents match a filter: (N,) bool, of length 0 without a condition; and `Hits.not_comparable`.
 
-        Also how many have no value that compares with a condition of `<`, `<=`, `>` or `>=`, if any. These do not match.
-
-        Raises:
-            SettingError: if a condition cannot be read, or compares with no document.
+        SettingError if a condition cannot be read, or compares with no document.
         """
         mask_N, not_comparable = np.zeros(0, np.bool_), dict[str, int]()
         for condition in conditions(where):

@@ -32,11 +32,7 @@ class Query:
 
 
 def parse_words(text: str) -> dict[str, float]:
-    """Reads weighted words: `word:2` weighs 2, `word` 1, `-word` -1, `-word:0.5` -0.5; weights of one word add up.
-
-    Raises:
-        SettingError: if there is no word, or a weight is no number.
-    """
+    """Reads weighted words: `word:2` weighs 2, `word` 1, `-word` -1, `-word:0.5` -0.5; weights of one word add up."""
     weights: dict[str, float] = {}
     for part in text.split():
         sign, rest = (-1.0, part[1:]) if part.startswith("-") and len(part) > 1 else (1.0, part)
@@ -46,9 +42,8 @@ def parse_words(text: str) -> dict[str, float]:
         try:
             weights[word] = weights.get(word, 0.0) + sign * float(number)
         except ValueError as error:
-            raise SettingError(
-                f"weighted word {part!r}: {number!r} is no number; write it as word:1.5", "words"
-            ) from error
+            wrong = f"weighted word {part!r}: {number!r} is no number; write it as word:1.5"
+            raise SettingError(wrong, "words") from error
     if not weights:
         raise SettingError("no words; write some as `dog:2 beach -people`", "words")
     return weights
@@ -57,11 +52,7 @@ def parse_words(text: str) -> dict[str, float]:
 def query_of_words(
     words: str | Mapping[str, float], space: EmbeddingSpace, tokenize: Callable[[str], list[int]]
 ) -> Query:
-    """The query of weighted words: text for `parse_words`, or weights. A word is a term of the vocabulary, or its tokens.
-
-    Raises:
-        SettingError: if a word has no token that can be active, or a weight is not finite.
-    """
+    """The query of weighted words: text for `parse_words`, or weights. A word is a term, or its tokens."""
     weights: dict[int, float] = {}
     for word, weight in (parse_words(words) if isinstance(words, str) else words).items():
         if not abs(weight) <= _LARGEST:
@@ -75,11 +66,7 @@ def query_of_words(
 
 
 def query_of_vector(vector: Any, space: EmbeddingSpace) -> Query:
-    """The query of V weights: one row of CSR, a tensor or an array.
-
-    Raises:
-        SettingError: if it is none of these, of another size, or a weight is not finite.
-    """
+    """The query of V finite weights: one row of CSR, a tensor or an array; SettingError if it is none of these."""
     if isinstance(vector, Tensor):
         row = to_csr(vector.to_dense().reshape(1, -1), threshold=-math.inf)
     elif sparse.issparse(vector) or isinstance(vector, np.ndarray):

@@ -31,13 +31,8 @@ class SparseIndex:
             print(hit.id, hit.score, hit.terms[:3])
 
     Args:
-        folder: of the index.
-        model: encodes texts and images of queries; must be the model of the documents.
-
-    Raises:
-        FileNotFoundError: if there is no index.
-        FileError: if it is damaged.
-        SettingError: if it is of another model.
+        folder: of the index; FileNotFoundError if there is none, FileError if it is damaged.
+        model: encodes texts and images of queries; SettingError if the documents are of another one.
     """
 
     def __init__(self, folder: str | Path, model: "Stair | None" = None) -> None:
@@ -159,13 +154,10 @@ class SparseIndex:
 
         Args:
             query: a text or a picture (PIL) for the index's model; or V weights: one row of CSR, a tensor or an array.
-            k: how many at most. Only documents of a score above 0 are hits.
+            k: how many at most. Only documents of a score above 0 are hits, best first.
             words: weighted words, such as `dog:2 beach -people`, or weights by word.
             like: id of a document whose vector is the query; it is left out of the hits.
             where: conditions on metadata, such as `split=test and year>=2010`, or a list of them (docs/guides/search.md).
-
-        Returns:
-            Hits, best first; equal scores in the order of addition.
 
         Raises:
             SettingError: if not exactly one of query, words and like is given, or one of the arguments cannot be used.

@@ -37,12 +37,7 @@ Rows = tuple[sparse.csr_matrix, pa.Table]
 class State:
     """An index file that is open; FileNotFoundError if there is none, FileError if it is damaged or of another format.
 
-    Attributes:
-        space: what its vectors are comparable with.
-        segments: arrays of each segment, in the order of addition.
-        first: number of each segment's first document, and the number of all documents.
-        documents: ids and metadata of all.
-        size: bytes of the file.
+    `segments`: arrays of each, in the order of addition; `first`: number of each one's first document, and of all.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,10 +81,9 @@ class State:
             raise FileError(f"{self.path} is not what was written (sha256 differs); build the index again", self.path)
 
     def verify(self, postings: bool = True) -> None:
-        """Reads everything: the checksum, the metadata, the rows, and that the postings agree with the rows.
+        """Reads everything: the checksum, the metadata, the rows, and that the postings agree; FileError if not.
 
-        A checksum shows damage by accident. The rest shows numbers that point out of their arrays, which whoever made the
-        index could have written with a matching checksum. FileError if something differs.
+        A checksum shows damage by accident; the rest, numbers that point out of their arrays, whoever wrote them.
         """
         self.check_digest()
         with self._damage():
@@ -135,8 +129,7 @@ def write_index(
     Raises:
         FileExistsError: if there is an index already, and a space is given.
         FileError: if another process is writing, or the index is damaged.
-        SettingError: if there is no document to delete, an id occurs twice, or is there already without `replace`, or
-            vectors are of another model, or no weights of documents.
+        SettingError: if an id or a vector cannot be used.
     """
     created = not folder.exists()
     try:

@@ -107,16 +107,9 @@ def write_model_page(
     queries: Sequence[str],
     lead: str,
 ) -> None:
-    """Writes the page of a trained model.
+    """Writes the page of a model in eval mode: its `stages`, and searches of `held_out` images that fit into memory.
 
-    Args:
-        path: of the HTML file.
-        title: of the page.
-        model: in eval mode.
-        held_out: images and captions that the model never saw; small enough for memory.
-        stages: metrics of each stage; those at 5 are left out.
-        queries: texts to search the images with, beside captions of three of the images.
-        lead: what was trained and measured, the first note.
+    The searches are by `queries` and by captions of three images. The first note, `lead`, states what was trained.
     """
     pairs = [held_out[i] for i in range(len(held_out))]
     image_NV = torch.cat([model.encode_image(part) for part in torch.stack([p.pixels for p in pairs]).split(100)])

@@ -1,8 +1,6 @@
-"""The server behind the search page, and `stair serve`.
+"""`stair serve`: turns texts and pictures into terms, and terms into hits. Errors are problem JSON (RFC 9457).
 
-A query is weights by term, and lives in the page: the server turns texts and pictures into terms, and terms into hits.
-Errors are problem JSON (RFC 9457). Pictures are decoded and encoded again, so that no file is sent as it is; their paths
-cannot leave the collection; uploads are limited in bytes before they are read and in pixels before they are decoded.
+Pictures are decoded and encoded again, so that no file is sent as it is; their paths cannot leave the collection.
 """
 
 import base64
