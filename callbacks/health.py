@@ -22,7 +22,8 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.run_folder import save_last
 from lightning_modules.stage import StairStage
 from stair.batch import Batch
-from stair.errors import TrainingError, check_settings
+from stair.data.specs import require
+from stair.errors import TrainingError
 from stair.plain import one_line
 
 _NEAR_CHANCE, _WIDE_LOGITS, _DENSE, _KEYS_SHOWN, _SLOW_BF16 = 0.01, 3.0, 0.5, 20, 2.0
@@ -61,15 +62,12 @@ def bf16_cost() -> float:
 class Health(Callback):
     """Watches the training steps.
 
-    - Loss or gradient not finite: warns with the batch's keys. The stages skip such a step (`health/skipped_steps`);
-      after more than `skip` in a row the run stops, and saves the state from before them if the weights are finite.
-    - Weights not finite: no checkpoint is written, and the run stops.
-    - Dead, `patience` steps in a row (contrastive loss within 0.01 of log N, and on either side less than one active term
-      an embedding): stops.
-    - At chance, `patience` steps in a row (the same loss, though terms are active): warns once.
-    - Logits of a sparse model's first batch with a standard deviation above 3: warns, but not of cosines at a kept scale.
+    - Loss or gradient not finite: warns with the batch's keys. The stages skip such a step; after more than `skip` in a row
+      the run stops, and saves the state from before them. Weights not finite: no checkpoint is written, the run stops.
+    - Dead (contrastive loss within 0.01 of log N, and on either side less than one active term an embedding) for
+      `patience` steps in a row: stops. At chance (the same loss, though terms are active): warns once.
     - Dense (more than half of V active on either side, after `dense_after` steps): warns once.
-    - bf16-mixed on a CPU that takes more than twice as long for it as for fp32: warns.
+    - First logits of a sparse model too wide, or bf16-mixed on a CPU that is slow at it: warns.
 
     `health/alarm` is 1 while the model is at chance or dense. Figures stay on the device and are read every few steps, over
     all ranks: all must come to the same decision, and the host must not wait for each step.
@@ -83,8 +81,8 @@ class Health(Callback):
 
     def __init__(self, patience: int = 50, dense_after: int = 500, every: int = 10, skip: int = 5) -> None:
         self.patience, self.dense_after, self.every, self.skip = patience, dense_after, every, skip
-        valid = {"patience": patience >= 1, "every": every >= 1, "dense_after": dense_after >= 0, "skip": skip >= 0}
-        check_settings("health", self, valid, "patience and every of at least 1, dense_after and skip of at least 0")
+        for name, least in (("patience", 1), ("dense_after", 0), ("every", 1), ("skip", 0)):
+            require(getattr(self, name) >= least, f"health.{name}", getattr(self, name), f"at least {least}")
         self._warned: set[str] = set()
         self._skipped: Tensor | int = 0  # since the start of the run
 

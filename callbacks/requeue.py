@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from callbacks.lightning_private import restore_at_end, stop_own_requeueing, validation_is_due
 from lightning_modules.contrastive import planned_steps
 from lightning_modules.run_folder import save_last
-from stair.errors import check_settings
+from stair.data.specs import require
 from stair.files import read_json, write_json
 
 _ORDER = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # the greatest over all ranks counts
@@ -37,10 +37,9 @@ class Requeue(Callback):
     - SIGTERM under SLURM: the job is requeued if it was preempted or reached its time limit, not if it was cancelled.
     - else: the process ends with 128 + the signal's number. A second SIGINT ends it at once, without saving.
 
-    Signals that came while Python started wait until training starts (`stair.launch.prepare`): SIGTERM then ends the run
-    before the first step, SIGUSR1 after it. After two starts in a row without progress (`requeue.json` in the stage's
-    folder) a job is not requeued. A signal waits for a validation that is due or runs, which a resumed run would leave out.
-    After the last planned step it is ignored.
+    Signals that came while Python started wait until training starts: SIGTERM then ends the run before the first step,
+    SIGUSR1 after it. After two starts in a row without progress (`requeue.json` in the stage's folder) a job is not
+    requeued. A signal waits for a validation that is due or runs. After the last planned step it is ignored.
 
     Args:
         every: steps between two agreements of several ranks, at least 1; a signal is acted on at most that much late.
@@ -48,7 +47,7 @@ class Requeue(Callback):
 
     def __init__(self, every: int = 5) -> None:
         self.every = every
-        check_settings("requeue", self, {"every": every >= 1}, "at least 1")
+        require(every >= 1, "requeue.every", every, "at least 1")
         self._previous: dict[int, Any] = {}
         self._clear()
 

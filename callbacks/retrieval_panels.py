@@ -14,7 +14,7 @@ from torch import Tensor
 
 from callbacks.sparsity_monitor import vocabulary_of
 from stair.batch import Batch
-from stair.errors import check_settings
+from stair.data.specs import require
 from stair.plain import escape
 from stair.vocabulary import Vocabulary
 
@@ -42,9 +42,8 @@ class RetrievalPanels(Callback):
 
     def __init__(self, images: int = 16, terms: int = 10) -> None:
         self.images, self.terms = images, terms
-        check_settings(
-            "panels", self, {"images": images >= 0, "terms": terms >= 1}, "images from 0 up, terms from 1 up"
-        )
+        require(images >= 0, "panels.images", images, "0 or more")
+        require(terms >= 1, "panels.terms", terms, "1 or more")
         self._panels: list[_Panel] = []
         self._informed = False
 

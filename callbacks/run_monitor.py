@@ -30,22 +30,10 @@ def of_all_ranks(trainer: Trainer, value: Any) -> list[Any]:
 
 
 class RunMonitor(Callback):
-    """Logs at every `trainer.log_every_n_steps`, over the steps since the last time.
+    """Logs pace, waiting, memory, skipped samples and the sources of a mixture at every `trainer.log_every_n_steps`.
 
-    - `run/pairs_per_second`: pairs of all ranks a second, without validation.
-    - `run/seconds_per_step`, `run/seconds_waiting`: a step, and the part of it between two steps, on the slowest rank:
-      the start of loaders, input that is not ready, checkpoints.
-    - `run/max_memory_gib`: most memory held on a CUDA device since the start, largest over ranks.
-    - `run/skipped/<cause>`, `run/converted/<kind>`: samples skipped and images converted (CMYK, 16 bits, EXIF
-      rotation, ...) since this start. Of a mixture also `run/skipped/<source>/<cause>`.
-
-    Of a `data.train` that is a mixture also:
-
-    - `source/<name>/pairs`: pairs since the start of the run, interruptions included.
-    - `source/<name>/loss`: mean contrastive loss of the source's pairs in this batch, against the global batch.
-    - `source/<name>/skipped`, `source/<name>/converted`: as above, since this start.
-
-    Without a progress bar, each time is also a line in the log.
+    Figures are of the steps since the last time (docs/guides/training.md lists the tags). Without a progress bar, each time
+    is also a line in the log.
     """
 
     def __init__(self) -> None:

@@ -24,15 +24,9 @@ def vocabulary_of(pl_module: LightningModule, image_BV: Tensor | None = None) ->
 
 
 class SparsityMonitor(Callback):
-    """Logs sparsity in training, sparsity and grounding at each validation and test. Does nothing for dense models.
+    """Logs sparsity in training, sparsity and grounding at each validation and test (docs/guides/training.md: tags).
 
-    - At every `trainer.log_every_n_steps`, of the global batch: `train/image/active_terms`, `train/text/active_terms`
-      (text as in evaluation), `train/flops_per_pair`. Where the loss compares both forms of the text:
-      `train/text_full/active_terms` and `train/text_full/in_caption_share`, the share of in-caption terms in the squared
-      length of the full text.
-    - Of each evaluation set, under `val/` or `test/`: `<set>/sparsity/<figure>` (the figures of `SparsityStats`),
-      `<set>/grounding@10`, `grounding@1`, `grounding@10_baseline` (the frequency baseline), and
-      `<set>/expansion/<figure>` (the figures of `Expansion`).
+    Of training: that of the global batch at every `trainer.log_every_n_steps`. Does nothing for dense models.
 
     Args:
         terms: K of grounding@K, the terms of an image that are compared with its captions; 1 to V.

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from stair.errors import check_settings
+from stair.data.specs import require
 
 _EXIT = 70  # EX_SOFTWARE
 _TICKS = 10  # in a limit
@@ -44,7 +44,7 @@ class Watchdog(Callback):
 
     def __init__(self, limit: float = 1200.0) -> None:
         self.limit = limit
-        check_settings("watchdog", self, {"limit": limit >= 0}, "seconds, or 0 for no watchdog")
+        require(limit >= 0, "watchdog.limit", limit, "seconds, or 0 for no watchdog")
         self._end = threading.Event()
 
     def _record(self, hook: str, trainer: Trainer) -> None:

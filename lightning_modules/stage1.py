@@ -1,8 +1,4 @@
-"""Stage 1, grounding: both sides train, and a text may activate only its in-caption terms.
-
-The mask gives terms their meaning: an image can match "a red circle" only through `red`, `circle` and `a`. Without it
-retrieval still works, but terms become arbitrary codes (docs/method/design.md).
-"""
+"""Stage 1, grounding: an image can match "a red circle" only through `red`, `circle` and `a`, which gives terms meaning."""
 
 from lightning_modules.stage import StairStage
 

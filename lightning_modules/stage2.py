@@ -1,7 +1,4 @@
-"""Stage 2, expansion: the image side is frozen, the text is unmasked.
-
-The text side learns terms that a caption leaves out (synonyms, consequences) from grounded images that no longer move.
-"""
+"""Stage 2, expansion: the text side learns terms that a caption leaves out, from grounded images that no longer move."""
 
 from typing import Any
 
