@@ -72,6 +72,7 @@ class ContrastiveModule(LightningModule):
         require(positive, "model.init_args.micro_batch_size", micro_batch_size, "at least 1, or null for all")
         require(compile in backends, "model.init_args.compile", compile, f"one of {backends}")
         self._stated: dict[str, str] = {}
+        self._saved_groups: list[list[int]] = []
 
     @classmethod
     def home(cls) -> str:
@@ -108,6 +109,7 @@ class ContrastiveModule(LightningModule):
         """Raises a StairError if the checkpoint is of another model; names the differences."""
         if "towers" in checkpoint:
             check_same_model(self.towers, "the checkpoint", checkpoint["towers"])
+        self._saved_groups = [_sizes(state["param_groups"]) for state in checkpoint.get("optimizer_states", [])]
 
     def setup(self, stage: str) -> None:
         """Makes the metrics; SettingError if loss, clipping and export would be wrong under the trainer's settings."""
@@ -134,7 +136,7 @@ class ContrastiveModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Puts the optimiser's settings over a checkpoint's, and sets the scale at step 0; only here is the step known."""
-        self.optimizer.apply_settings(self.optimizers(use_pl_optimizer=False), self.lr_schedulers(), self)
+        self.optimizer.apply_settings(self.optimizers(use_pl_optimizer=False), self.lr_schedulers(), self.towers)
         if self.scale_start is not None and self.trainer.global_step == 0:
             self.set_scale(self.scale_start)
 
@@ -222,7 +224,12 @@ class ContrastiveModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimiser, and its schedule over the planned steps of the run."""
-        optimizer = self.optimizer.build(self)
+        optimizer = self.optimizer.build(self.towers)
+        same = self._saved_groups in ([], [_sizes(optimizer.param_groups)])
+        wanted = (
+            "as in the checkpoint, and so layer_decay and stair.image.freeze_until: it has other groups of parameters"
+        )
+        require(same, "optimizer.lr_scale", self.optimizer.lr_scale, wanted)
         steps = planned_steps(self.trainer)
         if self.trainer.fast_dev_run:  # a dry run is shorter than any warm-up
             steps = max(steps, self.optimizer.warmup_steps + 1)
@@ -264,6 +271,10 @@ class ContrastiveModule(LightningModule):
                 rank_zero_info("; ".join([stated, *ties]))
 
     on_test_epoch_end = on_validation_epoch_end
+
+
+def _sizes(groups: list[dict[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
 
 
 def check_same_model(towers: TwoTowers, source: Path | str, saved: dict[str, Any], *free: str) -> None:

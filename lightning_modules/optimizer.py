@@ -1,18 +1,24 @@
 """Optimiser and schedule: AdamW or the paper's LAMB, linear warm-up, cosine decay, stepped by optimiser step."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from timm.models import group_parameters
 from timm.optim.lamb import Lamb
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from stair.data.specs import require
 from stair.errors import SettingError, check_settings
 
-_SPARED = ("pos_embed", "cls_token", "reg_token", "dist_token")  # of a ViT, stored as matrices
+# stored as matrices by timm
+_SPARED = (".word_embeddings", "pos_embed", "cls_token", "reg_token", "dist_token", "relative_position_bias_table")
+# as the `group_matcher` of timm's models, for those of transformers
+_TEXT_LAYERS = {"stem": r"\w*embeddings", "blocks": [(r"(?:\w+\.)?layers?\.(\d+)", None)]}
 
 
 @dataclass
@@ -28,6 +34,10 @@ class Optimizer:
         eps: added to the denominator.
         warmup_steps: optimiser steps of linear warm-up from 0.
         final_lr_share: share of `lr` that the cosine ends at.
+        lr_scale: factors on `lr` by part of the model, such as `{image_encoder: 0.1, text_encoder.bert.embeddings: 0.01}`;
+            of parts within each other the inner one counts.
+        layer_decay: factor on the learning rate from each layer of an encoder to the one before it (ELECTRA, Clark et
+            al. 2020), in (0, 1]. The heads keep theirs.
 
     Raises:
         SettingError: if a value is out of range.
@@ -40,6 +50,8 @@ class Optimizer:
     eps: float = 1e-6
     warmup_steps: int = 2000
     final_lr_share: float = 0.03
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -50,34 +62,64 @@ class Optimizer:
             "eps": 0 < self.eps < math.inf,
             "warmup_steps": self.warmup_steps >= 0,
             "final_lr_share": 0 <= self.final_lr_share <= 1,
+            "lr_scale": all(0 < factor < math.inf for factor in self.lr_scale.values()),
+            "layer_decay": 0 < self.layer_decay <= 1,
         }
         allowed = (
-            "lr and eps above 0, betas in [0, 1), weight_decay and warmup_steps from 0 up, final_lr_share in [0, 1]"
+            "lr, eps and factors of lr_scale above 0, betas in [0, 1), weight_decay and warmup_steps from 0 up, "
+            "final_lr_share in [0, 1], layer_decay in (0, 1]"
         )
         check_settings("optimizer", self, valid, f"finite numbers: {allowed}")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """An optimiser over the parameters that require a gradient."""
+        """An optimiser over the parameters that require a gradient.
+
+        Args:
+            model: the towers, whose parts `lr_scale` names.
+
+        Raises:
+            SettingError: if a part is unknown, or timm does not number the layers of the image encoder.
+        """
         embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        decayed: list[nn.Parameter] = []
-        spared: list[nn.Parameter] = []
+        scales, groups = self._lr_scales(model), defaultdict[tuple[bool, float], list[nn.Parameter]](list)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                is_matrix = (
-                    parameter.ndim > 1 and id(parameter) not in embeddings and not name.endswith(".word_embeddings")
-                )
-                (decayed if is_matrix and not name.endswith(_SPARED) else spared).append(parameter)
-        both = (decayed, self.weight_decay), (spared, 0.0)
-        groups = [{"params": params, "weight_decay": decay} for params, decay in both if params]
+                decays = parameter.ndim > 1 and id(parameter) not in embeddings and not name.endswith(_SPARED)
+                groups[decays, scales[name]].append(parameter)
+        ordered = [
+            {"params": params, "weight_decay": self.weight_decay * decays, "lr": self.lr * scale}
+            for (decays, scale), params in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+        ]
         settings: dict[str, Any] = {"lr": self.lr, "betas": tuple(self.betas), "eps": self.eps}
         if self.name == "lamb":
-            return Lamb(groups, **settings, max_grad_norm=None)  # the trainer clips
+            return Lamb(ordered, **settings, max_grad_norm=None)  # the trainer clips
         # on a GPU one kernel, instead of a dozen passes over parameters and moments
-        fused = all(p.is_cuda for p in [*decayed, *spared])
-        optimizer = torch.optim.AdamW(groups, **settings, fused=fused)
+        fused = all(p.is_cuda for params in groups.values() for p in params)
+        optimizer = torch.optim.AdamW(ordered, **settings, fused=fused)
         # Lightning refuses to clip for optimisers that undo fp16's loss scale themselves; the scaler does it beforehand
         optimizer._step_supports_amp_scaling = False
         return optimizer
+
+    def _lr_scales(self, model: nn.Module) -> dict[str, float]:
+        """The factor on `lr` of each parameter."""
+        names = [name for name, _ in model.named_parameters()]
+        scales = dict.fromkeys(names, 1.0)
+        for part in sorted(self.lr_scale, key=len):
+            inside = [name for name in names if f"{name}.".startswith(f"{part}.")]
+            parts = ", ".join(sorted({name.split(".")[0] for name in names}))
+            require(bool(inside), "optimizer.lr_scale", part, f"{parts}, and modules inside them")
+            scales |= dict.fromkeys(inside, self.lr_scale[part])
+        for encoder in ("image_encoder.backbone", "text_encoder.bert") if self.layer_decay < 1 else ():
+            module: Any = model.get_submodule(encoder)
+            numbered = encoder.startswith("text") or hasattr(module, "group_matcher")
+            why = f"1: timm does not number the layers of {type(module).__name__}"
+            require(numbered, "optimizer.layer_decay", self.layer_decay, why)
+            matcher = _TEXT_LAYERS if encoder.startswith("text") else module.group_matcher()
+            layers = group_parameters(module, matcher, reverse=True)
+            last = max(layers.values())
+            for name, layer in layers.items():
+                scales[f"{encoder}.{name}"] *= self.layer_decay ** (last - layer)
+        return scales
 
     def apply_settings(self, optimizer: torch.optim.Optimizer, scheduler: LambdaLR, model: nn.Module) -> None:
         """Puts these settings over those that a checkpoint brought, and keeps its moments and steps.
@@ -90,12 +132,12 @@ class Optimizer:
         groups = self.build(model).param_groups
         for group, ours, factor in zip(optimizer.param_groups, groups, scheduler.lr_lambdas, strict=True):
             group |= {name: value for name, value in ours.items() if name != "params"}
-            group |= {"initial_lr": self.lr, "lr": self.lr * factor(scheduler.last_epoch)}
+            group |= {"initial_lr": ours["lr"], "lr": ours["lr"] * factor(scheduler.last_epoch)}
             for parameter in group["params"] if group.get("fused") else ():
                 # of a run on the CPU the step counts lie there, where the fused kernel does not read them
                 if "step" in (state := optimizer.state.get(parameter, {})):
                     state["step"] = state["step"].to(parameter.device)
-        scheduler.base_lrs = [self.lr for _ in groups]
+        scheduler.base_lrs = [group["lr"] for group in groups]
 
     def schedule(self, total_steps: int) -> Callable[[int], float]:
         """Factor on `lr` at each optimiser step of a run of `total_steps`.

@@ -55,7 +55,7 @@ class DenseClip(TwoTowers):
             config.image = replace(config.image, positions="all")
         self.vocabulary = Vocabulary(config.vocabulary)
         self.image_encoder = ImageEncoder(config.image)
-        if config.pooling == "class" and getattr(self.image_encoder.vit, "cls_token", None) is None:
+        if config.pooling == "class" and getattr(self.image_encoder.backbone, "cls_token", None) is None:
             raise ValueError(f"{config.image.name!r} has no class token; give pooling 'mean'")
         self.text_encoder, _ = TextEncoder.build(config.text, len(self.vocabulary))
         self.image_projection = nn.Linear(self.image_encoder.width, config.width, bias=False)

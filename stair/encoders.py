@@ -1,4 +1,4 @@
-"""The two towers: any Vision Transformer of timm, any BERT-family encoder of transformers.
+"""The two towers: any backbone of timm with a feature map or tokens, any BERT-family encoder of transformers.
 
 Both end in hidden states, one a position; the vocabulary head (stair/head.py) maps them to terms.
 
@@ -6,10 +6,11 @@ B rows, T positions, D width.
 """
 
 import math
+import re
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import timm
@@ -18,7 +19,7 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig
 
-from stair.errors import FileError
+from stair.errors import SettingError, StairError
 from stair.files import folder_or_hub_name
 
 # families of which all layers take one mask
@@ -37,12 +38,15 @@ class ImageTower:
     """Settings of the image encoder.
 
     Args:
-        name: a Vision Transformer of timm, `local-dir:PATH` for a folder in the hub's format, or `hf-hub:NAME`.
+        name: a model of timm that gives a feature map (CNN, Swin) or tokens (ViT), `local-dir:PATH` for a folder in the
+            hub's format, or `hf-hub:NAME`.
         pretrained: start from the published weights; False starts from scratch.
         image_size: side of the square input in pixels.
-        positions: which hidden states the head reads. `patches` leaves class and register tokens out, so that every active
-            term has an argmax patch; `all` keeps them.
+        positions: which hidden states the head reads. `patches`, the cells of the image, leaves class and register
+            tokens out, so that every active term has an argmax patch; `all` keeps them.
         options: further arguments of the timm model, for example `{embed_dim: 192, depth: 4}`.
+        freeze_until: a module of the timm model, such as `blocks.5`. In training all parameters up to its last one stay
+            as they are, and so do the statistics of their batch norms. An exported model has none.
     """
 
     name: str = "vit_base_patch16_224.augreg_in21k"
@@ -50,6 +54,7 @@ class ImageTower:
     image_size: int = 224
     positions: Literal["patches", "all"] = "patches"
     options: dict[str, Any] = field(default_factory=dict)
+    freeze_until: str | None = None
 
 
 @dataclass
@@ -108,16 +113,19 @@ def attention_on(device: torch.device) -> AbstractContextManager[None]:
 
 
 class ImageEncoder(nn.Module):
-    """A ViT that returns its hidden states.
+    """A backbone of timm that returns its hidden states.
 
     Args:
         tower: what to build.
 
     Attributes:
         width: D.
+        grid: rows and columns of patches: tokens, or cells of the last feature map.
 
     Raises:
-        ValueError: if timm has no such model, or it gives no sequence of positions.
+        SettingError: if timm cannot build it, it gives neither a feature map nor a square of tokens, or
+            `tower.freeze_until` is no module of it.
+        FileError: if there is no such folder, and no model of that name on the hub.
     """
 
     mean: Tensor
@@ -125,28 +133,62 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, tower: ImageTower) -> None:
         super().__init__()
-        folder = Path(tower.name.removeprefix("local-dir:"))
-        if str(folder) != tower.name and not folder.is_dir():
-            raise FileError(f"image tower {tower.name!r}: no such folder", folder)
+        name = re.sub("^(local-dir|hf-hub):", "", tower.name)
         try:
-            vit: Any = timm.create_model(
-                tower.name, pretrained=tower.pretrained, num_classes=0, img_size=tower.image_size, **tower.options
-            )
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"timm cannot build image tower {tower.name!r} at {tower.image_size} px with {tower.options}: {error}. "
-                "Give the name of a Vision Transformer (timm.list_models('vit*')) and options it takes"
+            with folder_or_hub_name(name):
+                self.backbone, self._output, hidden = _without_head(tower)
+            self._channels_last = hidden.ndim == 3 or getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
+            self.grid, first = self._layout(hidden)
+        except StairError:
+            raise
+        except Exception as error:  # models raise errors of any class
+            raise SettingError(
+                f"timm cannot build image tower {tower.name!r} at {tower.image_size} px with {tower.options} so that it "
+                f"gives a feature map or tokens: {error}. Give a CNN or Vision Transformer (timm.list_models()) and "
+                "options it takes",
+                "stair.image.name",
             ) from error
-        if not hasattr(vit, "num_prefix_tokens"):
-            raise ValueError(f"{tower.name!r} is no Vision Transformer: it has no sequence of positions")
-        vit.attn_pool = None  # not used here, and DDP waits for unused parameters
-        self.vit = vit
-        self.width: int = vit.num_features
-        self._first = vit.num_prefix_tokens if tower.positions == "patches" else 0
-        data = resolve_model_data_config(vit)
+        self.width: int = hidden.shape[-1 if self._channels_last else 1]
+        self._first = first if tower.positions == "patches" else 0
+        data = resolve_model_data_config(self.backbone)
         # saved with the weights: a saved model must not depend on the name it was built from
         self.register_buffer("mean", torch.tensor(data["mean"]).view(3, 1, 1))
         self.register_buffer("deviation", torch.tensor(data["std"]).view(3, 1, 1))
+        if tower.freeze_until is not None:
+            self._freeze(tower.freeze_until)
+        self.train()
+
+    def _layout(self, hidden: Tensor) -> tuple[tuple[int, int], int]:
+        """The grid, and how many tokens come before it."""
+        if hidden.ndim == 4:
+            rows, columns = hidden.shape[1:3] if self._channels_last else hidden.shape[2:]
+            return (rows, columns), 0
+        first = getattr(self.backbone, "num_prefix_tokens", int(getattr(self.backbone, "cls_token", None) is not None))
+        side = math.isqrt(hidden.shape[1] - first)
+        if side < 2 or side**2 != hidden.shape[1] - first:
+            raise ValueError(f"its {hidden.shape[1]} tokens are no square")
+        return (side, side), first
+
+    def _freeze(self, until: str) -> None:
+        names = [name for name, _ in self.backbone.named_parameters()]
+        inside = [n for n, name in enumerate(names) if name.startswith(f"{until}.")]
+        if not inside:
+            allowed = dict.fromkeys(found[0] for name in names if (found := re.match(r"\w+(\.\d+)?(?=\.)", name)))
+            raise SettingError(
+                f"stair.image.freeze_until is {until!r}. Allowed: modules of the backbone, {', '.join(allowed)}",
+                "stair.image.freeze_until",
+            )
+        for parameter in list(self.backbone.parameters())[: inside[-1] + 1]:
+            parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "ImageEncoder":
+        """As in torch, but modules whose parameters are all frozen stay in eval mode, with their batch-norm statistics."""
+        super().train(mode)
+        for module in self.backbone.modules() if mode else ():
+            frozen = [not parameter.requires_grad for parameter in module.parameters()]
+            if frozen and all(frozen):
+                module.eval()
+        return self
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encodes images.
@@ -160,16 +202,31 @@ class ImageEncoder(nn.Module):
         if pixels.dtype == torch.uint8:
             pixels = pixels.to(self.mean.dtype) / 255
         with attention_on(pixels.device):
-            hidden_BTD: Tensor = self.vit.forward_features((pixels.to(self.mean.dtype) - self.mean) / self.deviation)
-        # Identity, unless timm normalises after average pooling: then the norm is applied to each position
-        patches_BTD: Tensor = self.vit.fc_norm(hidden_BTD[:, self._first :])
-        return patches_BTD
+            forward = getattr(self.backbone, self._output)
+            hidden: Tensor = forward((pixels.to(self.mean.dtype) - self.mean) / self.deviation)
+        if hidden.ndim == 4:
+            hidden = hidden.flatten(1, 2) if self._channels_last else hidden.flatten(2).transpose(1, 2)
+        return hidden[:, self._first :]
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        rows, columns = self.vit.patch_embed.grid_size
-        return int(rows), int(columns)
+
+def _without_head(tower: ImageTower) -> tuple[Any, str, Tensor]:
+    """A timm model without classifier and pooling, its method that gives hidden states, and those of one image."""
+    build = partial(timm.create_model, tower.name, pretrained=tower.pretrained, num_classes=0, **tower.options)
+    try:
+        backbone: Any = build(img_size=tower.image_size)
+    except TypeError:  # a CNN takes images of any size
+        backbone = build()
+    backbone.eval()
+    pixels = torch.zeros(1, 3, tower.image_size, tower.image_size)
+    with torch.no_grad():
+        with suppress(AssertionError):  # of heads that cannot do without pooling
+            backbone.reset_classifier(0, "")
+            if (hidden := backbone(pixels)).ndim > 2:
+                return backbone, "forward", hidden
+        backbone.head = nn.Identity()  # not used here, and DDP waits for unused parameters
+        if not isinstance(hidden := backbone.forward_features(pixels), Tensor):
+            raise ValueError("its features are several tensors")
+        return backbone, "forward_features", hidden
 
 
 class MaskedLMHead(NamedTuple):

@@ -174,9 +174,9 @@ class TwoTowers(nn.Module):
     def portable_config(self) -> dict[str, Any]:
         """The configuration without names that would have to be looked up elsewhere."""
         values, bert = asdict(self.config), self.text_encoder.config
-        architecture = str(self.image_encoder.vit.pretrained_cfg["architecture"])
+        architecture = str(self.image_encoder.backbone.pretrained_cfg["architecture"])
         options = {k: v for k, v in values["image"]["options"].items() if k != "checkpoint_path"}
-        values["image"].update(name=architecture, pretrained=False, options=options)
+        values["image"].update(name=architecture, pretrained=False, options=options, freeze_until=None)
         skipped = ("model_type", "transformers_version", "architectures")
         options = {k: v for k, v in bert.to_diff_dict().items() if k not in skipped}
         values["text"].update(name=bert.model_type, pretrained=False, options=options)
@@ -229,11 +229,11 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         load_model(model, str(path), strict=True)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} does not hold this model's weights: {error}") from error
-    floats = sorted(name for name, value in model.state_dict().items() if value.is_floating_point())
+    floats = {name: value for name, value in sorted(model.state_dict().items()) if value.is_floating_point()}
     # loading would convert integers silently
     if wrong := [name for name in floats if not types.get(name, "F32").startswith(("F", "BF"))]:
         raise ValueError(f"{path}: {wrong[0]!r} is of type {types[wrong[0]]}; weights are floating-point numbers")
-    if broken := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
+    if broken := [name for name, value in floats.items() if not value.isfinite().all()]:
         raise ValueError(f"{path}: {broken[0]!r} has values that are not finite; such a model cannot be used")
 
 

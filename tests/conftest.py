@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support.models import tiny_config, write_vocabulary
+from tests.support.models import IMAGE_TOWERS, tiny_config, write_vocabulary
 
 torch.set_num_threads(1)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -29,6 +29,15 @@ def tiny_stair(vocab_file):
 
     torch.manual_seed(0)
     return Stair(tiny_config(vocab_file)).eval()
+
+
+@pytest.fixture(params=IMAGE_TOWERS)
+def any_stair(vocab_file, request):
+    """A model with an image encoder of each kind."""
+    from stair.model import Stair
+
+    torch.manual_seed(0)
+    return Stair(tiny_config(vocab_file, request.param)).eval()
 
 
 @pytest.fixture

@@ -132,8 +132,8 @@ def test_class_pooling_reads_the_class_tokens(vocab_file, captions, pixels):
     torch.testing.assert_close(model.embed_tokens(ids, mask), model.text_projection(first))
     normed = (pixels / 255 - model.image_encoder.mean) / model.image_encoder.deviation
     # 16 patches behind the class token
-    hidden = model.image_encoder.vit.forward_features(normed)
-    assert hidden.shape[1] == 17 and not hasattr(model.image_encoder.vit.fc_norm, "weight")
+    hidden = model.image_encoder.backbone.forward_features(normed)
+    assert hidden.shape[1] == 17 and not hasattr(model.image_encoder.backbone.fc_norm, "weight")
     torch.testing.assert_close(model.embed_pixels(pixels), model.image_projection(hidden[:, 0]))
 
 

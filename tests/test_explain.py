@@ -42,13 +42,13 @@ def test_contributions_sum_to_the_score_of_the_model_and_of_the_index(model, pic
 
 
 @torch.no_grad()
-def test_the_argmax_position_of_a_term_is_the_one_without_which_it_weighs_less(tiny_stair, picture):
-    reading = read_image(tiny_stair, picture)
-    hidden = tiny_stair.image_encoder(torch.as_tensor(np.array(reading.image)).permute(2, 0, 1)[None])
-    head = tiny_stair.image_head
+def test_the_argmax_position_of_a_term_is_the_one_without_which_it_weighs_less(any_stair, picture):
+    reading = read_image(any_stair, picture)
+    hidden = any_stair.image_encoder(torch.as_tensor(np.array(reading.image)).permute(2, 0, 1)[None])
+    head = any_stair.image_head
     hidden = head.norm(torch.nn.functional.gelu(head.dense(hidden)))
-    place = {token: v for v, token in enumerate(tiny_stair.vocabulary.tokens)}
-    assert len(reading.terms) == int((tiny_stair.encode_image([picture]) > 0).sum()) > 5
+    place = {token: v for v, token in enumerate(any_stair.vocabulary.tokens)}
+    assert len(reading.terms) == int((any_stair.encode_image([picture]) > 0).sum()) > 5
     for n, word in enumerate(reading.terms):
         mask = torch.ones(hidden.shape[:2], dtype=torch.bool)
         whole = vocabulary_max_reference(hidden, mask, head.word_embeddings, head.bias)[0, place[word]]

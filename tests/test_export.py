@@ -22,11 +22,13 @@ from examples.lucene import (
     query_scale,
 )
 from examples.search_engines import duckdb_search, milvus_search, qdrant_search, seismic_search, sqlite_search
+from stair import Stair
 from stair.cli import main
 from stair.embeddings import Embeddings, EmbeddingSpace
 from stair.errors import MissingPackageError, SettingError, StairError
 from stair.export import FORMATS, target
 from stair.index import SparseIndex
+from tests.support.models import tiny_config
 
 V = 250
 # pieces that engines would take for paths, or fold into one
@@ -353,24 +355,26 @@ def saved(tiny_stair, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "margin"), [("full", 0.0), ("full", 0.05), ("masked", 0.0)])
-def test_onnx_graphs_give_the_non_zero_terms(tiny_stair, captions, pixels, export, tmp_path, form, margin):
+@pytest.mark.parametrize(
+    ("form", "margin", "image"), [("full", 0.0, "vit"), ("full", 0.05, "cnn"), ("masked", 0.0, "swin")]
+)
+def test_onnx_graphs_give_the_non_zero_terms(vocab_file, captions, pixels, export, tmp_path, form, margin, image):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    tiny_stair.config.text_form, tiny_stair.config.in_caption_margin = form, margin
-    tiny_stair.save_pretrained(tmp_path / "model")
+    stair = Stair(tiny_config(vocab_file, image, text_form=form, in_caption_margin=margin)).eval()
+    stair.save_pretrained(tmp_path / "model")
     export("onnx", tmp_path / "model", tmp_path / "o")
 
     def run(name, count, **inputs):
         row, word, weight = runtime.InferenceSession(tmp_path / "o" / f"{name}.onnx").run(None, inputs)
         assert (weight > 0).all() and sorted(zip(row, word, strict=True)) == list(zip(row, word, strict=True))
-        return sparse.csr_matrix((weight, (row, word)), shape=(count, len(tiny_stair.vocabulary))).toarray()
+        return sparse.csr_matrix((weight, (row, word)), shape=(count, len(stair.vocabulary))).toarray()
 
     for count in (1, 3, 4):  # batches of any size
-        expected = tiny_stair.encode_image(pixels[:count])
+        expected = stair.encode_image(pixels[:count])
         np.testing.assert_allclose(run("image", count, pixels=pixels[:count].numpy()), expected, atol=1e-5)
-        ids, mask = tiny_stair.vocabulary.tokenize(captions[:count], 12)
-        expected = tiny_stair.encode_text(captions[:count])
+        ids, mask = stair.vocabulary.tokenize(captions[:count], 12)
+        expected = stair.encode_text(captions[:count])
         np.testing.assert_allclose(run("text", count, ids=ids.numpy(), mask=mask.numpy()), expected, atol=1e-5)
 
 

@@ -79,7 +79,7 @@ def test_what_stage_2_freezes_is_never_reduced(case):
 
 def test_the_blocks_of_both_towers_are_found(case):
     stair = make(case(Stage1)).stair
-    assert blocks(stair.image_encoder) == list(stair.image_encoder.vit.blocks)
+    assert blocks(stair.image_encoder) == list(stair.image_encoder.backbone.blocks)
     assert blocks(stair.text_encoder) == list(stair.text_encoder.bert.encoder.layer)
 
 

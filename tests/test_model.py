@@ -1,5 +1,6 @@
 """The model: vocabulary, towers from published files, saving and loading, what can and cannot light up."""
 
+import copy
 import hashlib
 import json
 import os
@@ -9,14 +10,15 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from timm.models import save_for_hf
 from tokenizers import AddedToken
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer, DistilBertConfig, DistilBertForMaskedLM
 
+from lightning_modules.optimizer import Optimizer
 from stair import Stair, Vocabulary
 from stair.encoders import ImageTower, TextEncoder, TextTower
-from stair.errors import FileError
-from tests.support.models import TEXT_OPTIONS, WORDS, tiny_config, write_vocabulary
+from stair.errors import FileError, SettingError
+from tests.support.models import IMAGE_TOWERS, TEXT_OPTIONS, WORDS, tiny_config, write_vocabulary
 
 
 def test_vocabulary_keeps_special_and_unused_pieces_out(vocab_file):
@@ -369,42 +371,82 @@ def test_a_text_tower_whose_layers_were_not_published_is_refused_by_name(tmp_pat
         Stair(config)
 
 
-def published_vit(folder, **options):
-    """Writes a folder as timm's hub repositories are: config.json and model.safetensors."""
-    folder.mkdir()
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, **options)
-    save_file(vit.state_dict(), folder / "model.safetensors")
-    config = {
-        "architecture": "vit_tiny_patch16_224",
-        "num_classes": 1000,
-        "pretrained_cfg": {
-            "input_size": [3, 32, 32], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "num_classes": 1000,
-            "first_conv": "patch_embed.proj", "classifier": "head", "interpolation": "bicubic",
-        },
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    return vit.eval()
-
-
-def test_published_image_weights_and_normalisation_are_loaded(tmp_path, vocab_file, pixels):
-    published = published_vit(tmp_path / "vit", depth=1)
+@pytest.mark.parametrize("kind", ["vit", "cnn"])
+def test_published_image_weights_and_normalisation_are_loaded(tmp_path, vocab_file, pixels, kind):
+    name, options = IMAGE_TOWERS[kind]
+    published = timm.create_model(name, **options, **({"img_size": 32} if kind == "vit" else {})).eval()
+    published.pretrained_cfg.update(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    save_for_hf(published, tmp_path / "timm", safe_serialization=True)  # as timm's hub repositories are
     config = tiny_config(vocab_file)
-    config.image = ImageTower(f"local-dir:{tmp_path / 'vit'}", True, 32, options={"depth": 1})
+    config.image = ImageTower(f"local-dir:{tmp_path / 'timm'}", True, 32, options=options)
     stair = Stair(config).eval()
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]))
     with torch.no_grad():
-        want = published.forward_features((pixels / 255 - mean) / std)[:, 1:]
+        want = published.forward_features((pixels / 255 - mean) / std)
+        want = want[:, 1:] if kind == "vit" else want.flatten(2).transpose(1, 2)
         torch.testing.assert_close(stair.image_encoder(pixels), want, atol=1e-5, rtol=1e-5)
     stair.save_pretrained(tmp_path / "saved")
     loaded = Stair.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(loaded.encode_image(pixels), stair.encode_image(pixels))
 
 
+@torch.no_grad()
+def test_positions_are_the_cells_of_an_image_from_the_top_left(any_stair, pixels, tmp_path):
+    encoder = any_stair.image_encoder
+    hidden_BTD = encoder(pixels)
+    features = encoder.backbone.forward_features((pixels / 255 - encoder.mean) / encoder.deviation)
+    rows, columns = encoder.grid
+    assert (rows, columns) == (4, 4) and hidden_BTD.shape == (len(pixels), 16, encoder.width)
+    for row, column in [(0, 0), (0, 3), (2, 1), (3, 3)]:
+        if features.ndim == 3:
+            want = features[:, 1 + row * columns + column]
+        else:
+            want = features[:, :, row, column] if features.shape[1] == encoder.width else features[:, row, column]
+        torch.testing.assert_close(hidden_BTD[:, row * columns + column], want)
+    any_stair.save_pretrained(tmp_path / "saved")
+    assert Stair.from_pretrained(tmp_path / "saved").fingerprint == any_stair.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("kind", "until", "frozen"),
+    [("vit", "blocks.0", "blocks.1"), ("cnn", "layer2.0", "layer3"), ("swin", "norm", None)],
+)
+def test_an_encoder_is_frozen_up_to_a_module_with_its_statistics(vocab_file, pixels, kind, until, frozen, tmp_path):
+    config = tiny_config(vocab_file, kind)
+    config.image.freeze_until = until
+    stair = Stair(config).train()
+    names = list(stair.image_encoder.backbone.state_dict())
+    first = len(names) if frozen is None else next(n for n, name in enumerate(names) if name.startswith(frozen))
+    before = copy.deepcopy(stair.image_encoder.backbone.state_dict())
+    optimizer = Optimizer(lr=0.1).build(stair)
+    stair.encode_image(pixels)
+    stair.embed_pixels(pixels).square().sum().backward()
+    optimizer.step()
+    after = stair.image_encoder.backbone.state_dict()
+    moved = {name for name in names if not torch.equal(before[name], after[name])}
+    assert not moved & set(names[:first])
+    # all that follows moves, the batch-norm statistics too
+    assert moved >= {name for name in names[first:] if name.endswith(("norm1.weight", "bn2.weight", "running_mean"))}
+    stair.save_pretrained(tmp_path / "saved")
+    loaded = Stair.from_pretrained(tmp_path / "saved")
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_module_that_an_encoder_lacks_is_refused_with_those_it_has(vocab_file):
+    config = tiny_config(vocab_file, "cnn")
+    config.image.freeze_until = "blocks.5"
+    with pytest.raises(SettingError, match=r"layer1\.0.*layer4\.0") as error:
+        Stair(config)
+    assert error.value.setting == "stair.image.freeze_until"
+
+
 @pytest.mark.parametrize(
     ("image", "text", "message"),
     [
         (ImageTower("no_such_model", False, 32), None, "timm cannot build.*no_such_model"),
-        (ImageTower("resnet18", False, 32), None, "resnet18"),
+        (ImageTower("crossvit_tiny_240", False, 240), None, "crossvit_tiny_240.*several tensors"),
+        (ImageTower("pit_ti_224", False, 224), None, "pit_ti_224.*no square"),
+        (ImageTower("resnet18", False, 32, options={"layer": [1]}), None, "resnet18.*layer"),
         (None, TextTower("no-such-type", False, 12), "no model type 'no-such-type'"),
         (None, TextTower("bert", False, 99, TEXT_OPTIONS), "max_tokens is 99.*16 positions"),
         (None, TextTower("bert", False, 12, {**TEXT_OPTIONS, "vocab_size": 7}), "knows 7 tokens"),

@@ -1,5 +1,6 @@
 """The three stages through the command line: one after the other, taking over, handing over, resuming, on two ranks."""
 
+import json
 import math
 import os
 import shutil
@@ -21,7 +22,7 @@ from main import main
 from stair import Stair
 from stair.errors import FileError, SettingError, StairError
 from stair.towers import read_description
-from tests.support.models import tiny_config
+from tests.support.models import IMAGE_TOWERS, tiny_config
 from tests.support.runs import scalars, stage_args, start, weights
 
 
@@ -548,9 +549,36 @@ def test_what_is_no_matrix_does_not_decay_and_lamb_leaves_clipping_to_the_traine
     names = {id(p): name for name, p in stage.named_parameters()}
     assert decays["weight_decay"] > spared["weight_decay"] == 0
     spared = {names[id(p)] for p in spared["params"]}
-    assert {"stair.image_encoder.vit.cls_token", "stair.image_encoder.vit.pos_embed", "stair.log_scale"} <= spared
+    assert {"stair.image_encoder.backbone.cls_token", "stair.image_encoder.vit.pos_embed", "stair.log_scale"} <= spared
     assert all(names[id(p)].endswith("weight") for p in decays["params"])
     assert Optimizer(name="lamb").build(stage).defaults["max_grad_norm"] is None
+
+
+def test_parts_and_layers_have_their_own_learning_rates(vocab_file):
+    stair = Stair(tiny_config(vocab_file))  # 2 blocks of image, 1 of text
+    scale = {"image_encoder": 0.5, "image_encoder.backbone.pos_embed": 0.25, "log_scale": 2.0}
+    groups = Optimizer(lr=1.0, lr_scale=scale, layer_decay=0.1).build(stair).param_groups
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    rates = {name: rates[id(parameter)] for name, parameter in stair.named_parameters()}
+    image, text = "image_encoder.backbone", "text_encoder.bert"
+    assert (
+        rates
+        | {
+            f"{image}.pos_embed": pytest.approx(0.25 * 0.01),
+            f"{image}.patch_embed.proj.weight": pytest.approx(0.5 * 0.01),
+            f"{image}.blocks.0.attn.qkv.weight": pytest.approx(0.5 * 0.1),
+            f"{image}.blocks.1.attn.qkv.weight": 0.5,
+            f"{image}.norm.weight": 0.5,
+            f"{text}.embeddings.word_embeddings.weight": pytest.approx(0.1),
+            f"{text}.encoder.layer.0.output.dense.weight": 1.0,
+            "image_head.dense.weight": 1.0,
+            "log_scale": 2.0,
+        }
+        == rates
+    )
+    with pytest.raises(SettingError, match="image_encoder, image_head, log_scale") as error:
+        Optimizer(lr_scale={"image": 0.1}).build(stair)
+    assert error.value.setting == "optimizer.lr_scale"
 
 
 def test_micro_batches_replay_their_dropout(vocab_file, batch):
@@ -618,6 +646,9 @@ def test_a_run_killed_between_its_last_checkpoint_and_the_export_exports_when_re
 def test_a_resumed_run_uses_the_optimizer_settings_given_now(scenes, tmp_path):
     optimizer = "--model.init_args.optimizer"
     before = main(stage_args(scenes, 1, tmp_path / "r", "--trainer.max_steps", "2", f"{optimizer}.weight_decay", "0"))
+    with pytest.raises(SettingError) as error:
+        main(stage_args(scenes, 1, tmp_path / "r", "--ckpt_path", "last", f"{optimizer}.layer_decay", "0.5"))
+    assert error.value.setting == "optimizer.lr_scale"
     changed = (f"{optimizer}.lr", "1e-5", f"{optimizer}.weight_decay", "0.3", f"{optimizer}.betas", "[0.5, 0.6]")
     resumed = main(stage_args(scenes, 1, tmp_path / "r", "--ckpt_path", "last", *changed))
     groups = resumed.trainer.optimizers[0].param_groups
@@ -630,16 +661,27 @@ def test_a_resumed_run_uses_the_optimizer_settings_given_now(scenes, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
-def test_two_ranks_run_all_three_stages(scenes, tmp_path, precision):
+def test_two_ranks_run_all_three_stages_of_a_partly_frozen_cnn(scenes, tmp_path, precision):
+    name, options = IMAGE_TOWERS["cnn"]
+    image = "--model.init_args.stair.image"
     for stage in (1, 2, 3):
         # forked: a launched rank would import everything again
         ranks = ("--trainer.devices", "2", "--trainer.strategy", "ddp_fork", "--trainer.precision", precision)
-        main(stage_args(scenes, stage, tmp_path / "r", *ranks))
+        cnn = (f"{image}.name", name, f"{image}.options", json.dumps(options), f"{image}.freeze_until", f"layer{stage}")
+        scale = ("--model.init_args.optimizer.lr_scale", "{image_encoder: 0.5}")
+        main(stage_args(scenes, stage, tmp_path / "r", *ranks, *cnn, *scale))
     seen = scalars(tmp_path / "r", 3)
     assert seen["val/recall"] and all(math.isfinite(loss) for loss in seen["train/loss"])
-    before, after = weights(tmp_path / "r", 1), weights(tmp_path / "r", 2)
-    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("image_"))
-    assert not torch.equal(before["text_head.dense.weight"], after["text_head.dense.weight"])
+    first, second, third = (weights(tmp_path / "r", stage) for stage in (1, 2, 3))
+    assert all(torch.equal(first[name], second[name]) for name in first if name.startswith("image_"))
+    assert not torch.equal(first["text_head.dense.weight"], second["text_head.dense.weight"])
+    changed = {name for name in second if not torch.equal(second[name], third[name])}
+    frozen = [name for name in second if name.startswith(tuple(f"image_encoder.backbone.layer{n}" for n in (1, 2, 3)))]
+    assert frozen and not changed & {*frozen, "image_encoder.backbone.bn1.running_mean"}
+    assert {
+        "image_encoder.backbone.layer4.0.conv1.weight",
+        "image_encoder.backbone.layer4.0.bn1.running_mean",
+    } <= changed
 
 
 @pytest.mark.slow

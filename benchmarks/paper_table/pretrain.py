@@ -30,7 +30,7 @@ def pretrain(plan_path: Path, dense: Path, out: Path, steps: int) -> None:
     """Writes both towers."""
     torch.manual_seed(0)
     clip = DenseClip.from_pretrained(dense)
-    save_for_hf(clip.image_encoder.vit, out / "image", safe_serialization=True)
+    save_for_hf(clip.image_encoder.backbone, out / "image", safe_serialization=True)
     samples = entries(read_plan(plan_path)["train"], CAPTION_TYPES)
     texts = [text for entry in samples for text in captions(read_entry(entry).members)]
     settings = {k: v for k, v in clip.text_encoder.config.to_diff_dict().items() if k != "model_type"}

@@ -23,13 +23,22 @@ def write_vocabulary(path: Path, unused: int = 3) -> Path:
     return path
 
 
-def tiny_config(vocab_file, **changes):
+# of one each: tokens, a feature map with channels first, one with channels last; all with 4 x 4 cells at 32 px
+IMAGE_TOWERS = {
+    "vit": ("vit_tiny_patch16_224", {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8}),
+    "cnn": ("resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 24], "stem_width": 8, "output_stride": 8}),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"embed_dim": 12, "depths": [1, 1], "num_heads": [1, 2], "patch_size": 4, "window_size": 4},
+    ),
+}
+
+
+def tiny_config(vocab_file, image="vit", **changes):
     """A model of two small towers from scratch."""
     from stair.encoders import ImageTower, TextTower
     from stair.model import StairConfig
 
-    image = ImageTower(
-        "vit_tiny_patch16_224", False, 32, options={"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8}
-    )
+    name, options = IMAGE_TOWERS[image]
     text = TextTower("bert", False, 12, options=TEXT_OPTIONS)
-    return StairConfig(str(vocab_file), image, text, **changes)
+    return StairConfig(str(vocab_file), ImageTower(name, False, 32, options=options), text, **changes)
