@@ -135,4 +135,4 @@ class SaveSettings(Callback):
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir, name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+            self.parser.save(self.config, str(path), skip_unset=False, overwrite=True, multifile=False)

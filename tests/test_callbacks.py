@@ -336,6 +336,7 @@ def not_a_number(step):
     return {"loss": torch.tensor(float("nan"), requires_grad=True)} if step in (1, 2, 4) else {}
 
 
+@pytest.mark.filterwarnings("ignore:the loss is not finite")
 def test_steps_whose_loss_is_not_finite_are_forgiven_so_many_times_on_end(vocabulary, tmp_path):
     with pytest.warns(UserWarning, match=r"not finite at step 2; .*more than health.skip=2 in a row") as seen:
         logged = fit(vocabulary, tmp_path / "a", Health(every=1, skip=2), not_a_number)
@@ -393,6 +394,7 @@ def test_a_run_that_recovers_within_patience_goes_on(vocabulary, tmp_path):
     fit(vocabulary, tmp_path, Health(patience=3, every=1), lambda step: empty("text_CV") if step % 3 else {})
 
 
+@pytest.mark.filterwarnings("ignore:the loss has been log N")
 def test_empty_embeddings_alone_or_chance_alone_are_not_dead(vocabulary, tmp_path):
     nothing, chance = torch.zeros(PAIRS, 35), torch.tensor(math.log(PAIRS))
     for name, output in (("empty", {"image_BV": nothing}), ("chance", {"contrastive": chance})):
@@ -449,6 +451,7 @@ def test_texts_that_are_dense_without_their_mask_are_seen_under_a_soft_one(vocab
     assert list(logged["train/text_full/in_caption_share"].values()) == pytest.approx([share] * 3)
 
 
+@pytest.mark.filterwarnings("ignore:the loss is not finite")
 def test_skipped_steps_go_on_being_counted(vocabulary, tmp_path):
     before = Health(every=1, skip=2)
     fit(vocabulary, tmp_path / "a", before, not_a_number)

@@ -127,7 +127,8 @@ def test_the_command_writes_a_picture_and_a_page(tiny_stair, picture, tmp_path, 
 
     pair = "--image", tmp_path / "p.png", "--text", "a red ball"
     assert "score, of" in stair(tmp_path / "m", tmp_path / "why.png", *pair)
-    assert Image.open(tmp_path / "why.png").size[0] >= 620
+    with Image.open(tmp_path / "why.png") as drawn:
+        assert drawn.size[0] >= 620
     stair(tmp_path / "m", tmp_path / "why.html", *pair, "--num_terms", "2")
     assert "The score is the sum" in (tmp_path / "why.html").read_text()
     stair(tmp_path / "m", tmp_path / "one.html", "--image", tmp_path / "p.png")

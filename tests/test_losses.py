@@ -76,7 +76,7 @@ def test_the_spread_is_right_where_it_is_far_below_the_mean():
 def test_flops_of_a_worked_example():
     z = torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, 0.0]], requires_grad=True)
     value = flops(z)
-    assert float(value) == 2**2 + 0 + 1**2
+    assert value.item() == 2**2 + 0 + 1**2
     value.backward()
     # 2 · mean_v / rows
     assert z.grad.tolist() == [[2.0, 0.0, 1.0], [2.0, 0.0, 1.0]]
@@ -143,7 +143,7 @@ def on_rank(rank, ranks, file, results, wrong, uneven):
         for p in model.parameters():  # what DDP does
             torch.distributed.all_reduce(p.grad)
             p.grad /= ranks
-        results.put((rank, float(loss), [p.grad.tolist() for p in model.parameters()]))
+        results.put((rank, loss.item(), [p.grad.tolist() for p in model.parameters()]))
     except ValueError as error:
         results.put((rank, str(error), None))
     finally:
@@ -166,7 +166,7 @@ def one_process():
     loss = info_nce_oracle(image, text, model.scale) + 0.5 * info_nce_oracle(image, text * OWN, model.scale)
     loss = loss + 0.1 * image.mean(0).square().sum() + 0.2 * text.mean(0).square().sum()
     loss.backward()
-    return float(loss), [p.grad for p in model.parameters()]
+    return loss.item(), [p.grad for p in model.parameters()]
 
 
 def worst(grads, want):

@@ -81,6 +81,7 @@ def test_a_checkpoint_that_is_not_there_is_not_measured_as_fresh_weights(scenes,
         (["--trainer.logger", "false"], "stage1"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:predict writes nothing")
 def test_a_logger_that_the_user_named_keeps_its_name(scenes, monkeypatch, more, expected):
     monkeypatch.setattr(main.StairCLI, "_run_subcommand", lambda self, subcommand: None)
     more = (*more, "--data.test", "{t: t.tar}")

@@ -54,7 +54,7 @@ def test_an_empty_batch_of_words_costs_nothing_and_has_a_gradient_without_nan(na
     rows = torch.zeros(4, 9, requires_grad=True)
     value = KINDS[name]()(rows)
     value.backward()
-    assert float(value) == 0 and rows.grad.isfinite().all()
+    assert value.item() == 0 and rows.grad.isfinite().all()
 
 
 def test_lambda_is_adjusted_until_the_target_number_of_terms_is_active():

@@ -102,6 +102,7 @@ def test_the_settings_that_a_training_saved_measure_its_own_stage(finished, scen
     assert refused.value.path == finished / "stage2" / "stair"
 
 
+@pytest.mark.filterwarnings("ignore:predict writes nothing")
 def test_predict_gives_the_embeddings_of_every_test_image_once(finished, scenes):
     cli = main(stage_args(scenes, 3, finished, "--data.test", f"{{t: {scenes}/val-*.tar}}", subcommand="predict"))
     out = cli.trainer.predict_loop.predictions
@@ -223,6 +224,7 @@ class PushesScale(L.Callback):
         trainer.scales = [*getattr(trainer, "scales", []), float(pl_module.stair.scale)]
 
 
+@pytest.mark.filterwarnings("ignore:the first batch's logits")
 def test_the_scale_is_held_at_100_before_anything_saves_it(scenes, tmp_path):
     more = ("--model.init_args.objective.scale_start", "99.9", "--model.init_args.optimizer.lr", "0.01")
     cli = main(stage_args(scenes, 1, tmp_path / "r", *more, "--trainer.callbacks+", "tests.test_stages.PushesScale"))
@@ -330,6 +332,7 @@ class BreaksGradients(L.Callback):
             torch.save(pl_module.state_dict(), Path(trainer.default_root_dir) / "before.pt")
 
 
+@pytest.mark.filterwarnings("ignore:the gradient is not finite at step 5")
 def test_gradients_that_are_not_finite_stop_the_run_with_keys_and_the_state_from_before(scenes, tmp_path):
     more = ("--trainer.max_steps", "12", "--health.every", "1", "--health.skip", "2")
     with (
