@@ -51,6 +51,7 @@ check-github: setup
 	$(SCHEMA) vendor.citation-file-format CITATION.cff
 	$(BIN)/zizmor --offline --quiet .github
 
-# the site, in build/site: `pip install -e '.[dev,docs]'` first
+# the site, in build/site
 docs: setup
+	@$(BIN)/python -c 'import material, mkdocstrings' 2> /dev/null || $(BIN)/python -m pip install --editable '.[dev,docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -102,16 +102,20 @@ def test_own_data_is_prepared_trained_on_and_searched_as_get_started_says(tmp_pa
             lines += [f'{path},"{caption}"' for caption in sample.captions]
         (tmp_path / name).write_text("\n".join(lines))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    pages = {name: (ROOT / "docs" / "start" / f"{name}.md").read_text() for name in ("own-data", "search")}
-    vocabulary = ["--vocabulary", str(scenes / "vocab.txt")]
-    for program, *args in commands("stair", page=pages["own-data"]):
-        more = [*vocabulary, "--global_batch_size", "16"] if args[0] == "doctor" else []
-        subprocess.run([BIN / program, *args, *more], cwd=tmp_path, check=True)
-    training = commands("lightning", page=pages["own-data"])[0]
-    small = ["--config", "configs/model/tiny.yaml", "--config", str(scenes / "small.yaml")]
-    small += ["--model.init_args.stair.vocabulary", str(scenes / "vocab.txt")]
-    for stage in (1, 2, 3):
-        line = [each.replace("stage1", f"stage{stage}") for each in training]
-        subprocess.run([BIN / line[0], *line[1:], *small], cwd=tmp_path, check=True)
-    search(commands("stair", page=pages["search"]), tmp_path)
+    pages = [(ROOT / "docs" / "start" / f"{name}.md").read_text() for name in ("own-data", "search")]
+    own_data = commands("stair", "lightning", page=pages[0])
+    gpu, cpu = (n for n, line in enumerate(own_data) if line[0] == "lightning")
+    vocabulary = str(scenes / "vocab.txt")
+    prepare = [[*line, *["--vocabulary", vocabulary] * (line[1] == "doctor")] for line in own_data[:gpu]]
+    search(prepare, tmp_path)
+    few = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.global_batch_size", "32"]
+    for line, more in ((own_data[gpu], ["--print_config"]), (own_data[cpu], [])):
+        for stage in "123":
+            words = [word.replace("$k", stage) for word in line[: line.index("||")]]
+            offline = ["--model.init_args.stair.vocabulary", vocabulary]
+            subprocess.run([BIN / words[0], *words[1:], *offline, *few, *more], cwd=tmp_path, check=True)
+    search(own_data[cpu + 1 :], tmp_path)
+    shutil.rmtree(tmp_path / "embeddings")
+    shutil.rmtree(tmp_path / "photos.index")
+    search(commands("stair", page=pages[1]), tmp_path)
     assert "score" in (tmp_path / "why.html").read_text()
