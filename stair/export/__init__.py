@@ -5,8 +5,12 @@ from stair.export.sentence_transformers import sentence_transformers
 from stair.export.sql import duckdb, sqlite
 from stair.export.vectors import milvus, qdrant, seismic
 
-#: the second words of `stair export`
-FORMATS = {
-    function.__name__.replace("_", "-"): function
-    for function in (sqlite, duckdb, qdrant, milvus, seismic, onnx, sentence_transformers)
+FORMATS = {  # the second words of `stair export`; stair/cli.py reads this without importing
+    "sqlite": sqlite,
+    "duckdb": duckdb,
+    "qdrant": qdrant,
+    "milvus": milvus,
+    "seismic": seismic,
+    "onnx": onnx,
+    "sentence-transformers": sentence_transformers,
 }

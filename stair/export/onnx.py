@@ -1,8 +1,7 @@
 """ONNX: both encoders, from pixels or ids to the non-zero terms, all of it inside the graph.
 
-`image.onnx` takes `pixels` (B, 3, S, S) uint8, cropped and resized as `stair.images.eval_pixels` does; `text.onnx` takes
-`ids` (B, T) int64 and `mask` (B, T) bool. Both return `row`, `term` (N,) int64 and `weight` (N,) float32: the coordinates
-of the N non-zeros, rows ascending, terms ascending within a row.
+`image.onnx` takes `pixels` (B, 3, S, S) uint8 of `stair.images.eval_pixels`; `text.onnx` takes `ids` (B, T) int64 and
+`mask` (B, T) bool. Both return `row`, `term` (N,) int64 and `weight` (N,) float32 of the N non-zeros, in this order.
 """
 
 import json

@@ -36,9 +36,8 @@ class StairModule(InputModule):
             ids, mask = self.model.vocabulary.tokenize(texts, self.model.config.text.max_tokens)
             return {"input_ids": ids, "attention_mask": mask, "modality": "text"}
         if all(isinstance(one, Image) for one in inputs):
-            size = self.model.config.image.image_size
-            pixels = torch.stack([eval_pixels(as_rgb(one), size) for one in inputs])
-            return {"pixel_values": pixels, "modality": "image"}
+            pixels = [eval_pixels(as_rgb(one), self.model.config.image.image_size) for one in inputs]
+            return {"pixel_values": torch.stack(pixels), "modality": "image"}
         raise ValueError(f"inputs are {sorted({type(one).__name__ for one in inputs})}; give texts, or PIL images")
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:

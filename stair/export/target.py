@@ -37,7 +37,7 @@ def rows(index: SparseIndex) -> Iterator[Row]:
             progress.update()
 
 
-def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def batches(items: Iterable[Any], size: int = 256) -> Iterator[list[Any]]:
     """The items in lists of a size, the last one shorter."""
     rest = iter(items)
     while batch := list(islice(rest, size)):

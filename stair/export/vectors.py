@@ -14,7 +14,6 @@ from stair.errors import SettingError, import_extra
 from stair.export.target import Row, batches, engine_errors, new_target, opened, rows
 
 _NAMES = uuid.UUID("6d2ab1f2-6f0f-5a53-9d0c-2f0f5b1f5a11")  # Qdrant's ids are numbers or UUIDs, so ids become UUIDs
-_BATCH = 256
 
 
 def qdrant(index: Path, out: str, collection: str = "stair") -> None:
@@ -26,8 +25,7 @@ def qdrant(index: Path, out: str, collection: str = "stair") -> None:
             `PUT /collections/NAME/points` a line, the first being that of `PUT /collections/NAME`.
         collection: its name.
     """
-    documents = opened(index, "Qdrant", int64=True)
-    requests = batches(map(_qdrant_point, rows(documents)), _BATCH)
+    requests = batches(map(_qdrant_point, rows(opened(index, "Qdrant", int64=True))))
     if out.endswith(".jsonl"):
         with new_target(Path(out)) as part, part.open("w", encoding="utf-8") as file:
             file.write(json.dumps({"sparse_vectors": {"terms": {}}}) + "\n")
@@ -72,7 +70,7 @@ def milvus(index: Path, out: str, collection: str = "stair") -> None:
             client.create_collection(collection, schema=schema, index_params=indexes)
             weighted = (row for row in rows(documents) if row.terms)
             points = ({"id": r.id, "terms": dict(zip(r.terms, r.weights, strict=True)), **r.fields} for r in weighted)
-            written = sum(client.insert(collection, batch)["insert_count"] for batch in batches(points, _BATCH))
+            written = sum(client.insert(collection, batch)["insert_count"] for batch in batches(points))
     if written < len(documents):
         print(f"{len(documents) - written} documents without a weight are left out: Milvus takes no empty vector")
 
