@@ -36,7 +36,7 @@ SUMMARY = (
     ("Emoji, λ 1e-2", "paper_table_emoji_2026-11-28", "λ 1e-2", "emoji"),
     ("Flickr8k, λ 1e-4", "paper_table_flickr8k_2026-11-28", "three stages", "flickr8k"),
     ("Flickr8k, λ 1e-3", "paper_table_flickr8k_2026-11-28", "λ 1e-3", "flickr8k"),
-    ("same, seeds 3 to 5", "paper_table_flickr8k_seeds_3_to_5_2026-11-29", "λ 1e-3", "flickr8k"),
+    ("Flickr8k, λ 1e-3, seeds 3 to 5", "paper_table_flickr8k_seeds_3_to_5_2026-11-29", "λ 1e-3", "flickr8k"),
     ("Flickr8k, λ 1e-2 / 1e-3", "paper_table_flickr8k_six_seeds_2026-11-29", "λ 1e-2 images, 1e-3 texts", "flickr8k"),
     ("Flickr8k, ViT-S, 128 px", "paper_table_flickr8k_gpu_2026-11-28", "three stages", "flickr8k"),
 )
@@ -108,7 +108,7 @@ def _resources() -> list[str]:
         step = sum(value for key, value in seconds.items() if key not in ("embeddings, dense", "embeddings, columns"))
         gib = [sum(part) / 2**30 for part in (parts[:4], parts[4:5], parts[5:], parts, [*parts, fresh - parts[6]])]
         how = f"{strategy}{', recompute' if recompute else ''}"
-        setup = [ENCODERS[name], f"{pairs}{f' in {micro}s' if micro < pairs else ''}", str(gpus), how]
+        setup = [ENCODERS[name], f"{pairs}{f', micro-batches of {micro}' if micro < pairs else ''}", str(gpus), how]
         lines.append([*setup, *(f"{value:.1f}" for value in gib), f"{step:.2f} s", "computed"])
     record = (RECORDS / "gpu_step_h200_2026-11-29.md").read_text(encoding="utf-8")
     first, all_active = (
@@ -120,7 +120,7 @@ def _resources() -> list[str]:
         2, [ENCODERS["base"], "256", "1 H200", "ddp", "", "", "", *peaks, f"{first[0] / 1000:.2f} s", "measured"]
     )
     titles = ["Encoders", "Pairs a GPU", "GPUs", "Strategy", "Weights, optimizer", "Activations", "Embeddings, loss"]
-    return _rows([*titles, "Sum, GiB", "All terms active", "Step", ""], lines)
+    return _rows([*titles, "Sum, GiB", "All terms active", "Step", "Source"], lines)
 
 
 def _rows(titles: list[str], lines: list[list[str]]) -> list[str]:

@@ -2,7 +2,8 @@
 # # Train on your own captioned folder
 #
 # From a folder of images and a table of captions to a trained, searchable model. Pictures are generated here, so that
-# everything runs offline on two CPU cores, in about two minutes. Run it from the root of the clone:
+# everything runs offline on two CPU cores, in about two minutes. It needs
+# `pip install -e '.[train,search,evaluate]'`. Run it from the root of the clone:
 # `python docs/tutorials/train_on_your_folder.py`. With your own data, start at step 2.
 
 # %% [hidden]
@@ -68,9 +69,11 @@ stair doctor 'shards/train-*.tar' --vocabulary scenes/vocab.txt --image_size 64 
 #
 # Settings are layered: later files win. `configs/stage1.yaml` is the recipe for millions of pairs and pretrained
 # encoders. `configs/model/tiny.yaml` replaces the encoders with small ones from scratch. `configs/paper/` selects the hard
-# mask of the paper, which suits few terms and few steps. `mine.yaml` has what is yours.
+# mask of the paper, which suits these 244 terms and few steps. `mine.yaml` has what is yours.
 #
-# With photographs, leave `vocabulary` out: the default is BERT's, and each of its 30,522 tokens is a dimension.
+# With photographs, take `configs/small/` (soft mask) instead of `configs/paper/`, and leave `vocabulary` and
+# `in_caption_margin` out: the default is BERT's vocabulary, and each of its 30,522 tokens is a dimension
+# ([commands](../start/own-data.md#2-train)).
 
 # %%
 (HOME / "mine.yaml").write_text("""\
@@ -127,7 +130,7 @@ stair evaluate runs/tutorial/stage3/stair mine='runs/tutorial/shards/val-*.tar' 
 # %% [markdown]
 # ## 6. Search
 #
-# `--words` and `--like` need no model. [The next tutorial](why_it_matched.py) opens a hit up.
+# `--words` and `--like` need no model. [The next tutorial](why_it_matched.py) shows the parts of a hit's score.
 
 # %%
 sh(r"""
@@ -144,7 +147,8 @@ stair search photos.index --words "stripes:2 purple" --k 3
 # | You have | Change |
 # |---|---|
 # | A GPU and photographs | Leave out `tiny.yaml` and `configs/paper/`; encoders start pretrained |
+# | A CPU and photographs | `configs/small/base.yaml` and `configs/small/stageK.yaml` instead of `configs/paper/`, without `vocabulary` and `in_caption_margin` |
 # | Too little memory | `--model.init_args.micro_batch_size 128`: the same loss, pairs are encoded in parts |
-# | Recall at chance | `train/text_full/in_caption_share`; [errors and alarms](../operations/errors.md) |
+# | Recall at chance | Train longer or lower λ; with a soft mask see `in_caption_share` in [errors and alarms](../operations/errors.md#alarms) |
 # | Dense embeddings | A higher λ |
 # | Several sources | A mixture in `data.train` ([data](../guides/data.md#epochs-and-mixtures)) |
