@@ -71,7 +71,7 @@ stair doctor 'shards/train-*.tar' --vocabulary scenes/vocab.txt --image_size 64 
 # encoders. `configs/model/tiny.yaml` replaces the encoders with small ones from scratch. `configs/paper/` selects the hard
 # mask of the paper, which suits these 244 terms and few steps. `mine.yaml` has what is yours.
 #
-# With photographs, take `configs/small/` (soft mask) instead of `configs/paper/`, and leave `vocabulary` and
+# With photographs, take `configs/small/` (soft mask, after `tiny.yaml`) instead of `configs/paper/`, and leave `vocabulary` and
 # `in_caption_margin` out: the default is BERT's vocabulary, and each of its 30,522 tokens is a dimension
 # ([commands](../start/own-data.md#2-train)).
 
@@ -147,8 +147,8 @@ stair search photos.index --words "stripes:2 purple" --k 3
 # | You have | Change |
 # |---|---|
 # | A GPU and photographs | Leave out `tiny.yaml` and `configs/paper/`; encoders start pretrained |
-# | A CPU and photographs | `configs/small/base.yaml` and `configs/small/stageK.yaml` instead of `configs/paper/`, without `vocabulary` and `in_caption_margin` |
+# | A CPU and photographs | `configs/small/` as in step 3; [commands](../start/own-data.md#2-train) |
 # | Too little memory | `--model.init_args.micro_batch_size 128`: the same loss, pairs are encoded in parts |
-# | Recall at chance | Train longer or lower λ; with a soft mask see `in_caption_share` in [errors and alarms](../operations/errors.md#alarms) |
+# | Recall at chance | Train longer or lower λ; see [alarms](../operations/errors.md#alarms) |
 # | Dense embeddings | A higher λ |
 # | Several sources | A mixture in `data.train` ([data](../guides/data.md#epochs-and-mixtures)) |
