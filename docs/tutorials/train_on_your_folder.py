@@ -71,9 +71,9 @@ stair doctor 'shards/train-*.tar' --vocabulary scenes/vocab.txt --image_size 64 
 # encoders. `configs/model/tiny.yaml` replaces the encoders with small ones from scratch. `configs/paper/` selects the hard
 # mask of the paper, which suits these 244 terms and few steps. `mine.yaml` has what is yours.
 #
-# With photographs, take `configs/small/` (soft mask, after `tiny.yaml`) instead of `configs/paper/`, and leave `vocabulary` and
-# `in_caption_margin` out: the default is BERT's vocabulary, and each of its 30,522 tokens is a dimension
-# ([commands](../start/own-data.md#2-train)).
+# With photographs, take `configs/small/` (soft mask, after `tiny.yaml`) instead of `configs/paper/`, and leave
+# `vocabulary` and `in_caption_margin` out: the default is BERT's vocabulary, and each of its 30,522 tokens is a
+# dimension ([commands](../start/own-data.md#2-train)).
 
 # %%
 (HOME / "mine.yaml").write_text("""\
