@@ -22,8 +22,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.run_folder import save_last
 from lightning_modules.stage import StairStage
 from stair.batch import Batch
-from stair.data.specs import require
-from stair.errors import TrainingError
+from stair.errors import TrainingError, require
 from stair.plain import one_line
 
 _NEAR_CHANCE, _WIDE_LOGITS, _DENSE, _KEYS_SHOWN, _SLOW_BF16 = 0.01, 3.0, 0.5, 20, 2.0

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from callbacks.lightning_private import restore_at_end, stop_own_requeueing, validation_is_due
 from lightning_modules.contrastive import planned_steps
 from lightning_modules.run_folder import save_last
-from stair.data.specs import require
+from stair.errors import require
 from stair.files import read_json, write_json
 
 _ORDER = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # the greatest over all ranks counts

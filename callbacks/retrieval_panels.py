@@ -14,7 +14,7 @@ from torch import Tensor
 
 from callbacks.sparsity_monitor import vocabulary_of
 from stair.batch import Batch
-from stair.data.specs import require
+from stair.errors import require
 from stair.plain import escape
 from stair.vocabulary import Vocabulary
 

@@ -14,8 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_modules.contrastive import ContrastiveModule, check_same_model, planned_steps
 from lightning_modules.parallel import gathered
 from lightning_modules.stage import StairStage
-from stair.data.specs import require
-from stair.errors import FileError
+from stair.errors import FileError, require
 from stair.towers import load_weights, read_description
 
 

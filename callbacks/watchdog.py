@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from stair.data.specs import require
+from stair.errors import require
 
 _EXIT = 70  # EX_SOFTWARE
 _TICKS = 10  # in a limit

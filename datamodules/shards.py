@@ -22,8 +22,8 @@ from stair.data.diagnostics import Requirements, probe
 from stair.data.pairs import EvaluationPairs
 from stair.data.remote import Remote, check_cache
 from stair.data.shard_index import SampleReader
-from stair.data.specs import Shards, mixture, require
-from stair.errors import SettingError, errors_name
+from stair.data.specs import Shards, mixture
+from stair.errors import SettingError, errors_name, require
 from stair.images import MAX_PIXELS
 from stair.vocabulary import Vocabulary
 

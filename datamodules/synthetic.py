@@ -27,7 +27,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from datamodules.depictions import caption_scene, draw_scene
 from datamodules.scenes import Scene, random_scene
-from stair.data.specs import require
+from stair.errors import require
 from stair.files import atomic_write, read_json, sha256, write_json, write_text
 
 TRAIN_SHARDS = 4

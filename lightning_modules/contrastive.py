@@ -22,8 +22,7 @@ from lightning_modules import parallel
 from lightning_modules.optimizer import Optimizer
 from lightning_modules.run_folder import flat
 from stair.batch import Batch
-from stair.data.specs import require
-from stair.errors import FileError, StairError
+from stair.errors import FileError, StairError, require
 from stair.exchange import ranks
 from stair.metrics import RetrievalRecall
 from stair.set_counts import SetCounts, image_hashes, sentences, token_captions

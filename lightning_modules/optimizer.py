@@ -12,8 +12,7 @@ from timm.optim.lamb import Lamb
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from stair.data.specs import require
-from stair.errors import SettingError, check_settings
+from stair.errors import require
 
 # stored as matrices by timm
 _SPARED = (".word_embeddings", "pos_embed", "cls_token", "reg_token", "dist_token", "relative_position_bias_table")
@@ -55,21 +54,18 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        valid = {
-            "lr": 0 < self.lr < math.inf,
-            "weight_decay": 0 <= self.weight_decay < math.inf,
-            "betas": all(0 <= beta < 1 for beta in self.betas),
-            "eps": 0 < self.eps < math.inf,
-            "warmup_steps": self.warmup_steps >= 0,
-            "final_lr_share": 0 <= self.final_lr_share <= 1,
-            "lr_scale": all(0 < factor < math.inf for factor in self.lr_scale.values()),
-            "layer_decay": 0 < self.layer_decay <= 1,
-        }
-        allowed = (
-            "lr, eps and factors of lr_scale above 0, betas in [0, 1), weight_decay and warmup_steps from 0 up, "
-            "final_lr_share in [0, 1], layer_decay in (0, 1]"
-        )
-        check_settings("optimizer", self, valid, f"finite numbers: {allowed}")
+        scales = self.lr_scale.values()
+        for name, holds, wanted in (
+            ("lr", 0 < self.lr < math.inf, "finite, above 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "finite, at least 0"),
+            ("betas", all(0 <= beta < 1 for beta in self.betas), "numbers in [0, 1)"),
+            ("eps", 0 < self.eps < math.inf, "finite, above 0"),
+            ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
+            ("final_lr_share", 0 <= self.final_lr_share <= 1, "0 to 1"),
+            ("lr_scale", all(0 < factor < math.inf for factor in scales), "finite factors above 0"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]"),
+        ):
+            require(holds, f"optimizer.{name}", getattr(self, name), wanted)
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """An optimiser over the parameters that require a gradient.
@@ -140,17 +136,9 @@ class Optimizer:
         scheduler.base_lrs = [group["lr"] for group in groups]
 
     def schedule(self, total_steps: int) -> Callable[[int], float]:
-        """Factor on `lr` at each optimiser step of a run of `total_steps`.
-
-        Raises:
-            SettingError: if warm-up is longer than the run.
-        """
-        if self.warmup_steps >= total_steps:
-            raise SettingError(
-                f"optimizer.warmup_steps is {self.warmup_steps} but the run has {total_steps} steps; "
-                "set trainer.max_steps higher or the warm-up shorter",
-                "optimizer.warmup_steps",
-            )
+        """Factor on `lr` at each step of a run of `total_steps`; SettingError if warm-up is not shorter."""
+        shorter = f"less than trainer.max_steps ({total_steps})"
+        require(self.warmup_steps < total_steps, "optimizer.warmup_steps", self.warmup_steps, shorter)
 
         def factor(step: int) -> float:
             if step < self.warmup_steps:

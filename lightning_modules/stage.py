@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.optimizer import Optimizer
 from stair.batch import Batch
-from stair.data.specs import require
+from stair.errors import require
 from stair.losses import info_nce, info_nces, ramp
 from stair.model import Stair, StairConfig, StairDesign
 from stair.regularisers import Flops, TargetTerms

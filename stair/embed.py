@@ -20,9 +20,8 @@ from tqdm import tqdm
 
 from stair.data.items import COLUMNS, Item, Side, list_items
 from stair.data.samples import Skipped, count_causes, skipped_lines
-from stair.data.specs import require
 from stair.embeddings import PLAN, Embeddings, EmbeddingSpace, read_header, to_csr
-from stair.errors import FileError, SettingError
+from stair.errors import FileError, SettingError, require
 from stair.files import read_json, write_json
 from stair.images import decode_image, eval_pixels
 from stair.model import Stair

@@ -27,21 +27,10 @@ class SettingError(StairError):
         return type(self), (str(self), self.setting)
 
 
-def check_settings(group: str, settings: object, valid: dict[str, bool], allowed: str) -> None:
-    """Checks settings of one group, such as the fields of a dataclass.
-
-    Args:
-        group: what their dotted names begin with.
-        settings: has each setting as an attribute.
-        valid: whether a setting can be used, by name.
-        allowed: the values that can, for the message.
-
-    Raises:
-        SettingError: naming the first that cannot be used.
-    """
-    for name, usable in valid.items():
-        if not usable:
-            raise SettingError(f"{group}.{name} is {getattr(settings, name)!r}. Allowed: {allowed}", f"{group}.{name}")
+def require(holds: bool, name: str, value: object, wanted: str) -> None:
+    """Checks a setting, by its dotted name; SettingError unless it holds."""
+    if not holds:
+        raise SettingError(f"{name}={value!r}: wanted {wanted}", name)
 
 
 class FileError(StairError):

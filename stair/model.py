@@ -25,7 +25,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from stair.encoders import ImageEncoder, TextEncoder
-from stair.errors import check_settings
+from stair.errors import require
 from stair.head import VocabularyHead
 from stair.images import decode_image
 from stair.towers import TowersConfig, TwoTowers
@@ -60,8 +60,8 @@ class StairDesign(TowersConfig):
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        valid = {"in_caption_margin": 0 <= self.in_caption_margin < math.inf}
-        check_settings("stair", self, valid, "finite, at least 0, in logits")
+        margin = self.in_caption_margin
+        require(0 <= margin < math.inf, "stair.in_caption_margin", margin, "finite, at least 0, in logits")
 
 
 @dataclass

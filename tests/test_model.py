@@ -476,8 +476,9 @@ def test_own_words_lead_by_what_others_are_lowered(vocab_file, captions):
 
 
 def test_a_negative_lead_of_own_words_is_refused(vocab_file):
-    with pytest.raises(ValueError, match="in_caption_margin is -1"):
+    with pytest.raises(SettingError) as refused:
         tiny_config(vocab_file, in_caption_margin=-1.0)
+    assert refused.value.setting == "stair.in_caption_margin"
 
 
 @pytest.mark.parametrize("name", ["no/such", "./no/such", "/no/such/folder"])

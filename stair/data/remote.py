@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from stair.errors import SettingError, check_settings, install
+from stair.errors import SettingError, install, require
 from stair.files import lock
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,9 @@ class Remote:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        valid = {"timeout": self.timeout > 0, "retries": self.retries >= 0, "cache_gib": self.cache_gib > 0}
-        check_settings("data.remote", self, valid, "more than 0; retries also 0")
+        require(self.timeout > 0, "data.remote.timeout", self.timeout, "more than 0")
+        require(self.retries >= 0, "data.remote.retries", self.retries, "0 or more")
+        require(self.cache_gib > 0, "data.remote.cache_gib", self.cache_gib, "more than 0")
 
     def at_first(self) -> "Remote":
         """For reading before the first step: gives up within a minute."""

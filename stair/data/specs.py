@@ -2,13 +2,7 @@
 
 from dataclasses import dataclass
 
-from stair.errors import SettingError
-
-
-def require(holds: bool, name: str, value: object, wanted: str) -> None:
-    """Checks a setting; SettingError unless it holds."""
-    if not holds:
-        raise SettingError(f"{name}={value!r}: wanted {wanted}", name)
+from stair.errors import require
 
 
 @dataclass(frozen=True)

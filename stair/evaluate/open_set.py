@@ -11,9 +11,8 @@ from torch.utils.data import Subset
 from stair.data import samples as fields
 from stair.data.folders import class_files, class_names, read_names
 from stair.data.pairs import entries, opened, whole_captions
-from stair.data.specs import require
 from stair.data.tars import expand
-from stair.errors import FileError, SettingError
+from stair.errors import FileError, SettingError, require
 from stair.evaluate import EvaluationSet, Sample, open_model, show, write
 from stair.evaluate import evaluate as measure
 from stair.images import decode_image

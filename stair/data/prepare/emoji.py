@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from stair.data.prepare.writer import Input, Source, write_shards
-from stair.data.specs import require
-from stair.errors import FileError, SettingError, import_extra
+from stair.errors import FileError, SettingError, import_extra, require
 from stair.files import sha256
 
 _BLOCKS = ((0x2300, 0x23FF), (0x25A0, 0x27BF), (0x2B00, 0x2BFF), (0x1F000, 0x1F0FF), (0x1F300, 0x1FAFF))

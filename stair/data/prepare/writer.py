@@ -28,8 +28,7 @@ from tqdm import tqdm
 
 from stair.data.samples import Skipped, check_caption, count_causes, printable, skipped_lines
 from stair.data.shard_index import MANIFEST, MANIFEST_FORMAT, index_shard, read_manifest
-from stair.data.specs import require
-from stair.errors import FileError, StairError
+from stair.errors import FileError, StairError, require
 from stair.files import atomic_write, lock, read_json, sha256, write_json
 from stair.images import MAX_PIXELS, decode_image, image_format
 
