@@ -71,7 +71,7 @@ class StageTransition(Callback):
             exported_by = read_description(folder)["training"].get("stage")
             if None not in (exported_by, pl_module.stage) and exported_by != pl_module.stage:
                 other = f"{folder} was exported by stage {exported_by}, and this is stage {pl_module.stage}"
-                raise FileError(f"{other}. Give configs/stage{exported_by}.yaml, or another folder", folder)
+                raise FileError(f"{other}. Give --config configs/stage{exported_by}.yaml, or another folder", folder)
             _load(pl_module, folder)
 
     def _init(self, module: ContrastiveModule) -> None:

@@ -14,11 +14,12 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from stair.errors import install
 from stair.launch import prepare
-from stair.plain import plain
+from stair.messages import reworded
+from stair.plain import one_line, plain
 
 _TRAINER = {
     "fit": "train a stage:           stair fit --config configs/stage1.yaml --data.train 'shards/train-{0000..0099}.tar'",
@@ -121,8 +122,18 @@ def _call(command: str, args: list[str]) -> None:
         os.environ["TQDM_DISABLE"] = "1"
     import inspect
 
-    from jsonargparse import auto_cli, get_loader, set_loader
+    from jsonargparse import ArgumentParser, auto_cli, get_loader, set_loader
     from yaml import YAMLError
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            self.exit(2, f"stair {command}: {plain(reworded(self, message))}\n")
+
+        def format_help(self, *args: Any) -> str:
+            for action in self._actions:
+                if not action.option_strings and action.metavar == "[ITEM,...]":
+                    action.metavar = f"{action.dest.upper()} ..."
+            return super().format_help(*args)
 
     default = get_loader("yaml")  # reads `#sunset` and `~` as no value
     set_loader("yaml", lambda text: text if (value := default(text)) is None else value, exceptions=(YAMLError,))
@@ -148,7 +159,7 @@ def _call(command: str, args: list[str]) -> None:
     typed: Any = {key: _unmarked(each) for key, each in function.items()} if table else _unmarked(function)
     try:
         description = about if table else None  # a function's docstring describes it
-        auto_cli(typed, args=args, prog=f"stair {command}", as_positional=True, description=description)
+        auto_cli(typed, args=args, prog=f"stair {command}", parser_class=Parser, description=description)
     except (ValueError, OSError) as error:
         sys.exit(f"stair {command}: {plain(str(error))}")
 
@@ -204,6 +215,8 @@ def _for_scripts(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*, quiet: bool = False, json: bool = False, **given: Any) -> None:
+        if given.get("model") and not (quiet or json) and sys.stderr.isatty():  # importing torch takes seconds
+            print(f"loading {one_line(str(given['model']))} ...", file=sys.stderr, flush=True)
         with contextlib.redirect_stdout(io.StringIO()) if quiet or json else contextlib.nullcontext():
             result = function(**given)
         if json:

@@ -60,11 +60,11 @@ def push(
     Args:
         model: folder of a saved model.
         name: USER/MODEL on the hub; made if it does not exist.
-        licence: of the weights, such as apache-2.0; depends on the training data.
+        licence: licence of the weights, such as apache-2.0 or cc-by-nc-4.0; depends on the training data.
         data: what it was trained on, in a sentence or two.
         results: json for the card: the evaluation.json of `stair evaluate`, or measures by name.
         private: whether only you can see it, if it is made.
-        message: of the commit.
+        message: commit message.
     """
     if name.count("/") != 1:
         raise ValueError(f"name is {name!r}; give USER/MODEL")

@@ -14,6 +14,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from main import main as training_main
+from stair.cli import main as stair_main
+
 ROOT = Path(__file__).parents[1]
 STAIR, LIGHTNING = "from stair.cli import main; main()", "from stair.cli import lightning_main; lightning_main()"
 
@@ -180,3 +183,53 @@ def test_the_shell_completes_commands_and_options():
     script = run(STAIR, "--completion", "bash").stdout
     assert "_shtab_stair_subparsers=(embed index" in script and "--where" in script
     assert run(STAIR, "--completion", "sh").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ("embed m s o --top abc", ["--top abc", "a whole number"]),
+        ("embed m s o --threshold x", ["--threshold x", "a number"]),
+        ("embed m s o --side foo", ["--side foo", "images", "texts"]),
+        ("embed m s o --tops 5", ["--tops", "did you mean --top?"]),
+        ("embed m s o more", ["more", "too many"]),
+        ("embed m s", ["OUT", "folder of the embeddings"]),
+        ("index i e --replace maybe", ["--replace maybe", "true or false"]),
+        ("evaluate m d --ks 1", ["--ks 1", "a list"]),
+        ("evaluate m", ["DATA", "NAME=PLACE"]),
+        ("push m me/x", ["LICENCE", "apache-2.0"]),
+        ("doctor s --configs", ["--configs", "a value"]),
+        ("prepare foldr a b c", ["foldr", "coco", "did you mean folder?"]),
+        ("prepare", ["folder", "coco"]),
+        ("prepare folder a b", ["OUT", "folder of the shards"]),
+        ("prepare folder a b c --maxside 3", ["--maxside", "did you mean --max_side?"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_what_was_given_and_what_is_allowed(args, expected, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["stair", *args.split()])
+    with pytest.raises(SystemExit) as ended:
+        stair_main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1, error
+    assert all(part in error for part in [args.split()[0], *expected]) and "<class" not in error, error
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ("--data.val shards/*.tar", ["--data.val shards/*.tar", "{NAME: shards/*.tar}"]),
+        ("--data.global_batch_size abc", ["--data.global_batch_size abc", "a whole number"]),
+        ("--data.trian x", ["--data.trian", "did you mean --data.train?"]),
+        ("--model.init_args.optimizer.name foo", ["--model.init_args.optimizer.name foo", "adamw", "lamb"]),
+        ("--model.init_args.objectiv.flops_image 1", ["did you mean --model.init_args.objective.flops_image?"]),
+        ("", ["configs/stage1.yaml"]),
+    ],
+)
+def test_a_mistake_in_a_setting_is_one_line_with_the_setting_as_typed(args, expected, monkeypatch, capsys):
+    stage = ["--config", str(ROOT / "configs/stage1.yaml")] if args else []
+    monkeypatch.setattr(sys, "argv", ["lightning", "fit", *stage, *args.split()])
+    with pytest.raises(SystemExit) as ended:
+        training_main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1, error
+    assert all(part in error for part in expected) and "<class" not in error, error

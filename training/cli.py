@@ -6,6 +6,7 @@ upstream issue 20801) and `_parser`, which have no public equivalent.
 
 import importlib
 import os
+import re
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,6 +37,7 @@ from lightning_modules.run_folder import (
 from stair.errors import FileError, SettingError, StairError
 from stair.files import lock
 from stair.launch import fail
+from stair.messages import reworded
 from training.settings import check_data, expand_paths, listed, match_launcher, place_loggers, stage_folder
 
 ALWAYS_ON = {
@@ -73,7 +75,9 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the process with status 2."""
-        fail(self._reading + message, 2)
+        if re.search(r"required: \w+\.model$", message):
+            fail("no stage is given: give --config configs/stage1.yaml (or stage2, stage3, clip)", 2)
+        fail(self._reading + reworded(self, message), 2)
 
 
 class StairCLI(LightningCLI):

@@ -48,7 +48,7 @@ def evaluate(
     Args:
         model: the folder of an exported model, or `open_clip:ARCHITECTURE:CHECKPOINT`,
             `sentence_transformers:FOLDER` (extra `openclip`).
-        data: the sets.
+        data: sets to measure, separated by spaces: each PLACE or NAME=PLACE, such as mine='shards/val-*.tar'.
         output: folder for the results; `MODEL-evaluation` if null, beside the model, or here for a third-party model.
         split: which part of a folder is measured; by default the first of test, val, train that is there, else all.
         classnames: file of class names for sets that have none beside them: a JSON list, or an object with `classes`
