@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+EXTRAS := dev
 
 # uv reads its own variable; pip separates places by spaces, uv by commas
 ifdef PIP_FIND_LINKS
@@ -23,8 +24,8 @@ $(VENV)/.installed: pyproject.toml
 	    && $(PYTHON) -m venv $(VENV); }
 	@command -v uv > /dev/null || $(BIN)/python -m pip --version > /dev/null 2>&1 || $(BIN)/python -m ensurepip
 	@uv=$$(command -v uv || { $(BIN)/python -m pip install --quiet uv && echo $(BIN)/uv; } || true); \
-	    { [ -n "$$uv" ] && "$$uv" pip install --python $(BIN)/python --editable '.[dev]'; } \
-	    || $(BIN)/python -m pip install --editable '.[dev]'
+	    { [ -n "$$uv" ] && "$$uv" pip install --python $(BIN)/python --editable '.[$(EXTRAS)]'; } \
+	    || $(BIN)/python -m pip install --editable '.[$(EXTRAS)]'
 	@touch $@
 
 demo: setup
@@ -53,5 +54,5 @@ check-github: setup
 
 # the site, in build/site
 docs: setup
-	@$(BIN)/python -c 'import material, mkdocstrings' 2> /dev/null || $(BIN)/python -m pip install --editable '.[dev,docs]'
+	@$(BIN)/python -c 'import material, mkdocstrings' 2> /dev/null || $(MAKE) --always-make setup EXTRAS=dev,docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
