@@ -45,9 +45,6 @@ class TextObjective:
         masked_loss_weight: w, the weight of the masked contrastive loss. None is the paper's form: 1 in stage 1, 0 in
             stages 2 and 3. Stage 1 allows (0, 1]; below 1 the mask is soft, and images keep terms outside their captions.
             Stages 2 and 3 allow [0, 1); above 0 the grounding of stage 1 goes on (docs/method/paper.md).
-
-    Raises:
-        SettingError: if a value is out of range.
     """
 
     similarity: Literal["dot", "cosine"] = "dot"
