@@ -1,7 +1,7 @@
 """Where an evaluation goes: the terminal, `evaluation.json`, `report.html` with plots and examples, `model_card.md`."""
 
+import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,7 @@ def write(
     write_json(folder / "evaluation.json", values)
     write_text(folder / "model_card.md", model_card(result))
     examples = (pictures for what in sets if (pictures := _examples(evaluated, what, embedded[what.name])))
-    sets_shown = result["sets"].items()
-    curves = {name: _curve(figures["pruned"]) for name, figures in sets_shown if "pruned" in figures}
-    shown = {"sets": result["sets"], "curves": curves, "pictures": next(examples, [])}
-    content = render("evaluation.html", tables=list(tables(result)), **shown)
+    content = render("evaluation.html", tables=list(tables(result)), plots=_plots(result), pictures=next(examples, []))
     model = result["model"]
     head = f"{model['kind']} model, compared by {model['similarity']}, evaluated by stair {__version__}"
     notes = [head, *(protocol(name, figures) for name, figures in result["sets"].items())]
@@ -68,18 +65,49 @@ def model_card(result: Mapping[str, Any]) -> str:
     return render("card.md", **values, sparse=model["kind"] == "sparse", licence="", data="", model=None) + "\n"
 
 
-def _curve(pruned: Sequence[Mapping[str, Any]]) -> str:
-    """SVG of recall@1 against active terms of an image, on a logarithmic axis, for each way to prune."""
-    lines = []
+def _plots(result: Mapping[str, Any]) -> list[tuple[str, bytes]]:
+    """Recall against active terms of each pruned set, and accuracy of each class."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    plots = []
+    for name, figures in result["sets"].items():
+        figure = Figure(figsize=(7, 3.4), dpi=110, layout="constrained")
+        if "pruned" in figures:
+            _plot_recall(figure.subplots(), figures["pruned"])
+            plots.append((f"Recall against active terms: {name}", figure))
+        per_class = [each for each in figures.get("zero_shot", {}).get("per_class", []) if each["images"]]
+        if 1 < len(per_class) <= 50:
+            figure = Figure(figsize=(7, 0.6 + 0.22 * len(per_class)), dpi=110, layout="constrained")
+            axis = figure.subplots()
+            per_class.sort(key=lambda each: each["top1"])
+            axis.barh(range(len(per_class)), [100 * each["top1"] for each in per_class])
+            axis.set_yticks(range(len(per_class)), [each["name"] for each in per_class], fontsize=7, parse_math=False)
+            axis.set_xlabel("zero-shot top-1, %")
+            plots.append((f"Accuracy of each class: {name}", figure))
+    drawn = []
+    for title, figure in plots:
+        buffer = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
+        drawn.append((title, buffer.getvalue()))
+    return drawn
+
+
+def _plot_recall(axis: Any, pruned: Sequence[Mapping[str, Any]]) -> None:
     for way, direction in DIRECTIONS.items():
-        for cut, side in (("top", "both"), ("top", "images"), ("≥", "both")):
-            points = [
-                (math.log2(max(row["images"], 1)), 100 * row[way])
+        for cut, side, style in (("top", "both", "o-"), ("top", "images", "^:"), ("≥", "both", "s--")):
+            points = sorted(
+                (row["images"], 100 * row[way])
                 for row in pruned
                 if row["kept"] == "all" or (row["side"] == side and row["kept"].startswith(cut))
-            ]
-            lines.append((f"{direction}, {cut}{', images only' * (side == 'images')}", sorted(points)))
-    return render("curve.html", lines=lines)
+            )
+            label = f"{direction}, {cut}" + (", images only" if side == "images" else "")
+            axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="active terms of an image", ylabel="R@1, %")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
 
 
 def _examples(evaluated: EvaluatedModel, what: EvaluationSet, rows: EmbeddedSet) -> list[Picture]:
