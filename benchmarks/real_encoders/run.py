@@ -1,0 +1,191 @@
+"""Trains the variants of a plan with several seeds on cached feature maps, and writes a dated record.
+
+    python -m benchmarks.real_encoders.run PLAN OUT --record benchmarks/results/NAME.md
+
+OUT keeps feature maps, figures and ranks; what is there is not computed again.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from benchmarks.ratios import header
+from benchmarks.real_encoders.features import split
+from benchmarks.real_encoders.train import Data, Settings, Teacher, measure, train
+from stair.files import atomic_write
+from stair.vocabulary import Vocabulary
+
+_RESAMPLES = 2000
+_RECALLS = [f"{way}@{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)]
+_COLUMNS = {
+    "t→i R@1 / 5 / 10": _RECALLS[:3],
+    "i→t R@1 / 5 / 10": _RECALLS[3:],
+    "sum": ["sum"],
+    "terms image / text": ["terms_image", "terms_text"],
+    "heaviest right (baseline)": ["heaviest", "heaviest_baseline"],
+    "grounding@10": ["grounding"],
+    "64 terms: t→i, i→t R@1 kept": ["kept t2i@1 of 64", "kept i2t@1 of 64"],
+    "16 terms": ["kept t2i@1 of 16", "kept i2t@1 of 16"],
+    "minutes": ["minutes"],
+}
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """A plan with `$NAME` replaced from the environment, and `shared` settings put into every variant."""
+    text = os.path.expandvars(path.read_text(encoding="utf-8"))
+    if "${" in text:
+        sys.exit(f"{path}: set the environment variable {text.split('${')[1].split('}')[0]}")
+    plan: dict[str, Any] = yaml.safe_load(text)
+    plan["variants"] = {name: {**plan["shared"], **own} for name, own in plan["variants"].items()}
+    return plan
+
+
+class Runs:
+    """Data of a plan in memory, and its runs on disk."""
+
+    def __init__(self, plan: dict[str, Any], out: Path) -> None:
+        self.plan, self.out = plan, out
+        size, spec = plan["size"], plan["data"]
+        splits = {
+            name: split(out / "maps", plan["image"], spec[name], size, plan["views"] if name == "train" else 1)
+            for name in spec
+        }
+        self.data = Data(splits, Vocabulary(plan["text"]), plan["tokens"])
+
+    def run(self, name: str, seed: int) -> None:
+        """Trains and measures one variant with one seed, unless it was."""
+        folder = self.folder(name) / f"seed{seed}"
+        wanted = {**self.plan["variants"][name], "tokens": self.plan["tokens"], "size": self.plan["size"]}
+        if (folder / "figures.json").is_file():
+            if json.loads((folder / "figures.json").read_text())["settings"] == wanted:
+                return
+            sys.exit(f"{folder} was run with other settings; delete it")
+        own = dict(self.plan["variants"][name])
+        teachers = [self._teacher(own["teachers"], s) for s in own.pop("teacher_seeds", [])]
+        own.pop("teachers", None)
+        started = time.perf_counter()
+        model = train(Settings(**own), self.data, seed, self.plan["text"], teachers)
+        minutes = (time.perf_counter() - started) / 60
+        figures, ranks = {}, {}
+        for part in self.plan["data"]:
+            if part != "train":
+                figures[part], found = measure(model, self.data, part)
+                figures[part]["minutes"] = minutes
+                ranks |= {f"{part} {way}": value.numpy() for way, value in found.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(folder / "ranks.npz", **ranks)
+        with atomic_write(folder / "figures.json") as file:
+            file.write_text(json.dumps({"settings": wanted, "figures": figures}, indent=2) + "\n")
+        print(f"{name}, seed {seed}: " + ", ".join(f"{k} {figures['val'][k]:.1f}" for k in _RECALLS), flush=True)
+
+    def _teacher(self, name: str, seed: int) -> Teacher:
+        """The dense model's embeddings, from disk or of a new run."""
+        own = self.plan["variants"][name]
+        stated = hashlib.sha256(json.dumps([own, self.plan["tokens"], self.plan["size"]], sort_keys=True).encode())
+        path = self.folder(name) / f"teacher{seed}_{stated.hexdigest()[:8]}.npz"
+        if not path.is_file():
+            model = train(Settings(**own), self.data, seed, self.plan["text"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Teacher.of(model, self.data).save(path)
+        return Teacher.load(path)
+
+    def seeds_of(self, name: str) -> list[Path]:
+        """Folders of the seeds that are done."""
+        return sorted(path.parent for path in self.folder(name).glob("seed*/figures.json"))
+
+    def folder(self, name: str) -> Path:
+        """Of a variant."""
+        return self.out / name.replace(" ", "_")
+
+
+def record(runs: Runs) -> str:
+    """Tables of all sets, and ratios to the first variant with intervals."""
+    lines = [header(runs.plan["title"], torch.device("cpu"))]
+    lines += [f"{runs.plan['note'].strip()}\n"]
+    done = {name: folders for name in runs.plan["variants"] if (folders := runs.seeds_of(name))}
+    for part in runs.plan["data"]:
+        if part == "train":
+            continue
+        lines += [
+            f"## {part}\n",
+            "| variant (seeds) | " + " | ".join(_COLUMNS) + " |",
+            "|---" * (len(_COLUMNS) + 1) + "|",
+        ]
+        for name, folders in done.items():
+            found = [json.loads((folder / "figures.json").read_text())["figures"][part] for folder in folders]
+            cells = [" / ".join(_cell([each.get(key) for each in found]) for key in keys) for keys in _COLUMNS.values()]
+            lines.append(f"| {name} ({len(folders)}) | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join([*lines, *_ratios(runs, done)]) + "\n"
+
+
+def _cell(values: list[Any]) -> str:
+    if None in values:
+        return "–"
+    spread = f"±{np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
+def _ratios(runs: Runs, done: dict[str, list[Path]]) -> list[str]:
+    base, *others = done
+    sets = [part for part in runs.plan["data"] if part != "train"]
+    lines = [
+        f"## Ratio to {base}: mean of seeds, 95 % interval of a paired bootstrap over images\n",
+        "| variant | set | t→i R@1 | i→t R@1 | t→i R@10 | i→t R@10 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in others:
+        for parts in ([[part] for part in sets] + [sets])[: 1 if len(sets) == 1 else None]:
+            cells = []
+            for k in (1, 10):
+                for way in ("t2i", "i2t"):
+                    ours, theirs = (_hits(done[each], parts, way, k) for each in (name, base))
+                    cells.append(_interval(ours, theirs))
+            lines.append(f"| {name} | {' + '.join(parts)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _hits(folders: list[Path], parts: list[str], way: str, k: int) -> np.ndarray:
+    """(N,) share of hits of each image's queries, mean over seeds."""
+    seeds = []
+    for folder in folders:
+        with np.load(folder / "ranks.npz", allow_pickle=False) as ranks:
+            found = [(ranks[f"{part} {way}"] <= k).astype(float) for part in parts]
+            images = [len(ranks[f"{part} i2t"]) for part in parts]
+        seeds.append(np.concatenate([hit.reshape(n, -1).mean(1) for hit, n in zip(found, images, strict=True)]))
+    return np.mean(seeds, axis=0)
+
+
+def _interval(ours_N: np.ndarray, theirs_N: np.ndarray) -> str:
+    draw = np.random.default_rng(0).integers(len(ours_N), size=(_RESAMPLES, len(ours_N)))
+    low, high = np.percentile(ours_N[draw].mean(1) / theirs_N[draw].mean(1).clip(1e-9), [2.5, 97.5])
+    return f"{ours_N.mean() / max(theirs_N.mean(), 1e-9):.2f} ({low:.2f}–{high:.2f})"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--only", nargs="*", help="names of variants; all by default")
+    parser.add_argument("--seeds", nargs="*", type=int, help="seeds; those of the plan by default")
+    args = parser.parse_args()
+    sys.argv[0] = "-m benchmarks.real_encoders.run"  # for the record's header
+    plan = read_plan(args.plan)
+    runs = Runs(plan, args.out)
+    for seed in args.seeds or plan["seeds"]:
+        for name in args.only or plan["variants"]:
+            runs.run(name, seed)
+    text = record(runs)
+    print(text)
+    if args.record:
+        args.record.write_text(text, encoding="utf-8")
