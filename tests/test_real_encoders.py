@@ -8,10 +8,11 @@ from pathlib import Path
 import timm
 import torch
 import yaml
-from conftest import TEXT_OPTIONS, WORDS, write_vocabulary
-from support.files import members_of, noise_png, write_tar
 from timm.models import save_for_hf
 from transformers import BertConfig, BertForMaskedLM
+
+from tests.support.files import members_of, noise_png, write_tar
+from tests.support.models import TEXT_OPTIONS, WORDS, write_vocabulary
 
 ROOT = Path(__file__).parents[1]
 
