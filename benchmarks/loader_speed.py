@@ -12,10 +12,10 @@ In one process and by turns, the processor time an image costs (comparable on a 
 - plain webdataset: its own stages (tar, shuffle, batch) around *our* decoding, captions and tokenising.
 - ours: all of it, to the batch that a step is given (uint8; the model normalises).
 
-Then with reading processes: images a second, time to the first batch (processes started within it), and memory over one
-long epoch, in eighths: that of the process itself, without the memory through which batches are handed over and without
-what files are mapped to. Memory that still rises in the last eighths wants more `--batches`; `--rounds 0` leaves out the
-first part.
+Then what its parts cost. Then with reading processes: images a second, time to the first batch (processes started
+within it), and memory over one long epoch, in eighths: that of the process itself, without the memory through which
+batches are handed over and without what files are mapped to. Memory that still rises in the last eighths wants more
+`--batches`; `--rounds 0` leaves out the first part.
 
 Pictures of the size of photographs made of small ones: `benchmarks/mosaics.py`.
 """
@@ -28,10 +28,13 @@ import random
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -39,10 +42,13 @@ import webdataset
 from PIL import Image
 
 from benchmarks.ratios import header
+from datamodules import dataset
 from datamodules.augment import Augment
+from datamodules.order import Order
 from datamodules.shards import ImageTextShards
 from stair.data.pairs import Pair
 from stair.data.samples import captions, image_bytes
+from stair.data.shard_index import SampleReader
 from stair.data.tars import expand, read_samples
 
 _BLOCK = 1 << 20
@@ -100,6 +106,51 @@ def by_turns(contestants: dict[str, Callable[[], int]], rounds: int) -> dict[str
         if at:
             cost[name].append((time.process_time() - start) / images * 1e6)
     return cost
+
+
+def by_part(loader: Any, images: list[bytes], alone: Augment) -> Iterator[str]:
+    """Where the time of ours goes: processor time of its parts, in the same loop."""
+    spent: Counter[str] = Counter()
+
+    def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            start = time.thread_time_ns()
+            try:
+                return work(*args, **options)
+            finally:
+                spent[name] += time.thread_time_ns() - start
+
+        return call
+
+    def read(self: SampleReader, samples: Any) -> Iterator[Any]:
+        found = plain(self, samples)
+        following = timed("reading and parsing the sample", lambda: next(found, None))
+        while (sample := following()) is not None:
+            yield sample
+
+    plain = SampleReader.read
+    with ExitStack() as patches:
+        for place, name, part in (
+            (Augment, "__call__", "decode + crop, in the loop"),
+            (dataset, "caption_choices", "caption of the JSON or text"),
+            (dataset, "seeded", "random state of the sample"),
+            (dataset.CollatePairs, "__call__", "tokens and batch"),
+            (Order, "batch", "order"),
+        ):
+            patches.enter_context(mock.patch.object(place, name, timed(part, getattr(place, name))))
+        patches.enter_context(mock.patch.object(SampleReader, "read", read))
+        start = time.thread_time_ns()
+        count = ours(loader)
+        total = time.thread_time_ns() - start
+    start = time.thread_time_ns()
+    decode_and_resize_as_we_do(images, alone)
+    baseline = (time.thread_time_ns() - start) / len(images) / 1e3
+    cold = spent.pop("decode + crop, in the loop") / count / 1e3
+    rest = (total - spent.total()) / count / 1e3 - cold
+    parts = {name: value / count / 1e3 for name, value in spent.items()}
+    parts |= {"decode + crop into the batch, beyond decoding alone": cold - baseline, "all else": rest}
+    yield f"| part of ours | µs an image |\n|---|---|\n| decode + crop alone | {baseline:.0f} |"
+    yield from (f"| {name} | {value:.0f} |" for name, value in sorted(parts.items(), key=lambda part: -part[1]))
 
 
 def _middle(values: list[float], form: str) -> str:
@@ -210,6 +261,8 @@ def measure(args: argparse.Namespace) -> None:
         for name, least in (("decode + crop, ours", 0.95), ("plain webdataset", 1.1)):
             share = statistics.median(theirs / mine for theirs, mine in zip(cost[name], cost["ours"], strict=True))
             print(f"\nSpeed against {name}: {share:.3f}, to be at least {least}")
+        print()
+        print(*by_part(alone.train_dataloader(), images, alone.augment), sep="\n")
     if args.batches:
         print()
         samples = args.batches * args.batch_size
