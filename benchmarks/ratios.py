@@ -69,8 +69,9 @@ def header(title: str, device: torch.device) -> str:
     """Title, command, machine, versions, date: what a record needs to be repeated."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
-    today = datetime.date.today().isoformat()
-    return f"# {title}\n\n`python {' '.join(sys.argv)}`\n{chip}; {versions}; {today}\n"
+    today, spec = datetime.date.today().isoformat(), sys.modules["__main__"].__spec__
+    command = " ".join([f"-m {spec.name}" if spec else sys.argv[0], *sys.argv[1:]])
+    return f"# {title}\n\n`python {command}`\n{chip}; {versions}; {today}\n"
 
 
 def _cpu() -> str:

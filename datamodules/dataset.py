@@ -161,6 +161,8 @@ class IndexedPairs(Dataset[Made | StairError]):
         Returns an error that stops the run, as torch would change the class of one that is raised.
         """
         pixels_B3SS, skips, pairs = self.make.empty(len(samples)), list[Skip](), list[Pair]()
+        if get_worker_info():
+            pixels_B3SS.share_memory_()  # still empty: full, it would be copied where it is handed over
         try:
             due = zip(samples, self._read(samples), strict=True)
             # read some, then decode some: by turns each would find the processor's caches full of the other's data
