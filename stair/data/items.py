@@ -15,7 +15,7 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from stair.data.folders import image_files
+from stair.data.folders import ImageFile, image_files
 from stair.data.remote import is_remote
 from stair.data.samples import (
     CAPTION_TYPES,
@@ -137,7 +137,7 @@ def _entries(
     if path.is_dir():
         if side == "texts":
             raise FileError(f"{source} is a folder: it gives images. Texts come from tars, tables or stdin", path)
-        return _folder(path)
+        return (_file(entry) for entry in image_files(path))
     if is_remote(source):
         raise FileError(f"{source!r} is not local: items are read by position. Copy it to a local path", source)
     files = [path] if path.is_file() else [Path(name) for name in expand(source)]
@@ -159,10 +159,10 @@ def _lines(data: bytes, side: Side) -> Iterator[Item | Skipped]:
             yield Skipped(f"standard input:{line}", str(error))
 
 
-def _folder(folder: Path) -> Iterator[Item | Skipped]:
-    for entry in image_files(folder):
-        name = "" if isinstance(entry, Skipped) else printable(entry.name)
-        yield entry if isinstance(entry, Skipped) else Item(name, entry.path, source={"file": name})
+def _file(entry: ImageFile | Skipped) -> Item | Skipped:
+    if isinstance(entry, Skipped):
+        return entry
+    return Item(name := printable(entry.name), entry.path, source={"file": name})
 
 
 def _item(side: Side, place: str, name: str, text: str, path: Path, metadata: dict[str, Any]) -> Item:

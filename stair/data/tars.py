@@ -150,12 +150,8 @@ def members_of_part(data: bytes) -> Iterator[Member]:
             yield from members(io.BytesIO(data[at:] + bytes(2 * BLOCK)))
             return
         if kind != tarfile.XHDTYPE:
-            yield Member(name.decode(), at, start, size, partial(_cut, data, start, size))
+            yield Member(name.decode(), at, start, size, partial(bytes, memoryview(data)[start : start + size]))
         at = start + -(-size // BLOCK) * BLOCK
-
-
-def _cut(data: bytes, start: int, length: int) -> bytes:
-    return data[start : start + length]
 
 
 # ------------------------------------------------------------------ samples
