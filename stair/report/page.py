@@ -93,7 +93,7 @@ def _cell(metric: str, value: float, best: float) -> tuple[str, bool]:
     """The text of a figure, and whether it is the best recall or grounding of its column."""
     if math.isnan(value):
         return "—", False
-    if metric.rpartition("/")[2].startswith(("recall", "grounding")):
+    if metric.rpartition("/")[2].startswith(("recall", "grounding", "shapes")):
         return f"{100 * value:.1f}%", value == best
     return (f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"), False
 
