@@ -553,7 +553,11 @@ def test_what_is_no_matrix_does_not_decay_and_lamb_leaves_clipping_to_the_traine
     names = {id(p): name for name, p in stage.named_parameters()}
     assert decays["weight_decay"] > spared["weight_decay"] == 0
     spared = {names[id(p)] for p in spared["params"]}
-    assert {"stair.image_encoder.backbone.cls_token", "stair.image_encoder.backbone.pos_embed", "stair.log_scale"} <= spared
+    assert {
+        "stair.image_encoder.backbone.cls_token",
+        "stair.image_encoder.backbone.pos_embed",
+        "stair.log_scale",
+    } <= spared
     assert all(names[id(p)].endswith("weight") for p in decays["params"])
     assert Optimizer(name="lamb").build(stage).defaults["max_grad_norm"] is None
 

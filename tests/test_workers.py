@@ -111,5 +111,6 @@ def test_a_killed_script_leaves_no_process_behind_and_readers_did_not_run_it_aga
     count, *pids = map(int, trainer.stdout.readline().split())
     trainer.kill()
     trainer.wait()
+    trainer.stdout.close()
     assert count == 12 and len(pids) == 3
     assert all(ended(pid) for pid in pids)
