@@ -13,12 +13,15 @@ if __name__ == "__main__":  # before anything is imported that takes time
 
 import gc
 import warnings
+from logging import LogRecord
 from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_module
 
 from datamodules.shards import ImageTextShards
 from lightning_modules.contrastive import ContrastiveModule
+from stair.cli import TRAINER
 from stair.launch import one_line_errors
 from training.cli import Parser, StairCLI
 from training.settings import keep_names
@@ -30,8 +33,14 @@ _NOTICES = (
     r".*It is recommended to use `self.log\(.*sync_dist=True",  # ours are reduced over ranks before they are logged
     r"FSDP2-wrapped module .* returned a view tensor",  # nothing is written into hidden states
     r"Sparse CSR tensor support is in beta",
+    r"The `srun` command is available",
+    r"The number of training batches .* is smaller than the logging interval",
     r"Found \d+ module\(s\) in eval mode",  # the frozen side of stage 2, meant so
 )
+
+
+def _is_no_advertisement(record: LogRecord) -> bool:
+    return "Tip: For seamless cloud" not in record.getMessage()
 
 
 def main(args: list[str] | None = None) -> StairCLI:
@@ -43,6 +52,7 @@ def main(args: list[str] | None = None) -> StairCLI:
     gc.enable()  # which `prepare` switched off
     for notice in _NOTICES:
         warnings.filterwarnings("ignore", notice)
+    rank_zero_module.log.addFilter(_is_no_advertisement)
     keep_names()
     return StairCLI(
         ContrastiveModule,
@@ -55,7 +65,7 @@ def main(args: list[str] | None = None) -> StairCLI:
         parser_kwargs={
             "parser_mode": "omegaconf+",
             "allow_abbrev": False,
-            **{name: {"default_config_files": [str(BASE)]} for name in ("fit", "validate", "test", "predict")},
+            **{name: {"default_config_files": [str(BASE)], "description": text} for name, text in TRAINER.items()},
         },
     )
 

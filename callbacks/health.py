@@ -74,7 +74,7 @@ class Health(Callback):
     Args:
         patience: steps in a row that a dead run is given; at least 1.
         dense_after: optimiser steps after which embeddings should be sparse; at least 0.
-        every: steps between two readings; a stop comes at most that much late. At least 1.
+        every: steps between two checks, at least 1; a stop is delayed by at most this many steps.
         skip: steps in a row whose loss or gradient may be not finite; 0 stops at the first.
     """
 

@@ -42,7 +42,7 @@ class Requeue(Callback):
     requeued. A signal waits for a validation that is due or runs. After the last planned step it is ignored.
 
     Args:
-        every: steps between two agreements of several ranks, at least 1; a signal is acted on at most that much late.
+        every: how often several ranks check for a signal together, in steps, at least 1.
     """
 
     def __init__(self, every: int = 5) -> None:

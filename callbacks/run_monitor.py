@@ -41,6 +41,8 @@ class RunMonitor(Callback):
         self._by_source: Counter[str] = Counter()  # since, of this rank
         self._pairs, self._steps, self._seconds, self._waiting = 0, 0, 0.0, 0.0
 
+        self._is_first = True
+
     def on_train_start(self, *args: Any) -> None:
         self._last = time.perf_counter()
 
@@ -57,6 +59,10 @@ class RunMonitor(Callback):
         self._steps, self._pairs = self._steps + 1, self._pairs + len(batch["pixels"])
         if _sources(trainer):
             self._by_source.update(batch["source"])
+        if self._is_first and not logs_now(trainer):
+            first = f"first batch: loss {float(outputs['loss']):.4f}, {self._seconds:.1f} s"
+            rank_zero_info(f"{first}; a line follows every {trainer.log_every_n_steps} steps")
+        self._is_first = False
         if logs_now(trainer):
             figures = self._figures(trainer, pl_module.device, outputs, batch)
             pl_module.log_dict(figures, batch_size=1)

@@ -125,7 +125,9 @@ class StageTransition(Callback):
         if trainer.is_global_zero and model is not None:
             target = Path(self.export_to or Path(trainer.default_root_dir) / pl_module.export_name)
             model.save_pretrained(target, facts)
-            rank_zero_info(f"{pl_module.home()} is exported to {target}")
+            recall = trainer.callback_metrics.get("val/recall")
+            measured = "" if recall is None else f"; val/recall {float(recall):.4f}"
+            rank_zero_info(f"{pl_module.home()} is exported to {target}{measured}")
         trainer.strategy.barrier("export")
 
 

@@ -39,7 +39,7 @@ class Watchdog(Callback):
 
     Args:
         limit: seconds without a hook, longer than the slowest start, checkpoint or final count of an evaluation; 0 for no
-            watchdog. Below the 30 minutes after which collectives give up by themselves.
+            watchdog. Less than the 30 minutes after which NCCL and gloo time out.
     """
 
     def __init__(self, limit: float = 1200.0) -> None:

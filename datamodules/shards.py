@@ -65,7 +65,7 @@ class ImageTextShards(LightningDataModule):
         max_pixels: largest width × height that is decoded; larger images count as bad.
         max_bad_share: greatest share of bad samples that are skipped, in [0, 1); judged on each rank, from 200 samples on
             or from an epoch on where that is smaller.
-        seed: of shard order, shuffling, caption draws and crops; stages after the first draw otherwise from the same seed.
+        seed: seed of shard order, shuffling, captions and crops; each stage shuffles differently with the same seed.
         train_samples: pairs of a resampled epoch; None: as many as the shards hold.
         caption_fields: relative probability with which a field of the JSON (a string or a list of them), or `txt`, gives
             the caption: `{caption: 0.7, alt: 0.3}`. A field that a sample lacks leaves its share to the others. None: the
@@ -214,7 +214,7 @@ class ImageTextShards(LightningDataModule):
         samples = self.train_samples or counted
         if samples < self.global_batch_size:
             raise SettingError(
-                f"{sum(len(s.shards) for s in sources)} shards ({sources[0].shards[0]}, ...) hold {samples} pairs, "
+                f"{samples} pairs in all shards ({sources[0].shards[0]}, ...), "
                 f"fewer than global_batch_size={self.global_batch_size}: an epoch has no step. Lower it or add shards",
                 "data.global_batch_size",
             )

@@ -77,6 +77,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         FileError: if it is missing or damaged.
     """
+    if not path.exists():
+        there = ", ".join(sorted(each.name for each in path.parent.glob("*.ckpt"))) or "no other"
+        raise FileError(f"{path}: no such checkpoint file; there is {there}", path)
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:

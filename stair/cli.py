@@ -21,7 +21,7 @@ from stair.launch import prepare
 from stair.messages import reworded
 from stair.plain import one_line, plain
 
-_TRAINER = {
+TRAINER = {
     "fit": "train a stage:           stair fit --config configs/stage1.yaml --data.train 'shards/train-{0000..0099}.tar'",
     "validate": "recall on validation sets, as during training",
     "test": "recall on test sets",
@@ -51,7 +51,10 @@ _COMMANDS = {
         "search",
     ),
 }
-_CHECKOUT = "needs the project's checkout, this is the package alone. Clone the repository and run `make setup` there"
+_CHECKOUT = (
+    f"needs a checkout of the project, and this environment holds the package alone ({Path(__file__).parent}). Run "
+    "`pip install -e '.[train]'` in a clone of the repository"
+)
 _MARK = "\u2060"  # invisible; jsonargparse reads `null` without it as no value, also where text is expected
 
 
@@ -63,7 +66,7 @@ def main() -> None:
     command, *args = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         lines = {name: about for name, (about, module, *_) in _COMMANDS.items() if _is_there(module)}
-        lines = {**_TRAINER, **lines} if _is_there("main") else lines  # a wheel has no trainer
+        lines = {**TRAINER, **lines} if _is_there("main") else lines  # a wheel has no trainer
         print("usage: stair COMMAND ...\n\nSTAIR: sparse, readable image and text embeddings.\n")
         print("\n".join(f"  {name:12}{about}" for name, about in lines.items()))
         print("\n`stair COMMAND --help` shows its settings. `--quiet` prints errors alone, `--json` the result alone.")
@@ -76,7 +79,7 @@ def main() -> None:
         print(__version__)
     elif command == "--completion":
         _print_completion(args[0] if args else "bash")
-    elif command in _TRAINER:
+    elif command in TRAINER:
         _train()
     elif command in _COMMANDS:
         try:
@@ -84,7 +87,7 @@ def main() -> None:
         except ModuleNotFoundError as error:
             sys.exit(f"stair {command}: package {error.name} is missing; {install(_COMMANDS[command][3])}")
     else:
-        known = ", ".join([*_TRAINER, *_COMMANDS])
+        known = ", ".join([*TRAINER, *_COMMANDS])
         sys.exit(f"stair: no command {command!r}. Known: {known}. `stair --help` explains them")
 
 
@@ -99,7 +102,7 @@ def lightning_main() -> None:
     the other ranks by running it again.
     """
     command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command in _TRAINER or command in ("", "-h", "--help"):
+    if command in TRAINER or command in ("", "-h", "--help"):
         main()
     elif importlib.util.find_spec("lightning_sdk") is not None:
         from lightning_sdk.cli.entrypoint import main_cli
@@ -215,8 +218,8 @@ def _for_scripts(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*, quiet: bool = False, json: bool = False, **given: Any) -> None:
-        if given.get("model") and not (quiet or json) and sys.stderr.isatty():  # importing torch takes seconds
-            print(f"loading {one_line(str(given['model']))} ...", file=sys.stderr, flush=True)
+        if (source := given.get("model") or given.get("captions")) and not (quiet or json) and sys.stderr.isatty():
+            print(f"loading {one_line(str(source))} ...", file=sys.stderr, flush=True)  # imports alone take seconds
         with contextlib.redirect_stdout(io.StringIO()) if quiet or json else contextlib.nullcontext():
             result = function(**given)
         if json:
@@ -234,7 +237,7 @@ def _print_completion(shell: str) -> None:
     from jsonargparse import auto_parser
 
     if importlib.util.find_spec("shtab") is None:
-        sys.exit(f"stair --completion: package shtab is missing; {install('completion')}")
+        sys.exit("stair --completion: package shtab is missing; run `pip install shtab`")
     if shell not in ("bash", "zsh", "tcsh"):
         sys.exit(f"stair --completion: {shell!r} is no known shell; give bash, zsh or tcsh")
     functions = {}

@@ -25,6 +25,7 @@ from stair.errors import FileError, SettingError, require
 from stair.files import read_json, write_json
 from stair.images import decode_image, eval_pixels
 from stair.model import Stair
+from stair.plain import counted
 
 
 def embed(
@@ -61,7 +62,7 @@ def embed(
         part_size: items of one file.
         share: R/N: of N processes this is number R, from 0; it makes every N-th part.
         device: cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.
-        format: of the files.
+        format: file format.
     """
     for name, value in (("batch_size", batch_size), ("part_size", part_size), ("top", top)):
         require(value is None or value >= 1, name, value, "1 or more")
@@ -87,7 +88,7 @@ def embed(
         encoded = stair.encode_text(batch) if side == "texts" else stair.encode_image(torch.stack(batch))
         return to_csr(encoded, top, threshold)
 
-    with tqdm(total=len(items), unit=side[:-1], disable=None) as bar:
+    with tqdm(total=len(items), desc="embedding", unit=side[:-1], disable=None) as bar:
         bar.update(len(items) - sum(len(items[n * part_size : (n + 1) * part_size]) for n in missing))
         for number in missing:
             inputs = _Inputs(items[number * part_size : (number + 1) * part_size], stair.config.image.image_size)
@@ -126,7 +127,7 @@ def _report(out: Path, paths: list[Path], side: Side, listed: int, unlisted: lis
     result = {"taken": taken, "skipped": causes, "skipped_items": [one.facts() for one in skipped]}
     write_json(out / PLAN, {**read_json(out / PLAN), **result})
     why = f" ({', '.join(f'{count} {cause}' for cause, count in causes.items())})" if causes else ""
-    print(f"{out}: {len(paths)} parts, {taken} {side} taken, {len(skipped)} skipped{why}")
+    print(f"{out}: {counted(len(paths), 'part')}, {taken} {side} taken, {len(skipped)} skipped{why}")
     return {"out": str(out), "parts": len(paths), "missing": 0, **result}
 
 

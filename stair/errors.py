@@ -71,7 +71,7 @@ class MissingPackageError(StairError):
 
 def install(extra: str) -> str:
     """What to do where packages of an extra are missing. The project is on no package index."""
-    return f"run `pip install '.[{extra}]'` in the checkout"
+    return f"run `pip install -e '.[{extra}]'` in the checkout"
 
 
 def import_extra(module: str, package: str, extra: str) -> Any:

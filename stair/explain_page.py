@@ -12,7 +12,7 @@ from stair.files import atomic_write
 from stair.images import decode_image
 from stair.model import Stair
 from stair.pages import document, render
-from stair.plain import one_line
+from stair.plain import counted, one_line
 from stair.report.terms import encode_png
 
 _TILE, _MARGIN, _LINE, _COLUMNS = 192, 12, 22, 5
@@ -58,7 +58,7 @@ def explain_command(
     if isinstance(subject, Explanation):
         for term in subject.shared[:num_terms]:
             print(f"{term.contribution:9.4f}  {one_line(term.token)}  ({term.query:.4f} x {term.document:.4f})")
-        print(f"{subject.score:9.4f}  score, of {len(subject.shared)} shared terms")
+        print(f"{subject.score:9.4f}  score, of {counted(len(subject.shared), 'shared term')}")
     print(out)
 
 

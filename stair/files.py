@@ -251,12 +251,15 @@ def folder_or_hub_name(source: str | Path) -> Iterator[None]:
     """Around a call that takes a folder or a name on the hub: a FileError if there is neither."""
     text = str(source)
     if not Path(text).exists() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
-        raise FileError(f"{source}: no such folder", source)
+        missing = f"{source}: no such folder, looked for from {Path.cwd()}"
+        raise FileError(f"{missing}. A finished stage exports its model to RUN/stageK/stair", source)
     try:
         yield
     except OSError as error:
         if Path(text).exists():
             raise
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        missing = f"{source}: there is no such folder, and the hub gives no model of that name ({why})"
+        missing = (
+            f"{source}: no such folder or file, and it could not be fetched from the hub ({why}). Give a local path"
+        )
         raise FileError(missing, source) from error

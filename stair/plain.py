@@ -21,6 +21,11 @@ def one_line(text: str) -> str:
     return plain(text).replace("\t", "\\t").replace("\n", "\\n")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, such as `1 part` or `2 parts`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def escape(text: str) -> str:
     """As `plain`, and without markup: for pages."""
     return html.escape(plain(text))

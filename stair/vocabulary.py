@@ -77,8 +77,12 @@ class Vocabulary:
         elif not path.exists() and (path.is_absolute() or path.suffix == ".txt"):
             raise FileNotFoundError(f"{source} does not exist; give a BERT vocab.txt, a folder with one, or a hub name")
         else:
+            # transformers makes an empty tokenizer where it cannot download
             with folder_or_hub_name(source):
-                self._tokenizer = BertTokenizer.from_pretrained(str(source), trust_remote_code=False)
+                from huggingface_hub import snapshot_download
+
+                path = Path(snapshot_download(str(source), allow_patterns=[_FILE, _TOKENIZER, _SETTINGS]))
+            self._tokenizer = _from_folder(path)
         self._backend = self._tokenizer.backend_tokenizer
         # without added tokens: the tokenizer adds special ones that a file lacks
         by_token: dict[str, int] = self._backend.get_vocab(with_added_tokens=False)
@@ -87,8 +91,9 @@ class Vocabulary:
         dense = list(range(len(self.tokens))) == sorted(by_token.values())
         if missing or not dense or len(self.tokens) < 8:
             raise ValueError(
-                f"{source} is no WordPiece vocabulary: {len(self.tokens)} tokens, missing {missing or 'none'}, "
-                f"ids {'dense' if dense else 'with holes'}; give a BERT vocab.txt, a folder with one, or a hub name"
+                f"{source} is no WordPiece vocabulary: {len(self.tokens)} tokens"
+                + (f", without {missing}" if missing else "" if dense else ", with holes between their ids")
+                + "; give a BERT vocab.txt, a folder with one, or a hub name"
             )
         # `pad` cuts and pads: here, all threads would share the length
         self._backend.no_padding()

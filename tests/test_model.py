@@ -49,7 +49,7 @@ def test_another_order_of_words_is_another_fingerprint(vocab_file, tmp_path):
 
 def test_a_file_that_is_no_vocabulary_is_refused(tmp_path):
     (tmp_path / "vocab.txt").write_text("just\nsome\nwords\nof\nno\nuse\nat\nall\nhere\n")
-    with pytest.raises(ValueError, match=r"no WordPiece vocabulary.*missing \['\[PAD\]'"):
+    with pytest.raises(ValueError, match=r"no WordPiece vocabulary.*without \['\[PAD\]'"):
         Vocabulary(tmp_path / "vocab.txt")
 
 
@@ -113,7 +113,8 @@ def test_a_folder_cuts_texts_as_its_tokenizer_files_say_also_when_saved_again(tm
 def test_a_cased_hub_vocabulary_is_cased_after_saving_too(tmp_path, monkeypatch):
     published = published_tokenizer(tmp_path, do_lower_case=False)
     published.add_tokens([AddedToken("[DOM]", special=True), AddedToken("aé", normalized=False)])
-    monkeypatch.setattr(BertTokenizer, "from_pretrained", lambda name, trust_remote_code: published)
+    published.save_pretrained(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: tmp_path / "hub")
     vocabulary = Vocabulary("somebody/cased")
     vocabulary.save(tmp_path)
     saved = Vocabulary(tmp_path)
@@ -123,6 +124,12 @@ def test_a_cased_hub_vocabulary_is_cased_after_saving_too(tmp_path, monkeypatch)
     # a token beyond the vocabulary would be no dimension
     assert [5 in row for row in cut_by(saved)] == [False, False, True, False]
     assert max(max(row) for row in cut_by(saved)) < len(saved)
+
+
+def test_a_vocabulary_that_cannot_be_downloaded_is_named_at_once():
+    with pytest.raises(FileError, match="could not be fetched") as refused:
+        Vocabulary("bert-base-uncased-that-nobody-made")
+    assert refused.value.path == Path("bert-base-uncased-that-nobody-made")
 
 
 def test_fingerprints_of_cased_vocabularies_say_so_and_of_others_are_as_ever(tmp_path):

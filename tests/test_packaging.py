@@ -121,7 +121,7 @@ def test_training_without_a_checkout_is_refused_with_what_to_do(wheel: Path, tmp
         archive.extractall(tmp_path / "site")
     # -S leaves out site-packages, and with them an editable install of this checkout
     done = run(STAIR, "fit", path=tmp_path / "site", options=("-S",), cwd=tmp_path)
-    assert done.returncode != 0 and "make setup" in done.stderr
+    assert done.returncode != 0 and "pip install -e '.[train]'" in done.stderr
     listed = run(STAIR, "--help", path=tmp_path / "site", options=("-S",), cwd=tmp_path).stdout
     assert "  search " in listed and not any(f"  {word} " in listed for word in ("fit", "consolidate"))
 
@@ -233,3 +233,28 @@ def test_a_mistake_in_a_setting_is_one_line_with_the_setting_as_typed(args, expe
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1, error
     assert all(part in error for part in expected) and "<class" not in error, error
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ("embed m fotos o", ["'fotos'", "a folder of pictures", ".csv"]),
+        ("embed m empty o", ["'empty'", ".jpg", "sub-folders"]),
+        ("prepare folder caption.csv empty o", ["caption.csv", "captions.csv"]),
+        ("search i", ["--text", "--image", "--words", "--like"]),
+        ("consolidate runs/bst.ckpt m", ["bst.ckpt", "best.ckpt"]),
+        ("evaluate runs/no/stair empty", ["empty"]),
+    ],
+)
+def test_a_file_that_is_not_there_is_named_with_what_is(args, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("empty/notes.docx", "runs/best.ckpt", "captions.csv"):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).touch()
+    Path("empty/notes.docx").unlink()
+    monkeypatch.setattr(sys, "argv", ["stair", *args.split()])
+    with pytest.raises(SystemExit) as ended:
+        stair_main()
+    assert "\n" not in str(ended.value.code) and all(part in str(ended.value.code) for part in expected), (
+        ended.value.code
+    )

@@ -574,7 +574,7 @@ def test_a_spec_that_matches_nothing_and_a_set_below_one_batch_are_refused(tmp_p
         loader(str(tmp_path), vocab)
     with pytest.raises(ValueError, match=r"has a brace without its counterpart"):
         loader(str(tmp_path / "train-{0000..0001.tar"), vocab)
-    with pytest.raises(ValueError, match=r"hold 3 pairs, fewer than global_batch_size=4"):
+    with pytest.raises(SettingError, match=r"3 pairs .*fewer than global_batch_size=4"):
         loader(spec, vocab)
     with pytest.raises(ValueError, match=r"global_batch_size=4 cannot be shared by 3 ranks"):
         loader(spec, vocab, 0, 3)

@@ -65,8 +65,8 @@ def doctor(
         workers: reading processes a rank of the run.
         train_samples: pairs in all shards together, where they cannot be counted.
         ranks: processes that train.
-        samples: of a source, that are read and decoded.
-        seconds: for reading headers, where no index says how many samples there are.
+        samples: number of samples that are read and decoded from each source.
+        seconds: time limit for counting samples of shards without an index.
         write_index: read all of the local shards and write index.json beside them.
 
     Returns:
@@ -292,7 +292,9 @@ def _print(reports: dict[str, dict[str, Any]], findings: list[Diagnostic]) -> No
             if one.source == name:
                 print(f"  {one.severity.upper():5}  {one_line(one.what)}\n         -> {one.mend}")
     severities = Counter(one.severity for one in findings)
-    print(", ".join(f"{count} {name}" for name, count in severities.items()) or "nothing found")
+    names = {"stops": "errors: a run would stop", "warns": "warnings", "notes": "notes"}
+    counts = [f"{severities[kind]} {name}" for kind, name in names.items() if severities[kind]]
+    print(", ".join(counts) or "no problems: a run with these settings would start")
 
 
 def write_indices(shards: list[str]) -> None:

@@ -19,6 +19,7 @@ from stair.data.folders import ImageFile, image_files
 from stair.data.remote import is_remote
 from stair.data.samples import (
     CAPTION_TYPES,
+    IMAGE_TYPES,
     Grouped,
     NoCaptionError,
     Skipped,
@@ -112,7 +113,8 @@ def list_items(source: str, side: Side, column: str | None = None, id_column: st
     for entry in _entries(source, side, column, id_column, listing.notes):
         (listing.skipped if isinstance(entry, Skipped) else listing.items).append(entry)  # type: ignore[arg-type]
     if not listing.items and not listing.skipped:
-        raise FileNotFoundError(f"{source!r} holds no {side}")
+        kinds = f" ({' '.join(f'.{kind}' for kind in IMAGE_TYPES)}, also in sub-folders)" if side == "images" else ""
+        raise FileNotFoundError(f"{source!r} holds no {side}{kinds}")
     if not listing.items:
         first = listing.skipped[0]
         raise FileError(f"{source!r}: no {side} can be used; {first.place}: {first.reason}", source)
@@ -140,6 +142,9 @@ def _entries(
         return (_file(entry) for entry in image_files(path))
     if is_remote(source):
         raise FileError(f"{source!r} is not local: items are read by position. Copy it to a local path", source)
+    if not path.exists() and not _TAR.search(source):
+        wanted = f"give a folder of pictures, a table ({', '.join(SUFFIXES)}), tars in quotes, or - for standard input"
+        raise FileError(f"{source!r}: no such file or folder, looked for from {Path.cwd()}; {wanted}", path)
     files = [path] if path.is_file() else [Path(name) for name in expand(source)]
     if all(_TAR.search(file.name) for file in files):
         return (entry for file in files for entry in _tar(file, side, notes))

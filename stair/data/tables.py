@@ -54,6 +54,10 @@ def open_table(path: Path, delimiter: str | None = None) -> Table:
 
     Cells are divided by `delimiter`: by default a tab in .tsv, a comma in .csv and .txt.
     """
+    if not path.exists():
+        there = ", ".join(sorted(each.name for each in path.parent.glob("*") if each.suffix.lower() in SUFFIXES)[:5])
+        missing = f"no table {path}, looked for from {Path.cwd()}"
+        raise FileError(f"{missing}; {f'there is {there}' if there else f'give one of {SUFFIXES}'}", path)
     suffix, types = path.suffix.lower(), {}
     if suffix == ".parquet":
         schema = arrow_schema(path)

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from stair.embeddings import Embeddings, part_files, read_header
 from stair.errors import SettingError
 from stair.images import decode_image
+from stair.index.query import parse_words
 from stair.index.sparse_index import SparseIndex
 from stair.index.storage import FILE, write_index
 from stair.plain import one_line
@@ -77,13 +78,13 @@ def search(
         image: a picture to look for.
         words: weighted words instead of a text, such as 'dog:2 beach -people'; no model needed.
         like: id of a document to find neighbours of.
-        where: conditions on metadata with ` and ` between, such as 'split=test and year>=2010'; `stair:NAME` is a column of
-            our own, such as stair:file. Names and values with signs or ` and ` in them go between double quotes.
+        where: conditions on metadata with ` and ` between, such as 'split=test and year>=2010'; `stair:file` and
+            `stair:id` are the source file and the id. Names and values with signs or ` and ` go between double quotes.
         k: how many hits.
         shown: how many shared terms of each.
     """
     if (text is not None) + (image is not None) + (words is not None) + (like is not None) != 1:
-        raise SettingError("give one of: a text, --image, --words, --like", "text")
+        raise SettingError("give one of --text, --image, --words, --like", "text")
     opened = SparseIndex.open(index)
     if model is not None:
         from stair.model import Stair
@@ -91,6 +92,10 @@ def search(
         opened.use(Stair.from_pretrained(model))
     query = decode_image(image.read_bytes()) if image is not None else text
     hits = opened.search(query, k, words=words, like=like, where=where or ())
+    for word in parse_words(words) if words is not None else ():
+        if len(split := opened.query(words={word: 1.0}).terms) > 1:
+            tokens = ", ".join(opened.space.tokens[v] for v in split)
+            print(one_line(f"{word} is no word of the vocabulary; searched as {tokens}"), file=sys.stderr)
     rows = []
     for hit in hits:
         terms = {term.token: term.contribution for term in hit.terms[:shown]}

@@ -172,7 +172,7 @@ class SparseIndex:
     ) -> Query:
         """What `search` looks for: terms and weights, ready for the dot product. Arguments and errors as there."""
         if sum(value is not None for value in (query, words, like)) != 1:
-            raise SettingError("give one of: a query, words, or the id of a document to search like", "query")
+            raise SettingError("give one of query, words and like (the id of a document)", "query")
         if like is not None:
             return Query(*self._state.row(self._number(like)), len(self.space.tokens))
         if words is not None:
@@ -183,8 +183,8 @@ class SparseIndex:
     def _encode(self, query: str | Image) -> sparse.csr_matrix:
         if self._model is None:
             raise SettingError(
-                "a text or a picture needs the model to encode it: SparseIndex.open(folder, model=...); "
-                "weighted words need none: search(words='dog:2 beach')",
+                "a text or a picture needs the model: --model MODEL, or SparseIndex.open(folder, model=...); weighted "
+                "words need none: --words 'dog:2 beach'",
                 "model",
             )
         return self._model.encode(texts=[query]) if isinstance(query, str) else self._model.encode(images=[query])

@@ -166,7 +166,7 @@ def _changed(
     clash = documents.present(ids) - set(delete)
     if clash and not replace:
         name = next(name for name in ids if name in clash)
-        raise SettingError(f"id {name!r} is in {folder} already; delete it first, or replace it", "ids")
+        raise SettingError(f"id {name!r} is in {folder} already; add --replace, or delete it with --delete ID", "ids")
     if old is not None:
         yield from ((0, rows) for rows in _segments(old.without([*delete, *clash])))
 

@@ -219,7 +219,7 @@ def serve(index: Path, model: str, pictures: Path | None = None, host: str = "12
         model: folder or hub name of the index's model.
         pictures: folder of the pictures: what `stair embed` was given, or the folder of its tars.
         host: address to listen on. There is no log-in: whoever reaches it can search and see all pictures.
-        port: to listen on.
+        port: port to listen on.
     """
     if pictures is not None and not pictures.is_dir():
         raise FileNotFoundError(f"{pictures}: no such folder of pictures")

@@ -78,9 +78,9 @@ def folder(
         images: folder in which the table's paths are found; none may lead out of it.
         out: folder of the shards.
         split: shards are named SPLIT-00000.tar, ...
-        image_column: of paths; known by its name if not given.
-        caption_column: of captions, or lists of them; known by its name if not given.
-        delimiter: of cells; a comma in .csv and .txt, a tab in .tsv, if not given.
+        image_column: column of paths; by default one with a usual name, such as image, file_name or path.
+        caption_column: column of captions or of lists of them; by default one such as caption, text or title.
+        delimiter: separator of cells; by default a comma in .csv and .txt, a tab in .tsv.
     """
     table = open_table(captions, delimiter)
     image = _column(table.columns, IMAGE_COLUMNS, image_column, "image")
@@ -154,7 +154,7 @@ def classes(
         out: folder of the shards.
         split: shards are named SPLIT-00000.tar, ...
         names: names of the classes: JSON or lines `folder name`. Without, the folders' names.
-        template: of the caption, {} is the class's name.
+        template: caption of each image; {} is the class's name.
     """
     try:
         if template.format("a") == template.format("b"):
@@ -204,8 +204,8 @@ def datasets(
     Args:
         data: its folder.
         out: folder of the shards.
-        image_column: of images; known by its type if not given.
-        caption_column: of captions; known by its name if not given. Without one, names of classes are the captions.
+        image_column: column of images; by default the first of that type.
+        caption_column: column of captions; by default one such as caption or text, else the names of the classes.
     """
     images = ImageFiles.of(data)
     splits = _arrow_files(images.root)
