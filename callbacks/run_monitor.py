@@ -59,7 +59,7 @@ class RunMonitor(Callback):
         self._steps, self._pairs = self._steps + 1, self._pairs + len(batch["pixels"])
         if _sources(trainer):
             self._by_source.update(batch["source"])
-        if self._is_first and not logs_now(trainer):
+        if self._is_first and trainer.log_every_n_steps > 1 and not logs_now(trainer):
             first = f"first batch: loss {float(outputs['loss']):.4f}, {self._seconds:.1f} s"
             rank_zero_info(f"{first}; a line follows every {trainer.log_every_n_steps} steps")
         self._is_first = False

@@ -22,10 +22,10 @@ from stair.messages import reworded
 from stair.plain import one_line, plain
 
 TRAINER = {
-    "fit": "train a stage:           stair fit --config configs/stage1.yaml --data.train 'shards/train-{0000..0099}.tar'",
+    "fit": "train a stage: stair fit --config configs/stage1.yaml --data.train 'shards/train-{0000..0099}.tar'",
     "validate": "recall on validation sets, as during training",
     "test": "recall on test sets",
-    "predict": "embeddings of the test sets, through the trainer",
+    "predict": "write embeddings of the test sets with the trainer",
 }
 # description, module, function or table of functions by a second word, extra that installs the packages it imports
 _COMMANDS = {

@@ -70,7 +70,7 @@ class Parser(LightningArgumentParser):
         """Our settings first, Lightning's trainer last, and one line of usage."""
         trainer = "Customize every aspect of training via flags"  # Lightning's title of that group
         self._action_groups.sort(key=lambda group: group.title == trainer)
-        self.usage = f"{self.prog} --config FILE ... [--run RUN] [--SETTING VALUE ...]"
+        self.usage = f"{self.prog.replace(' [options]', '')} --config FILE ... [--run RUN] [--SETTING VALUE ...]"
         return str(super().format_help())
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
