@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.checkpoints import BestCheckpoint, LastCheckpoint, SaveSettings
 from callbacks.health import Health
@@ -149,7 +149,7 @@ class StairCLI(LightningCLI):
             rank_zero_info(f"{export} is finished, and came from the same inputs: there is nothing to do")
             self._complete = True
             return
-        if not (rank_zero_only.rank or int(os.environ.get("NODE_RANK", 0))):
+        if not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK")):
             busy = f"another job trains in {self._home}. Wait for it, end it, or give another --run"
             self._held.enter_context(lock(self._home / "lock", busy))
         config.ckpt_path = checkpoint_to_resume(config.ckpt_path, self._home, export, self._inputs)
