@@ -76,9 +76,9 @@ class StageTransition(Callback):
 
     def _init(self, module: ContrastiveModule) -> None:
         previous = stage_before(module, self.init_stage)
-        wanted = f"the export of stage {previous}, or --run RUN where both stages live" if previous else "null"
+        allowed = f"the export of stage {previous}, or --run RUN where both stages live" if previous else "null"
         matches = (self.init_from is not None) == (previous > 0)
-        require(matches, "transition.init_from", self.init_from, f"{wanted}, from which {module.home()} starts")
+        require(matches, "transition.init_from", self.init_from, f"{allowed}, from which {module.home()} starts")
         if self.init_from is None:
             _check_scale(module, None)
             return
@@ -90,8 +90,8 @@ class StageTransition(Callback):
         training = description["training"]
         if training.get("stage") != previous or not training.get("finished"):
             state = f"of stage {training.get('stage')}, {'' if training.get('finished') else 'un'}finished"
-            wanted = f"stage {module.stage} starts from a finished stage {previous}"
-            raise FileError(f"{wanted}, but {folder} is {state}. Correct --transition.init_from", folder)
+            rule = f"stage {module.stage} starts from a finished stage {previous}"
+            raise FileError(f"{rule}, but {folder} is {state}. Correct --transition.init_from", folder)
         _check_scale(module, description["model"].get("similarity"))
         # a stage has its own similarity; under the hard mask no other term was active, and the margin had no effect yet
         _load(module, folder, "similarity", *(["in_caption_margin"] if training.get("masked_loss_weight") == 1 else []))
@@ -157,8 +157,8 @@ def stage_before(module: ContrastiveModule | type[ContrastiveModule], init_stage
 def _check_scale(module: ContrastiveModule, similarity: str | None) -> None:
     """Checks a scale that is to be kept. `similarity` is that of the stage before, None if there is none."""
     kept, ours = isinstance(module, StairStage) and module.objective.scale_start == "keep", module.towers.similarity
-    wanted = f"{14.3 if ours == 'cosine' else 'measure'}: there is no scale of {ours!r} to keep, but of {similarity!r}"
-    require(not kept or similarity == ours, "objective.scale_start", "keep", wanted)
+    allowed = f"{14.3 if ours == 'cosine' else 'measure'}: there is no scale of {ours!r} to keep, but of {similarity!r}"
+    require(not kept or similarity == ours, "objective.scale_start", "keep", allowed)
 
 
 def _load(module: ContrastiveModule, folder: Path, *free: str) -> None:

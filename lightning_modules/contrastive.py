@@ -120,8 +120,8 @@ class ContrastiveModule(LightningModule):
                 not synced, "trainer.sync_batchnorm", True, "false: the conversion drops activations of timm's models"
             )
             known = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | parallel.FullySharded)
-            wanted = "ddp (configs/hardware/ddp.yaml) or FSDP2 (configs/hardware/fsdp2.yaml)"
-            require(known, "trainer.strategy", type(trainer.strategy).__name__, wanted)
+            allowed = "ddp (configs/hardware/ddp.yaml) or FSDP2 (configs/hardware/fsdp2.yaml)"
+            require(known, "trainer.strategy", type(trainer.strategy).__name__, allowed)
             parts, one = trainer.accumulate_grad_batches, "1: the loss is of a whole batch. See model.micro_batch_size"
             require(parts == 1, "trainer.accumulate_grad_batches", parts, one)
         name = {"predict": None, "test": "test_names"}.get(stage, "val_names")
@@ -229,10 +229,10 @@ class ContrastiveModule(LightningModule):
         """The optimiser, and its schedule over the planned steps of the run."""
         optimizer = self.optimizer.build(self.towers)
         same = self._saved_groups in ([], [_sizes(optimizer.param_groups)])
-        wanted = (
+        allowed = (
             "as in the checkpoint, and so layer_decay and stair.image.freeze_until: it has other groups of parameters"
         )
-        require(same, "optimizer.lr_scale", self.optimizer.lr_scale, wanted)
+        require(same, "optimizer.lr_scale", self.optimizer.lr_scale, allowed)
         steps = planned_steps(self.trainer)
         if self.trainer.fast_dev_run:  # a dry run is shorter than any warm-up
             steps = max(steps, self.optimizer.warmup_steps + 1)

@@ -52,7 +52,7 @@ class Optimizer:
     def __post_init__(self) -> None:
         """Checks the ranges."""
         scales = self.lr_scale.values()
-        for name, holds, wanted in (
+        for name, holds, allowed in (
             ("lr", 0 < self.lr < math.inf, "finite, above 0"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "finite, at least 0"),
             ("betas", all(0 <= beta < 1 for beta in self.betas), "numbers in [0, 1)"),
@@ -62,7 +62,7 @@ class Optimizer:
             ("lr_scale", all(0 < factor < math.inf for factor in scales), "finite factors above 0"),
             ("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]"),
         ):
-            require(holds, f"optimizer.{name}", getattr(self, name), wanted)
+            require(holds, f"optimizer.{name}", getattr(self, name), allowed)
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """An optimiser over the parameters that require a gradient.

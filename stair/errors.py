@@ -27,10 +27,10 @@ class SettingError(StairError):
         return type(self), (str(self), self.setting)
 
 
-def require(holds: bool, name: str, value: object, wanted: str) -> None:
+def require(holds: bool, name: str, value: object, allowed: str) -> None:
     """Checks a setting, by its dotted name; SettingError unless it holds."""
     if not holds:
-        raise SettingError(f"{name}={value!r}: wanted {wanted}", name)
+        raise SettingError(f"{name} is {value!r}. Allowed: {allowed}", name)
 
 
 class FileError(StairError):

@@ -578,11 +578,11 @@ def test_a_spec_that_matches_nothing_and_a_set_below_one_batch_are_refused(tmp_p
         loader(spec, vocab)
     with pytest.raises(ValueError, match=r"global_batch_size=4 cannot be shared by 3 ranks"):
         loader(spec, vocab, 0, 3)
-    with pytest.raises(ValueError, match=r"crop_scale=\(0.0, 1.0\)"):
+    with pytest.raises(ValueError, match="crop_scale"):
         shards(spec, vocab, crop_scale=(0.0, 1.0))
-    with pytest.raises(ValueError, match=r"color_jitter=1.5: wanted 0 to 1"):
+    with pytest.raises(ValueError, match=r"color_jitter is 1.5. Allowed: 0 to 1"):
         shards(spec, vocab, color_jitter=1.5)
-    with pytest.raises(ValueError, match=r"grayscale=-0.1"):
+    with pytest.raises(ValueError, match="grayscale"):
         shards(spec, vocab, grayscale=-0.1)
 
 

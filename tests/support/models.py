@@ -40,5 +40,5 @@ def tiny_config(vocab_file, image="vit", **changes):
     from stair.model import StairConfig
 
     name, options = IMAGE_TOWERS[image]
-    text = TextTower("bert", False, 12, options=TEXT_OPTIONS)
-    return StairConfig(str(vocab_file), ImageTower(name, False, 32, options=options), text, **changes)
+    text = TextTower("bert", False, 12, options=dict(TEXT_OPTIONS))
+    return StairConfig(str(vocab_file), ImageTower(name, False, 32, options=dict(options)), text, **changes)
