@@ -174,7 +174,8 @@ class StairCLI(LightningCLI):
         settings = SaveSettings(self._parser(self.subcommand), self._saved)
         always_on = [each for each in [*callbacks, settings] if _applies(each, config)]
         config = {**config, "default_root_dir": str(self._home)}
-        if not sys.stderr.isatty() and not any(isinstance(each, ProgressBar) for each in listed(config["callbacks"])):
+        terminal = sys.stdout.isatty() and sys.stderr.isatty()
+        if not terminal and not any(isinstance(each, ProgressBar) for each in listed(config["callbacks"])):
             config["enable_progress_bar"] = False  # in a log file each refresh would be a line
         trainer = super()._instantiate_trainer(config, always_on)
         write_atomically(trainer)
