@@ -115,10 +115,6 @@ class ContrastiveModule(LightningModule):
         trainer, wide = self.trainer, str(self.trainer.precision) not in ("16-true", "bf16-true")
         require(wide, "trainer.precision", trainer.precision, "bf16-mixed or 32-true: 16 bits lose small updates")
         if stage == "fit":
-            synced = getattr(trainer.strategy, "_layer_sync", None) is not None
-            require(
-                not synced, "trainer.sync_batchnorm", True, "false: the conversion drops activations of timm's models"
-            )
             known = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | parallel.FullySharded)
             allowed = "ddp (configs/hardware/ddp.yaml) or FSDP2 (configs/hardware/fsdp2.yaml)"
             require(known, "trainer.strategy", type(trainer.strategy).__name__, allowed)

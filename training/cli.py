@@ -34,7 +34,7 @@ from lightning_modules.run_folder import (
     training_inputs,
     write_atomically,
 )
-from stair.errors import FileError, SettingError, StairError
+from stair.errors import FileError, SettingError, StairError, require
 from stair.files import lock
 from stair.launch import fail
 from stair.messages import reworded
@@ -123,6 +123,10 @@ class StairCLI(LightningCLI):
         export = Path(config.transition.export_to or self._home / family.export_name)
         if command == "fit":
             check_data(command, config)
+            synced = config.trainer.sync_batchnorm
+            require(
+                not synced, "trainer.sync_batchnorm", True, "false: timm's batch norms would lose their activations"
+            )
             self._prepare_fit(config, family, export)
             return
         if config.ckpt_path in ("last", "best"):
