@@ -382,7 +382,7 @@ def test_the_command_prepares_and_says_in_one_line_what_is_wrong(tmp_path, monke
     monkeypatch.setattr(sys, "argv", [*args, "--split", "../up"])
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert str(stopped.value).startswith("stair prepare: split='../up'")
+    assert str(stopped.value).startswith("stair prepare: split is '../up'")
 
 
 # ---- COCO and Flickr

@@ -188,7 +188,7 @@ def test_mixtures_that_make_no_sense_are_refused(tmp_path, vocab):
             ValueError, match=r"looks like a mapping and cannot be read as one: wanted .* weight: NUMBER"
         ):
             shards(text, vocab)
-    with pytest.raises(ValueError, match=r"weight of source 'a'=-1"):
+    with pytest.raises(ValueError, match=r"weight of source 'a' is -1"):
         shards({"a": Shards(spec, -1)}, vocab)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         loader({"a": spec, "b": str(tmp_path / "nowhere")}, vocab)
