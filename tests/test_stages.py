@@ -361,6 +361,7 @@ def test_gradients_that_are_not_finite_stop_the_run_with_keys_and_the_state_from
     ],
     ids=["all zero", "stuck at log N", "all dense"],
 )
+@pytest.mark.filterwarnings("ignore:the loss has been log N")
 def test_a_collapse_raises_the_alarm_within_a_few_hundred_steps_by_default(scenes, tmp_path, more, steps, message):
     objective = ("--model.init_args.objective.flops_text", "0", f"--model.init_args.objective.{more[0]}", more[1])
     lr = "1e-2" if "dead" in message else "1e-9"
