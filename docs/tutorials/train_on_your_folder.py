@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Train on your own captioned folder
 #
-# From a folder of images and a table of captions to a trained, searchable model. Pictures are generated here, so that
-# everything runs offline on two CPU cores, in about two minutes. It needs
+# This tutorial trains a searchable model from a folder of images and a table of captions. The images are generated, so
+# that the tutorial runs offline, in about two minutes on two CPU cores. Install with
 # `pip install -e '.[train,search,evaluate]'`. Run it from the root of the clone:
 # `python docs/tutorials/train_on_your_folder.py`. With your own data, start at step 2.
 
@@ -27,10 +27,10 @@ def sh(commands: str) -> None:
 
 
 # %% [markdown]
-# ## 1. A folder as you may have one
+# ## 1. Create an example folder
 #
-# `photos/` holds pictures. `train.csv` and `val.csv` have one line per caption: `image,caption`. A picture may have
-# several lines. Keep pictures of the same thing in one split.
+# `photos/` holds images. `train.csv` and `val.csv` have one line per caption: `image,caption`. An image can have
+# several lines. Keep images of the same thing in one split.
 
 # %%
 HOME = Path("runs/tutorial")
@@ -54,7 +54,7 @@ for split in ("train", "val"):
 # ## 2. Make shards and check them
 #
 # Training reads WebDataset tars with an index. `stair prepare` writes both and reports what it skipped. `stair doctor`
-# reads samples with the settings of the run and names the setting that corrects each problem.
+# reads samples with the settings of the run and names the setting that fixes each problem.
 
 # %%
 sh(r"""
@@ -65,15 +65,16 @@ stair doctor 'shards/train-*.tar' --vocabulary scenes/vocab.txt --image_size 64 
 """)
 
 # %% [markdown]
-# ## 3. Write down what differs
+# ## 3. Write a config file
 #
-# Settings are layered: later files win. `configs/stage1.yaml` is the recipe for millions of pairs and pretrained
-# encoders. `configs/model/tiny.yaml` replaces the encoders with small ones from scratch. `configs/paper/` selects the hard
-# mask of the paper, which suits these 244 terms and few steps. `mine.yaml` has what is yours.
+# Settings are read from several files; later files take precedence. `configs/stage1.yaml` is the recipe for millions of
+# pairs and pretrained encoders. `configs/model/tiny.yaml` replaces the encoders with small ones from scratch.
+# `configs/paper/` selects the hard mask of the paper, which suits these 244 terms and few steps. `mine.yaml` has the
+# settings for your data.
 #
-# With photographs, take `configs/small/` (soft mask, after `tiny.yaml`) instead of `configs/paper/`, and leave
-# `vocabulary` and `in_caption_margin` out: the default is BERT's vocabulary, and each of its 30,522 tokens is a
-# dimension ([commands](../start/own-data.md#2-train)).
+# For photographs, use `configs/small/` (soft mask, after `tiny.yaml`) instead of `configs/paper/`, and omit
+# `vocabulary` and `in_caption_margin`: the default is BERT's vocabulary, and each of its 30,522 tokens is a dimension
+# ([commands](../start/own-data.md#2-train)).
 
 # %%
 (HOME / "mine.yaml").write_text("""\
@@ -92,12 +93,13 @@ trainer: {enable_progress_bar: false, enable_model_summary: false}
 # %% [markdown]
 # ## 4. Train three stages
 #
-# Stage 1 masks each text to its in-caption tokens, so that terms keep their meaning. Stage 2 freezes the image encoder and
-# lets texts activate other terms. Stage 3 trains both. Each stage exports `runs/tutorial/stageK/stair` after
-# `trainer.max_steps`, and the next stage starts from it. A step count that `val_check_interval` divides is validated at
-# its end.
+# Stage 1 masks each text to its in-caption tokens, so that terms keep their meaning. Stage 2 freezes the image encoder
+# and lets texts activate other terms. Stage 3 trains both. Each stage exports `runs/tutorial/stageK/stair` after
+# `trainer.max_steps`, and the next stage starts from it. Set `max_steps` to a multiple of `val_check_interval`, so that
+# the last step is validated.
 #
-# λ (`objective.flops_image`, `flops_text`) is the price of an active term: raise it until embeddings are sparse enough.
+# λ (`objective.flops_image`, `flops_text`) is the weight of the sparsity loss: increase it until embeddings are sparse
+# enough.
 
 # %%
 sh(r"""
@@ -114,13 +116,13 @@ stage 3 --model.init_args.optimizer.warmup_steps 10 --trainer.max_steps 100 --tr
 """)
 
 # %% [markdown]
-# `--ckpt_path last` resumes an interrupted stage and skips a finished one: run the script again, and only missing work is
-# done.
+# `--ckpt_path last` resumes an interrupted stage and skips a finished one. If you run the script again, it does only
+# the missing work.
 #
 # ## 5. Measure
 #
-# The model never saw the validation pictures. Ties and empty embeddings count against it. `frequency baseline` in the
-# report is what the most common terms alone would reach.
+# The validation images were not used for training. Ties and empty embeddings count as misses. `frequency baseline` in
+# the report is the score that the most common terms alone would reach.
 
 # %%
 sh(r"""
@@ -146,9 +148,9 @@ stair search photos.index --words "stripes:2 purple" --k 3
 #
 # | You have | Change |
 # |---|---|
-# | A GPU and photographs | Leave out `tiny.yaml` and `configs/paper/`; encoders start pretrained |
+# | A GPU and photographs | Omit `tiny.yaml` and `configs/paper/`; training then starts from pretrained encoders |
 # | A CPU and photographs | `configs/small/` as in step 3; [commands](../start/own-data.md#2-train) |
-# | Too little memory | `--model.init_args.micro_batch_size 128`: the same loss, pairs are encoded in parts |
-# | Recall at chance | Train longer or lower λ; see [alarms](../operations/errors.md#alarms) |
-# | Dense embeddings | A higher λ |
+# | Too little memory | `--model.init_args.micro_batch_size 128`: the loss is the same; pairs are encoded in parts |
+# | Recall at chance | Train longer, or decrease λ; see [alarms](../operations/errors.md#alarms) |
+# | Embeddings that are not sparse | Increase λ |
 # | Several sources | A mixture in `data.train` ([data](../guides/data.md#epochs-and-mixtures)) |

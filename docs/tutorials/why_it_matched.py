@@ -1,11 +1,12 @@
 # %% [markdown]
-# # Find out why a picture matched
+# # Find out why an image matched
 #
 # A dense model returns a number. A STAIR score is a sum over shared terms, and each term comes from one patch of the
-# picture and one token of the text. This tutorial takes a hit apart, from the score to the patch, in under a minute.
+# image and one token of the text. This tutorial explains one hit, from its score to the image patch. It runs in under a
+# minute.
 #
-# It uses the model and the pictures of [the other tutorial](train_on_your_folder.py); run that one first. For your own
-# model change `HOME` and the query. Run it from the root of the clone: `python docs/tutorials/why_it_matched.py`.
+# It uses the model and the images of [the other tutorial](train_on_your_folder.py); run that tutorial first. For your
+# own model, change `HOME` and the query. Run it from the root of the clone: `python docs/tutorials/why_it_matched.py`.
 
 # %%
 import itertools
@@ -39,11 +40,11 @@ best = hits[0]
 assert abs(best.score - sum(term.contribution for term in best.terms)) < 1e-6
 
 # %% [markdown]
-# ## 2. What the query says
+# ## 2. The terms of the query
 #
-# A text may activate terms that it does not contain: expansions. They let `scarlet` find `red`. An expansion that you do
-# not understand is a reason to raise λ or to look at the training captions. A word that is missing here cannot match:
-# minutes of training do not teach `star`.
+# A text may activate terms that it does not contain. These expansions let `scarlet` find `red`. If you do not
+# understand an expansion, increase λ or look at the training captions. A word that is missing here cannot match: the
+# model does not learn `star` in minutes of training.
 
 # %%
 text = read_text(model, QUERY)
@@ -51,10 +52,10 @@ for n, (term, weight) in enumerate(zip(text.terms, text.weights, strict=True)):
     print(f"{weight:.3f}  {term}{'  (expansion)' if text.expands(n) else ''}")
 
 # %% [markdown]
-# ## 3. Where in the picture
+# ## 3. The patches of the image
 #
-# A picture's weight of a term is a maximum over patches. The patch of the maximum gets the whole contribution. So the
-# contributions of the patches add up to the score too.
+# The weight of a term in an image is a maximum over patches. The patch with the maximum gets the whole contribution of
+# the term, so the contributions of the patches also add up to the score.
 
 # %%
 picture = Image.open(HOME / "photos" / best.id)
@@ -65,17 +66,17 @@ row, column = divmod(int(heat.argmax()), heat.shape[1])
 print(f"{heat.max() / heat.sum():.0%} of the score comes from patch row {row}, column {column} of {heat.shape}")
 
 # %% [markdown]
-# The command draws the same as heat maps over the picture, as a page or as a PNG:
+# The command `stair explain` draws the contributions as heat maps over the image, as an HTML page or a PNG:
 
 # %%
 command = [Path(sys.executable).with_name("stair"), "explain", HOME / "stage3" / "stair", HOME / "why.html"]
 subprocess.run([*command, "--image", HOME / "photos" / best.id, "--text", QUERY], check=True)
 
 # %% [markdown]
-# ## 4. Why another picture did not match
+# ## 4. Why another image did not match
 #
-# Compare the terms of both sides. A term of the query that the picture lacks has either not been learned for such pictures,
-# or another term took its place.
+# Compare the terms of the query and of the image. If the image lacks a term of the query, the model has not learned the
+# term for such images, or it uses another term instead.
 
 # %%
 last = index.search(QUERY, k=len(index))[-1]
@@ -86,18 +87,19 @@ print("terms of the query that it lacks:", sorted(set(text.terms) - set(seen.ter
 # %% [markdown]
 # ## 5. Change the query by hand
 #
-# Terms are weights, so a query can be edited. Raise a term, drop one, or forbid one with a minus: no model is needed.
+# A query is a list of terms with weights, so you can edit it. Increase a weight, remove a term, or give a term a
+# negative weight with a minus sign. No model is needed.
 
 # %%
 for words in ("stripes purple", "stripes:2 purple", "stripes -purple"):
     print(words, "→", [(hit.id, round(hit.score, 2)) for hit in index.search(words=words, k=3)])
 
 # %% [markdown]
-# ## 6. How few terms are enough
+# ## 6. How many terms are enough
 #
-# Keep only the heaviest terms of each picture, and see whether the result changes. `stair embed --top 64` prunes
-# embeddings, and `stair evaluate` measures the loss of recall for several cuts. The model compares by cosine, so scores
-# rise when a picture loses terms.
+# Keep only the heaviest terms of each image, and check whether the result changes. `stair embed --top 64` prunes
+# embeddings, and `stair evaluate` measures recall for several numbers of terms. The model uses cosine similarity, so
+# scores rise when an image loses terms.
 
 # %%
 photos = sorted((HOME / "photos").glob("val-*.png"))
@@ -117,7 +119,7 @@ for top in (1, 2, 4, 8, 1000):
 #
 # | You see | Likely reason |
 # |---|---|
-# | The right term on the wrong patch | The encoder mixes positions: the patch of a maximum need not show the object |
-# | A term that means nothing | A code: see the [vocabulary probe](../guides/evaluation.md#vocabulary-probe) |
+# | The right term on the wrong patch | The encoder mixes positions: the patch with the maximum may not show the object |
+# | A term unrelated to the image | The model uses the term as a code; see the [vocabulary probe](../guides/evaluation.md#vocabulary-probe) |
 # | Only background terms | Captions rarely name the object, or training was short |
 # | `dog` does not match `dogs` | Terms are tokens without lemmatisation |
