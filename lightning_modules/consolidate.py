@@ -14,7 +14,7 @@ _FAMILIES = {family.family: family for family in (Stair, DenseClip)}
 
 
 def consolidate(checkpoint: str, out: str) -> None:
-    """Writes the model of a checkpoint as a folder for `from_pretrained`. No stage starts from it.
+    """Writes the model of a checkpoint as a folder for `from_pretrained`. A stage cannot start from this folder.
 
     Args:
         checkpoint: a checkpoint file of a training.

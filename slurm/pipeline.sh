@@ -1,9 +1,9 @@
 #!/bin/bash
-# Queues the three stages, each to start when the one before has finished:
+# Queues the three stages. Each starts when the previous one has finished:
 #   RUN=runs/mine DATA_TRAIN='shards/{0000..0999}.tar' DATA_VAL='{coco: val/*.tar}' slurm/pipeline.sh [--from K] [--to K] [arguments]
-# The settings are those of this moment: files that change later do not change the jobs.
-# SBATCH_OPTIONS holds options of sbatch for all stages: SBATCH_OPTIONS='--nodes=16 --partition=gpu'
-# The variables and arguments are those of the stages' scripts, see run_stage.sh.
+# The settings are resolved on submission: later changes to files do not affect the jobs.
+# SBATCH_OPTIONS holds the sbatch options for all stages: SBATCH_OPTIONS='--nodes=16 --partition=gpu'
+# run_stage.sh lists the variables and arguments.
 STAIR_HOME="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$STAIR_HOME/slurm/settings.sh"
 
@@ -25,18 +25,18 @@ if [ -n "${SBATCH_OPTIONS:-}" ]; then
 fi
 for option in "${options[@]}"; do
     case "$option" in
-        --signal=*) export SBATCH_SIGNAL="${option#*=}" ;; # for the jobs, which compare its lead with their time
+        --signal=*) export SBATCH_SIGNAL="${option#*=}" ;; # the jobs compare its lead time with their time limit
     esac
 done
 
 export RUN RESTARTS STRATEGY
 stamp="$(date +%Y%m%d-%H%M%S)-$$"
-for STAGE in $(seq "$from" "$to"); do # all of them before the first job is queued
+for STAGE in $(seq "$from" "$to"); do # resolve all settings before the first job is queued
     resolve "$RUN/jobs/stage$STAGE-$stamp.yaml" "$@"
 done
 for STAGE in $(seq "$from" "$to"); do
     export STAIR_SETTINGS="$RUN/jobs/stage$STAGE-$stamp.yaml"
-    # a stage whose predecessor failed is cancelled; SLURM would let it wait for ever
+    # if a stage fails, the next one is cancelled; by default, SLURM would leave it pending forever
     job="$(sbatch --parsable --kill-on-invalid-dep=yes "${options[@]}" ${after:+"--dependency=afterok:$after"} \
         "$STAIR_HOME/slurm/stage$STAGE.sh" "$@")" || exit
     after="${job%%;*}"

@@ -1,18 +1,18 @@
-# The body of stage1.sh, stage2.sh and stage3.sh. These hold only their STAGE and their requests to SLURM.
+# The common part of stage1.sh, stage2.sh and stage3.sh, which contain only STAGE and the #SBATCH options.
 #
-# RUN         folder of the run. Stage k works in RUN/stagek and starts from RUN/stage(k-1)/stair. Needed.
+# RUN         folder of the run. Stage k writes to RUN/stagek and starts from RUN/stage(k-1)/stair. Required.
 # DATA_TRAIN  shard spec of the training data, or a mixture '{name: spec, ...}'. The same as --data.train.
 # DATA_VAL    '{name: spec, ...}', or one spec. The same as --data.val.
 # STRATEGY    ddp or fsdp2: an overlay in configs/hardware. Default: ddp.
 # RECIPE      a folder in configs with an overlay for each stage: paper, small. Default: none.
-# RESTARTS    how often the job may restart itself after a crash. Default: 0.
-# Relative paths start in the folder where sbatch was called. Arguments after the script go to the program and win over the
-# variables: sbatch slurm/stage2.sh --data.workers 12. In an array job (sbatch --array=0-4) the task's number is the seed,
-# and RUN/seedN the folder of the run.
+# RESTARTS    maximum number of restarts after a crash. Default: 0.
+# Paths are relative to the folder where sbatch was called. Arguments after the script are passed to the program and
+# override the variables: sbatch slurm/stage2.sh --data.workers 12. In an array job (sbatch --array=0-4), the array index N
+# is the seed, and the folder of the run is RUN/seedN.
 set -u
 source "$STAIR_HOME/slurm/settings.sh"
 
-# SLURM signals the steps, some versions also this shell: it waits for its tasks
+# SLURM sends the signal to the job steps and, in some versions, also to this shell, which must wait for its tasks
 trap '' USR1
 trap : TERM
 
@@ -33,11 +33,11 @@ esac
 me="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}"
 me="${me:-$SLURM_JOB_ID}"
 
-job_field() { # NAME: of scontrol's description of this job
+job_field() { # NAME: a field of `scontrol show job` for this job
     scontrol show job -o "$me" 2> /dev/null | sed -n "s/.* $1=\([^ ]*\).*/\1/p"
 }
 
-# SLURM tells no job the lead of its signal. sbatch takes SBATCH_SIGNAL before the line in the script
+# SLURM does not tell a job the lead time of its signal. For sbatch, SBATCH_SIGNAL overrides the line in the script
 lead="${SBATCH_SIGNAL:-$(sed -n 's/^#SBATCH --signal=//p' "$0" 2> /dev/null)}"
 case "$lead" in
     *@*) lead="${lead##*@}" ;;
@@ -51,7 +51,7 @@ if [[ "$limit" =~ ^(([0-9]+)-)?([0-9]+):([0-9]+):([0-9]+)$ ]]; then
         refuse "--time=$limit ($seconds s) is not longer than the lead of --signal ($lead s): each start would end before it trains. Give a longer --time, or a shorter lead by SBATCH_SIGNAL=SIGUSR1@60 in the environment of sbatch"
 fi
 
-# ---- the settings: those of the first start, or of submission by pipeline.sh. A later start has the same
+# ---- the settings: resolved at the first start, or by pipeline.sh on submission. Later starts use the same settings
 
 seeds=()
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
@@ -98,11 +98,11 @@ no_restart() { # REASON
 
 rm -f "$STAIR_JOB.error"
 command=(lightning fit --config "$settings" --run "$RUN" --ckpt_path last "${seeds[@]}")
-export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun has not inherited it since SLURM 22.05
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # since SLURM 22.05, srun does not inherit it
 echo "stair, stage $STAGE: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), ${SLURM_JOB_NODELIST:-}:"
 echo "srun ${command[*]@Q}"
-# a signal that comes before Python listens waits, where `env` can say so (coreutils 8.31); else SIGUSR1 does no harm until
-# Python's first line (stair/launch.py)
+# block signals until Python handles them, if `env` supports it (coreutils 8.31). Otherwise SIGUSR1 is ignored until Python's
+# first line (stair/launch.py)
 hold=()
 env --block-signal=USR1 true 2> /dev/null && hold=(env --block-signal=USR1 --block-signal=TERM)
 srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$@"' stage "${hold[@]}" "${command[@]}"

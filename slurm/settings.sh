@@ -1,4 +1,4 @@
-# What run_stage.sh and pipeline.sh share: the variables in the environment, and the settings that follow from them.
+# Shared by run_stage.sh and pipeline.sh: checks the environment variables and resolves the settings.
 
 refuse() { # MESSAGE
     echo "stair, stage ${STAGE:-s}: $*" >&2
@@ -8,7 +8,7 @@ refuse() { # MESSAGE
 # ---- the environment
 
 export STAIR_HOME
-set +u # what a site loads may fail on a login node, or ask for variables that are not set
+set +u # site scripts may fail on a login node, or use unset variables
 source "$STAIR_HOME/slurm/site.sh" || refuse "no checkout at STAIR_HOME=$STAIR_HOME"
 set -u
 
@@ -35,8 +35,8 @@ fi
 
 # ---- the settings
 
-# resolve FILE ARGS...: writes all settings of stage STAGE to FILE, so that no later change of a file reaches the job. Ends
-# the script where they cannot be used.
+# resolve FILE ARGS...: writes all settings of stage STAGE to FILE, so that later changes to config files do not affect the
+# job. Exits if the settings are not valid.
 resolve() {
     local file="$1" text name given files=("$STAIR_HOME/configs/stage$STAGE.yaml")
     shift

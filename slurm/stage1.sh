@@ -1,7 +1,8 @@
 #!/bin/bash
-# Stage 1 as a SLURM job, from the checkout's root; run_stage.sh lists the variables:
+# Stage 1 as a SLURM job. Submit it from the root of the checkout; run_stage.sh lists the variables:
 #   RUN=runs/mine DATA_TRAIN='shards/{0000..0999}.tar' DATA_VAL='{coco: val/*.tar}' sbatch slurm/stage1.sh [arguments]
-# Other sizes: sbatch --nodes=16 slurm/stage1.sh. A task drives a GPU: --ntasks-per-node and --gpus-per-node go together.
+# Other sizes: sbatch --nodes=16 slurm/stage1.sh. Each task uses one GPU: set --ntasks-per-node and --gpus-per-node to the
+# same number.
 #SBATCH --job-name=stair-stage1
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

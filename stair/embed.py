@@ -44,24 +44,25 @@ def embed(
     device: str = "auto",
     format: Literal["safetensors", "parquet"] = "safetensors",
 ) -> dict[str, Any]:
-    """Embeds pictures or texts. Run again after an interruption, it goes on where it stopped.
+    """Embeds pictures or texts. After an interruption, the same command continues where it stopped.
 
     Args:
         model: folder of a saved model, or its name on the hub.
-        source: a folder of pictures, tars (a pattern in quotes), a csv, tsv, jsonl or parquet table, or - for standard
+        source: a folder of pictures; tars (a quoted pattern); a csv, tsv, jsonl or parquet table; or - for standard
             input.
         out: folder of the embeddings.
         side: embed the pictures or the texts of the source.
-        column: column of a table with paths of pictures (in parquet also bytes, or Hugging Face's {bytes, path}), or
-            with texts; `image` or `text` by default.
-        id_column: column of a table with ids, as typed; by default `id`, or numbers of rows if there is no such column.
-        top: keep at most this many terms of each, the heaviest.
-        threshold: keep only weights above this.
-        batch_size: how many are encoded at a time.
-        workers: processes that read and decode pictures; 0 for none besides this one.
-        part_size: items of one file.
-        share: R/N: of N processes this is number R, from 0; it makes every N-th part.
-        device: cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.
+        column: table column with the paths of pictures (in parquet also bytes, or Hugging Face's {bytes, path}) or with
+            texts; by default `image` or `text`.
+        id_column: table column with ids, which are used unchanged; by default `id`, or row numbers if there is no such
+            column.
+        top: maximum number of terms per item; the heaviest are kept.
+        threshold: keep only weights above this value.
+        batch_size: number of items encoded at a time.
+        workers: number of processes that read and decode pictures; 0 uses the main process.
+        part_size: number of items per file.
+        share: R/N: this is process R (from 0) of N; it writes every N-th part.
+        device: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.
         format: file format.
     """
     for name, value in (("batch_size", batch_size), ("part_size", part_size), ("top", top)):

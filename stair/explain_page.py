@@ -28,16 +28,16 @@ def explain_command(
     other_text: str | None = None,
     num_terms: int = 12,
 ) -> None:
-    """Shows why two items match, or the terms of one: which patch or token produces which term.
+    """Shows why two items match, or the terms of one item: which patch or token produces which term.
 
     Args:
         model: folder of an exported model, or its name on the hub.
         out: file to write, `.png` or `.html`.
         image: an image.
-        text: a text. Image and text together: why these two match.
+        text: a text. With an image and a text, shows why they match.
         other_image: a second image.
         other_text: a second text.
-        num_terms: how many terms are shown.
+        num_terms: number of terms shown.
     """
     if out.suffix not in (".png", ".html"):
         raise ValueError(f"{out} ends in {out.suffix!r}; give a name that ends in .png or .html")

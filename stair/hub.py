@@ -55,15 +55,15 @@ def push(
     private: bool = False,
     message: str = "Upload a STAIR model",
 ) -> None:
-    """Uploads a saved model with its card to the hub, under your own log-in (`hf auth login`).
+    """Uploads a saved model with its model card to the hub, with your own login (`hf auth login`).
 
     Args:
         model: folder of a saved model.
-        name: USER/MODEL on the hub; made if it does not exist.
+        name: USER/MODEL on the hub; created if it does not exist.
         licence: licence of the weights, such as apache-2.0 or cc-by-nc-4.0; depends on the training data.
-        data: what it was trained on, in a sentence or two.
-        results: json for the card: the evaluation.json of `stair evaluate`, or measures by name.
-        private: whether only you can see it, if it is made.
+        data: description of the training data, in one or two sentences.
+        results: JSON file for the card: the evaluation.json of `stair evaluate`, or an object of metrics by name.
+        private: whether a newly created model is private.
         message: commit message.
     """
     if name.count("/") != 1:

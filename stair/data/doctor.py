@@ -53,24 +53,24 @@ def doctor(
     seconds: float = 10.0,
     write_index: bool = False,
 ) -> dict[str, Any]:
-    """Prints what is wrong with shards and which setting changes it.
+    """Prints problems of shards and the setting that corrects each.
 
     Args:
-        data: shards as --data.train takes them: paths, globs, brace patterns, URLs, or '{name: spec, ...}'.
-        configs: the run's files, from which its settings are read: '[configs/stage1.yaml, configs/data/flickr8k.yaml]'.
-        vocabulary: a vocab.txt, a folder with one, or a name on the hub, to measure captions with.
-        max_tokens: longest caption that the run keeps.
-        image_size: side of the images that the model takes, in pixels.
-        global_batch_size: pairs a step of the run.
-        workers: reading processes a rank of the run.
-        train_samples: pairs in all shards together, where they cannot be counted.
-        ranks: processes that train.
+        data: shards in the form of --data.train: paths, globs, brace patterns, URLs, or '{name: spec, ...}'.
+        configs: config files of the run, whose settings are used: '[configs/stage1.yaml, configs/data/flickr8k.yaml]'.
+        vocabulary: a vocab.txt, a folder with one, or a name on the hub, to tokenize captions.
+        max_tokens: maximum length of a caption in tokens; longer captions are truncated.
+        image_size: side of the model's input images, in pixels.
+        global_batch_size: pairs per step of the run.
+        workers: data-loading processes per rank of the run.
+        train_samples: total number of pairs in the shards, if they cannot be counted.
+        ranks: number of training processes.
         samples: number of samples that are read and decoded from each source.
         seconds: time limit for counting samples of shards without an index.
-        write_index: read all of the local shards and write index.json beside them.
+        write_index: read all local shards and write index.json next to them.
 
     Returns:
-        What is known of each source, the findings, and whether one of them `stops` a run: the command's exit status is 1.
+        The facts about each source, the findings, and `stops`: whether a finding would stop a run (exit status 1).
     """
     given = {"vocabulary": vocabulary, "max_tokens": max_tokens, "image_size": image_size, "workers": workers}
     given |= {"global_batch_size": global_batch_size, "train_samples": train_samples}

@@ -35,30 +35,31 @@ def evaluate(
     no_probe: bool = False,
     batch_size: int = 64,
 ) -> dict[str, Any]:
-    """Measures a model: retrieval, classification, sparsity, search cost, and what its terms mean.
+    """Measures a model: retrieval, classification, sparsity, search cost and the meaning of its terms.
 
-    Prints tables, and writes evaluation.json, report.html and model_card.md, with the protocol of each figure.
+    Prints tables, and writes evaluation.json, report.html and model_card.md with the protocol of each result.
 
-    DATA is any number of `PLACE` or `name=PLACE`: tars (a path, a glob, a brace pattern), a folder of tars, or a folder
-    with a folder of images for each class. Tars with captions are ranked in both directions, unless more than half of their
-    images share their captions with others, as where captions only name a class. Where there are class names
-    (`classnames.json` or `classnames.txt` beside the tars, or the folders' names) images are also classified. A linear
-    probe follows if a train and a val part lie beside (`train-*.tar` and `val-*.tar`, or folders train/ and val/).
+    DATA is one or more `PLACE` or `name=PLACE`: tars (a path, a glob, a brace pattern), a folder of tars, or a folder with
+    one folder of images per class. Retrieval is measured in both directions on tars with captions, unless more than half
+    of the images share their captions with others, for example if captions only name a class. Classification is measured
+    if there are class names (`classnames.json` or `classnames.txt` next to the tars, or the names of the folders). A
+    linear probe is trained if there are a train and a val part (`train-*.tar` and `val-*.tar`, or folders train/ and val/).
 
     Args:
-        model: the folder of an exported model, or `open_clip:ARCHITECTURE:CHECKPOINT`,
-            `sentence_transformers:FOLDER` (extra `openclip`).
+        model: the folder of an exported model, `open_clip:ARCHITECTURE:CHECKPOINT`, or `sentence_transformers:FOLDER`
+            (extra `openclip`).
         data: sets to measure, separated by spaces: each PLACE or NAME=PLACE, such as mine='shards/val-*.tar'.
-        output: folder for the results; `MODEL-evaluation` if null, beside the model, or here for a third-party model.
-        split: which part of a folder is measured; by default the first of test, val, train that is there, else all.
-        classnames: file of class names for sets that have none beside them: a JSON list, or an object with `classes`
-            (`FILE:KEY` takes another key), or a `.txt` with a name on every line.
-        ks: the K of recall@K.
-        vocabulary: terms of the vocabulary probe for a model that has none (a BERT vocab.txt).
-        captions: number of captions of each image, the first ones; all if null. The usual protocol of COCO-5k takes 5.
-        limit: number of images of each set, the first ones; all if null.
-        no_probe: train no linear probe, which takes long for many classes.
-        batch_size: images encoded at a time.
+        output: folder for the results; if null, `MODEL-evaluation` next to the model, or in the working directory for a
+            third-party model.
+        split: the part of a folder to measure; by default the first of test, val, train that exists, else all.
+        classnames: file with class names for sets without their own: a JSON list, a JSON object with `classes`
+            (`FILE:KEY` selects another key), or a `.txt` with one name per line.
+        ks: values of K in recall@K.
+        vocabulary: a BERT vocab.txt with the terms of the vocabulary probe, for models without a vocabulary.
+        captions: use the first N captions of each image; all if null. The usual protocol of COCO-5k uses 5.
+        limit: use the first N images of each set; all if null.
+        no_probe: do not train the linear probe, which is slow for many classes.
+        batch_size: number of images encoded at a time.
     """
     require(min(ks, default=0) >= 1, "ks", ks, "numbers of at least 1")
     for name, value in (("batch_size", batch_size), ("captions", captions), ("limit", limit)):

@@ -57,7 +57,7 @@ class _TextGraph(_Graph):
 
 
 def onnx(model: str, out: Path) -> None:
-    """Writes image.onnx, text.onnx, and the tokenizer's files; outputs are the non-zero terms, pooling inside.
+    """Writes image.onnx, text.onnx and the tokenizer's files. The graphs include pooling and return the non-zero terms.
 
     Args:
         model: folder of a saved model, or its name on the hub.

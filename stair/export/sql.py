@@ -32,7 +32,7 @@ GROUP BY d.id, d.document HAVING score > 0 ORDER BY score DESC, d.document LIMIT
 
 
 def sqlite(index: Path, out: Path) -> None:
-    """Writes an SQLite database: tables terms, documents, postings, and in facts the statement that scores.
+    """Writes an SQLite database with the tables terms, documents and postings; table facts has the scoring query.
 
     Args:
         index: folder of the index.
@@ -46,7 +46,7 @@ def sqlite(index: Path, out: Path) -> None:
 
 
 def duckdb(index: Path, out: Path) -> None:
-    """Writes a DuckDB database: tables terms, documents, postings, and in facts the statement that scores.
+    """Writes a DuckDB database with the tables terms, documents and postings; table facts has the scoring query.
 
     Args:
         index: folder of the index.

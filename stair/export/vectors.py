@@ -17,13 +17,13 @@ _NAMES = uuid.UUID("6d2ab1f2-6f0f-5a53-9d0c-2f0f5b1f5a11")  # Qdrant's ids are n
 
 
 def qdrant(index: Path, out: str, collection: str = "stair") -> None:
-    """Fills a new Qdrant collection, or writes what its server takes.
+    """Fills a new Qdrant collection, or writes the request bodies for a server to a file.
 
     Args:
         index: folder of the index.
-        out: `http://host:6333` of a server; a folder for the client's local mode; or a file ending in .jsonl: one body of
-            `PUT /collections/NAME/points` a line, the first being that of `PUT /collections/NAME`.
-        collection: its name.
+        out: `http://host:6333` of a server; a folder for the client's local mode; or a file ending in .jsonl: the
+            first line is the body of `PUT /collections/NAME`, each further line a body of `PUT /collections/NAME/points`.
+        collection: name of the collection.
     """
     requests = batches(map(_qdrant_point, rows(opened(index, "Qdrant", int64=True))))
     if out.endswith(".jsonl"):
@@ -47,12 +47,12 @@ def _qdrant_point(row: Row) -> dict[str, Any]:
 
 
 def milvus(index: Path, out: str, collection: str = "stair") -> None:
-    """Fills a new Milvus collection: field `terms`, a sparse vector under an inner-product index; `id` and json fields.
+    """Fills a new Milvus collection: sparse vectors in `terms` with an inner-product index, `id`, and JSON fields.
 
     Args:
         index: folder of the index.
         out: `http://host:19530` of a server, or a path ending in .db for Milvus Lite.
-        collection: its name.
+        collection: name of the collection.
     """
     documents = opened(index, "Milvus", longest_id=65_535, int64=True)
     library = import_extra("pymilvus", "pymilvus", "export")
@@ -87,11 +87,11 @@ def _quiet_milvus(address: str) -> Iterator[None]:
 
 
 def seismic(index: Path, out: Path) -> None:
-    """Builds a Seismic index (approximate; it keeps weights in 16-bit floats, ids, and no metadata) and saves it.
+    """Builds and saves a Seismic index: approximate search, 16-bit float weights, ids, no metadata.
 
     Args:
         index: folder of the index.
-        out: path of the saved index, to which Seismic adds `.index.seismic`.
+        out: path of the saved index; Seismic appends `.index.seismic`.
     """
     documents = opened(index, "Seismic")
     library = import_extra("seismic", "pyseismic-lsr", "export")

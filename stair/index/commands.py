@@ -22,15 +22,15 @@ def index(
     replace: bool = False,
     verify: bool = False,
 ) -> dict[str, Any]:
-    """Makes or changes an index: deletes documents and adds embeddings in one step, all or none of it.
+    """Creates or changes an index: deletes documents and adds embeddings in one atomic step.
 
     Args:
-        paths: folder of the index, then folders or files of embeddings (`stair embed`) to add to it. Without an index
-            there, one is made.
+        paths: folder of the index, then folders or files of embeddings (`stair embed`) to add to it. If there is no
+            index, it is created.
         delete: id of a document to delete.
-        delete_from: file with an id on each line, all to be deleted.
-        replace: documents that are added replace those of the same id; without it, they are refused.
-        verify: compare the checksum and all numbers.
+        delete_from: file with one id per line; these documents are deleted.
+        replace: added documents replace documents with the same id; without it, an existing id is an error.
+        verify: check the checksum and all numbers.
     """
     folder, embeddings = Path(paths[0]), paths[1:]
     deleted = [delete] if delete is not None else []
@@ -69,19 +69,20 @@ def search(
     k: int = 10,
     shown: int = 5,
 ) -> list[dict[str, Any]]:
-    """Finds the documents of highest score: exact dot products, with the terms that make them.
+    """Finds the documents with the highest scores (exact dot products) and shows the terms that contribute.
 
     Args:
         index: folder of the index.
-        text: what to look for; needs the model.
+        text: query text; needs the model.
         model: folder or hub name of the model of the index, for texts and pictures.
-        image: a picture to look for.
+        image: query picture; needs the model.
         words: weighted words instead of a text, such as 'dog:2 beach -people'; no model needed.
-        like: id of a document to find neighbours of.
-        where: conditions on metadata with ` and ` between, such as 'split=test and year>=2010'; `stair:file` and
-            `stair:id` are the source file and the id. Names and values with signs or ` and ` go between double quotes.
-        k: how many hits.
-        shown: how many shared terms of each.
+        like: id of a document whose neighbours are searched.
+        where: conditions on metadata, joined by ` and `, such as 'split=test and year>=2010'; `stair:file` and
+            `stair:id` are the source file and the id. Put names and values that contain operators or ` and ` in double
+            quotes.
+        k: number of hits.
+        shown: number of shared terms shown per hit.
     """
     if (text is not None) + (image is not None) + (words is not None) + (like is not None) != 1:
         raise SettingError("give one of --text, --image, --words, --like", "text")

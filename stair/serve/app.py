@@ -212,13 +212,13 @@ def application(index: SparseIndex, model: Stair, pictures: Path | None, hosts: 
 
 
 def serve(index: Path, model: str, pictures: Path | None = None, host: str = "127.0.0.1", port: int = 8080) -> None:
-    """Serves the search page, by default to this machine only.
+    """Serves the search page, by default only on this machine.
 
     Args:
         index: folder of the index.
         model: folder or hub name of the index's model.
-        pictures: folder of the pictures: what `stair embed` was given, or the folder of its tars.
-        host: address to listen on. There is no log-in: whoever reaches it can search and see all pictures.
+        pictures: folder of the pictures: the one passed to `stair embed`, or the folder of its tars.
+        host: address to listen on. There is no authentication: anyone who can reach it can search and see all pictures.
         port: port to listen on.
     """
     if pictures is not None and not pictures.is_dir():

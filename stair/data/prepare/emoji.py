@@ -91,13 +91,13 @@ def _glyph(font: Font, point: int) -> Image.Image:
 def emoji(
     out: Path, font: Path | list[Path] | None = None, image_size: int = 64, views: int = 8, **settings: Any
 ) -> None:
-    """Emoji of fonts on this machine with their Unicode names: a data set without a network.
+    """Emoji from fonts on this machine, with captions from their Unicode names: a data set that needs no download.
 
     Args:
         out: folder of the shards.
-        font: font files; without, all on this machine that have emoji, as fontconfig knows them.
+        font: font files; by default all fonts with emoji that fontconfig finds on this machine.
         image_size: side of the images, in pixels.
-        views: drawings of each emoji in each font; one is kept for validation.
+        views: drawings of each emoji in each font; one of them is used for validation.
     """
     require(image_size >= 16, "image_size", image_size, "at least 16 pixels")
     require(views >= 2, "views", views, "at least 2: validation takes one")

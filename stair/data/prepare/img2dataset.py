@@ -18,13 +18,13 @@ from stair.images import decode_image
 
 
 def cc(folder: Path, mend: bool = False, max_bad_share: float = 0.05, workers: int = 0) -> None:
-    """CC3M, CC12M, LAION, ... as img2dataset fetched them: checked and indexed where they are.
+    """CC3M, CC12M, LAION, ... as downloaded by img2dataset: checks and indexes the shards in place.
 
     Args:
-        folder: img2dataset's output folder (webdataset format). For a .tsv of addresses, prints how to fetch it.
-        mend: write shards with bad samples anew without these; else nothing is rewritten.
-        max_bad_share: greatest share of samples that are bad or missing.
-        workers: processes; 0 is one for each core.
+        folder: img2dataset's output folder (webdataset format). For a .tsv of URLs, prints how to download it.
+        mend: rewrite shards that have bad samples, without these samples; by default no shard is rewritten.
+        max_bad_share: maximum share of samples that are bad or missing.
+        workers: number of processes; 0 uses one per core.
     """
     if folder.is_file():
         raise FileError(_command(folder), folder)

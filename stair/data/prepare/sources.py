@@ -74,12 +74,13 @@ def folder(
     """Images in a folder and a table of their captions.
 
     Args:
-        captions: table with a line for each caption or each image: .csv, .tsv, .jsonl or .parquet.
-        images: folder in which the table's paths are found; none may lead out of it.
+        captions: table with one row per caption or per image: .csv, .tsv, .jsonl or .parquet.
+        images: folder that the table's paths are relative to; no path may lead outside it.
         out: folder of the shards.
         split: shards are named SPLIT-00000.tar, ...
-        image_column: column of paths; by default one with a usual name, such as image, file_name or path.
-        caption_column: column of captions or of lists of them; by default one such as caption, text or title.
+        image_column: column of paths; by default a common name, such as image, file_name or path.
+        caption_column: column of captions or of lists of captions; by default a common name, such as caption, text or
+            title.
         delimiter: separator of cells; by default a comma in .csv and .txt, a tab in .tsv.
     """
     table = open_table(captions, delimiter)
@@ -125,7 +126,7 @@ def karpathy(captions: Path, images: Path, out: Path, **settings: Any) -> None:
 
     Args:
         captions: dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json.
-        images: folder of the images; COCO's in train2014 and val2014 below it or all in it.
+        images: folder of the images; COCO's can be in its subfolders train2014 and val2014.
         out: folder of the shards.
     """
     splits: dict[str, list[Input]] = {}
@@ -147,14 +148,14 @@ def karpathy(captions: Path, images: Path, out: Path, **settings: Any) -> None:
 def classes(
     images: Path, out: Path, split: str = "test", names: Path | None = None, template: str = "{}", **settings: Any
 ) -> None:
-    """A folder of images for each class, for zero-shot evaluation; writes classnames.json too.
+    """One folder of images per class, for zero-shot evaluation. Also writes classnames.json.
 
     Args:
-        images: folder of the classes' folders; a class's label is its position among the sorted folders.
+        images: folder with one folder per class; the label of a class is its position among the sorted folders.
         out: folder of the shards.
         split: shards are named SPLIT-00000.tar, ...
-        names: names of the classes: JSON or lines `folder name`. Without, the folders' names.
-        template: caption of each image; {} is the class's name.
+        names: file with class names: JSON, or lines `folder name`; by default the names of the folders.
+        template: caption of each image; {} is replaced by the class name.
     """
     try:
         if template.format("a") == template.format("b"):
@@ -199,13 +200,13 @@ class ImageCells:
 def datasets(
     data: Path, out: Path, image_column: str | None = None, caption_column: str | None = None, **settings: Any
 ) -> None:
-    """A Hugging Face data set on disk: what `save_to_disk` wrote, or parquet files. Its order is kept.
+    """A Hugging Face dataset on disk: written by `save_to_disk`, or parquet files. The order of samples is kept.
 
     Args:
-        data: its folder.
+        data: folder of the dataset.
         out: folder of the shards.
-        image_column: column of images; by default the first of that type.
-        caption_column: column of captions; by default one such as caption or text, else the names of the classes.
+        image_column: column of images; by default the first image column.
+        caption_column: column of captions; by default a common name, such as caption or text, else the class names.
     """
     images = ImageFiles.of(data)
     splits = _arrow_files(images.root)
