@@ -109,7 +109,8 @@ def checkpoint_to_resume(given: str | None, home: Path, export: Path, inputs: di
     last, traces = checkpoint_path(home, "last"), _traces(home, export)
     saved = [path for path in traces if path.suffix == ".ckpt" or path == export]
     untrained = saved == [last] and read_checkpoint(last).get("global_step") == 0  # as after an error in the first step
-    path = checkpoint_path(home, given) if given in ("last", "best") else Path(given) if given else None
+    remote = given is not None and is_remote(given)  # Lightning reads it, by weights_only
+    path = checkpoint_path(home, given) if given in ("last", "best") else Path(given) if given and not remote else None
     state = read_checkpoint(path) if path is not None and (given != "last" or path.exists()) else None
     inside = path is not None and state is not None and home.resolve() in path.resolve().parents
     if traces and not inside and not untrained:
@@ -120,7 +121,7 @@ def checkpoint_to_resume(given: str | None, home: Path, export: Path, inputs: di
             traces[0],
         )
     if path is None or state is None:
-        return None
+        return given if remote else None
     recorded = state.get("callbacks", {}).get("StageTransition", {}).get("inputs", {})
     # without a step left nothing is trained with settings that are new. Else only _FIXED cannot change
     done = 0 < (inputs["trainer.max_steps"] or 0) <= state.get("global_step", 0)

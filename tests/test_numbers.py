@@ -74,11 +74,12 @@ def test_a_run_in_fp16_finds_the_scale_of_its_gradients_without_an_alarm(scenes,
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the (loss is not finite|first batch)")
 def test_embeddings_that_overflow_fp16_stop_the_run_and_hand_nothing_over(scenes, tmp_path, monkeypatch):
     embed = StairStage.embed
     monkeypatch.setattr(StairStage, "embed", lambda *them: {k: 1e6 * v for k, v in embed(*them).items()})
     first, second = (stage_args(scenes, 1, tmp_path / run, *LONGER, *FP16) for run in "rs")
-    with pytest.raises(RuntimeError, match=r"first batch's logits are not finite, so .*scale_start cannot be measured"):
+    with pytest.raises(RuntimeError, match=r"first batch's logits are not finite"):
         main([*first, *MEASURE])
     with pytest.raises(RuntimeError, match=r"the loss is not finite at step .* without these steps is saved.* bf16"):
         main(second)
@@ -86,6 +87,7 @@ def test_embeddings_that_overflow_fp16_stop_the_run_and_hand_nothing_over(scenes
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the gradient is not finite")
 def test_gradients_that_overflow_fp16_at_any_scale_stop_the_run(scenes, tmp_path):
     breaking = ("--trainer.callbacks+", "tests.test_stages.BreaksGradients")
     with pytest.raises(RuntimeError, match=r"the gradient is not finite at step .*, and .* steps in a row were so"):
@@ -97,6 +99,7 @@ def test_gradients_that_overflow_fp16_at_any_scale_stop_the_run(scenes, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the loss has been log N")
 def test_captions_that_are_all_the_same_raise_the_alarm(scenes, tmp_path):
     for path in scenes.iterdir():
         if path.suffix != ".idx":
@@ -115,6 +118,7 @@ def test_captions_that_are_all_the_same_raise_the_alarm(scenes, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the loss (has been|is not)")
 @pytest.mark.parametrize("rate", ["0.5", "1e20"])  # 0.5: hundreds of times too high
 def test_a_rate_beyond_reason_stops_the_run_and_hands_nothing_over(scenes, tmp_path, rate):
     with pytest.raises(RuntimeError, match=r"not finite|the run is dead"):

@@ -255,6 +255,7 @@ def test_a_fit_that_is_killed_goes_on_with_the_batches_it_would_have_seen(tmp_pa
             os.killpg(sender.pid, signal.SIGKILL)
             break
     sender.wait()
+    sender.stdout.close()
     again = start(tmp_path, "killed", *more, "--ckpt_path", "last").communicate(timeout=800)[0]
     resumed = seen(again)
     assert 0 < min(step for _, step in resumed) <= 9 and len(resumed) < len(whole), again[-2000:]
