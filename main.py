@@ -11,7 +11,6 @@ if __name__ == "__main__":  # before anything is imported that takes time
 
     prepare(sys.argv[1:])
 
-import gc
 import warnings
 from logging import LogRecord
 from pathlib import Path
@@ -49,7 +48,6 @@ def main(args: list[str] | None = None) -> StairCLI:
     Args:
         args: the arguments after the command; those of the process if None.
     """
-    gc.enable()  # which `prepare` switched off
     for notice in _NOTICES:
         warnings.filterwarnings("ignore", notice)
     rank_zero_module.log.addFilter(_is_no_advertisement)

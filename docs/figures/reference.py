@@ -62,7 +62,7 @@ def _settings() -> Iterator[str]:
     from main import main
 
     yield "# Training settings\n\nGenerated from the parser of `lightning fit`, with the defaults of `configs/base.yaml`.\n"
-    words = _subcommands(_quietly(lambda: capture_parser(lambda: main(["fit"]))))
+    words = _subcommands(_quietly(lambda: capture_parser(lambda: main([]))))
     groups = {title: entries for title, entries in _groups(words["fit"].format_help()) if title != "Linked arguments"}
     for title in sorted(groups, key=lambda title: title == TRAINER):  # ours first
         prefixes = [name.lstrip("-").split(".")[:-1] for name, *_ in groups[title]] or [[]]
