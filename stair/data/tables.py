@@ -202,6 +202,10 @@ def _cells(path: Path, group: int, name: str) -> list[Any]:
         column = parquet.ParquetFile(path).read_row_group(group, columns=[name])[name]
         if pa.types.is_float32(column.type):  # 0.1 rather than 0.10000000149, which no filter names
             column = column.cast(pa.string()).cast(pa.float64())
+        if (
+            pa.types.is_timestamp(column.type) and column.type.unit == "ns"
+        ):  # else a value of pandas, where it is installed
+            column = column.cast(pa.timestamp("us", column.type.tz))
         return list(column.to_pylist())
     except (pa.ArrowException, OSError, ValueError) as error:  # damaged, or values that Python has no type for
         raise FileError(f"{path}: column {name!r} cannot be read: {error}", path) from error
