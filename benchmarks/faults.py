@@ -36,6 +36,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.stage import StairStage
 from main import main as train
 from stair import SparseIndex, Stair
+from tests.support.runs import stage_args as args_of_stage
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
@@ -219,17 +220,9 @@ def _awaited(child: int, strike_after: float | None) -> int:
 
 
 def stage_args(data: Path, run: Path, stage: int, ranks: int) -> list[str]:
-    """The command of a stage."""
-    return [
-        "fit",
-        *("--config", str(ROOT / f"configs/stage{stage}.yaml")),
-        *("--config", str(ROOT / "configs/model/tiny.yaml")),
-        *("--config", str(data / "small.yaml")),
-        *("--run", str(run), "--ckpt_path", "last"),
-        *("--data.train", str(data / "train-*.tar"), "--data.val", f"{{scenes: {data}/val-*.tar}}"),
-        *("--model.init_args.stair.vocabulary", str(data / "vocab.txt")),
-        *(("--trainer.devices", "2", "--trainer.strategy", "ddp_fork") if ranks == 2 else ()),
-    ]
+    """The command of a stage, which resumes it."""
+    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp_fork") if ranks == 2 else ()
+    return args_of_stage(data, stage, run, "--ckpt_path", "last", *two)
 
 
 def write_index(run: Path) -> None:

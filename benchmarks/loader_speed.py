@@ -13,8 +13,8 @@ In one process and by turns, the processor time an image costs (comparable on a 
 - ours: all of it, to the batch that a step is given (uint8; the model normalises).
 
 Then what its parts cost. Then with reading processes: images a second, time to the first batch (processes started
-within it), and memory over one long epoch, in eighths: that of the process itself, without the memory through which
-batches are handed over and without what files are mapped to. Memory that still rises in the last eighths wants more
+within it), and memory over one long epoch, in eighths: that of the process itself, without shared memory (which
+holds batches) and mapped files. Memory that still rises in the last eighths wants more
 `--batches`; `--rounds 0` leaves out the first part.
 
 Pictures of the size of photographs made of small ones: `benchmarks/mosaics.py`.

@@ -43,6 +43,9 @@ class Requeue(Callback):
 
     Args:
         every: how often several ranks check for a signal together, in steps, at least 1.
+
+    Raises:
+        SettingError: if `every` is below 1.
     """
 
     def __init__(self, every: int = 5) -> None:

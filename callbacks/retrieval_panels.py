@@ -38,6 +38,9 @@ class RetrievalPanels(Callback):
     Args:
         images: how many; 0 for none.
         terms: K, how many active terms of each, strongest first. At least 1.
+
+    Raises:
+        SettingError: if an argument is out of range.
     """
 
     def __init__(self, images: int = 16, terms: int = 10) -> None:

@@ -1,7 +1,8 @@
-"""From one stage to the next: load the exported model, export at the end.
+"""From one stage to the next: load the exported model, freeze what the stage freezes, export at the end.
 
-Loading happens in `setup("fit")`: the modules exist, the strategy has not wrapped them, and Lightning has not restored a
-checkpoint, whose weights win.
+Loading happens in `setup("fit")`: the modules exist, the strategy has not wrapped them (DDP and FSDP2 read `requires_grad`
+once), and Lightning has not restored a checkpoint, whose weights win. The stage's class names what is frozen; the next
+stage is a new module, in which everything trains again.
 """
 
 from pathlib import Path
@@ -19,7 +20,7 @@ from stair.towers import load_weights, read_description
 
 
 class StageTransition(Callback):
-    """Loads the previous stage's exported model, and exports this one's. The dense baseline only exports.
+    """Loads the previous stage's exported model, freezes sides, and exports. The dense baseline only exports.
 
     Args:
         init_from: exported model of the previous stage, RUN/stageK/stair. Stage 1 has none; stages 2 and 3 need one.
@@ -58,7 +59,7 @@ class StageTransition(Callback):
                 state["patience"] = callback.patience
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Loads weights.
+        """Loads weights and freezes.
 
         Raises:
             FileError: if `init_from` is missing, not of the previous stage, unfinished, or of another model.
@@ -66,6 +67,8 @@ class StageTransition(Callback):
         """
         if stage == "fit":
             self._init(pl_module)
+            for module in pl_module.frozen_modules():
+                module.requires_grad_(False).eval()
         elif self.init_from is not None and trainer.ckpt_path is None:  # evaluates an exported model
             folder = Path(self.init_from)
             exported_by = read_description(folder)["training"].get("stage")
@@ -157,7 +160,8 @@ def stage_before(module: ContrastiveModule | type[ContrastiveModule], init_stage
 def _check_scale(module: ContrastiveModule, similarity: str | None) -> None:
     """Checks a scale that is to be kept. `similarity` is that of the stage before, None if there is none."""
     kept, ours = isinstance(module, StairStage) and module.objective.scale_start == "keep", module.towers.similarity
-    allowed = f"{14.3 if ours == 'cosine' else 'measure'}: there is no scale of {ours!r} to keep, but of {similarity!r}"
+    start = "14.3" if ours == "cosine" else "measure"
+    allowed = f"{start}, as no earlier stage has a scale of {ours!r} (the previous similarity is {similarity})"
     require(not kept or similarity == ours, "objective.scale_start", "keep", allowed)
 
 

@@ -40,6 +40,9 @@ class Watchdog(Callback):
     Args:
         limit: seconds without a hook, longer than the slowest start, checkpoint or final count of an evaluation; 0 for no
             watchdog. Less than the 30 minutes after which NCCL and gloo time out.
+
+    Raises:
+        SettingError: if `limit` is negative.
     """
 
     def __init__(self, limit: float = 1200.0) -> None:

@@ -162,7 +162,7 @@ class IndexedPairs(Dataset[Made | StairError]):
         """
         pixels_B3SS, skips, pairs = self.make.empty(len(samples)), list[Skip](), list[Pair]()
         if get_worker_info():
-            pixels_B3SS.share_memory_()  # still empty: full, it would be copied where it is handed over
+            pixels_B3SS.share_memory_()  # while empty: a full tensor would be copied between the processes
         try:
             due = zip(samples, self._read(samples), strict=True)
             # read some, then decode some: by turns each would find the processor's caches full of the other's data

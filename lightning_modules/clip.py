@@ -20,6 +20,9 @@ class Clip(ContrastiveModule):
         pooling: `mean` of the positions, or the `class` token.
         scale_start: start of the learnable scale (inverse temperature), in (0, 100]; CLIP's 1/0.07.
         layout: `micro_batch_size`, `recompute` and `compile`, see `ContrastiveModule`.
+
+    Raises:
+        SettingError, ValueError: if an argument is out of range, or a tower cannot be built.
     """
 
     export_name = "clip"

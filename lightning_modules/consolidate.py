@@ -19,6 +19,9 @@ def consolidate(checkpoint: str, out: str) -> None:
     Args:
         checkpoint: a checkpoint file of a training.
         out: folder to write, which must not exist.
+
+    Raises:
+        FileError: if `checkpoint` is missing, damaged or of another program, or `out` exists.
     """
     source, target = Path(checkpoint), Path(out)
     if target.exists():

@@ -125,12 +125,15 @@ class ContrastiveModule(LightningModule):
         self.retrieval: Any = torch.nn.ModuleList([RetrievalRecall(RECALL_AT) for _ in self._sets])
         self.counts: Any = torch.nn.ModuleList([SetCounts() for _ in self._sets])
 
+    def frozen_modules(self) -> list[torch.nn.Module]:
+        """Encoders and heads of the frozen sides; `StageTransition` freezes them before DDP or FSDP2 wraps the model."""
+        return [module for name, module in self.towers.named_children() if name.startswith(self.frozen)]
+
     def train(self, mode: bool = True) -> "ContrastiveModule":
-        """As in torch, but frozen sides stay in eval mode, without dropout, and have no gradient."""
+        """As in torch, but frozen sides stay in eval mode, without dropout."""
         super().train(mode)
-        for name, module in self.towers.named_children() if self.frozen else ():
-            if name.startswith(self.frozen):
-                module.requires_grad_(False).eval()
+        for module in self.frozen_modules():
+            module.eval()
         return self
 
     def on_train_start(self) -> None:
@@ -225,9 +228,7 @@ class ContrastiveModule(LightningModule):
         """The optimiser, and its schedule over the planned steps of the run."""
         optimizer = self.optimizer.build(self.towers)
         same = self._saved_groups in ([], [_sizes(optimizer.param_groups)])
-        allowed = (
-            "as in the checkpoint, and so layer_decay and stair.image.freeze_until: it has other groups of parameters"
-        )
+        allowed = "that of the checkpoint, which has other parameter groups; layer_decay and freeze_until form them too"
         require(same, "optimizer.lr_scale", self.optimizer.lr_scale, allowed)
         steps = planned_steps(self.trainer)
         if self.trainer.fast_dev_run:  # a dry run is shorter than any warm-up

@@ -37,6 +37,9 @@ class Optimizer:
             of parts within each other the inner one counts.
         layer_decay: factor on the learning rate from each layer of an encoder to the one before it (ELECTRA, Clark et
             al. 2020), in (0, 1]. The heads keep theirs.
+
+    Raises:
+        SettingError: if a value is out of range.
     """
 
     name: Literal["adamw", "lamb"] = "adamw"

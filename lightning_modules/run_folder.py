@@ -48,7 +48,11 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """Writes checkpoints completely or not at all; Lightning moves them from the system's temporary folder."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Replaces a checkpoint, or leaves it as it is: `stair.files.atomic_write`."""
+        """Replaces a checkpoint, or leaves it as it is: `stair.files.atomic_write`.
+
+        Raises:
+            OSError: if the disk is full.
+        """
         with atomic_write(Path(path)) as part, part.open("wb") as file:  # by name, torch hides that a disk is full
             torch.save(checkpoint, file)
 

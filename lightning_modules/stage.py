@@ -45,6 +45,9 @@ class TextObjective:
         masked_loss_weight: w, the weight of the masked contrastive loss. None is the paper's form: 1 in stage 1, 0 in
             stages 2 and 3. Stage 1 allows (0, 1]; below 1 the mask is soft, and images keep terms outside their captions.
             Stages 2 and 3 allow [0, 1); above 0 the grounding of stage 1 goes on (docs/method/paper.md).
+
+    Raises:
+        SettingError: if a value is out of range.
     """
 
     similarity: Literal["dot", "cosine"] = "dot"
@@ -101,6 +104,9 @@ class StairStage(ContrastiveModule):
 
     Attributes:
         weights: weight of each contrastive term by the text form it compares, greatest first; terms of weight 0 are absent.
+
+    Raises:
+        SettingError: if `objective.masked_loss_weight` turns the stage into another one.
     """
 
     stage: ClassVar[int]
@@ -125,7 +131,6 @@ class StairStage(ContrastiveModule):
         target = objective.regulariser == "target"
         self.regulariser_image = TargetTerms(objective.target_image) if target else Flops()
         self.regulariser_text = TargetTerms(objective.target_text) if target else Flops()
-        self.train()  # freezes
 
     def embed(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Embeds one micro-batch: in training `image_BV` and the text forms that the loss needs, see `Stair.forward`."""

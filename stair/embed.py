@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,14 +48,12 @@ def embed(
 
     Args:
         model: folder of a saved model, or its name on the hub.
-        source: a folder of pictures; tars (a quoted pattern); a csv, tsv, jsonl or parquet table; or - for standard
-            input.
+        source: a folder of pictures; tars (a quoted pattern); a csv, tsv, jsonl or parquet table; - for standard input.
         out: folder of the embeddings.
         side: embed the pictures or the texts of the source.
         column: table column with the paths of pictures (in parquet also bytes, or Hugging Face's {bytes, path}) or with
             texts; by default `image` or `text`.
-        id_column: table column with ids, which are used unchanged; by default `id`, or row numbers if there is no such
-            column.
+        id_column: table column with ids, used unchanged; by default `id`, or row numbers if there is none.
         top: maximum number of terms per item; the heaviest are kept.
         threshold: keep only weights above this value.
         batch_size: number of items encoded at a time.
@@ -64,46 +62,54 @@ def embed(
         share: R/N: this is process R (from 0) of N; it writes every N-th part.
         device: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.
         format: file format.
+
+    Raises:
+        FileNotFoundError: if there is no source or model.
+        StairError: if a setting is out of range, or the folder holds embeddings of other settings.
     """
-    for name, value in (("batch_size", batch_size), ("part_size", part_size), ("top", top)):
-        require(value is None or value >= 1, name, value, "1 or more")
-    require(workers >= 0, "workers", workers, "0 or more")
-    require(0 <= threshold < math.inf, "threshold", threshold, "0, which keeps every weight that is not zero, or more")
+    _check_ranges(threshold, workers, batch_size=batch_size, part_size=part_size, top=top)
     rank, ranks = _share(share)
     device = _device(device, rank)
     listing = list_items(source, side, column, id_column)
     for line in [*skipped_lines(listing.skipped), *skipped_lines(listing.notes, word="note:")]:
         print(line)
     items, stair = listing.items, Stair.from_pretrained(model)
-    space = stair.space
     paths = [out / f"part-{number:05}.{format}" for number in range(-(-len(items) // part_size))]
-    settings = {"model": space.model, "similarity": space.similarity, "items": len(items), "content": _digest(items)}
-    settings |= {"side": side, "column": column or COLUMNS[side], "top": top, "threshold": threshold}
-    settings |= {"part_size": part_size, "format": format, "parts": len(paths)}
+    chosen = {"side": side, "column": column or COLUMNS[side], "top": top, "threshold": threshold, "format": format}
     _check_room(out, items)
-    _check_settings(out / PLAN, settings)
-    missing = [number for number in range(rank, len(paths), ranks) if not paths[number].exists()]
+    _check_settings(out / PLAN, stair.space, items, {**chosen, "part_size": part_size, "parts": len(paths)})
+    own = {path: items[n * part_size : (n + 1) * part_size] for n, path in enumerate(paths) if n % ranks == rank}
+    missing = {path: part for path, part in own.items() if not path.exists()}
     stair.to(device)
-
-    def encode(batch: list[Any]) -> sparse.csr_matrix:
-        encoded = stair.encode_text(batch) if side == "texts" else stair.encode_image(torch.stack(batch))
-        return to_csr(encoded, top, threshold)
-
     with tqdm(total=len(items), desc="embedding", unit=side[:-1], disable=None) as bar:
-        bar.update(len(items) - sum(len(items[n * part_size : (n + 1) * part_size]) for n in missing))
-        for number in missing:
-            inputs = _Inputs(items[number * part_size : (number + 1) * part_size], stair.config.image.image_size)
+        bar.update(len(items) - sum(map(len, missing.values())))
+        for path, part in missing.items():
+            inputs = _Inputs(part, stair.config.image.image_size)
             loader = DataLoader(inputs, batch_size, num_workers=0 if side == "texts" else workers, collate_fn=list)
-            part, skipped = _encode(loader, encode, space, bar)
-            part.save(paths[number], {"skipped": skipped})
-            for line in skipped_lines(skipped):
-                tqdm.write(line)
+            _write_part(path, loader, partial(_encode, stair, side, top, threshold), stair.space, bar)
     return _report(out, paths, side, len(items), listing.skipped)
 
 
-def _encode(
-    loader: Iterable[Any], encode: Callable[[list[Any]], sparse.csr_matrix], space: EmbeddingSpace, bar: Any
-) -> tuple[Embeddings, list[Skipped]]:
+def _check_ranges(threshold: float, workers: int, **counts: int | None) -> None:
+    for name, value in counts.items():
+        require(value is None or value >= 1, name, value, "1 or more")
+    require(workers >= 0, "workers", workers, "0 or more")
+    require(0 <= threshold < math.inf, "threshold", threshold, "0, which keeps every weight that is not zero, or more")
+
+
+def _encode(stair: Stair, side: Side, top: int | None, threshold: float, batch: list[Any]) -> sparse.csr_matrix:
+    encoded = stair.encode_text(batch) if side == "texts" else stair.encode_image(torch.stack(batch))
+    return to_csr(encoded, top, threshold)
+
+
+def _write_part(
+    path: Path,
+    loader: Iterable[Any],
+    encode: Callable[[list[Any]], sparse.csr_matrix],
+    space: EmbeddingSpace,
+    bar: Any,
+) -> None:
+    """Encodes the items of a part and writes it, with what was skipped."""
     rows, kept, skipped = [sparse.csr_matrix((0, len(space.tokens)), dtype="float32")], list[Item](), list[Skipped]()
     for batch in loader:
         usable = [(item, content) for item, content in batch if not isinstance(content, ValueError)]
@@ -113,7 +119,10 @@ def _encode(
             kept += [item for item, _ in usable]
         bar.update(len(batch))
     records = [item.metadata for item in kept], [item.source for item in kept]
-    return Embeddings(sparse.vstack(rows, format="csr"), [item.id for item in kept], space, *records), skipped
+    part = Embeddings(sparse.vstack(rows, format="csr"), [item.id for item in kept], space, *records)
+    part.save(path, {"skipped": skipped})
+    for line in skipped_lines(skipped):
+        tqdm.write(line)
 
 
 def _report(out: Path, paths: list[Path], side: Side, listed: int, unlisted: list[Skipped]) -> dict[str, Any]:
@@ -169,8 +178,10 @@ def _device(device: str, rank: int) -> str:
     return device
 
 
-def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+def _check_settings(path: Path, space: EmbeddingSpace, items: Sequence[Item], chosen: dict[str, Any]) -> None:
     """Checks that parts with these settings can be written, and writes the settings."""
+    settings = {"model": space.model, "similarity": space.similarity, "items": len(items), "content": _digest(items)}
+    settings |= chosen
     earlier = read_json(path) if path.exists() else {}
     if differing := [key for key in settings if earlier and earlier.get(key) != settings[key]]:
         different = f"{path.parent} holds embeddings made otherwise: {', '.join(differing)} differ"

@@ -75,7 +75,11 @@ def one_line_errors(*types: type[Exception]) -> Iterator[None]:
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
-    """Prints one line and ends the process with a status. Ranks with the error of the first one end without a line."""
+    """Prints one line and ends the process with a status. Ranks with the error of the first one end without a line.
+
+    Raises:
+        SystemExit: with the status.
+    """
     if max(int(os.environ.get(name) or 0) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")) > 0:
         _wait_for_first_rank()
     if job := os.environ.get("STAIR_JOB"):  # slurm/run_stage.sh does not restart after it

@@ -104,6 +104,9 @@ class RetrievalRecall(ImageRows):
 
     Args:
         ks: the k of recall@k, each at least 1.
+
+    Raises:
+        ValueError: if a k is below 1.
     """
 
     higher_is_better = True

@@ -530,6 +530,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(vocab_file, batch, m
 def test_micro_batches_encode_a_frozen_image_once(vocab_file, batch):
     for share in (None, 0.25):
         stage = module(vocab_file, 2, Stage2, objective=Objective(masked_loss_weight=share))
+        for part in stage.frozen_modules():
+            part.requires_grad_(False)
         seen = []
         stage.stair.image_encoder.register_forward_hook(lambda module, given, out, seen=seen: seen.append(len(out)))
         assert embeddings_and_gradient(stage, batch)[1] and seen == [2, 2]

@@ -59,7 +59,7 @@ def pretrain(plan_path: Path, dense: Path, out: Path, steps: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path)
-    parser.add_argument("dense", type=Path, help="a folder that `lightning fit --config configs/clip.yaml` handed over")
+    parser.add_argument("dense", type=Path, help="a folder that `lightning fit --config configs/clip.yaml` exported")
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=3000)
     arguments = parser.parse_args()

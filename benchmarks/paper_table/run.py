@@ -5,10 +5,9 @@
 Further arguments (`--trainer.accelerator gpu --data.workers 1`) go to every stage: where it runs, and not what is trained.
 
 A plan (`plans/*.yaml`) names data, seeds, stages and variants; a variant is a chain of stages, or a base and what differs.
-Every stage goes through `main.py fit`, every measurement through `stair evaluate`, as anybody's would. A stage that has
-handed over is not trained again, variants that begin alike share what they have in common, a run that has been measured is
-not measured again; a failed run is reported, the others go on, and the next call tries it again. Validation chooses, test
-sets are only reported.
+Every stage runs through `main.py fit`, every measurement through `stair evaluate`. Finished stages and measurements are
+not repeated, and variants share the stages that they have in common. A failed run is reported; the next call tries it
+again. Validation sets choose, test sets are only reported.
 """
 
 import argparse

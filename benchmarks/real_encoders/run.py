@@ -20,7 +20,9 @@ import yaml
 
 from benchmarks.ratios import header
 from benchmarks.real_encoders.features import split
-from benchmarks.real_encoders.train import Data, Settings, Teacher, measure, train
+from benchmarks.real_encoders.measure import measure
+from benchmarks.real_encoders.model import Data, Settings
+from benchmarks.real_encoders.train import Teacher, train
 from stair.files import atomic_write
 from stair.vocabulary import Vocabulary
 

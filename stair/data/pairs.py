@@ -37,7 +37,12 @@ class Pair:
 
 
 class EvaluationPairs(Dataset[Pair]):
-    """A set of N images by index; indices from N on repeat images as padding. Arguments and errors as of `entries`."""
+    """A set of N images by index; indices from N on repeat images as padding. Arguments and errors as of `entries`.
+
+    Raises:
+        FileNotFoundError: if the spec matches nothing.
+        ValueError: if it is a command, a broken tar, a set without samples, or a sample without image or caption.
+    """
 
     def __init__(self, spec: str | list[str], image_size: int, max_pixels: int, remote: Remote = LOCAL) -> None:
         self.image_size, self.max_pixels, self.remote = image_size, max_pixels, remote

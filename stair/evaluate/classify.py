@@ -83,6 +83,9 @@ def linear_probe(
     Returns:
         `top1` on test, `val_top1`, the chosen `inverse_penalty` (scikit-learn's C), `swept`: validation accuracy of each
         penalty, `images` of each part.
+
+    Raises:
+        MissingPackageError: if scikit-learn is not installed.
     """
     linear_model = import_extra("sklearn.linear_model", "scikit-learn", "evaluate")
     preprocessing = import_extra("sklearn.preprocessing", "scikit-learn", "evaluate")

@@ -32,6 +32,9 @@ class OpenClip:
     Args:
         source: `ARCHITECTURE:CHECKPOINT`, such as `ViT-B-32:weights.safetensors`; the checkpoint is a file, or the tag of
             published weights.
+
+    Raises:
+        SettingError: if open_clip has no such model.
     """
 
     similarity: Literal["cosine"] = "cosine"
@@ -74,7 +77,11 @@ class OpenClip:
 
 
 class SentenceModel:
-    """A sentence-transformers model of images and texts, dense or sparse (`SparseEncoder`), in a folder."""
+    """A sentence-transformers model of images and texts, dense or sparse (`SparseEncoder`), in a folder.
+
+    Raises:
+        FileError: if it is no such model, or one that compares by neither cosine nor dot product.
+    """
 
     def __init__(self, folder: str) -> None:
         path = Path(folder)

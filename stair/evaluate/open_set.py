@@ -60,6 +60,10 @@ def evaluate(
         limit: use the first N images of each set; all if null.
         no_probe: do not train the linear probe, which is slow for many classes.
         batch_size: number of images encoded at a time.
+
+    Raises:
+        FileNotFoundError: if the model or a set is missing.
+        ValueError: if a set cannot be measured.
     """
     require(min(ks, default=0) >= 1, "ks", ks, "numbers of at least 1")
     for name, value in (("batch_size", batch_size), ("captions", captions), ("limit", limit)):

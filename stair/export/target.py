@@ -52,6 +52,9 @@ def opened(folder: Path, engine: str, longest_id: int | None = None, int64: bool
         engine: its name, for messages.
         longest_id: most UTF-8 bytes of an id; then ids of no bytes are errors too.
         int64: whether integers beyond 64 bits, which would lose digits, are errors.
+
+    Raises:
+        SettingError: if the index is empty, or the engine cannot hold an id or a number.
     """
     index = SparseIndex.open(folder)
     if not len(index):

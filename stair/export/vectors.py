@@ -77,10 +77,13 @@ def milvus(index: Path, out: str, collection: str = "stair") -> None:
 
 @contextmanager
 def _quiet_milvus(address: str) -> Iterator[None]:
-    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs a trace of each error that it raises
+    log = logging.getLogger("pymilvus")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it logs a trace of each error that it raises
     try:
         yield
     finally:
+        log.setLevel(level)
         if "://" not in address:
             manager = import_extra("milvus_lite.server_manager", "milvus-lite", "export").server_manager_instance
             manager.release_server(address)

@@ -32,7 +32,11 @@ class Query:
 
 
 def parse_words(text: str) -> dict[str, float]:
-    """Reads weighted words: `word:2` weighs 2, `word` 1, `-word` -1, `-word:0.5` -0.5; weights of one word add up."""
+    """Reads weighted words: `word:2` weighs 2, `word` 1, `-word` -1, `-word:0.5` -0.5; weights of one word add up.
+
+    Raises:
+        SettingError: if there is no word, or a weight is no number.
+    """
     weights: dict[str, float] = {}
     for part in text.split():
         sign, rest = (-1.0, part[1:]) if part.startswith("-") and len(part) > 1 else (1.0, part)
@@ -52,7 +56,11 @@ def parse_words(text: str) -> dict[str, float]:
 def query_of_words(
     words: str | Mapping[str, float], space: EmbeddingSpace, tokenize: Callable[[str], list[int]]
 ) -> Query:
-    """The query of weighted words: text for `parse_words`, or weights. A word is a term, or its tokens."""
+    """The query of weighted words: text for `parse_words`, or weights. A word is a term, or its tokens.
+
+    Raises:
+        SettingError: if a word has no token that can be active, or a weight is not finite.
+    """
     weights: dict[int, float] = {}
     for word, weight in (parse_words(words) if isinstance(words, str) else words).items():
         if not abs(weight) <= _LARGEST:

@@ -136,6 +136,8 @@ def make(case):
     )
     with torch.no_grad():
         module.stair.image_head.bias += case.image_bias
+    for part in module.frozen_modules():
+        part.requires_grad_(False)
     return module
 
 
