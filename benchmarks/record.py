@@ -1,4 +1,4 @@
-"""Prints a finished run of the three stages as Markdown, from its own event files: what docs/results/experiments.md holds.
+"""Prints a finished run of the three stages as Markdown, from its own event files: as in benchmarks/results/small_runs_*.
 
 python benchmarks/record.py runs/emoji
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The small runs of docs/results/experiments.md: three stages on real images with the 30,522-word vocabulary, on CPU cores.
+# The small runs of benchmarks/results/small_runs_2026-11-28.md: three stages on real images with the 30,522-word vocabulary, on CPU cores.
 #   benchmarks/small_runs.sh emoji_fluent runs/emoji        (or flickr8k; further words go to every stage)
 # STAIR_SHARED_DATA names the folder with the sets. A stage that has exported its model is not run again.
 set -euo pipefail

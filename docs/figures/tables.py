@@ -1,20 +1,25 @@
-"""Fills the tables of the pages in docs/ from the records in benchmarks/results, so that text and figures cannot disagree.
+"""Fills the figures of README.md, docs/ and benchmarks/*/README.md from the records in benchmarks/results.
 
 python docs/figures/tables.py
 
-A table stands between `<!-- table: RECORD | COLUMNS | ROWS -->` and `<!-- /table -->`. RECORD is a file of that folder
-without its ending. A column is `SET MEASURE`: `R@K` shows t→i / i→t, `terms` image / text, `times` R@1 ÷ dense CLIP's.
-ROWS, separated by `;`, are optional. A specification may have several lines. `<!-- table: summary -->` is the table of
-`SUMMARY`, `<!-- table: resources -->` that of `PLANS`, which benchmarks/scaling.py computes.
+A table, sentence or number stands between `<!-- figures: NAME -->` and `<!-- /figures -->`. The section `## NAME` of
+tables.jinja makes it from cells of the records and from benchmarks/scaling.py, so that text and records cannot disagree.
 """
 
+import functools
+import json
 import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-DOCS = Path(__file__).parents[1]
-RECORDS = DOCS.parent / "benchmarks" / "results"
-BLOCK = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- /table -->)", re.DOTALL)
+import jinja2
+
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*/README.md")]
+BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n?).*?(\n?<!-- /figures -->)", re.DOTALL)
 #: names in the records, which are not rewritten, and in the docs
 NAMES = {
     " in all stages|, in the paper's form": "",
@@ -29,135 +34,104 @@ NAMES = {
     "λ adapted to 64 and 16 words": "`target`: 64 and 16 terms",
     " of (images|texts)": r" \1",
 }
-PAIRS = {"terms": ("terms an image", "terms a text"), "times": ("t→i R@1, wanted 1.13", "i→t R@1, wanted 1.08")}
-#: of the summary: what was trained, record, run, validation set
-SUMMARY = (
-    ("Emoji, λ 1e-4", "paper_table_emoji_2026-11-28", "three stages", "emoji"),
-    ("Emoji, λ 1e-2", "paper_table_emoji_2026-11-28", "λ 1e-2", "emoji"),
-    ("Flickr8k, λ 1e-4", "paper_table_flickr8k_2026-11-28", "three stages", "flickr8k"),
-    ("Flickr8k, λ 1e-3", "paper_table_flickr8k_2026-11-28", "λ 1e-3", "flickr8k"),
-    ("Flickr8k, λ 1e-3, seeds 3 to 5", "paper_table_flickr8k_seeds_3_to_5_2026-11-29", "λ 1e-3", "flickr8k"),
-    ("Flickr8k, λ 1e-2 / 1e-3", "paper_table_flickr8k_six_seeds_2026-11-29", "λ 1e-2 images, 1e-3 texts", "flickr8k"),
-    ("Flickr8k, ViT-S, 128 px", "paper_table_flickr8k_gpu_2026-11-28", "three stages", "flickr8k"),
-)
-
-#: encoders, pairs of a GPU, GPUs, pairs encoded at a time, strategy, recompute
-PLANS = (
-    ("small", 256, 1, 256, "ddp", False),
-    ("base", 256, 1, 256, "ddp", False),
-    ("base", 1024, 1, 128, "ddp", False),
-    ("base", 1024, 1, 128, "ddp", True),
-    ("base", 128, 8, 128, "ddp", False),
-    ("base", 128, 8, 128, "fsdp2", False),
-    ("base", 128, 128, 128, "ddp", False),
-    ("large", 128, 8, 128, "ddp", False),
-    ("large", 128, 8, 32, "fsdp2", True),
-)
-ENCODERS = {"small": "ViT-S/16, text width 384", "base": "ViT-B/16, BERT-base", "large": "ViT-L/14, BERT-large"}
 
 
 def main() -> None:
-    """Writes the tables of every page anew."""
-    for page in DOCS.rglob("*.md"):
+    """Writes the figures of every page anew."""
+    for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def filled(text: str) -> str:
-    """A page's text with its tables as the records have them."""
-    return BLOCK.sub(lambda block: block[1] + "\n".join(_table(" ".join(block[2].split()))) + "\n" + block[3], text)
+    """A page's text with its figures as the records have them."""
+    return BLOCK.sub(lambda block: block[1] + _sections()[block[2]] + block[3], text)
 
 
-def _table(spec: str) -> list[str]:
-    if spec in ("summary", "resources"):
-        return _summary() if spec == "summary" else _resources()
-    record, columns, *rows = spec.split(" | ")
-    runs = _read(record)
-    heads = columns.split(", ")
-    shown = rows[0].split("; ") if rows else list(runs)
-    lines = [
-        [f"{name} ({runs[name]['seeds']})", *(_cell(runs[name], *head.split(" ", 1)) for head in heads)]
-        for name in shown
-    ]
-    return _rows(["Run (seeds)", *(head.replace("word 1st", "term 1st") for head in heads)], lines)
+@functools.cache
+def _sections() -> dict[str, str]:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["mean"] = lambda value: re.sub(r" ?± ?[\d.]+", "", value)
+    environment.globals |= {"row": row, "cell": cell, "text": text, "load": load, "plan": plan}
+    template = (Path(__file__).parent / "tables.jinja").read_text(encoding="utf-8")
+    _, *parts = re.split(r"^## (\S+)\n", environment.from_string(template).render(), flags=re.MULTILINE)
+    return {name: re.sub(r"\n{3,}", "\n\n", body.strip()) for name, body in zip(parts[::2], parts[1::2], strict=True)}
 
 
-def _summary() -> list[str]:
-    lines = []
-    for label, record, run, validation in SUMMARY:
-        runs = _read(record)
-        for part in (validation, f"{validation}-test"):
-            means = [re.sub(r"±[\d.]+", "", _cell(runs[name], part, "R@1")) for name in ("dense CLIP", run)]
-            values = [*means, _cell(runs[run], part, "times"), _cell(runs[run], part, "terms"), runs[run]["seeds"]]
-            lines.append([label, "test" if part.endswith("-test") else "val", *values])
-    titles = ["Data, λ image / text", "Set", "Dense CLIP", "STAIR", "STAIR ÷ dense", "Active terms", "Seeds"]
-    return _rows(titles, lines)
+def row(record: str, section: str, *labels: str) -> dict[str, str]:
+    """The first row with these first cells, by column, in a record's tables below a heading or the start of a line."""
+    for heading, line, cells in _rows(record):
+        if (heading == section or line.startswith(section)) and tuple(cells.values())[: len(labels)] == labels:
+            return cells
+    raise KeyError(f"{record}: no row {labels} below {section!r}")
 
 
-def _resources() -> list[str]:
-    """Memory and time of a step: computed for `PLANS`, measured on one H200."""
-    scaling = runpy.run_path(str(RECORDS.parent / "scaling.py"))
-    lines = []
-    for name, pairs, gpus, micro, strategy, recompute in PLANS:
-        plan = scaling["Plan"](pairs * gpus, gpus, micro, 30522, 300, 1.1, strategy == "fsdp2", recompute, 2)
-        pair = scaling["towers"](30522)[name]
-        parts = list(
-            plan.memory(*pair).values()
-        )  # weights, gradients, optimizer, gathered; activations; embeddings ...
-        fresh = parts.pop(7)  # of all terms active, in place of the entries
-        seconds = plan.seconds(*pair, 400e12, 50e12, 50e9)
-        step = sum(value for key, value in seconds.items() if key not in ("embeddings, dense", "embeddings, columns"))
-        gib = [sum(part) / 2**30 for part in (parts[:4], parts[4:5], parts[5:], parts, [*parts, fresh - parts[6]])]
-        how = f"{strategy}{', recompute' if recompute else ''}"
-        setup = [ENCODERS[name], f"{pairs}{f', micro-batches of {micro}' if micro < pairs else ''}", str(gpus), how]
-        lines.append([*setup, *(f"{value:.1f}" for value in gib), f"{step:.2f} s", "computed"])
-    record = (RECORDS / "gpu_step_h200_2026-11-29.md").read_text(encoding="utf-8")
-    first, all_active = (
-        [float(cell.split()[0]) for cell in re.findall(rf"\| STAIR \| {share}% \| (.*?) \| .*? \| (.*?) \|", record)[0]]
-        for share in (1, 100)
-    )
-    peaks = [f"{megabytes * 1e6 / 2**30:.1f}" for megabytes in (first[1], all_active[1])]
-    lines.insert(
-        2, [ENCODERS["base"], "256", "1 H200", "ddp", "", "", "", *peaks, f"{first[0] / 1000:.2f} s", "measured"]
-    )
-    titles = ["Encoders", "Pairs a GPU", "GPUs", "Strategy", "Weights, optimizer", "Activations", "Embeddings, loss"]
-    return _rows([*titles, "Sum, GiB", "All terms active", "Step", "Source"], lines)
-
-
-def _rows(titles: list[str], lines: list[list[str]]) -> list[str]:
-    head, *body = [f"|{'|'.join(line)}|" for line in (titles, *lines)]
-    return [head, "|" + "---|" * len(titles), *body]
-
-
-def _cell(run: dict[str, str], part: str, measure: str) -> str:
-    pair = PAIRS.get(measure, (f"t→i {measure}", f"i→t {measure}") if measure.startswith("R@") else (measure,))
-    values = [run.get(f"{part} {head}", "–").replace(" ± ", "±") for head in pair]
-    if not measure.startswith("R@"):
-        values = [value.split("±")[0] for value in values]
-    if measure == "terms" and "–" not in values:
-        values = [f"{float(value):.0f}" for value in values]
-    return values[0] if len(set(values)) == 1 and values[0] == "–" else " / ".join(values)
-
-
-def _read(record: str) -> dict[str, dict[str, str]]:
-    """Every run of a record by its name: its figures by `SET HEAD`, and `seeds`."""
-    runs: dict[str, dict[str, str]] = {}
-    part, heads = "", [""]
-    text = (RECORDS / f"{record}.md").read_text(encoding="utf-8").split("\n## Seeds")[0]
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+@functools.cache
+def _rows(record: str) -> list[tuple[str, str, dict[str, str]]]:
+    """Heading, last line before the table, and cells of each row; a repeated column has the name of the one before too."""
+    rows, heading, above, heads = [], "", "", []
+    for line in text(record, "(?s).*").splitlines():
+        cells = [cell.strip() for cell in re.split(r" ?\|(?: |$)", line)[1:-1]]
         if line.startswith("## "):
-            part, heads = line[3:].split(" (")[0], [""]
-        elif line.startswith("| ") and "run (seeds)" in cells:
-            heads = [re.sub("^words a", "terms a", cell) for cell in cells]
-        elif line.startswith("| "):
-            at = heads.index("run (seeds)")
-            name, seeds = re.fullmatch(r"(.*?)(?: ←)? \((\d+)\)", cells[at]).groups()  # type: ignore[union-attr]
+            heading, above, heads = line[3:].split(" (")[0], "", []
+        elif not line.startswith("|"):
+            above, heads = line or above, []
+        elif not heads:
+            heads = [head if head not in cells[:n] else f"{cells[n - 1]} {head}" for n, head in enumerate(cells)]
+        elif cells:
+            rows.append((heading, above, _named(dict(zip(heads, cells, strict=True)))))
+    return rows
+
+
+def _named(cells: dict[str, str]) -> dict[str, str]:
+    """A row whose name, if it ends with its number of seeds, is that of the docs."""
+    for head in ("run (seeds)", "variant (seeds)"):
+        if head in cells:
+            cells[head], seeds = re.fullmatch(r"(.*?)(?: ←)? \((\d+)\)", cells[head]).groups()  # type: ignore[union-attr]
             for old, new in NAMES.items():
-                name = re.sub(old, new, name)
-            where = part if at == 0 else cells[0]
-            run = runs.setdefault(name, {"seeds": seeds})
-            run |= {f"{where} {head}": cell for head, cell in zip(heads[at + 1 :], cells[at + 1 :], strict=True)}
-    return runs
+                cells[head] = re.sub(old, new, cells[head])
+            cells["seeds"] = seeds
+    return cells
+
+
+def cell(record: str, part: str, run: str, measure: str) -> str:
+    """Of a run of benchmarks/paper_table: `R@K` t→i / i→t, `terms` image / text, `times` R@1 ÷ dense, or a column."""
+    if measure == "times":
+        found = row(record, "Targets", part, run) if run != "dense CLIP" else {}
+        return " / ".join(found.get(head, "–") for head in ("t→i R@1, wanted 1.13", "i→t R@1, wanted 1.08"))
+    found = row(record, part, run)
+    if measure == "terms":
+        values = [found[head].split(" ±")[0] for head in ("words an image", "words a text")]
+        return "–" if values[0] == "–" else " / ".join(f"{float(value):.0f}" for value in values)
+    if measure.startswith("R@"):
+        return f"{found[f't→i {measure}']} / {found[f'i→t {measure}']}".replace(" ± ", "±")
+    return found[measure].split(" ±")[0]
+
+
+def text(record: str, pattern: str) -> str:
+    """The first group, or all, of what a pattern finds in a record."""
+    match = re.search(pattern, (RECORDS / f"{record}.md").read_text(encoding="utf-8"))
+    if match is None:
+        raise KeyError(f"{record}: nothing matches {pattern!r}")
+    return match[match.re.groups and 1]
+
+
+def load(record: str) -> Any:
+    """A record in JSON."""
+    return json.loads((RECORDS / f"{record}.json").read_text(encoding="utf-8"))
+
+
+def plan(towers: str, pairs: int, gpus: int, micro: int, strategy: str = "ddp", recompute: bool = False) -> Any:
+    """Memory (GiB), bytes received and seconds of a step with `pairs` a GPU, as benchmarks/scaling.py computes them."""
+    scaling = runpy.run_path(str(ROOT / "benchmarks" / "scaling.py"))
+    planned = scaling["Plan"](pairs * gpus, gpus, micro, 30522, 300, 1.1, strategy == "fsdp2", recompute, 2)
+    pair = scaling["towers"](30522)[towers]
+    memory = planned.memory(*pair)
+    fresh = memory.pop("the same while all terms are active")
+    parts = list(memory.values())  # weights, gradients, optimiser, gathered; activations; embeddings, entries, ...
+    seconds = planned.seconds(*pair, 400e12, 50e12, 50e9)
+    sums = (sum(parts[:4]), parts[4], sum(parts[5:]), sum(parts), sum(parts) + fresh - parts[6])
+    step = sum(value for key, value in seconds.items() if key not in ("embeddings, dense", "embeddings, columns"))
+    return SimpleNamespace(gib=[part / 2**30 for part in sums], received=planned.received(), seconds=seconds, step=step)
 
 
 if __name__ == "__main__":
