@@ -1,6 +1,7 @@
-"""An index for engines on Lucene, Elasticsearch and OpenSearch, which store rounded weights. Tested by Lucene's arithmetic.
+"""Elasticsearch and OpenSearch: mapping, documents and queries; and Lucene itself, the core of both, on the same files.
 
     python examples/lucene.py elasticsearch photos.index photos.es     # mapping.json, bulk.ndjson, query.json, vocab.txt
+    python examples/lucene.py opensearch photos.index photos.os
 
 A feature of Elasticsearch's `sparse_vector` and OpenSearch's `rank_features` is a term frequency that holds the upper 17
 bits of a float32: sign, exponent, 8 bits of mantissa. Weights are cut here already, so that a document states what the
@@ -10,94 +11,99 @@ off each weight. Feature names are term ids (`7592`): tokens hold dots, capitals
 
 import json
 import math
+import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stair.export.target import new_target, opened, rows
-from stair.index import SparseIndex
-from stair.index.query import Query
 
+PROGRAM = Path(__file__).with_name("Lucene.java")
 MAX_QUERY_WEIGHT = 64.0  # of Lucene's FeatureField.newLinearQuery
-_MIN_NORMAL = float(np.finfo(np.float32).tiny)
+KINDS = {"elasticsearch": "sparse_vector", "opensearch": "rank_features"}
 
 
-def lucene_weights(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+def lucene_weights(weights: Any) -> Any:
     """What Lucene's FeatureField keeps of weights: float32 without its lower 15 bits."""
     return (np.ascontiguousarray(weights, np.float32).view(np.uint32) >> 15 << 15).view(np.float32)
 
 
-def elasticsearch(index: Path, out: Path, name: str = "stair") -> None:
-    """Writes what Elasticsearch (8.15 or newer) takes: mapping.json, bulk.ndjson, query.json as an example.
+def export(engine: str, index: Path, out: Path, name: str = "stair") -> None:
+    """Writes mapping.json, bulk.ndjson and query.json for Elasticsearch (8.15 or newer) or OpenSearch (2.14 or newer).
 
     Args:
+        engine: `elasticsearch` or `opensearch`.
         index: folder of the index.
         out: a new folder for the files.
         name: of the engine's index.
     """
-    _write(opened(index, "Elasticsearch", longest_id=512), out, name, "sparse_vector", elasticsearch_query)
+    documents = opened(index, engine, longest_id=512)
+    query = {"query": engine_query(engine, documents.query(like=next(documents.ids)))}
+    stored = {"type": "object", "enabled": False}
+    fields = {"terms": {"type": KINDS[engine]}, "metadata": stored, "source": stored}
+    meta = {"model": documents.space.model, "similarity": documents.space.similarity}
+    mapping = {"mappings": {"_meta": meta, "dynamic": False, "properties": fields}}
+    with new_target(out, folder=True) as part:
+        (part / "mapping.json").write_text(json.dumps(mapping, indent=2) + "\n")
+        (part / "query.json").write_text(json.dumps(query, indent=2) + "\n")
+        (part / "vocab.txt").write_text("\n".join(documents.space.tokens) + "\n", encoding="utf-8")
+        with (part / "bulk.ndjson").open("w", encoding="utf-8") as file:
+            for row in rows(documents):
+                weights = zip(row.terms, lucene_weights(row.weights).tolist(), strict=True)
+                # a feature must be a normal, positive float
+                features = {str(term): weight for term, weight in weights if weight >= np.finfo(np.float32).tiny}
+                file.write(json.dumps({"index": {"_index": name, "_id": row.id}}) + "\n")
+                file.write(json.dumps({"terms": features, **row.fields}) + "\n")
 
 
-def opensearch(index: Path, out: Path, name: str = "stair") -> None:
-    """Writes what OpenSearch (2.14 or newer) takes: mapping.json, bulk.ndjson, query.json as an example.
-
-    Args:
-        index: folder of the index.
-        out: a new folder for the files.
-        name: of the engine's index.
-    """
-    _write(opened(index, "OpenSearch", longest_id=512), out, name, "rank_features", opensearch_query)
+def engine_query(engine: str, query: Any) -> dict[str, Any]:
+    """The query in the engine's json; its score is the dot product with the stored weights, times `query_scale`."""
+    if engine == "elasticsearch":
+        return {"sparse_vector": {"field": "terms", "query_vector": features(query), "prune": False}}
+    return {"neural_sparse": {"terms": {"query_tokens": features(query)}}}
 
 
-def elasticsearch_query(query: Query) -> dict[str, Any]:
-    """The query in Elasticsearch's json; its score is the dot product with the stored weights, times `query_scale`.
-
-    Raises:
-        ValueError: for negative weights, which Lucene's features do not take.
-    """
-    return {"sparse_vector": {"field": "terms", "query_vector": _features(query), "prune": False}}
+def features(query: Any) -> dict[str, float]:
+    """Weights of a query by feature, scaled; ValueError for negative ones, which Lucene's features do not take."""
+    if (query.weights < 0).any():
+        raise ValueError("Lucene's features take no negative weights; leave the words to avoid to a filter")
+    return {str(t): float(w) * query_scale(query) for t, w in zip(query.terms.tolist(), query.weights, strict=True)}
 
 
-def opensearch_query(query: Query) -> dict[str, Any]:
-    """The query in OpenSearch's json; as for Elasticsearch."""
-    return {"neural_sparse": {"terms": {"query_tokens": _features(query)}}}
-
-
-def query_scale(query: Query) -> float:
+def query_scale(query: Any) -> float:
     """What the query's weights are multiplied by to stay under Lucene's limit of 64: 1, or a smaller power of two."""
     highest = float(query.weights.max()) if len(query.weights) else 0.0
     return 1.0 if highest <= MAX_QUERY_WEIGHT else 2.0 ** math.floor(math.log2(MAX_QUERY_WEIGHT / highest))
 
 
-def _features(query: Query) -> dict[str, float]:
-    if (query.weights < 0).any():
-        raise ValueError("Lucene's features take no negative weights; leave the words to avoid to a filter")
-    scale = query_scale(query)
-    return {str(w): float(x) * scale for w, x in zip(query.terms.tolist(), query.weights, strict=True)}
+def lucene_build(jar: Path, bulk: Path, folder: Path) -> dict[str, Any]:
+    """Lucene's own index of a bulk file, in one segment; its version, documents and seconds. Needs Java 11 or newer.
+
+    Args:
+        jar: lucene-core, such as /usr/share/java/lucene-core-8.7.0.jar of Debian's liblucene8-java.
+        bulk: bulk.ndjson of `export`.
+        folder: of Lucene's index.
+    """
+    return json.loads(_java(jar, "build", str(bulk), str(folder)))
 
 
-def _write(index: SparseIndex, out: Path, name: str, kind: str, query_of: Callable[[Query], dict[str, Any]]) -> None:
-    query = {"query": query_of(index.query(like=next(index.ids)))}
-    stored = {"type": "object", "enabled": False}
-    fields = {"terms": {"type": kind}, "metadata": stored, "source": stored}
-    meta = {"model": index.space.model, "similarity": index.space.similarity}
-    mapping = {"mappings": {"_meta": meta, "dynamic": False, "properties": fields}}
-    with new_target(out, folder=True) as part:
-        (part / "mapping.json").write_text(json.dumps(mapping, indent=2) + "\n")
-        (part / "query.json").write_text(json.dumps(query, indent=2) + "\n")
-        (part / "vocab.txt").write_text("\n".join(index.space.tokens) + "\n", encoding="utf-8")
-        with (part / "bulk.ndjson").open("w", encoding="utf-8") as file:
-            for row in rows(index):
-                weights = lucene_weights(np.array(row.weights, np.float32)).tolist()
-                # a feature must be a normal, positive float
-                features = {str(w): x for w, x in zip(row.terms, weights, strict=True) if x >= _MIN_NORMAL}
-                file.write(json.dumps({"index": {"_index": name, "_id": row.id}}) + "\n")
-                file.write(json.dumps({"terms": features, **row.fields}) + "\n")
+def lucene_search(jar: Path, folder: Path, queries: list[Any], k: int) -> list[tuple[float, list[tuple[int, float]]]]:
+    """For each query its seconds in Lucene, and the numbers and scores of the best documents."""
+    lines = "".join(" ".join(f"{t}:{w}" for t, w in features(query).items()) + "\n" for query in queries)
+    found = []
+    for query, line in zip(queries, _java(jar, "search", str(folder), str(k), given=lines).splitlines(), strict=True):
+        nanoseconds, *hits = line.split()
+        scored = [(int(document), float(score)) for document, score in (hit.split(":") for hit in hits)]
+        found.append((int(nanoseconds) / 1e9, [(n, score / query_scale(query)) for n, score in scored]))
+    return found
+
+
+def _java(jar: Path, *args: str, given: str = "") -> str:
+    command = ["java", "-XX:+UseSerialGC", "-cp", str(jar), str(PROGRAM), *args]
+    return subprocess.run(command, input=given, capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":
-    {"elasticsearch": elasticsearch, "opensearch": opensearch}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
+    export(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -3,11 +3,17 @@
     query = index.query("a red bicycle")                       # term ids and weights
     print(sqlite_search(sqlite3.connect("photos.db"), query, 10))
 
-`stair export` makes what these functions search. tests/test_export.py compares their scores with those of the index.
+`stair export` makes what most of these functions search; `qdrant_shard`, `seismic_index` and `pisa_index` make their own,
+and examples/lucene.py is for Lucene. tests/test_engines.py compares hits and scores with those of the index.
 """
 
 import json
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from stair.export.target import opened, rows
 
 Found = list[tuple[str, float]]
 
@@ -24,6 +30,13 @@ def duckdb_search(database: Any, query: Any, k: int) -> Found:
     return database.execute(_statement(database), parameters).fetchall()
 
 
+def postgres_search(connection: Any, query: Any, k: int) -> Found:
+    """A database that read a script of `stair export postgres`; `connection` is psycopg's. Dimensions count from 1."""
+    weights = ",".join(f"{term + 1}:{weight:.9g}" for term, weight in zip(query.terms, query.weights, strict=True))
+    vector = f"{{{weights}}}/{query.size}"
+    return connection.execute("SELECT * FROM stair.search(%s::sparsevec, %s)", (vector, k)).fetchall()
+
+
 def _statement(database: Any) -> str:
     return database.execute("SELECT value FROM facts WHERE name = 'score'").fetchone()[0]
 
@@ -37,6 +50,32 @@ def qdrant_search(client: Any, query: Any, k: int, collection: str = "stair") ->
     return [(point.payload["id"], point.score) for point in points]
 
 
+def qdrant_shard(requests: Path, folder: Path) -> Any:
+    """Qdrant's engine in this process, without a server: a new shard of a .jsonl file of `stair export qdrant`."""
+    import qdrant_edge as edge
+
+    config = edge.EdgeConfig(sparse_vectors={"terms": edge.EdgeSparseVectorParams()})
+    shard = edge.EdgeShard.create(str(folder), config)
+    with requests.open(encoding="utf-8") as file:
+        next(file)  # the body that creates the collection
+        for line in file:
+            points = json.loads(line)["points"]
+            vectors = [edge.SparseVector(**point["vector"]["terms"]) for point in points]
+            made = [edge.Point(p["id"], {"terms": v}, p["payload"]) for p, v in zip(points, vectors, strict=True)]
+            shard.update(edge.UpdateOperation.upsert_points(made))
+    shard.optimize()
+    return shard
+
+
+def qdrant_shard_search(shard: Any, query: Any, k: int) -> Found:
+    """A shard of `qdrant_shard`."""
+    import qdrant_edge as edge
+
+    vector = edge.SparseVector(query.terms.tolist(), query.weights.tolist())
+    points = shard.query(edge.QueryRequest(k, query=edge.Query.Nearest(vector, "terms"), with_payload=["id"]))
+    return [(point.payload["id"], point.score) for point in points]
+
+
 def milvus_search(client: Any, query: Any, k: int, collection: str = "stair") -> Found:
     """A collection of `stair export milvus`."""
     client.load_collection(collection)
@@ -45,10 +84,59 @@ def milvus_search(client: Any, query: Any, k: int, collection: str = "stair") ->
     return [(hit["id"], hit["distance"]) for hit in hits]
 
 
+def seismic_index(index: Path, out: Path) -> None:
+    """Writes a Seismic index (of pyseismic-lsr): approximate search, 16-bit float weights. Seismic appends its ending."""
+    from seismic import SeismicDataset, SeismicIndex, get_seismic_string
+
+    dataset = SeismicDataset()
+    for row in rows(opened(index, "Seismic")):
+        terms = np.array(row.terms).astype(get_seismic_string())
+        dataset.add_document(row.id, terms, np.array(row.weights, np.float32))
+    SeismicIndex.build_from_dataset(dataset).save(str(out))
+
+
 def seismic_search(index: Any, query: Any, k: int) -> Found:
-    """An index of `stair export seismic`, with settings that favour recall over speed."""
+    """An index of `seismic_index`, with settings that favour recall over speed."""
     from seismic import get_seismic_string
 
     words = query.terms.astype(get_seismic_string())
     hits = index.search("", words, query.weights, k, query_cut=len(words), heap_factor=0.0)
     return [(name, score) for _, score, name in hits]
+
+
+def pisa_index(index: Path, folder: Path, steps: int = 255) -> tuple[Any, float]:
+    """PISA's index (of pyterrier-pisa) of whole numbers, and the weight of 1: the heaviest weight becomes `steps`."""
+    from pyterrier_pisa import PisaIndex
+
+    documents = opened(index, "PISA")
+    step = max(max(row.weights, default=0.0) for row in rows(documents)) / steps
+    engine = PisaIndex(str(folder), text_field="toks", stemmer="none", stops="none")
+    # a name takes a line, so names are ids as JSON
+    toks = ({"docno": json.dumps(row.id), "toks": _whole(row.terms, row.weights, step)} for row in rows(documents))
+    engine.toks_indexer(scale=1).index(toks)
+    return engine, step
+
+
+def pisa_search(engine: Any, step: float, queries: list[Any], k: int, steps: int = 255) -> list[Found]:
+    """An index of `pisa_index`. Query weights are whole numbers, too: PISA repeats a term as often as its weight says.
+
+    Raises:
+        ValueError: for negative weights, which PISA does not take.
+    """
+    import pandas
+
+    if any((query.weights < 0).any() for query in queries):
+        raise ValueError("PISA takes no negative weights; leave the words to avoid to a filter")
+    query_steps = [max(query.weights, default=0.0) / steps for query in queries]
+    toks = [_whole(query.terms, query.weights, s) for query, s in zip(queries, query_steps, strict=True)]
+    frame = pandas.DataFrame({"qid": [str(n) for n in range(len(queries))], "query_toks": toks})
+    found: list[Found] = [[] for _ in queries]
+    for hit in engine.quantized(num_results=k, toks_scale=1)(frame).itertuples():
+        n = int(hit.qid)
+        found[n].append((json.loads(hit.docno), float(hit.score) * step * query_steps[n]))
+    return found
+
+
+def _whole(terms: Any, weights: Any, step: float) -> dict[str, int]:
+    steps = np.rint(np.asarray(weights) / step).astype(int)
+    return {str(term): int(count) for term, count in zip(terms, steps, strict=True) if count > 0}

@@ -1,10 +1,11 @@
-"""Scores survive the way into other software: engines that install run, the arithmetic and limits of others are redone."""
+"""Exports are complete or absent, and keep ids, metadata and scores. tests/test_engines.py searches the engines."""
 
 import importlib.util
 import json
 import math
 import sqlite3
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,16 +13,8 @@ import torch
 from PIL import Image
 from scipy import sparse
 
-from examples.anserini import anserini
-from examples.lucene import (
-    elasticsearch,
-    elasticsearch_query,
-    lucene_weights,
-    opensearch,
-    opensearch_query,
-    query_scale,
-)
-from examples.search_engines import duckdb_search, milvus_search, qdrant_search, seismic_search, sqlite_search
+from examples import lucene
+from examples.search_engines import duckdb_search, qdrant_search, sqlite_search
 from stair import Stair
 from stair.cli import main
 from stair.embeddings import Embeddings, EmbeddingSpace
@@ -106,16 +99,16 @@ def small(folder, ids=("d0", "d1", "d2"), **extra):
 ENGINES = {
     "sqlite": ("sqlite3", "x.db", None),
     "duckdb": ("duckdb", "x.db", None),
+    "postgres": ("json", "x.sql", 2_600),
     "qdrant": ("qdrant_client", "x", None),
     "milvus": ("milvus_lite", "x.db", 65_535),
-    "seismic": ("seismic", "x", None),
     "elasticsearch": ("json", "x", 512),
     "opensearch": ("json", "x", 512),
 }
 
 
 #: exports of the command, and of examples/
-EXPORTS = {**FORMATS, "elasticsearch": elasticsearch, "opensearch": opensearch}
+EXPORTS = {**FORMATS, **{name: partial(lucene.export, name) for name in ("elasticsearch", "opensearch")}}
 
 
 @pytest.fixture(params=ENGINES)
@@ -137,6 +130,8 @@ def test_what_an_engine_cannot_hold_is_refused_by_name_before_anything_is_writte
         cases["id ''"] = small(tmp_path / "short", ["a", ""])
     if name in ("qdrant", "milvus"):
         cases["'d1'"] = small(tmp_path / "large", metadata=[{}, {"n": {"deep": [1 << 63]}}, {}])
+    if name == "postgres":
+        cases["'a.x00': PostgreSQL"] = small(tmp_path / "nul", ["b", "a\0"])
     before = sorted(tmp_path.rglob("*"))
     for complaint, index in cases.items():
         with pytest.raises(SettingError, match=complaint):
@@ -154,7 +149,7 @@ def test_an_export_that_breaks_leaves_nothing_and_one_that_ends_is_not_overwritt
         raise RuntimeError("the engine\n broke")
 
     with monkeypatch.context() as patch, pytest.raises(Exception, match="broke"):
-        patch.setattr(f"{EXPORTS[name].__module__}.rows", breaking)
+        patch.setattr(sys.modules[getattr(EXPORTS[name], "func", EXPORTS[name]).__module__], "rows", breaking)
         export(index)
     assert sorted(tmp_path.rglob("*")) == before
     export(index)
@@ -166,8 +161,8 @@ def test_an_export_that_breaks_leaves_nothing_and_one_that_ends_is_not_overwritt
 
 def test_a_users_column_replaces_no_field_of_an_engine(engine, tmp_path):
     name, export = engine
-    if name == "seismic":
-        pytest.skip("takes no metadata")
+    if name == "postgres":
+        pytest.skip("tests/test_engines.py reads it from the server")
     taken = {
         "id": "theirs",
         "terms": 1,
@@ -267,85 +262,26 @@ def test_the_bodies_for_a_qdrant_server_fit_its_own_models(index, export, tmp_pa
     assert named == pytest.approx(index.vector(points[3].payload["id"]))
 
 
-@pytest.mark.slow
-def test_milvus_scores_by_the_dot_product(index, export, tmp_path):
-    pytest.importorskip("milvus_lite")
-    from pymilvus import MilvusClient
-
-    export("milvus", index.folder, tmp_path / "m.db")
-    client = MilvusClient(str(tmp_path / "m.db"))
-    agree(index, lambda query, k: milvus_search(client, query, k), rel=1e-5)
-    client.close()
-
-
-@pytest.mark.slow
-def test_seismic_finds_the_same_within_its_half_precision(index, export, tmp_path):
-    library = pytest.importorskip("seismic")
-
-    export("seismic", index.folder, tmp_path / "s")
-    loaded = library.SeismicIndex.load(str(next(tmp_path.glob("s*"))))
-    right = total = 0
-    for row in QUERIES:
-        query = index.query(row)
-        scores = {hit.id: hit.score for hit in index.top(query, 1000)}
-        expected = index.top(query, 10)
-        for name, score in seismic_search(loaded, query, 10):
-            assert score == pytest.approx(scores[name], rel=2e-3)
-            right += scores[name] >= expected[-1].score * 0.998
-        total += len(expected)
-    assert right / total > 0.9  # approximate by design
-
-
-@pytest.mark.parametrize(("engine", "make"), [("elasticsearch", elasticsearch_query), ("opensearch", opensearch_query)])
-def test_documents_for_lucene_engines_score_as_lucene_will(index, tmp_path, engine, make):
-    """Redoes FeatureField: the value is kept as `floatToIntBits(value) >>> 15`, the score is weight × value."""
-    EXPORTS[engine](index.folder, tmp_path / "x")
+@pytest.mark.parametrize(("engine", "kind"), [("elasticsearch", "sparse_vector"), ("opensearch", "rank_features")])
+def test_files_for_lucene_engines_stay_within_their_limits(index, tmp_path, engine, kind):
+    lucene.export(engine, index.folder, tmp_path / "x")
     lines = [json.loads(line) for line in (tmp_path / "x/bulk.ndjson").read_text().splitlines()]
-    names, documents = [line["index"]["_id"] for line in lines[::2]], lines[1::2]
-    assert names == list(index.ids) and len(set(names)) == len(names)
-    fields = json.loads((tmp_path / "x/mapping.json").read_text())["mappings"]["properties"]
-    assert fields["terms"] == {"type": {"elasticsearch": "sparse_vector", "opensearch": "rank_features"}[engine]}
+    assert [line["index"]["_id"] for line in lines[::2]] == list(index.ids)
+    for document in lines[1::2]:
+        kept = lucene.lucene_weights(list(document["terms"].values()))
+        assert kept.tolist() == list(document["terms"].values()), "a document says what the engine keeps"
+    assert json.loads((tmp_path / "x/mapping.json").read_text())["mappings"]["properties"]["terms"] == {"type": kind}
     for row in QUERIES:
-        query = index.query(row)
-        body = make(query)
+        heavy = index.query(row)
+        heavy.weights[:] *= 300 / heavy.weights.max()
+        body = lucene.engine_query(engine, heavy)
         features = next(iter(body.values()))
         features = features.get("query_vector") or features["terms"]["query_tokens"]
-        # Lucene's limits: 0 < weight <= 64, values positive and normal, names without dots
-        assert all(0 < weight <= 64 and name.isdigit() for name, weight in features.items())
-        exact = {hit.id: hit.score for hit in index.top(query, 1000)}
-        for name, document in zip(names, documents, strict=True):
-            kept = {word: _as_lucene_keeps(value) for word, value in document["terms"].items()}
-            assert kept == document["terms"], "a document says what the engine keeps"
-            score = sum(weight * kept.get(word, 0) for word, weight in features.items()) / query_scale(query)
-            assert exact.get(name, 0) * (1 - 2**-8) <= score + 1e-9 and score <= exact.get(name, 0) * (1 + 1e-6)
-
-
-def _as_lucene_keeps(value):
-    bits = int(np.float32(value).view(np.int32)) >> 15
-    return float(np.int32(bits << 15).view(np.float32))
-
-
-def test_queries_for_lucene_stay_within_its_limits(index):
+        assert 32 < max(features.values()) <= 64 and all(w > 0 and name.isdigit() for name, w in features.items())
+        assert math.log2(lucene.query_scale(heavy)).is_integer()
     with pytest.raises(ValueError, match="negative"):
-        elasticsearch_query(index.query(words={"us": 1, "u": -1}))
-    heavy = index.query(words={"us": 1.0, "u": 0.5})
-    heavy.weights[:] *= 300 / heavy.weights.max()
-    features = elasticsearch_query(heavy)["sparse_vector"]["query_vector"]
-    assert 32 < max(features.values()) <= 64 and math.log2(query_scale(heavy)).is_integer()
-    assert lucene_weights(np.float32([0, 1, 1.999])).tolist() == [0, 1, 1.99609375]
-
-
-def test_whole_numbers_for_anserini_err_by_no_more_than_stated(index, tmp_path):
-    anserini(index.folder, tmp_path / "a", 100)
-    facts = json.loads((tmp_path / "a/quantisation.json").read_text())
-    documents = [json.loads(line) for line in (tmp_path / "a/documents.jsonl").read_text().splitlines()]
-    assert [document["id"] for document in documents] == list(index.ids)
-    for document in documents:
-        weights = index.vector(document["id"])
-        assert all(isinstance(weight, int) and 0 < weight <= 100 for weight in document["vector"].values())
-        for token, weight in weights.items():
-            kept = document["vector"].get(str(TOKENS.index(token)), 0) * facts["step"]
-            assert abs(kept - weight) <= facts["largest_error_of_a_weight"] * (1 + 1e-6)
+        lucene.engine_query(engine, index.query(words={"us": 1, "u": -1}))
+    assert lucene.lucene_weights([0, 1, 1.999]).tolist() == [0, 1, 1.99609375]
 
 
 @pytest.fixture

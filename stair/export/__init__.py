@@ -2,15 +2,15 @@
 
 from stair.export.onnx import onnx
 from stair.export.sentence_transformers import sentence_transformers
-from stair.export.sql import duckdb, sqlite
-from stair.export.vectors import milvus, qdrant, seismic
+from stair.export.sql import duckdb, postgres, sqlite
+from stair.export.vectors import milvus, qdrant
 
 FORMATS = {  # the second words of `stair export`; stair/cli.py reads this without importing
     "sqlite": sqlite,
     "duckdb": duckdb,
+    "postgres": postgres,
     "qdrant": qdrant,
     "milvus": milvus,
-    "seismic": seismic,
     "onnx": onnx,
     "sentence-transformers": sentence_transformers,
 }

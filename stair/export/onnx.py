@@ -16,8 +16,6 @@ from stair.export.target import engine_errors, new_target
 from stair.head import VocabularyHead
 from stair.model import Stair
 
-NonZeros = tuple[Tensor, Tensor, Tensor]
-
 
 class _Graph(nn.Module):
     """One side of a model, its head in operators that ONNX has; the fused head is one of our own."""
@@ -31,7 +29,7 @@ class _Graph(nn.Module):
         active_V[model.vocabulary.never_active] = 0
         self.register_buffer("active_V", active_V)
 
-    def _non_zeros(self, hidden_BTD: Tensor, mask_BT: Tensor, lowered_BV: Tensor | float = 0.0) -> NonZeros:
+    def _non_zeros(self, hidden_BTD: Tensor, mask_BT: Tensor, lowered_BV: Tensor | float = 0.0) -> tuple[Tensor, ...]:
         hidden_BTE = self.head.norm(nn.functional.gelu(self.head.dense(hidden_BTD)))
         logits_BTV = hidden_BTE @ self.head.word_embeddings.T
         highest_BV = logits_BTV.masked_fill(~mask_BT[..., None], -1e30).amax(dim=1) + self.head.bias
@@ -41,13 +39,13 @@ class _Graph(nn.Module):
 
 
 class _ImageGraph(_Graph):
-    def forward(self, pixels: Tensor) -> NonZeros:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         hidden_BTD = self.encoder(pixels.float() / 255)
         return self._non_zeros(hidden_BTD, torch.ones(hidden_BTD.shape[:2], dtype=torch.bool))
 
 
 class _TextGraph(_Graph):
-    def forward(self, ids: Tensor, mask: Tensor) -> NonZeros:
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         # terms outside the caption are lowered by the margin, or to zero
         margin = 1e30 if self.config.text_form == "masked" else self.config.in_caption_margin
         if not margin:

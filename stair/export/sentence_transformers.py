@@ -10,8 +10,6 @@ from stair.model import Stair
 def sentence_transformers(model: str, out: Path) -> None:
     """Writes a folder for `SparseEncoder(folder, trust_remote_code=True)`, which encodes texts and PIL images.
 
-    Its similarity is that of the model.
-
     Args:
         model: folder of a saved model, or its name on the hub.
         out: a new folder.

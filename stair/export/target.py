@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from stair.errors import EngineError, FileError, SettingError, StairError
@@ -26,15 +27,14 @@ class Row(NamedTuple):
 
 def rows(index: SparseIndex) -> Iterator[Row]:
     """All documents of an index."""
-    progress = tqdm(total=len(index), desc="exporting", unit="document", disable=None)
-    for part in index.content():
-        for n, vector in enumerate(part.vectors):
-            fields = {
-                owner: {key: value.isoformat() if isinstance(value, date) else value for key, value in values.items()}
-                for owner, values in (("metadata", part.metadata[n]), ("source", part.source[n]))
-            }
-            yield Row(part.ids[n], vector.indices.tolist(), vector.data.tolist(), fields)
-            progress.update()
+    places = ((part, n) for part in index.content() for n in range(len(part.ids)))
+    for part, n in tqdm(places, total=len(index), desc="exporting", unit="document", disable=None):
+        fields = {
+            owner: {key: value.isoformat() if isinstance(value, date) else value for key, value in values.items()}
+            for owner, values in (("metadata", part.metadata[n]), ("source", part.source[n]))
+        }
+        span = slice(*part.vectors.indptr[n : n + 2])
+        yield Row(part.ids[n], part.vectors.indices[span].tolist(), part.vectors.data[span].tolist(), fields)
 
 
 def batches(items: Iterable[Any], size: int = 256) -> Iterator[list[Any]]:
@@ -45,16 +45,13 @@ def batches(items: Iterable[Any], size: int = 256) -> Iterator[list[Any]]:
 
 
 def opened(folder: Path, engine: str, longest_id: int | None = None, int64: bool = False) -> SparseIndex:
-    """Opens an index and checks that an engine can hold all of it.
+    """Opens an index; SettingError if it is empty, or an engine cannot hold an id or a number.
 
     Args:
         folder: of the index.
         engine: its name, for messages.
         longest_id: most UTF-8 bytes of an id; then ids of no bytes are errors too.
         int64: whether integers beyond 64 bits, which would lose digits, are errors.
-
-    Raises:
-        SettingError: if the index is empty, or the engine cannot hold an id or a number.
     """
     index = SparseIndex.open(folder)
     if not len(index):
@@ -64,15 +61,11 @@ def opened(folder: Path, engine: str, longest_id: int | None = None, int64: bool
             raise SettingError(f"id {name[:40]!r}... is too long or empty; {engine} takes {longest_id} bytes", "index")
     for row in rows(index) if int64 else ():
         try:
-            json.loads(json.dumps(row.fields), parse_int=_int64)
+            json.loads(json.dumps(row.fields), parse_int=np.int64)
         except OverflowError as error:
-            raise SettingError(f"metadata of {row.id!r}: {engine} would change {error}", "index") from error
+            large = f"metadata of {row.id!r} has a whole number beyond 64 bits, which {engine} would change"
+            raise SettingError(large, "index") from error
     return index
-
-
-def _int64(text: str) -> None:
-    if not -(1 << 63) <= int(text) < 1 << 63:
-        raise OverflowError(text)
 
 
 @contextmanager

@@ -1,14 +1,12 @@
-"""Vector databases: Qdrant, Milvus, Seismic. Each takes term ids and weights as they are, and scores by dot product."""
+"""Vector databases: Qdrant and Milvus. Both take term ids and weights as they are, and score by dot product."""
 
 import json
 import logging
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from stair.errors import SettingError, import_extra
 from stair.export.target import Row, batches, engine_errors, new_target, opened, rows
@@ -21,8 +19,8 @@ def qdrant(index: Path, out: str, collection: str = "stair") -> None:
 
     Args:
         index: folder of the index.
-        out: `http://host:6333` of a server; a folder for the client's local mode; or a file ending in .jsonl: the
-            first line is the body of `PUT /collections/NAME`, each further line a body of `PUT /collections/NAME/points`.
+        out: `http://host:6333`; a folder for the client's local mode; or a .jsonl file, whose first line is the body of
+            `PUT /collections/NAME`, each further line one of `PUT /collections/NAME/points`.
         collection: name of the collection.
     """
     requests = batches(map(_qdrant_point, rows(opened(index, "Qdrant", int64=True))))
@@ -32,13 +30,12 @@ def qdrant(index: Path, out: str, collection: str = "stair") -> None:
             file.writelines(json.dumps({"points": points}) + "\n" for points in requests)
         return
     library = import_extra("qdrant_client", "qdrant-client", "export")
-    models = library.models
     with engine_errors("Qdrant"), _database(out) as address:
-        client = library.QdrantClient(**{"url" if "://" in address else "path": address}, check_compatibility=False)
+        client = library.QdrantClient(**{"url" if "://" in out else "path": str(address)}, check_compatibility=False)
         with closing(client), _new_collection(out, collection, client.collection_exists, client.delete_collection):
-            client.create_collection(collection, {}, sparse_vectors_config={"terms": models.SparseVectorParams()})
+            client.create_collection(collection, {}, {"terms": library.models.SparseVectorParams()})
             for points in requests:
-                client.upsert(collection, [models.PointStruct(**point) for point in points])
+                client.upsert(collection, [library.models.PointStruct(**point) for point in points])
 
 
 def _qdrant_point(row: Row) -> dict[str, Any]:
@@ -56,10 +53,12 @@ def milvus(index: Path, out: str, collection: str = "stair") -> None:
     """
     documents = opened(index, "Milvus", longest_id=65_535, int64=True)
     library = import_extra("pymilvus", "pymilvus", "export")
-    if "://" not in out:
-        import_extra("milvus_lite", "milvus-lite", "export")
-    with engine_errors("Milvus"), _database(out) as address, _quiet_milvus(address):
-        client = library.MilvusClient(address)
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs a trace of each error that it raises
+    with engine_errors("Milvus"), _database(out) as address, ExitStack() as server:
+        if "://" not in out:
+            lite = import_extra("milvus_lite.server_manager", "milvus-lite", "export").server_manager_instance
+            server.callback(lite.release_server, str(address))
+        client = library.MilvusClient(str(address))
         with closing(client), _new_collection(out, collection, client.has_collection, client.drop_collection):
             schema, indexes = client.create_schema(auto_id=False), client.prepare_index_params()
             schema.add_field("id", library.DataType.VARCHAR, is_primary=True, max_length=65_535)
@@ -75,44 +74,9 @@ def milvus(index: Path, out: str, collection: str = "stair") -> None:
         print(f"{len(documents) - written} documents without a weight are left out: Milvus takes no empty vector")
 
 
-@contextmanager
-def _quiet_milvus(address: str) -> Iterator[None]:
-    log = logging.getLogger("pymilvus")
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # it logs a trace of each error that it raises
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        if "://" not in address:
-            manager = import_extra("milvus_lite.server_manager", "milvus-lite", "export").server_manager_instance
-            manager.release_server(address)
-
-
-def seismic(index: Path, out: Path) -> None:
-    """Builds and saves a Seismic index: approximate search, 16-bit float weights, ids, no metadata.
-
-    Args:
-        index: folder of the index.
-        out: path of the saved index; Seismic appends `.index.seismic`.
-    """
-    documents = opened(index, "Seismic")
-    library = import_extra("seismic", "pyseismic-lsr", "export")
-    with engine_errors("Seismic"), new_target(Path(f"{out}.index.seismic")) as part:
-        dataset, text = library.SeismicDataset(), library.get_seismic_string()
-        for row in rows(documents):
-            dataset.add_document(row.id, np.array(row.terms).astype(text), np.array(row.weights, np.float32))
-        library.SeismicIndex.build_from_dataset(dataset).save(str(part).removesuffix(".index.seismic"))
-
-
-@contextmanager
-def _database(out: str) -> Iterator[str]:
+def _database(out: str) -> AbstractContextManager[Any]:
     """A server, or a database that exists, as it is; a new database appears when it is complete."""
-    if "://" in out or Path(out).exists():
-        yield out
-    else:
-        with new_target(Path(out)) as part:
-            yield str(part)
+    return nullcontext(out) if "://" in out or Path(out).exists() else new_target(Path(out))
 
 
 @contextmanager
