@@ -13,11 +13,11 @@ _SUPERSAMPLE = 4
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 
 
-def draw_scene(scene: Scene, rng: Random, image_size: int) -> Image.Image:
+def draw_scene(scene: Scene, rng: Random, image_size: int) -> tuple[Image.Image, list[list[Box]]]:
     """Draws a scene; `rng` decides what no caption states: exact position, size, tint and tilt.
 
     Returns:
-        An RGB image of `image_size` × `image_size` pixels.
+        An RGB image of `image_size` × `image_size` pixels, and the boxes of each group's objects, in 0 to 1.
     """
     side, background = image_size * _SUPERSAMPLE, scenes.BACKGROUNDS[scene.background]
     # brightness only: a tint would turn grey into lavender
@@ -27,7 +27,8 @@ def draw_scene(scene: Scene, rng: Random, image_size: int) -> Image.Image:
     draw = ImageDraw.Draw(canvas)
     if background.pattern:
         scenes.PATTERNS[background.pattern](draw, side, tones, rng)
-    for group, box in zip(scene.groups, scenes.LAYOUTS[scene.layout].boxes, strict=True):
+    boxes: list[list[Box]] = [[] for _ in scene.groups]
+    for group, box, own in zip(scene.groups, scenes.LAYOUTS[scene.layout].boxes, boxes, strict=True):
         colour = _shifted(scenes.COLOURS[group.colour][0], [rng.randint(-10, 10) for _ in range(3)])
         for left, top, right, bottom in _cells(box, group.count):
             if group.size == "small":
@@ -37,9 +38,11 @@ def draw_scene(scene: Scene, rng: Random, image_size: int) -> Image.Image:
             slack_x, slack_y = (max(0.0, length - extent) * 0.35 for length in (right - left, bottom - top))
             x = ((left + right) / 2 + rng.uniform(-slack_x, slack_x)) * side
             y = ((top + bottom) / 2 + rng.uniform(-slack_y, slack_y)) * side
+            edges = (x / side - extent / 2, y / side - extent / 2, x / side + extent / 2, y / side + extent / 2)
+            own.append(tuple(round(min(1.0, max(0.0, edge)), 4) for edge in edges))  # type: ignore[arg-type]
             turn = math.radians(rng.uniform(-9, 9))
             _draw_object(draw, scenes.SHAPES[group.shape], colour, (x, y), extent * side / 2, turn)
-    return canvas.resize((image_size, image_size), Image.Resampling.BOX)
+    return canvas.resize((image_size, image_size), Image.Resampling.BOX), boxes
 
 
 def _cells(box: Box, count: int) -> list[Box]:

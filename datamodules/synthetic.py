@@ -5,8 +5,8 @@ terms. No scene occurs twice, in training or validation. The first caption of an
 
     python -m datamodules.synthetic FOLDER
 
-writes `train-0000.tar` … `train-0003.tar` and `val-0000.tar` (KEY.png beside KEY.json with `captions` and `spec`, the
-scene), `vocab.txt` and `manifest.json`. Same arguments, same bytes.
+writes `train-0000.tar` … `train-0003.tar` and `val-0000.tar` (KEY.png beside KEY.json with `captions`, `boxes` and
+`spec`, the scene), `vocab.txt` and `manifest.json`. Same arguments, same bytes.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from datamodules.depictions import caption_scene, draw_scene
-from datamodules.scenes import Scene, random_scene
+from datamodules.scenes import SHAPES, Scene, random_scene
 from stair.errors import require
 from stair.files import atomic_write, read_json, sha256, write_json, write_text
 
@@ -98,9 +98,11 @@ def _samples(split: str, count: int, seed: int, drawn: set[Scene]) -> list[_Samp
 def _write_tar(path: Path, samples: list[_Sample], image_size: int) -> None:
     with atomic_write(path) as part, tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
-            image = io.BytesIO()
-            draw_scene(sample.scene, Random(f"{sample.name}/pixels"), image_size).save(image, "PNG")
-            facts = {"captions": sample.captions, "spec": asdict(sample.scene)}
+            image, drawn = io.BytesIO(), draw_scene(sample.scene, Random(f"{sample.name}/pixels"), image_size)
+            drawn[0].save(image, "PNG")
+            nouns = [[noun for forms in SHAPES[group.shape].nouns for noun in forms] for group in sample.scene.groups]
+            boxes = [{"names": n, "box": box} for n, own in zip(nouns, drawn[1], strict=True) for box in own]
+            facts = {"captions": sample.captions, "spec": asdict(sample.scene), "boxes": boxes}
             for kind, content in (("png", image.getvalue()), ("json", json.dumps(facts).encode())):
                 member = tarfile.TarInfo(f"{sample.key}.{kind}")
                 member.size = len(content)

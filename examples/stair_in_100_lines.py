@@ -102,7 +102,7 @@ def main() -> None:
     torch.manual_seed(0)
     scenes = [random_scene(rng) for rng in map(Random, range(2300))]
     captions = [caption_scene(scene, Random(i)) for i, scene in enumerate(scenes)]
-    images = torch.stack([pil_to_tensor(draw_scene(scene, Random(i), SIDE)) for i, scene in enumerate(scenes)])
+    images = torch.stack([pil_to_tensor(draw_scene(scene, Random(i), SIDE)[0]) for i, scene in enumerate(scenes)])
     words = sorted({word for texts in captions for text in texts for word in text.lower().replace(",", " ").split()})
     terms = ["[PAD]", "[UNK]", *words]
     tokenizer = Tokenizer(models.WordLevel({term: v for v, term in enumerate(terms)}, unk_token="[UNK]"))

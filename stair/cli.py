@@ -42,6 +42,12 @@ _COMMANDS = {
         "evaluate",
         "evaluate",
     ),
+    "dictionary": (
+        "what each term of a model means, with evidence",
+        "stair.evaluate.dictionary",
+        "dictionary",
+        "evaluate",
+    ),
     "consolidate": ("a model of a training's checkpoint", "lightning_modules.consolidate", "consolidate", "train"),
     "doctor": ("what is wrong with shards, and the setting that repairs it", "stair.data.doctor", "doctor", "train"),
     "prepare": (

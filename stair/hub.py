@@ -11,12 +11,17 @@ from typing import Any
 
 from stair.files import read_json
 from stair.pages import render
-from stair.report.tables import Table, protocol, tables
+from stair.report.tables import Table, dictionary_table, protocol, tables
 from stair.towers import FILES, folder_of, read_description
 
 
 def model_card(
-    folder: Path, licence: str, name: str = "", data: str = "", results: Mapping[str, Any] | None = None
+    folder: Path,
+    licence: str,
+    name: str = "",
+    data: str = "",
+    results: Mapping[str, Any] | None = None,
+    dictionary: Mapping[str, Any] | None = None,
 ) -> str:
     """The README.md of a model.
 
@@ -27,12 +32,19 @@ def model_card(
         data: what it was trained on, in a sentence or two.
         results: what was measured: numbers or texts by name, or what `stair evaluate` writes as evaluation.json; left out,
             the card says that nothing was.
+        dictionary: what `stair dictionary` writes as dictionary.json.
 
     Raises:
-        FileNotFoundError, ValueError: if the folder holds no saved model, or results are neither.
+        FileNotFoundError, ValueError: if the folder holds no saved model, or results or dictionary are neither.
     """
     about = read_description(folder)
     values = {key: about[key] for key in ("model", "vocabulary_fingerprint", "training")} | _measured(results or {})
+    if dictionary is not None:
+        if missing := {"summary", "terms", "classes"} - dictionary.keys():
+            raise ValueError(
+                f"dictionary: {sorted(missing)[0]!r} is missing; give dictionary.json of `stair dictionary`"
+            )
+        values["tables"].append(dictionary_table(dictionary))
     names = {"name": name or folder.name, "source": name or folder}
     return render("card.md", **values, **names, sparse=True, licence=licence, data=data) + "\n"
 
@@ -52,6 +64,7 @@ def push(
     licence: str,
     data: str = "",
     results: Path | None = None,
+    dictionary: Path | None = None,
     private: bool = False,
     message: str = "Upload a STAIR model",
 ) -> None:
@@ -63,6 +76,7 @@ def push(
         licence: licence of the weights, such as apache-2.0 or cc-by-nc-4.0; depends on the training data.
         data: description of the training data, in one or two sentences.
         results: JSON file for the card: the evaluation.json of `stair evaluate`, or an object of metrics by name.
+        dictionary: the dictionary.json of `stair dictionary`, for the card.
         private: whether a newly created model is private.
         message: commit message.
     """
@@ -71,10 +85,10 @@ def push(
     from huggingface_hub import HfApi
 
     folder = folder_of(model)
-    measured = read_json(results) if results is not None else None
+    measured = [read_json(path) if path is not None else None for path in (results, dictionary)]
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary)
-        (staged / "README.md").write_text(model_card(folder, licence, name, data, measured), encoding="utf-8")
+        (staged / "README.md").write_text(model_card(folder, licence, name, data, *measured), encoding="utf-8")
         for file in FILES:
             if (folder / file).is_file():
                 shutil.copyfile(folder / file, staged / file)

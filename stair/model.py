@@ -220,7 +220,7 @@ class Stair(TwoTowers):
 
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(Path(folder) / "model")
-            push(str(Path(folder) / "model"), name, licence, data, results, private)
+            push(str(Path(folder) / "model"), name, licence, data, results, private=private)
 
     @property
     def fingerprint(self) -> str:

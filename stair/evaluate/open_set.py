@@ -119,9 +119,12 @@ class _TarSamples:
         return len(self._entries)
 
     def __getitem__(self, index: int, /) -> Sample:
-        with opened(self._entries[index]) as sample:
-            captions, label = self._annotation(sample.members, self._entries[index].lines)
-            return Sample(decode_image(fields.image_bytes(sample.members)), captions, label)
+        entry = self._entries[index]
+        with opened(entry) as sample:
+            captions, label = self._annotation(sample.members, entry.lines)
+            key = f"{fields.printable(Path(entry.shard).stem)}/{sample.key}"
+            boxes = fields.json_fields(sample.members).get("boxes", ())
+            return Sample(decode_image(fields.image_bytes(sample.members)), captions, label, key, boxes)
 
     def annotations(self) -> list[tuple[tuple[str, ...], int | None]]:
         """Captions and label of each sample."""

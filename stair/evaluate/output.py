@@ -18,7 +18,7 @@ from stair.files import write_json, write_text
 from stair.pages import render, write_html
 from stair.plain import one_line
 from stair.report.page import Picture
-from stair.report.tables import DIRECTIONS, protocol, tables
+from stair.report.tables import DIRECTIONS, Table, protocol, tables
 from stair.report.terms import encode_png
 
 _EXAMPLES = 12
@@ -26,16 +26,21 @@ _EXAMPLES = 12
 
 def show(result: Mapping[str, Any]) -> None:
     """Prints the tables to the terminal."""
-    console = Console(markup=False, emoji=False)  # names come from data
     for table in tables(result):
-        printed = TerminalTable(title=table.title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
-        for i, head in enumerate(table.heads):
-            printed.add_column(head, justify="right" if i else "left")
-        for row in table.rows:
-            printed.add_row(*map(one_line, row))
-        console.print(printed)
-        for note in table.notes:
-            console.print(one_line(note), style="dim")
+        print_table(table)
+
+
+def print_table(table: Table) -> None:
+    """Prints a table and its notes to the terminal."""
+    console = Console(markup=False, emoji=False)  # names come from data
+    printed = TerminalTable(title=table.title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    for i, head in enumerate(table.heads):
+        printed.add_column(head, justify="right" if i else "left")
+    for row in table.rows:
+        printed.add_row(*map(one_line, row))
+    console.print(printed)
+    for note in table.notes:
+        console.print(one_line(note), style="dim")
 
 
 def write(

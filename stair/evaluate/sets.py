@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL.Image import Image
 
@@ -14,6 +14,8 @@ class Sample:
     image: Image  # RGB
     captions: Sequence[str] = ()
     label: int | None = None  # index of its class in the set's `classes`
+    key: str = ""  # its name in messages and results
+    boxes: Any = ()  # the field `boxes` of its JSON, see `stair dictionary`
 
     def __post_init__(self) -> None:
         if isinstance(self.captions, str):

@@ -5,6 +5,7 @@ text, and spell out its control characters.
 """
 
 import base64
+import hashlib
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -39,14 +40,17 @@ def render(template: str, **values: Any) -> Markup:
     return Markup(_TEMPLATES.get_template(template).render(values))
 
 
-def document(title: str, notes: Sequence[str], sections: Iterable[str]) -> str:
-    """A page: its heading, notes below it, and HTML of `render`."""
-    return render("page.html", title=title, notes=notes, sections=[Markup(section) for section in sections])
+def document(title: str, notes: Sequence[str], sections: Iterable[str], script: str = "") -> str:
+    """A page: its heading, notes below it, HTML of `render`, and a script of this folder, which the policy names."""
+    code = asset(script) if script else Markup()
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() if script else ""
+    html = [Markup(section) for section in sections]
+    return render("page.html", title=title, notes=notes, sections=html, script=code, digest=digest)
 
 
-def write_html(path: Path, title: str, notes: Sequence[str], sections: Iterable[str]) -> None:
+def write_html(path: Path, title: str, notes: Sequence[str], sections: Iterable[str], script: str = "") -> None:
     """Writes a page atomically; other arguments as `document`."""
-    write_text(path, document(title, notes, sections))
+    write_text(path, document(title, notes, sections, script))
 
 
 _TEMPLATES = Environment(

@@ -135,3 +135,14 @@ def _cost(sets: Mapping[str, Any]) -> Table:
         if (cost := figures.get("cost"))
     ]
     return Table("Cost", ["", "index bytes", "search ms p50", "p95"], rows, [_COST_NOTE])
+
+
+def dictionary_table(result: Mapping[str, Any]) -> Table:
+    """The summary of what `stair dictionary` writes as dictionary.json."""
+    rows = []
+    for name, figures in result["summary"].items():
+        heaviest = [term["term"] for term in result["terms"] if term["class"] == name][:8]
+        shares = [_percent(figures[side]) for side in ("images", "texts")]
+        rows.append([name, f"{figures['terms']:,}", *shares, ", ".join(heaviest)])
+    notes = [f"{name}: {about}." for name, about in result["classes"].items()]
+    return Table("Dictionary", ["", "terms", "% of image weight", "of text weight", "heaviest"], rows, notes)
