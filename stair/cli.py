@@ -229,7 +229,10 @@ def _for_scripts(function: Callable[..., Any]) -> Callable[..., Any]:
         with contextlib.redirect_stdout(io.StringIO()) if quiet or json else contextlib.nullcontext():
             result = function(**given)
         if json:
-            print(json_format.dumps(result, indent=1, default=str))
+            if isinstance(result, tuple):
+                print(*(json_format.dumps(each, default=str) for each in result), sep="\n")
+            else:
+                print(json_format.dumps(result, indent=1, default=str))
         if isinstance(result, dict) and result.get("stops"):
             raise SystemExit(1)
 

@@ -26,7 +26,7 @@ from stair.files import atomic_write, read_json
 
 FORMAT = "stair-embeddings-2"
 PLAN = "embeddings.json"  # the settings of `stair embed`, beside its parts
-_SUFFIXES = (".safetensors", ".parquet")
+SUFFIXES = (".safetensors", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class Embeddings:
             SettingError: for metadata that are no plain values.
         """
         path = Path(path)
-        if path.suffix not in _SUFFIXES:
-            raise FileError(f"{path} ends in {path.suffix!r}; allowed: {', '.join(_SUFFIXES)}", path)
+        if path.suffix not in SUFFIXES:
+            raise FileError(f"{path} ends in {path.suffix!r}; allowed: {', '.join(SUFFIXES)}", path)
         header = {"format": FORMAT, "model": self.space.model, "similarity": self.space.similarity}
         header |= {"tokens": "\n".join(self.space.tokens), "facts": json.dumps(facts or {})}
         rows = {"metadata": self._json_rows(self.metadata), "source": self._json_rows(self.source)}
@@ -151,7 +151,7 @@ class Embeddings:
         for file in part_files(path):
             header = read_header(file)
             space = EmbeddingSpace(header["model"], header["similarity"], tuple(header["tokens"].split("\n")))
-            read = _read_safetensors if file.suffix == _SUFFIXES[0] else _read_parquet
+            read = _read_safetensors if file.suffix == SUFFIXES[0] else _read_parquet
             try:
                 columns, ids, metadata, source = read(file)
                 vectors = sparse.csr_matrix(columns, shape=(len(ids), len(space.tokens)))
@@ -181,7 +181,7 @@ def _read_parquet(path: Path) -> Any:
 def part_files(path: str | Path) -> list[Path]:
     """The files of embeddings at a path, in order; FileNotFoundError if there is none, FileError if some are missing."""
     path = Path(path)
-    files = [path] if path.is_file() else sorted(f for f in path.glob("part-*") if f.suffix in _SUFFIXES)
+    files = [path] if path.is_file() else sorted(f for f in path.glob("part-*") if f.suffix in SUFFIXES)
     if not files:
         raise FileNotFoundError(f"{path}: no embeddings there; `stair embed` writes them")
     if (path / PLAN).is_file() and len(files) < (parts := read_json(path / PLAN)["parts"]):

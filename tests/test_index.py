@@ -80,7 +80,7 @@ def test_search_is_exact_over_rare_and_frequent_words(num_terms, seed, counts, k
     """Words that one document holds, or all; some documents hidden; sums of quarters, which are exact, so that many tie."""
     generator = np.random.default_rng(seed)
     density_V = 10.0 ** generator.uniform(-3, 0.2, num_terms)
-    best, scores, shown = scoring.Best(k), [], []
+    best, scores, shown = scoring.Best(1, k), [], []
     chosen = np.sort(generator.choice(num_terms, min(num_terms, 6), replace=False))
     weights = generator.integers(-4, 9, len(chosen)).astype(np.float32) / 4
     query = Query(chosen[weights != 0], weights[weights != 0], num_terms)
@@ -90,15 +90,14 @@ def test_search_is_exact_over_rare_and_frequent_words(num_terms, seed, counts, k
         for array in arrays.values():
             array.flags.writeable = False  # as maps are; for others the loops would be compiled once more
         allowed = generator.random(count) < 0.7 if generator.random() < 0.5 else np.zeros(0, bool)
-        scoring.search_segment(
-            arrays, (query.terms, query.weights), query.dense(), allowed, sum(map(len, scores)), best
-        )
+        queries = np.array([0, len(query.terms)]), query.terms, query.weights
+        scoring.search_segment(arrays, queries, num_terms, allowed, sum(map(len, scores)), best)
         scores.append(dense @ query.dense())
         shown.append(allowed if len(allowed) else np.ones(count, bool))
     score_N = np.concatenate([*scores, []]) * np.concatenate([*shown, []])
     order = [n for n in np.lexsort((np.arange(len(score_N)), -score_N)) if score_N[n] > 0][:k]
-    assert best.documents[: best.count[0]].tolist() == order
-    assert best.scores[: best.count[0]].tolist() == score_N[order].tolist()
+    assert best.documents[0, : best.count[0]].tolist() == order
+    assert best.scores[0, : best.count[0]].tolist() == score_N[order].tolist()
 
 
 def test_a_word_of_many_documents_takes_a_byte_for_each_of_them_and_no_numbers():
@@ -726,6 +725,120 @@ def test_a_text_without_a_model_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(SettingError) as error:
         SparseIndex.build(tmp_path / "i", embeddings(4)).search("red bicycle")
     assert error.value.setting == "model"
+
+
+# ------------------------------------------------------------- many queries
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_many_queries_have_the_hits_that_each_has_alone(tmp_path, small_blocks, similarity):
+    metadata = [{"n": n} for n in range(150)]
+    index = SparseIndex.build(
+        tmp_path / "i", embeddings(150, space=replace(SPACE, similarity=similarity), metadata=metadata)
+    )
+    queries = sparse.vstack([rows(40, seed=5), -rows(3, seed=6), rows(3, seed=7) - rows(3, seed=8)], format="csr")
+    alone = [found(index.search(query, 7, where="n>=9")) for query in queries]
+    for same in (queries, queries.toarray(), torch.tensor(queries.toarray()), [index.query(row) for row in queries]):
+        for threads in (1, 3):
+            many = index.search_many(same, 7, where="n>=9", threads=threads)
+            assert [found(hits) for hits in many] == alone
+    assert [term.document for term in many[0][0].terms] == [term.document for term in index.search(queries[0])[0].terms]
+    assert index.search_many(queries[:0]) == index.search_many([]) == []
+
+
+def test_many_texts_or_pictures_are_encoded_together(tmp_path, tiny_stair, captions, pixels):
+    from PIL import Image
+
+    index = SparseIndex.build(tmp_path / "i", tiny_stair.encode(texts=captions), captions, model=tiny_stair)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+    for queries in (captions, pictures):
+        for query, hits in zip(queries, index.search_many(queries, 2), strict=True):
+            alone = index.search(query, 2)
+            assert [hit.id for hit in hits] == [hit.id for hit in alone]
+            assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in alone], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("queries", "k", "setting"),
+    [
+        (np.ones((2, 3)), 1, "query"),
+        (np.full((2, V), np.nan), 1, "query"),
+        (["a dog", "a cat"], 1, "model"),
+        (["a dog", 3], 1, "query"),
+        ("a dog", 1, "query"),
+        (rows(2), 0, "k"),
+    ],
+)
+def test_many_queries_that_make_no_sense_are_refused(tmp_path, queries, k, setting):
+    with pytest.raises(SettingError) as error:
+        SparseIndex.build(tmp_path / "i", embeddings(4)).search_many(queries, k)
+    assert error.value.setting == setting
+
+
+def test_a_query_of_more_terms_than_the_bound_counts_is_exact(tmp_path):
+    """Terms beyond the heaviest 512 are known by their sum alone; some of them are negative."""
+    tokens, generator = tuple(f"w{v}" for v in range(1500)), np.random.default_rng(0)
+    documents = sparse.random(500, 1500, 0.05, "csr", np.float32, generator)
+    space = EmbeddingSpace("m", "dot", tokens)
+    index = SparseIndex.build(tmp_path / "i", Embeddings(documents, [f"d{n}" for n in range(500)], space))
+    for least in (0, -0.2):
+        query = sparse.csr_matrix(generator.uniform(least, 1, (1, 1500)).astype(np.float32))
+        ids, scores = found(index.search(query, 20))
+        expected = oracle(documents, query, 20)
+        assert ids == [n for n, _ in expected]
+        np.testing.assert_allclose(scores, [score for _, score in expected], rtol=1e-13)
+
+
+def test_a_file_of_queries_is_searched_on_the_command_line(stair, tmp_path, tiny_stair, captions):
+    def search(*args):
+        lines = stair("search", tmp_path / "i", *args, "--k", "3", "--json").splitlines()
+        return [(line["query"], [(hit["id"], hit["score"]) for hit in line["hits"]]) for line in map(json.loads, lines)]
+
+    captions = [caption for caption in captions if caption != "zzz"]  # no token of the vocabulary
+    tiny_stair.save_pretrained(tmp_path / "m")
+    index = SparseIndex.build(tmp_path / "i", tiny_stair.encode(texts=captions), captions, model=tiny_stair)
+    (tmp_path / "words.txt").write_text("dog:2 bird\nred -dog\n")
+    (tmp_path / "texts.txt").write_text("\n".join(captions))
+    Embeddings(tiny_stair.encode(texts=captions), captions, tiny_stair.space).save(tmp_path / "e.safetensors")
+    expected = [(words, index.search(words=words, k=3)) for words in ("dog:2 bird", "red -dog")]
+    expected = [(words, [(hit.id, hit.score) for hit in hits]) for words, hits in expected]
+    assert search("--queries", tmp_path / "words.txt", "--threads", "2") == expected
+    assert expected[0][0] in stair("search", tmp_path / "i", "--queries", tmp_path / "words.txt")
+    rows = search("--queries", tmp_path / "e.safetensors")
+    many = index.search_many(tiny_stair.encode(texts=captions), 3)
+    assert rows == [
+        (caption, [(hit.id, hit.score) for hit in hits]) for caption, hits in zip(captions, many, strict=True)
+    ]
+    texts = search("--queries", tmp_path / "texts.txt", "--model", tmp_path / "m")
+    assert [[name for name, _ in hits] for _, hits in texts] == [[name for name, _ in hits] for _, hits in rows]
+
+
+@pytest.mark.parametrize(
+    ("content", "model", "complaint"),
+    [
+        ("", False, "empty"),
+        ("dog\nqqq\n", False, "line 2"),
+        ("dog\n\nbird", False, "line 2"),
+        ("a dog\n☃\n", True, "line 2"),
+        ("dog:x", False, "line 1"),
+    ],
+)
+def test_a_line_that_is_no_query_is_named(stair, tmp_path, tiny_stair, captions, content, model, complaint):
+    tiny_stair.save_pretrained(tmp_path / "m")
+    SparseIndex.build(tmp_path / "i", tiny_stair.encode(texts=captions), captions, model=tiny_stair)
+    (tmp_path / "q.txt").write_text(content)
+    with pytest.raises(SystemExit, match=complaint):
+        stair(
+            "search", tmp_path / "i", "--queries", tmp_path / "q.txt", *(["--model", tmp_path / "m"] if model else [])
+        )
+
+
+def test_embeddings_of_another_vocabulary_are_no_queries(stair, tmp_path):
+    SparseIndex.build(tmp_path / "i", embeddings(4))
+    other = EmbeddingSpace(SPACE.model, "dot", TOKENS[:9])
+    Embeddings(rows(2, words=9), ["a", "b"], other).save(tmp_path / "q.parquet")
+    with pytest.raises(SystemExit, match="vocabulary"):
+        stair("search", tmp_path / "i", "--queries", tmp_path / "q.parquet")
 
 
 # --------------------------------------------------------------- embeddings

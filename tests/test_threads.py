@@ -57,6 +57,7 @@ def test_a_model_and_its_index_answer_many_threads(tiny_stair, picture, tmp_path
             lambda: tiny_stair.encode_image(images).tolist(),
             lambda: [(hit.id, hit.score) for hit in index.search(words=TYPED, k=3)],
             lambda: [(hit.id, hit.score) for hit in index.search(LONG, k=3)],
+            lambda: [[(hit.id, hit.score) for hit in hits] for hits in index.search_many([LONG, "a dog"], threads=2)],
             lambda: explain(tiny_stair, LONG, picture).score,
         ],
         times=20,

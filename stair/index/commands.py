@@ -1,12 +1,13 @@
 """`stair index` and `stair search`."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from stair.embeddings import Embeddings, part_files, read_header
+from stair.embeddings import SUFFIXES, Embeddings, part_files, read_header
 from stair.errors import SettingError
 from stair.images import decode_image
 from stair.index.query import parse_words
@@ -65,10 +66,12 @@ def search(
     image: Path | None = None,
     words: str | None = None,
     like: str | None = None,
+    queries: Path | None = None,
     where: str | None = None,
     k: int = 10,
     shown: int = 5,
-) -> list[dict[str, Any]]:
+    threads: int = 1,
+) -> list[dict[str, Any]] | tuple[dict[str, Any], ...]:
     """Finds the documents with the highest scores (exact dot products) and shows the terms that contribute.
 
     Args:
@@ -78,19 +81,24 @@ def search(
         image: query picture; needs the model.
         words: weighted words instead of a text, such as 'dog:2 beach -people'; no model needed.
         like: id of a document whose neighbours are searched.
+        queries: file with a query per line, searched together: texts with a model, otherwise weighted words. Or
+            embeddings of queries. Prints ids and scores; with --json, a line for each query.
         where: conditions on metadata, joined by ` and `, such as 'split=test and year>=2010'; `stair:file` and
             `stair:id` are the source file and the id. Put names and values that contain operators or ` and ` in double
             quotes.
         k: number of hits.
         shown: number of shared terms shown per hit.
+        threads: how many search a file of queries at the same time.
     """
-    if (text is not None) + (image is not None) + (words is not None) + (like is not None) != 1:
-        raise SettingError("give one of --text, --image, --words, --like", "text")
+    if sum(given is not None for given in (text, image, words, like, queries)) != 1:
+        raise SettingError("give one of --text, --image, --words, --like, --queries", "text")
     opened = SparseIndex.open(index)
     if model is not None:
         from stair.model import Stair
 
         opened.use(Stair.from_pretrained(model))
+    if queries is not None:
+        return _search_file(queries, opened, k, where or (), threads)
     query = decode_image(image.read_bytes()) if image is not None else text
     hits = opened.search(query, k, words=words, like=like, where=where or ())
     for word in parse_words(words) if words is not None else ():
@@ -110,3 +118,33 @@ def search(
         restricted = f" where {one_line(where)}" if where else ""
         print(f"no document scores above 0{restricted}: none shares a term with the query that counts for it")
     return rows
+
+
+def _search_file(path: Path, opened: SparseIndex, k: int, where: Any, threads: int) -> tuple[dict[str, Any], ...]:
+    names, queries = _read_queries(path, opened)
+    lines = []
+    for name, hits in zip(names, opened.search_many(queries, k, where=where, threads=threads), strict=True):
+        print("\n".join([one_line(name), *(f"{hit.score:9.4f}  {one_line(hit.id)}" for hit in hits)]))
+        lines.append({"query": name, "hits": [{"id": hit.id, "score": hit.score} for hit in hits]})
+    return tuple(lines)
+
+
+def _read_queries(path: Path, opened: SparseIndex) -> tuple[Sequence[str], Any]:
+    """Names of the queries of a file, and what `SparseIndex.search_many` takes."""
+    if path.is_dir() or path.suffix in SUFFIXES:
+        loaded = Embeddings.load(path)
+        opened.space.check_same(loaded.space, f"{path}, queries for {opened.folder}")
+        return loaded.ids, loaded.vectors
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if not lines:
+        raise SettingError(f"{path} is empty; write a query on each line", "queries")
+    ready = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if opened.model is None:
+                ready.append(opened.query(words=line))
+            elif not opened.vocabulary.token_ids(line):
+                raise SettingError(f"the vocabulary has no token of {line!r:.80}", "queries")
+        except ValueError as error:
+            raise SettingError(f"{path}, line {number}: {error}", "queries") from error
+    return lines, ready or lines

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from stair.errors import SettingError
+from stair.errors import SettingError, import_extra
 
 BLOCK = 1 << 16
 FULL = 5
-Arrays = dict[str, NDArray[Any]]
+Array = NDArray[Any]
+Arrays = dict[str, Array]
 
 
 def canonical(vectors: Any, num_terms: int) -> sparse.csr_matrix:
@@ -48,39 +49,71 @@ def invert(csr: sparse.csr_matrix) -> Arrays:
         `run_start` (U·R+1,): where the bytes of a term in a block begin in `bytes` (S,) uint8, `number_start` (U·R+1,): and
         its documents in `documents` uint16, counted within the block; a full run has none there.
     """
-    columns = csr.tocsc()
-    terms_U = np.flatnonzero(np.diff(columns.indptr))
-    starts_U = columns.indptr[terms_U]
-    scale_U = np.maximum.reduceat(columns.data, starts_U).astype(np.float64) if len(terms_U) else np.empty(0)
-    # a little above max / 255, so that rounding up never needs 256
-    scale_U *= (1 + 1e-9) / 255
-    rank_P = np.repeat(np.arange(len(terms_U), dtype=np.int64), np.diff(columns.indptr)[terms_U])
-    byte_P = np.ceil(columns.data / scale_U[rank_P]).astype(np.uint8)
-    document_P = (columns.indices % BLOCK).astype(np.uint16)
-    blocks = max(1, -(-csr.shape[0] // BLOCK))
-    run_P = rank_P * blocks + columns.indices // BLOCK
-    count = np.bincount(run_P, minlength=len(terms_U) * blocks)
-    size = np.tile(np.minimum(BLOCK, csr.shape[0] - np.arange(blocks) * BLOCK), len(terms_U))
-    full = count * FULL > size
-    run_start, number_start = _starts(np.where(full, size, count)), _starts(np.where(full, 0, count))
-    full_P = full[run_P]
-    # a byte's position: that of its run, plus the document's own in a full run, else the next one
-    position_P = (run_start[:-1] - np.where(full, 0, _starts(count)[:-1]))[run_P]
-    position_P += np.where(full_P, document_P, np.arange(len(run_P)))
-    bytes_S = np.zeros(run_start[-1], np.uint8)
-    bytes_S[position_P] = byte_P
+    rows = csr.indptr.astype(np.int64), csr.indices, csr.data
+    size_R = np.diff(np.append(np.arange(0, max(1, csr.shape[0]), BLOCK), csr.shape[0]))
+    count_RV, scale_V = _count(*rows, csr.shape[1], len(size_R))
+    terms_U = np.flatnonzero(count_RV.any(0))
+    count_UR = count_RV.T[terms_U]
+    full_UR = count_UR * FULL > size_R
+    run_start = _starts(np.where(full_UR, size_R, count_UR))
+    number_start = _starts(np.where(full_UR, 0, count_UR))
+    documents, bytes_S = np.empty(number_start[-1], np.uint16), np.zeros(run_start[-1], np.uint8)
+    begin_RU, number_RU = (starts[:-1].reshape(full_UR.shape).T.copy() for starts in (run_start, number_start))
+    number_RU[full_UR.T] = -1
+    _fill(*rows, terms_U, scale_V, begin_RU, number_RU, documents, bytes_S)
     return {
-        "row_start": csr.indptr.astype(np.int64),
+        "row_start": rows[0],
         "row_terms": csr.indices.astype(np.uint16 if csr.shape[1] <= 1 << 16 else np.uint32),
         "row_weights": csr.data,
         "terms": terms_U.astype(np.int64),
-        "scale": scale_U,
+        "scale": scale_V[terms_U],
         "run_start": run_start,
         "number_start": number_start,
-        "documents": document_P[~full_P],
+        "documents": documents,
         "bytes": bytes_S,
     }
 
 
-def _starts(lengths: NDArray[Any]) -> NDArray[np.int64]:
+def _starts(lengths: Array) -> Array:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _count(row_start: Array, terms_P: Array, weights_P: Array, num_terms: int, blocks: int) -> tuple[Array, Array]:
+    """How many documents of each block hold a term (R, V), and the scale of each term (V,)."""
+    count_RV, scale_V = np.zeros((blocks, num_terms), np.int64), np.zeros(num_terms)
+    for n in range(len(row_start) - 1):
+        for i in range(row_start[n], row_start[n + 1]):
+            count_RV[n // BLOCK, terms_P[i]] += 1
+            scale_V[terms_P[i]] = max(scale_V[terms_P[i]], weights_P[i])
+    return count_RV, scale_V * ((1 + 1e-9) / 255)  # a little above, so that rounding up never needs 256
+
+
+def _fill(
+    row_start: Array,
+    terms_P: Array,
+    weights_P: Array,
+    terms_U: Array,
+    scale_V: Array,
+    begin_RU: Array,
+    number_RU: Array,
+    documents: Array,
+    bytes_S: Array,
+) -> None:
+    """Writes the runs: that of rank u in block r begins at the given places; `number_RU` is -1 for a full one."""
+    rank_V = np.zeros(len(scale_V), np.int64)
+    rank_V[terms_U] = np.arange(len(terms_U))
+    for n in range(len(row_start) - 1):
+        at_U, number_U = begin_RU[n // BLOCK], number_RU[n // BLOCK]
+        for i in range(row_start[n], row_start[n + 1]):
+            rank, byte = rank_V[terms_P[i]], np.ceil(weights_P[i] / scale_V[terms_P[i]])
+            if number_U[rank] < 0:
+                bytes_S[at_U[rank] + n % BLOCK] = byte
+            else:
+                bytes_S[at_U[rank]] = byte
+                documents[number_U[rank]] = n % BLOCK
+                at_U[rank] += 1
+                number_U[rank] += 1
+
+
+for _function in (_count, _fill):
+    globals()[_function.__name__] = import_extra("numba", "numba", "search").njit(cache=True)(_function)

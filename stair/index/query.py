@@ -1,8 +1,8 @@
 """Queries: weighted words as people type them (`dog:2 beach -people`), or a vector, ready for the dot product."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from stair.embeddings import EmbeddingSpace, to_csr
+from stair.embeddings import EmbeddingSpace
 from stair.errors import SettingError
 
 _LARGEST = 1e30  # products with weights of documents stay within float32
@@ -70,30 +70,30 @@ def query_of_words(
             raise SettingError(f"the vocabulary has no token of {word!r}", "words")
         for v in ids:
             weights[v] = weights.get(v, 0.0) + weight
-    return _query(list(weights), list(weights.values()), space)
+    terms = sorted(v for v, weight in weights.items() if np.float32(weight) != 0)
+    return _query(np.asarray(terms, np.int64), np.asarray([weights[v] for v in terms], np.float32), space)
 
 
-def query_of_vector(vector: Any, space: EmbeddingSpace) -> Query:
-    """The query of V finite weights: one row of CSR, a tensor or an array; SettingError if it is none of these."""
-    if isinstance(vector, Tensor):
-        row = to_csr(vector.to_dense().reshape(1, -1), threshold=-math.inf)
-    elif sparse.issparse(vector) or isinstance(vector, np.ndarray):
-        row = sparse.csr_matrix(vector, dtype=np.float32, copy=True)
-    else:
-        given = f"query is a {type(vector).__name__}"
-        raise SettingError(f"{given}; give a text, a picture (PIL.Image.open(path)), or one row of weights", "query")
-    if row.shape != (1, len(space.tokens)):
-        raise SettingError(f"query of shape {row.shape}; give one row of {len(space.tokens)} weights", "query")
-    if not np.isfinite(row.data).all():
-        raise SettingError("a weight of the query is not finite", "query")
-    row.sum_duplicates()
-    return _query(row.indices, row.data, space)
+def queries_of_rows(rows: Any, space: EmbeddingSpace) -> list[Query]:
+    """The queries of rows of V finite weights, one row alone or (B, V): CSR, a tensor or an array; SettingError if none."""
+    if isinstance(rows, Tensor):
+        rows = rows.detach().float().cpu().to_dense().numpy()
+    if not (sparse.issparse(rows) or isinstance(rows, np.ndarray)):
+        given = f"query is a {type(rows).__name__}"
+        raise SettingError(f"{given}; give a text, a picture (PIL.Image.open(path)), or rows of weights", "query")
+    csr = sparse.csr_matrix(rows, dtype=np.float32, copy=True)
+    if csr.shape[1] != len(space.tokens):
+        raise SettingError(f"query of shape {csr.shape}; give rows of {len(space.tokens)} weights", "query")
+    if wrong := np.flatnonzero(~np.isfinite(csr.data)).tolist():
+        row = int(np.searchsorted(csr.indptr, wrong[0], side="right"))
+        raise SettingError(f"a weight of query {row} is not finite", "query")
+    csr.sum_duplicates()
+    csr.eliminate_zeros()
+    terms = csr.indices.astype(np.int64)
+    return [_query(terms[a:b], csr.data[a:b], space) for a, b in pairwise(csr.indptr.tolist())]
 
 
-def _query(terms: Sequence[int], weights: Sequence[float], space: EmbeddingSpace) -> Query:
-    terms_Q, weights_Q = np.asarray(terms, np.int64), np.asarray(weights, np.float32)
-    terms_Q, weights_Q = terms_Q[weights_Q != 0], weights_Q[weights_Q != 0]
+def _query(terms_Q: NDArray[Any], weights_Q: NDArray[Any], space: EmbeddingSpace) -> Query:
     if space.similarity == "cosine" and len(weights_Q):
         weights_Q = weights_Q / np.float32(np.sqrt(np.sum(weights_Q.astype(np.float64) ** 2)))
-    order = np.argsort(terms_Q)
-    return Query(terms_Q[order], weights_Q[order], len(space.tokens))
+    return Query(terms_Q, weights_Q, len(space.tokens))

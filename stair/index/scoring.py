@@ -1,12 +1,12 @@
-"""The k best documents of a segment, exactly, by loops that numba compiles.
+"""The k best documents of a segment for each query of a batch, exactly, by loops that numba compiles.
 
-Block by block, every posting of the query's terms adds its rounded weight to an integer bound of its document. The bound
-is never below the true score, so a document whose bound does not reach the k-th best score so far is excluded. Each other
+Block by block, every posting of a query's terms adds its rounded weight to an integer bound of its document. The bound is
+never below the true score, so a document whose bound does not reach the k-th best score so far is excluded. Each other
 document is scored exactly from its row, in float64, in the order of the vocabulary (the product of two float32 is exact in
 float64). Terms of negative weight are rounded down, so that the bound stays an upper one. Equal scores rank by the order
-of addition.
+of addition, which is the order of the search.
 
-Q terms of the query, U terms of the segment, R blocks, K hits wanted.
+Q terms of a query, P of all queries, U terms of the segment, R blocks.
 """
 
 import threading
@@ -25,35 +25,35 @@ Arrays4 = tuple[Array, Array, Array, Array]
 
 
 class Best:
-    """The k best documents so far, over all segments: scores falling, equal ones in the order of addition."""
+    """The k best documents of each query so far, over all segments: scores falling, equal ones in the order of addition."""
 
-    def __init__(self, k: int) -> None:
-        self.scores = np.full(k, -np.inf)
-        self.documents = np.full(k, -1, np.int64)
-        self.count = np.zeros(1, np.int64)
+    def __init__(self, queries: int, k: int) -> None:
+        self.scores = np.full((queries, k), -np.inf)
+        self.documents = np.full((queries, k), -1, np.int64)
+        self.count = np.zeros(queries, np.int64)
 
 
-def search_segment(arrays: Arrays, query: Arrays2, dense_V: Array, allowed: Array, first: int, best: Best) -> None:
+def search_segment(arrays: Arrays, queries: Arrays3, num_terms: int, allowed: Array, first: int, best: Best) -> None:
     """Adds a segment's documents with scores above 0 to the best.
 
     Args:
         arrays: of the segment, as `invert` made them.
-        query: terms (Q,) int64 ascending, and weights (Q,) float32.
-        dense_V: the same weights, made once for all segments.
+        queries: CSR of the queries: starts and terms int64, ascending in a query, and weights float32.
+        num_terms: V.
         allowed: (N,) bool, or empty where all documents are.
         first: number of the segment's first document.
         best: grows in place.
     """
-    if len(query[0]) == 0 or len(arrays["terms"]) == 0:
-        return
     if not hasattr(_own, "bound"):  # one for each thread: fresh zeros would cost more than a small search
-        _own.bound = np.zeros(BLOCK + _CHUNK, np.int32)
+        _own.bound = np.zeros(BLOCK + _CHUNK, np.int16)
+    if len(getattr(_own, "dense_V", ())) != num_terms:
+        _own.dense_V = np.zeros(num_terms, np.float32)
     _search(
         (arrays["terms"], arrays["scale"]),
-        query,
+        queries,
         (arrays["run_start"], arrays["number_start"], arrays["documents"], arrays["bytes"]),
         (arrays["row_start"], arrays["row_terms"], arrays["row_weights"]),
-        dense_V,
+        _own.dense_V,
         allowed,
         first,
         (best.scores, best.documents, best.count),
@@ -61,41 +61,113 @@ def search_segment(arrays: Arrays, query: Arrays2, dense_V: Array, allowed: Arra
     )
 
 
-def _factors(known: Arrays2, query: Arrays2) -> tuple[Array, Array, float]:
-    """The query's terms that the segment has: their ranks in it, integer factors of their bytes, and the factors' unit."""
+def _search_all(
+    known: Arrays2,
+    queries: Arrays3,
+    postings: Arrays4,
+    rows: Arrays3,
+    dense_V: Array,
+    allowed: Array,
+    first: int,
+    best: Arrays3,
+    bound: Array,
+) -> None:
+    start, terms_P, weights_P = queries
+    scores, documents, count = best
+    for b in range(len(start) - 1):
+        terms, weights = terms_P[start[b] : start[b + 1]], weights_P[start[b] : start[b + 1]]
+        rank_Q, factor_Q, unit, rest, slack = _factors(known, terms, weights)
+        if len(rank_Q):
+            dense_V[terms] = weights
+            found = scores[b], documents[b], count[b : b + 1]
+            _search_blocks(rank_Q, factor_Q, unit, rest, slack, postings, rows, dense_V, allowed, first, found, bound)
+            dense_V[terms] = 0
+
+
+def _factors(known: Arrays2, terms_Q: Array, weights_Q: Array) -> tuple[Array, Array, float, float, float]:
+    """Ranks in the segment of the terms that are counted, integer factors of their bytes, and the factors' unit.
+
+    In units: what terms that are not counted add to a score at most, and by how much a bound is above a score at most.
+    """
     terms_U, scale_U = known
-    terms_Q, weights_Q = query
     rank_Q = np.minimum(np.searchsorted(terms_U, terms_Q), len(terms_U) - 1)
-    present_Q = terms_U[rank_Q] == terms_Q
+    present_Q = (terms_U[rank_Q] == terms_Q) & (weights_Q != 0) if len(terms_U) else np.zeros(len(terms_Q), np.bool_)
     rank_Q = rank_Q[present_Q]
-    value_Q = weights_Q[present_Q].astype(np.float64) * scale_U[rank_Q]
-    # all terms at 255 stay within 31 bits
-    unit = np.abs(value_Q).sum() * 255 / (1 << 30)
-    if unit == 0:
-        return rank_Q[:0], rank_Q[:0].astype(np.int32), 1.0
+    value_Q = weights_Q[present_Q].astype(np.float64) * scale_U[rank_Q] * 255
+    total, rest, below = np.abs(value_Q).sum(), 0.0, 0.0
+    unit = total / _RANGE if total > 0 else 1.0
+    if len(rank_Q) > _TERMS:  # one step up for each would exceed 16 bits
+        order = np.argsort(-np.abs(value_Q))
+        others = value_Q[order[_TERMS:]] / unit
+        rest, below = np.maximum(others, 0).sum(), np.minimum(others, 0).sum()
+        rank_Q, value_Q = rank_Q[order[:_TERMS]], value_Q[order[:_TERMS]]
     # ceil: up for what adds, towards 0 for what takes away
-    return rank_Q, np.ceil(value_Q / unit).astype(np.int32), unit
+    factor_Q = np.ceil(value_Q / unit * (256 / 255)).astype(np.int32)
+    # a step of each byte, of each factor and of each sum
+    return rank_Q, factor_Q, unit, rest, np.abs(factor_Q).sum() / 256 + 2 * len(factor_Q) - below
 
 
-def _floor(score: float, unit: float) -> int:
-    # a bound up to this cannot belong to a score above `score`, float rounding of unit and factors included
-    return int(score / unit * (1 - 1e-9)) - 1
+def _search_blocks(
+    rank_Q: Array,
+    factor_Q: Array,
+    unit: float,
+    rest: float,
+    slack: float,
+    postings: Arrays4,
+    rows: Arrays3,
+    dense_V: Array,
+    allowed: Array,
+    first: int,
+    best: Arrays3,
+    bound: Array,
+) -> None:
+    scores, documents, count = best
+    total, k = len(rows[0]) - 1, len(scores)
+    blocks = (total + BLOCK - 1) // BLOCK
+    peaks = np.empty(BLOCK // _CHUNK, np.int16)
+    worst = scores[k - 1] if count[0] == k else 0.0
+    floor = _floor(worst, unit, rest)
+    for block in range(blocks):
+        begin, size = block * BLOCK, min(BLOCK, total - block * BLOCK)
+        for q in range(len(rank_Q)):
+            _add(bound, postings, rank_Q[q] * blocks + block, factor_Q[q])
+        for i in range(len(allowed[begin : begin + size])):
+            bound[i] *= allowed[begin + i]
+        chunks, high = (size + _CHUNK - 1) // _CHUNK, 0
+        for chunk in range(chunks):
+            peak = np.int16(0)
+            for i in range(chunk * _CHUNK, chunk * _CHUNK + _CHUNK):
+                peak = max(peak, bound[i])
+            peaks[chunk] = peak
+            high += peak > floor
+        if high > k:  # the k highest chunks hold k documents that score at least this
+            floor = max(floor, int(np.partition(peaks[:chunks], chunks - k)[chunks - k] - slack - rest) - 2)
+        for chunk in range(chunks if high else 0):
+            if peaks[chunk] <= floor:
+                continue
+            for i in range(chunk * _CHUNK, min(chunk * _CHUNK + _CHUNK, size)):
+                if bound[i] > floor and (len(allowed) == 0 or allowed[begin + i]):
+                    score = _exact(begin + i, rows, dense_V)
+                    if score > worst:
+                        _insert(score, first + begin + i, scores, documents, count)
+                        worst = scores[k - 1] if count[0] == k else 0.0
+                        floor = max(floor, _floor(worst, unit, rest))
+        bound[:size] = 0
+
+
+def _floor(worst: float, unit: float, rest: float) -> int:
+    """The highest bound that cannot belong to a score above the worst, float rounding of unit and factors included."""
+    return int(worst / unit * (1 - 1e-9) - rest * (1 + 1e-9)) - 1 if worst > 0 or rest > 0 else 0
 
 
 def _insert(score: float, document: int, scores: Array, documents: Array, count: Array) -> None:
-    """Puts a document in its place; the worst falls out when there are more than k."""
-    k = len(scores)
-    if count[0] < k:
-        i = count[0]
-        count[0] += 1
-    elif score > scores[k - 1] or (score == scores[k - 1] and document < documents[k - 1]):
-        i = k - 1
-    else:
-        return
-    while i > 0 and (scores[i - 1] < score or (scores[i - 1] == score and documents[i - 1] > document)):
+    """Puts a document behind all that are as good; the worst falls out when there are more than k."""
+    i = min(count[0], len(scores) - 1)
+    while i > 0 and scores[i - 1] < score:
         scores[i], documents[i] = scores[i - 1], documents[i - 1]
         i -= 1
     scores[i], documents[i] = score, document
+    count[0] = min(count[0] + 1, len(scores))
 
 
 def _exact(document: int, rows: Arrays3, dense_V: Array) -> float:
@@ -106,97 +178,23 @@ def _exact(document: int, rows: Arrays3, dense_V: Array) -> float:
     return score
 
 
-def _search_all(
-    known: Arrays2,
-    query: Arrays2,
-    postings: Arrays4,
-    rows: Arrays3,
-    dense_V: Array,
-    allowed: Array,
-    first: int,
-    best: Arrays3,
-    bound: Array,
-) -> None:
-    rank_Q, factor_Q, unit = _factors(known, query)
-    if len(rank_Q) == 0:
-        return
-    scores, documents, count = best
-    total, k = len(rows[0]) - 1, len(scores)
-    blocks = (total + BLOCK - 1) // BLOCK
-    floor = _floor(scores[k - 1], unit) if count[0] == k else 0
-    # a true score is less than this below its bound: one step of each byte, one of each factor
-    slack = np.abs(factor_Q).sum() + 256 * len(factor_Q) + 1
-    highest_K, peak_K, peaks = np.full(k, _LOWEST), np.full(k, _LOWEST), np.empty(BLOCK // _CHUNK, np.int32)
-    # room for all, of which few pages are ever touched; arrays that grow would cost the loops most of their speed
-    candidates, bounds, waiting = np.empty(total, np.int32), np.empty(total, np.int32), 0
-    for block in range(blocks):
-        size = min(BLOCK, total - block * BLOCK)
-        for q in range(len(rank_Q)):
-            _add(bound, _run(postings, rank_Q[q] * blocks + block), factor_Q[q])
-        for i in range(len(allowed[block * BLOCK : block * BLOCK + size])):
-            bound[i] *= allowed[block * BLOCK + i]
-        chunks = (size + _CHUNK - 1) // _CHUNK
-        for chunk in range(chunks):
-            highest = np.int32(0)
-            for i in range(chunk * _CHUNK, chunk * _CHUNK + _CHUNK):
-                highest = max(highest, bound[i])
-            peaks[chunk] = highest
-            if highest > peak_K[k - 1]:
-                _raise(peak_K, highest)
-        # the k highest chunks hold k documents that score at least this
-        floor = max(floor, peak_K[k - 1] - slack)
-        for chunk in range(chunks):
-            if peaks[chunk] <= floor:
-                continue
-            for i in range(chunk * _CHUNK, min(chunk * _CHUNK + _CHUNK, size)):
-                if bound[i] > floor:
-                    candidates[waiting], bounds[waiting] = block * BLOCK + i, bound[i]
-                    waiting += 1
-                    if bound[i] > highest_K[k - 1]:
-                        _raise(highest_K, bound[i])
-                        # and so do these k
-                        floor = max(floor, highest_K[k - 1] - slack)
-        bound[:size] = 0
-    for i in range(waiting):
-        if bounds[i] > floor:
-            score = _exact(candidates[i], rows, dense_V)
-            if score > 0:
-                _insert(score, first + candidates[i], scores, documents, count)
-                if count[0] == k:
-                    floor = max(floor, _floor(scores[k - 1], unit))
-
-
-def _run(postings: Arrays4, run: int) -> Arrays2:
-    """Documents and bytes of a run; a full one, or an empty one, has no documents."""
+def _add(bound: Array, postings: Arrays4, run: int, factor: int) -> None:
     run_start, number_start, documents, bytes_S = postings
-    return documents[number_start[run] : number_start[run + 1]], bytes_S[run_start[run] : run_start[run + 1]]
-
-
-def _add(bound: Array, run: Arrays2, factor: int) -> None:
-    documents, bytes_S = run
+    numbers, held = documents[number_start[run] : number_start[run + 1]], bytes_S[run_start[run] : run_start[run + 1]]
     # of a negative factor only byte - 1 is certain, and of a byte of 0, which is no posting, nothing at all
-    down, least = (factor, np.int32(1)) if factor < 0 else (np.int32(0), np.int32(0))
-    if len(documents):
-        for i in range(min(len(documents), len(bytes_S))):
-            bound[documents[i]] += factor * np.int32(bytes_S[i]) - down
-    else:
-        for i in range(min(len(bytes_S), BLOCK)):
-            bound[i] += factor * max(np.int32(bytes_S[i]), least) - down
-
-
-def _raise(highest_K: Array, bound: int) -> None:
-    """Puts a bound among the k highest, which are falling."""
-    i = len(highest_K) - 1
-    while i > 0 and highest_K[i - 1] < bound:
-        highest_K[i] = highest_K[i - 1]
-        i -= 1
-    highest_K[i] = bound
+    down = np.int32(1) if factor < 0 else np.int32(0)
+    if len(numbers):
+        for i in range(min(len(numbers), len(held))):
+            bound[numbers[i]] += (factor * (np.int32(held[i]) - down) + 255) >> 8
+    else:  # a full run, or an empty one
+        for i in range(min(len(held), BLOCK)):
+            bound[i] += np.int32(np.int32(factor * (max(np.int32(held[i]), down) - down)) + np.int32(255)) >> 8
 
 
 _CHUNK = 128
+_RANGE, _TERMS = 30_000, 512  # sum of all terms at most, and the most terms, so that a bound stays within 16 bits
 _own = threading.local()
-_LOWEST = -(1 << 40)  # far below any bound
 _njit = import_extra("numba", "numba", "search").njit
-for _function in (_factors, _floor, _insert, _exact, _raise, _run, _add):
+for _function in (_factors, _floor, _insert, _exact, _add, _search_blocks):
     globals()[_function.__name__] = _njit(cache=True)(_function)
 _search: Any = _njit(cache=True, nogil=True)(_search_all)
