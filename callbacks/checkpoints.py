@@ -76,11 +76,11 @@ class LastCheckpoint(_FixedCheckpoint):
 
 
 class BestCheckpoint(_FixedCheckpoint):
-    """Writes `best.ckpt` at the validations whose score is better than that of the `best.ckpt` that is there.
+    """Writes `best.ckpt` if the score of a validation is better than that of the existing `best.ckpt`.
 
     Args:
-        monitor: the score.
-        mode: whether the greatest (`max`) or the least (`min`) is best.
+        monitor: name of the score.
+        mode: whether the highest (`max`) or the lowest (`min`) score is best.
     """
 
     def __init__(self, monitor: str = "val/recall", mode: Literal["max", "min"] = "max") -> None:

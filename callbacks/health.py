@@ -59,7 +59,7 @@ def bf16_cost() -> float:
 
 
 class Health(Callback):
-    """Watches the training steps.
+    """Stops or warns if a training diverges, collapses or stays dense.
 
     - Loss or gradient not finite: warns with the batch's keys. The stages skip such a step; after more than `skip` in a row
       the run stops, and saves the state from before them. Weights not finite: no checkpoint is written, the run stops.
@@ -72,10 +72,10 @@ class Health(Callback):
     all ranks: all must come to the same decision, and the host must not wait for each step.
 
     Args:
-        patience: steps in a row that a dead run is given; at least 1.
+        patience: consecutive steps of a dead run before it stops; at least 1.
         dense_after: optimiser steps after which embeddings should be sparse; at least 0.
-        every: steps between two checks, at least 1; a stop is delayed by at most this many steps.
-        skip: steps in a row whose loss or gradient may be not finite; 0 stops at the first.
+        every: steps between two checks, at least 1. A stop is delayed by at most this many steps.
+        skip: allowed consecutive steps with a non-finite loss or gradient; 0 stops at the first.
     """
 
     def __init__(self, patience: int = 50, dense_after: int = 500, every: int = 10, skip: int = 5) -> None:

@@ -28,7 +28,7 @@ _log = rank_zero_only(logging.getLogger(__name__).log)
 
 
 class Requeue(Callback):
-    """Saves `last.ckpt` and leaves on SIGUSR1, SIGTERM and SIGINT (Ctrl-C), without validation or export.
+    """Saves `last.ckpt` and ends the run on SIGUSR1, SIGTERM and SIGINT (Ctrl-C), without validation or export.
 
     All ranks agree between batches. Then
 
@@ -42,7 +42,7 @@ class Requeue(Callback):
     requeued. A signal waits for a validation that is due or runs. After the last planned step it is ignored.
 
     Args:
-        every: how often several ranks check for a signal together, in steps, at least 1.
+        every: steps between two checks of all ranks for a signal; at least 1.
 
     Raises:
         SettingError: if `every` is below 1.

@@ -30,14 +30,14 @@ class _Panel(NamedTuple):
 
 
 class RetrievalPanels(Callback):
-    """Shows validation images with their strongest terms in TensorBoard: `val/<set>/panels` (picture, text).
+    """Shows validation images with their heaviest terms in TensorBoard: `val/<set>/panels` (image and text).
 
     The images are the first of the first validation set on rank 0, the same at every step. Does nothing without a
     TensorBoard logger, or for a model without a vocabulary.
 
     Args:
-        images: how many; 0 for none.
-        terms: K, how many active terms of each, strongest first. At least 1.
+        images: number of images; 0 for none.
+        terms: number of terms per image, heaviest first; at least 1.
 
     Raises:
         SettingError: if an argument is out of range.

@@ -61,7 +61,7 @@ class RunMonitor(Callback):
             self._by_source.update(batch["source"])
         if self._is_first and trainer.log_every_n_steps > 1 and not logs_now(trainer):
             first = f"first batch: loss {float(outputs['loss']):.4f}, {self._seconds:.1f} s"
-            rank_zero_info(f"{first}; a line follows every {trainer.log_every_n_steps} steps")
+            rank_zero_info(f"{first}; logging every {trainer.log_every_n_steps} steps")
         self._is_first = False
         if logs_now(trainer):
             figures = self._figures(trainer, pl_module.device, outputs, batch)
@@ -120,6 +120,6 @@ def _line(trainer: Trainer, loss: float, figures: dict[str, float]) -> str:
     return (
         f"step {step}/{planned} · loss {loss:.4f}"
         + (f" · val/recall {float(recall):.4f}" if recall is not None else "")
-        + f" · {figures['run/pairs_per_second']:.0f} pairs/s · waiting {figures['run/seconds_waiting']:.2f} of "
-        f"{figures['run/seconds_per_step']:.2f} s a step · {memory:.1f} GiB · {left} left"
+        + f" · {figures['run/pairs_per_second']:.0f} pairs/s · {figures['run/seconds_per_step']:.2f} s/step "
+        f"({figures['run/seconds_waiting']:.2f} waiting for data) · {memory:.1f} GiB · {left} left"
     )

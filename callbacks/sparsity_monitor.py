@@ -24,12 +24,12 @@ def vocabulary_of(pl_module: LightningModule, image_BV: Tensor | None = None) ->
 
 
 class SparsityMonitor(Callback):
-    """Logs sparsity in training, sparsity and grounding at each validation and test (docs/guides/training.md: tags).
+    """Logs sparsity in training, and sparsity and grounding at each validation and test (docs/guides/training.md).
 
     Of training: that of the global batch at every `trainer.log_every_n_steps`. Does nothing for dense models.
 
     Args:
-        terms: K of grounding@K, the terms of an image that are compared with its captions; 1 to V.
+        terms: K of grounding@K: the number of an image's terms that are compared with its captions; 1 to V.
     """
 
     def __init__(self, terms: int = 10) -> None:

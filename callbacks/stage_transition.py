@@ -20,16 +20,16 @@ from stair.towers import load_weights, read_description
 
 
 class StageTransition(Callback):
-    """Loads the previous stage's exported model, freezes sides, and exports. The dense baseline only exports.
+    """Loads the model of the previous stage, freezes encoders, and exports the model. Dense CLIP only exports.
 
     Args:
-        init_from: exported model of the previous stage, RUN/stageK/stair. Stage 1 has none; stages 2 and 3 need one.
-        export_to: where the model is exported when the planned steps are done; if null, the folder `stair` (`clip` for
-            the dense baseline) in `default_root_dir`.
-        init_stage: which stage to start from instead of the one before, to measure what a stage is for: 1 lets stage 3
-            follow stage 1, 0 lets any stage start from initial weights.
-        on_early_stop: what follows when a callback such as EarlyStopping ends the training before its planned steps:
-            `export` the model as it is, or `fail` with an error, so that no later stage starts.
+        init_from: exported model of the previous stage, RUN/stageK/stair. Stage 1 needs none; stages 2 and 3 need one.
+        export_to: folder of the model that is exported after the planned steps; if null, `stair` (`clip` for dense CLIP)
+            in `default_root_dir`.
+        init_stage: stage to start from instead of the previous one, for ablations. 1: stage 3 starts from stage 1.
+            0: any stage starts from random weights.
+        on_early_stop: action if a callback such as EarlyStopping ends the training early: `export` the model, or `fail`
+            with an error, so that no later stage starts.
 
     Attributes:
         unfinished: why the fit ended without an export, None if it did not.

@@ -32,14 +32,14 @@ _ACTIVITIES = {
 
 
 class Watchdog(Callback):
-    """Ends the process with status 70, its rank and the stacks of its threads when no hook has run for a time.
+    """Ends the process with exit code 70 and prints all stack traces if no hook has run for some time.
 
     Each rank watches itself: the messages together tell ranks that wait for input from those that wait for others. Time in
     which the process was suspended does not count.
 
     Args:
-        limit: seconds without a hook, longer than the slowest start, checkpoint or final count of an evaluation; 0 for no
-            watchdog. Less than the 30 minutes after which NCCL and gloo time out.
+        limit: seconds without a hook; 0 disables the watchdog. Set it above the slowest start, checkpoint or evaluation,
+            and below the 30 minutes after which NCCL and gloo time out.
 
     Raises:
         SettingError: if `limit` is negative.

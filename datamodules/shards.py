@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 class ImageTextShards(LightningDataModule):
-    """Image-text pairs from WebDataset shards, in batches of `stair.batch.Batch`. docs/guides/data.md says more.
+    """Image-text pairs from WebDataset shards, in batches of `stair.batch.Batch` (docs/guides/data.md).
 
-    Training draws one caption of an image, evaluation uses all. An epoch is floor(samples / global_batch_size) steps on
+    Training samples one caption of an image; evaluation uses all. An epoch is floor(samples / global_batch_size) steps on
     every rank. It depends on `seed` and not on global random state, and resumes inside an epoch from Lightning's
     checkpoints on any number of ranks and workers, with the same batch size, shuffling and shards.
 
@@ -41,36 +41,35 @@ class ImageTextShards(LightningDataModule):
     what fsspec opens), and for training also a `pipe:` command.
 
     Args:
-        train: shard spec, or a list of them, or a mixture: name of a source to its spec, or to `shards` and `weight`.
-            Without weights an epoch sees every sample once; with weights (all or none) every batch holds the
-            sources in this proportion, each source going through its own samples before it repeats one. None: no
-            training.
-        val: name to shard spec of the validation sets, the primary one first. Uncompressed.
-        test: name to shard spec of the test sets, which are also those of `predict`. Uncompressed.
+        train: shard spec, list of specs, or mixture: a mapping of source names to a spec, or to `shards` and
+            `weight`. Without weights, an epoch has every sample once. With weights (all or none), every batch has the
+            sources in this proportion, and a source repeats after all its samples were used. None: no training.
+        val: names and shard specs of the validation sets, the primary one first. Uncompressed tars.
+        test: names and shard specs of the test sets, also used by `predict`. Uncompressed tars.
         vocabulary: a `vocab.txt`, a folder with one, or the name of a model on the hub.
         image_size: side of the square images, in pixels, at least 1.
-        max_tokens: longest caption kept, in tokens, [CLS] and [SEP] included; at least 3.
-        global_batch_size: pairs a step over all ranks; a multiple of the number of ranks.
-        eval_batch_size: images a batch on each rank in evaluation, all their captions with them.
-        workers: reading processes a rank; 0 reads in the training process.
-        shuffle: neighbours that are permuted among each other; 0 keeps their order. Shards are permuted in any case.
-        resample: draw shards with replacement instead of going through all of them: for streams too large to finish, or
-            whose sizes nobody knows. `train_samples` is then the length of an epoch.
-        crop_scale: least and greatest share of an image's area that the training crop keeps, in (0, 1]; the crop's
-            aspect ratio is 3/4 to 4/3. (1, 1) is evaluation's centre crop.
-        flip: mirror half of the training images; wrong where captions say left and right.
+        max_tokens: maximum length of a caption in tokens, including [CLS] and [SEP]; at least 3.
+        global_batch_size: pairs per step over all ranks; a multiple of the number of ranks.
+        eval_batch_size: images per batch and rank in evaluation, with all their captions.
+        workers: data-loading processes per rank; 0 loads in the training process.
+        shuffle: size of the windows in which samples are shuffled; 0 keeps their order. Shards are always shuffled.
+        resample: draw shards with replacement, for data of unknown size or too large for a full epoch. An epoch then has
+            `train_samples` samples.
+        crop_scale: minimum and maximum share of an image's area that the training crop keeps, in (0, 1]; the crop's
+            aspect ratio is 3/4 to 4/3. (1, 1) is the centre crop of evaluation.
+        flip: mirror half of the training images; unsuitable if captions say left and right.
         color_jitter: brightness, contrast and saturation of a training image are each multiplied by a factor uniform in
             1 ± this, in [0, 1].
-        grayscale: share of the training images that lose their colours, in [0, 1].
-        max_pixels: largest width × height that is decoded; larger images count as bad.
-        max_bad_share: greatest share of bad samples that are skipped, in [0, 1); judged on each rank, from 200 samples on
-            or from an epoch on where that is smaller.
+        grayscale: share of the training images that are converted to grey, in [0, 1].
+        max_pixels: largest width × height that is decoded; larger images are bad samples.
+        max_bad_share: maximum share of bad samples, in [0, 1). Above it, training stops. Checked on each rank after 200
+            samples, or after an epoch if it is shorter.
         seed: seed of shard order, shuffling, captions and crops; each stage shuffles differently with the same seed.
-        train_samples: pairs of a resampled epoch; None: as many as the shards hold.
-        caption_fields: relative probability with which a field of the JSON (a string or a list of them), or `txt`, gives
-            the caption: `{caption: 0.7, alt: 0.3}`. A field that a sample lacks leaves its share to the others. None: the
-            usual captions.
-        remote: time-out, retries and local copies of shards that are not local files.
+        train_samples: pairs per epoch with `resample`; None: as many as the shards have.
+        caption_fields: relative probability that a field of the JSON (a string or a list of strings), or `txt`, gives
+            the caption: `{caption: 0.7, alt: 0.3}`. The share of a missing field goes to the others. None: the usual
+            captions.
+        remote: timeout, retries and local copies of remote shards.
 
     Attributes:
         val_names: names of the validation sets, in the order of their loaders; `test_names` of the test sets.

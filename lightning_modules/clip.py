@@ -14,11 +14,11 @@ class Clip(ContrastiveModule):
     """Dense CLIP (Radford et al. 2021): symmetric InfoNCE of pooled and projected towers, by cosine.
 
     Args:
-        stair: the towers and the vocabulary, as of the stages; settings of terms have no effect.
-        optimizer: how parameters move.
-        width: numbers in an embedding.
+        stair: the encoders and the vocabulary, as in the stages; settings of terms have no effect.
+        optimizer: the optimizer and its schedule.
+        width: values per embedding.
         pooling: `mean` of the positions, or the `class` token.
-        scale_start: start of the learnable scale (inverse temperature), in (0, 100]; CLIP's 1/0.07.
+        scale_start: initial value of the learnable scale (inverse temperature), in (0, 100]; CLIP's 1/0.07.
         layout: `micro_batch_size`, `recompute` and `compile`, see `ContrastiveModule`.
 
     Raises:

@@ -34,18 +34,18 @@ _FREE = re.compile(r".*\.pretrained|text\.options\.(dtype|_name_or_path)|text_bi
 
 
 class ContrastiveModule(LightningModule):
-    """Trains two towers on pairs, and evaluates them.
+    """Trains and evaluates an image and a text encoder on pairs.
 
     A subclass has a model, under its `export_name`, and a `training_step` that ends in `report`.
 
     Args:
-        optimizer: how parameters move.
-        scale_start: start of the learnable scale (inverse temperature), in (0, 100]; None leaves it as it is.
-        micro_batch_size: pairs encoded at a time on a device, None for all. Smaller needs less memory and costs a second
-            forward pass; the loss and its gradient stay those of the whole batch (as in GradCache, Gao et al. 2021).
-        recompute: keep of each block and head only its input, and compute it again backwards: less memory, one more
-            forward pass.
-        compile: backend of torch.compile for the towers' blocks, `inductor` for the usual one; None does not compile.
+        optimizer: the optimizer and its schedule.
+        scale_start: start of the learnable scale (inverse temperature), in (0, 100]; None keeps it.
+        micro_batch_size: pairs encoded at a time on a device; None: all. A smaller value needs less memory and a second
+            forward pass. The loss and its gradient remain those of the whole batch (GradCache, Gao et al. 2021).
+        recompute: store only the input of each block and head and recompute the rest in the backward pass: less memory,
+            one more forward pass.
+        compile: backend of torch.compile for the blocks of the encoders, usually `inductor`; None: no compilation.
     """
 
     stage: ClassVar[int | None] = None  # position in the order of stages; None starts from initial weights

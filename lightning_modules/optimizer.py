@@ -22,21 +22,21 @@ _TEXT_LAYERS = {"stem": r"\w*embeddings", "blocks": [(r"(?:\w+\.)?layers?\.(\d+)
 
 @dataclass
 class Optimizer:
-    """How parameters move.
+    """The optimizer and its schedule.
 
     Args:
         name: `adamw` or `lamb` (You et al. 2020; recalled as the paper's choice at a batch of 16,384). LAMB's trust ratio
-            is for what decays: the rest, token embeddings among it, moves as by Adam.
+            applies to parameters with weight decay; the others, such as token embeddings, are updated as by Adam.
         lr: peak learning rate.
-        weight_decay: on matrices only, never on embeddings, positions, class tokens, norms, biases or the scale.
-        betas: decay of the two moments.
-        eps: added to the denominator.
-        warmup_steps: optimiser steps of linear warm-up from 0.
-        final_lr_share: share of `lr` that the cosine ends at.
-        lr_scale: factors on `lr` by part of the model, such as `{image_encoder: 0.1, text_encoder.bert.embeddings: 0.01}`;
-            of parts within each other the inner one counts.
-        layer_decay: factor on the learning rate from each layer of an encoder to the one before it (ELECTRA, Clark et
-            al. 2020), in (0, 1]. The heads keep theirs.
+        weight_decay: weight decay of matrices; not of embeddings, positions, class tokens, norms, biases or the scale.
+        betas: decay rates of the two moments.
+        eps: constant added to the denominator.
+        warmup_steps: optimizer steps of linear warm-up from 0.
+        final_lr_share: learning rate at the end of the cosine schedule, as a share of `lr`.
+        lr_scale: factors on `lr` by part of the model, such as `{image_encoder: 0.1, text_encoder.bert.embeddings: 0.01}`.
+            The innermost part applies.
+        layer_decay: factor on the learning rate from each layer of an encoder to the previous one (ELECTRA, Clark et al.
+            2020), in (0, 1]. The heads keep `lr`.
 
     Raises:
         SettingError: if a value is out of range.

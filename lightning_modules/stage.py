@@ -27,24 +27,24 @@ from stair.regularisers import Flops, TargetTerms
 
 @dataclass
 class TextObjective:
-    """The loss of a stage that trains the text side alone.
+    """The loss of a stage that trains only the text encoder.
 
     Args:
-        similarity: `dot` of the weights, or `cosine`.
-        scale_start: start of the learnable scale (inverse temperature): a number in (0, 100]; `measure` sets it so that
-            the first batch's scaled logits, of the text form with the greater weight, have standard deviation 1; `keep`
-            takes the scale of the previous stage.
-        regulariser: `flops`, the paper's, or `target`: FLOPs with λ adapted so that a given number of terms is active,
-            where λ below is the start.
-        target_text: active terms of a text, of the regulariser `target`; at least 1.
+        similarity: dot product (`dot`) or `cosine` of the embeddings.
+        scale_start: initial value of the learnable scale (inverse temperature), in (0, 100]. `measure`: the logits of the
+            first batch, with the text form of greater weight, get a standard deviation of 1. `keep`: the scale of the
+            previous stage.
+        regulariser: `flops` (the paper), or `target`: FLOPs with λ adapted to a given number of active terms; λ below is
+            its initial value.
+        target_text: active terms of a text with the regulariser `target`; at least 1.
         flops_text: λ of the text embeddings.
-        flops_ramp_steps: optimiser steps over which λ grows quadratically from 0; 0 for none.
-        flops_text_form: the text form that λ_text acts on: `masked` (in-caption terms) or `full`. None: `masked` in
-            stage 1, as in the paper, `full` in stages 2 and 3. In stage 1 `full` gives terms outside the caption a gradient
-            and costs a full text head; with a hard mask it learned sentences far more slowly (docs/results/experiments.md).
-        masked_loss_weight: w, the weight of the masked contrastive loss. None is the paper's form: 1 in stage 1, 0 in
-            stages 2 and 3. Stage 1 allows (0, 1]; below 1 the mask is soft, and images keep terms outside their captions.
-            Stages 2 and 3 allow [0, 1); above 0 the grounding of stage 1 goes on (docs/method/paper.md).
+        flops_ramp_steps: optimizer steps over which λ grows quadratically from 0; 0: no ramp.
+        flops_text_form: text form that λ_text penalises: `masked` (in-caption terms) or `full`. None: `masked` in stage 1
+            (the paper), `full` in stages 2 and 3. In stage 1, `full` also gives terms outside the caption a gradient. It
+            needs a full text head; with a hard mask, training was much slower.
+        masked_loss_weight: w, the weight of the masked contrastive loss. None (the paper): 1 in stage 1, 0 in stages 2
+            and 3. Stage 1 allows (0, 1]; below 1 the mask is soft, and images keep terms outside their captions. Stages 2
+            and 3 allow [0, 1); above 0, the grounding of stage 1 continues (docs/method/paper.md).
 
     Raises:
         SettingError: if a value is out of range.
@@ -77,15 +77,15 @@ class TextObjective:
 
 @dataclass
 class Objective(TextObjective):
-    """The loss of a stage that trains both sides.
+    """The loss of a stage that trains both encoders.
 
     Args:
         similarity, scale_start, regulariser, target_text, flops_text, flops_ramp_steps, flops_text_form,
             masked_loss_weight: as in `TextObjective`.
-        target_image: active terms of an image, of the regulariser `target`; at least 1.
+        target_image: active terms of an image with the regulariser `target`; at least 1.
         flops_image: λ of the image embeddings.
-        negative_slope: slope below zero of an image's in-caption terms, in training only, 0 (the paper's form) to 1. ReLU
-            has no gradient where a term is inactive: one that is inactive for every image never recovers.
+        negative_slope: LeakyReLU slope of an image's in-caption terms, in training only; 0 (the paper) to 1. ReLU gives
+            inactive terms no gradient: a term that is inactive for every image cannot recover.
     """
 
     target_image: float = 64.0  # type: ignore[misc]
@@ -97,9 +97,9 @@ class StairStage(ContrastiveModule):
     """One training stage.
 
     Args:
-        stair: the model; its weights come from the previous stage where there is one.
+        stair: the model. Its weights come from the previous stage, if there is one.
         objective: the loss.
-        optimizer: how parameters move.
+        optimizer: the optimizer and its schedule.
         layout: `micro_batch_size`, `recompute` and `compile`, see `ContrastiveModule`.
 
     Attributes:

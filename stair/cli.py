@@ -23,42 +23,42 @@ from stair.plain import one_line, plain
 
 TRAINER = {
     "fit": "train a stage: stair fit --config configs/stage1.yaml --data.train 'shards/train-{0000..0099}.tar'",
-    "validate": "recall on validation sets, as during training",
-    "test": "recall on test sets",
+    "validate": "measure recall on the validation sets, as in training",
+    "test": "measure recall on the test sets",
     "predict": "write embeddings of the test sets with the trainer",
 }
 # description, module, function or table of functions by a second word, extra that installs the packages it imports
 _COMMANDS = {
-    "embed": ("pictures or texts to sparse embeddings on disk", "stair.embed", "embed", "search"),
-    "index": ("make or change a search index of embeddings", "stair.index.commands", "index", "search"),
-    "explain": ("why two items match, as heat maps and terms", "stair.explain_page", "explain_command", "search"),
-    "export": ("to SQLite, DuckDB, Qdrant, Milvus, ONNX, ...", "stair.export", "FORMATS", "search"),
-    "serve": ("a search page in the browser", "stair.serve.app", "serve", "search"),
-    "push": ("upload a model with its card to the hub", "stair.hub", "push", "search"),
-    "search": ("find documents by text, picture or weighted terms", "stair.index.commands", "search", "search"),
+    "embed": ("write sparse embeddings of images or texts", "stair.embed", "embed", "search"),
+    "index": ("create or change a search index", "stair.index.commands", "index", "search"),
+    "explain": ("show why two items match: terms and heat maps", "stair.explain_page", "explain_command", "search"),
+    "export": (
+        "export to SQLite, DuckDB, Qdrant, Milvus, Seismic, ONNX, ...",
+        "stair.export",
+        "FORMATS",
+        "search",
+    ),
+    "serve": ("serve a search page for the browser", "stair.serve.app", "serve", "search"),
+    "push": ("upload a model with its card to the Hugging Face Hub", "stair.hub", "push", "search"),
+    "search": ("find documents by text, image or weighted words", "stair.index.commands", "search", "search"),
     "evaluate": (
-        "measure a model: retrieval, classification, terms, cost",
+        "measure retrieval, classification, sparsity and search cost",
         "stair.evaluate.open_set",
         "evaluate",
         "evaluate",
     ),
-    "dictionary": (
-        "what each term of a model means, with evidence",
-        "stair.evaluate.dictionary",
-        "dictionary",
-        "evaluate",
-    ),
-    "consolidate": ("a model of a training's checkpoint", "lightning_modules.consolidate", "consolidate", "train"),
-    "doctor": ("what is wrong with shards, and the setting that repairs it", "stair.data.doctor", "doctor", "train"),
+    "dictionary": ("show what each term of a model means", "stair.evaluate.dictionary", "dictionary", "evaluate"),
+    "consolidate": ("convert a checkpoint to a model folder", "lightning_modules.consolidate", "consolidate", "train"),
+    "doctor": ("report problems in shards, with their remedies", "stair.data.doctor", "doctor", "train"),
     "prepare": (
-        "make shards of images and captions: COCO, Flickr, Hugging Face, ...",
+        "create shards from folders, tables, COCO, Flickr, Hugging Face data sets and others",
         "stair.data.prepare",
         "SOURCES",
         "search",
     ),
 }
 _CHECKOUT = (
-    f"needs a checkout of the project, and this environment holds the package alone ({Path(__file__).parent}). Run "
+    f"needs a clone of the project, but this environment has only the package ({Path(__file__).parent}). Run "
     "`pip install -e '.[train]'` in a clone of the repository"
 )
 _MARK = "\u2060"  # invisible; jsonargparse reads `null` without it as no value, also where text is expected
@@ -75,9 +75,9 @@ def main() -> None:
         lines = {**TRAINER, **lines} if _is_there("main") else lines  # a wheel has no trainer
         print("usage: stair COMMAND ...\n\nSTAIR: sparse, readable image and text embeddings.\n")
         print("\n".join(f"  {name:12}{about}" for name, about in lines.items()))
-        print("\n`stair COMMAND --help` shows its settings. `--quiet` prints errors alone, `--json` the result alone.")
+        print("\n`stair COMMAND --help` shows its settings. `--quiet` prints only errors, `--json` only the result.")
         print(
-            "Exit status: 0 done, 1 error (of `doctor`: a run would stop), 2 unknown option, 70 watchdog, 128 + signal.\n"
+            "Exit codes: 0 success, 1 error (`doctor`: training would stop), 2 invalid option, 70 watchdog, 128 + signal.\n"
         )
     elif command == "--version":
         from stair import __version__
@@ -94,7 +94,7 @@ def main() -> None:
             sys.exit(f"stair {command}: package {error.name} is missing; {install(_COMMANDS[command][3])}")
     else:
         known = ", ".join([*TRAINER, *_COMMANDS])
-        sys.exit(f"stair: no command {command!r}. Known: {known}. `stair --help` explains them")
+        sys.exit(f"stair: unknown command {command!r}; allowed: {known}. See `stair --help`")
 
 
 def _is_there(module: str) -> bool:
@@ -142,7 +142,7 @@ def _call(command: str, args: list[str]) -> None:
             for action in self._actions:
                 if not action.option_strings and action.metavar == "[ITEM,...]":
                     action.metavar = f"{action.dest.upper()} ..."
-            return super().format_help(*args)
+            return re.sub(r"<class\s+'Path'>", "path", super().format_help(*args))
 
     default = get_loader("yaml")  # reads `#sunset` and `~` as no value
     set_loader("yaml", lambda text: text if (value := default(text)) is None else value, exceptions=(YAMLError,))
@@ -216,9 +216,9 @@ def _for_scripts(function: Callable[..., Any]) -> Callable[..., Any]:
     import json as json_format
 
     signature = inspect.signature(function)
-    about = {"quiet": "print errors alone."}
+    about = {"quiet": "print only errors."}
     if signature.return_annotation is not None:
-        about["json"] = "print the result as JSON, and nothing else."
+        about["json"] = "print only the result, as JSON."
     more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool) for name in about]
     parameters = sorted([*signature.parameters.values(), *more], key=lambda parameter: parameter.kind)
 
@@ -246,9 +246,9 @@ def _print_completion(shell: str) -> None:
     from jsonargparse import auto_parser
 
     if importlib.util.find_spec("shtab") is None:
-        sys.exit("stair --completion: package shtab is missing; run `pip install shtab`")
+        sys.exit(f"stair --completion: package shtab is missing; {install('completion')}")
     if shell not in ("bash", "zsh", "tcsh"):
-        sys.exit(f"stair --completion: {shell!r} is no known shell; give bash, zsh or tcsh")
+        sys.exit(f"stair --completion: unknown shell {shell!r}; use bash, zsh or tcsh")
     functions = {}
     for name, (_, module, function, _) in _COMMANDS.items():
         with contextlib.suppress(ModuleNotFoundError):  # no completion for what is not installed
@@ -276,7 +276,7 @@ def _with_list(args: list[str], parameters: list[Any]) -> list[str]:
         return args
     if args and args[0].split("=")[0] in {f"--{p.name}" for p in parameters}:
         first = " ".join(p.name.upper() for p in needed)
-        sys.exit(f"{args[0]} stands before {first}, so where the list ends is unknown; give {first} first")
+        sys.exit(f"{args[0]} is before {first}, so the end of the list is unknown; put {first} first")
     end = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
     start = len(needed) - 1
     return [*args[:start], json.dumps(args[start:end]), *args[end:]] if end > start else args

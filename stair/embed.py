@@ -1,4 +1,4 @@
-"""`stair embed`: many pictures or texts to sparse embeddings on disk, part by part, so that it can resume.
+"""`stair embed`: sparse embeddings of many images or texts on disk, in parts, so that it can resume.
 
 `embeddings.json` holds the settings. The same command makes the parts that are missing; other settings are an error.
 Processes share parts by their number, without communication. When all parts exist, the file states what was skipped.
@@ -44,20 +44,20 @@ def embed(
     device: str = "auto",
     format: Literal["safetensors", "parquet"] = "safetensors",
 ) -> dict[str, Any]:
-    """Embeds pictures or texts. After an interruption, the same command continues where it stopped.
+    """Embeds images or texts. After an interruption, the same command continues where it stopped.
 
     Args:
         model: folder of a saved model, or its name on the hub.
-        source: a folder of pictures; tars (a quoted pattern); a csv, tsv, jsonl or parquet table; - for standard input.
+        source: a folder of images; tars (a quoted pattern); a csv, tsv, jsonl or parquet table; - for standard input.
         out: folder of the embeddings.
-        side: embed the pictures or the texts of the source.
-        column: table column with the paths of pictures (in parquet also bytes, or Hugging Face's {bytes, path}) or with
+        side: embed the images or the texts of the source.
+        column: table column with the paths of images (in parquet also bytes, or Hugging Face's {bytes, path}) or with
             texts; by default `image` or `text`.
         id_column: table column with ids, used unchanged; by default `id`, or row numbers if there is none.
         top: maximum number of terms per item; the heaviest are kept.
         threshold: keep only weights above this value.
         batch_size: number of items encoded at a time.
-        workers: number of processes that read and decode pictures; 0 uses the main process.
+        workers: number of processes that read and decode images; 0 uses the main process.
         part_size: number of items per file.
         share: R/N: this is process R (from 0) of N; it writes every N-th part.
         device: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.

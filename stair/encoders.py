@@ -38,15 +38,15 @@ class ImageTower:
     """Settings of the image encoder.
 
     Args:
-        name: a model of timm that gives a feature map (CNN, Swin) or tokens (ViT), `local-dir:PATH` for a folder in the
+        name: a timm model that outputs a feature map (CNN, Swin) or tokens (ViT), `local-dir:PATH` for a folder in the
             hub's format, or `hf-hub:NAME`.
-        pretrained: start from the published weights; False starts from scratch.
+        pretrained: start from the published weights; False: from random weights.
         image_size: side of the square input in pixels.
-        positions: which hidden states the head reads. `patches`, the cells of the image, leaves class and register
-            tokens out, so that every active term has an argmax patch; `all` keeps them.
+        positions: hidden states that the head reads. `patches` omits class and register tokens, so that every active
+            term has an argmax patch; `all` keeps them.
         options: further arguments of the timm model, for example `{embed_dim: 192, depth: 4}`.
-        freeze_until: a module of the timm model, such as `blocks.5`. In training all parameters up to its last one stay
-            as they are, and so do the statistics of their batch norms. An exported model has none.
+        freeze_until: a module of the timm model, such as `blocks.5`. Parameters and batch-norm statistics up to and
+            including this module are not trained. An exported model has no such setting.
     """
 
     name: str = "vit_base_patch16_224.augreg_in21k"
@@ -62,9 +62,9 @@ class TextTower:
     """Settings of the text encoder.
 
     Args:
-        name: with `pretrained` a model of the hub or a folder; without, a model type of transformers such as `bert`.
-        pretrained: start from the published weights, with the masked-LM head if there is one; False starts from scratch.
-        max_tokens: longest caption in tokens, [CLS] and [SEP] included; longer ones are cut.
+        name: with `pretrained`, a model on the hub or a folder; otherwise a model type of transformers such as `bert`.
+        pretrained: start from the published weights, with the masked-LM head if there is one; False: from random weights.
+        max_tokens: maximum length of a caption in tokens, including [CLS] and [SEP]; longer captions are truncated.
         options: fields of the transformers configuration, for example `{hidden_size: 192, num_hidden_layers: 2}`.
     """
 

@@ -41,15 +41,15 @@ class StairDesign(TowersConfig):
 
     Args:
         vocabulary: a BERT `vocab.txt`, a folder with one, or a hub name; each token is a dimension.
-        image: the image tower.
-        text: the text tower.
-        text_bias_start: initial bias of the text head, where no pretrained head gives one. Above 0 keeps in-caption terms
-            active at the start of training from scratch.
-        in_caption_margin: logits by which all other terms of a text are lowered, at least 0; a fixed part of the model.
-            With a soft mask choose it so that in-caption terms make about 1/20 of a text's squared norm at the start
-            (`train/text_full/in_caption_share`): 0.45 from scratch, 3 with a masked-LM head pretrained on captions, whose
-            logits are larger. With a hard mask a text encoder from scratch needs about 3: its other terms get no gradient
-            in stage 1 and would all be active in stage 2 (docs/results/experiments.md). No published head was measured.
+        image: the image encoder.
+        text: the text encoder.
+        text_bias_start: initial bias of the text head, unless a pretrained head has one. A value above 0 keeps in-caption
+            terms active at the start of training from scratch.
+        in_caption_margin: constant subtracted from a text's logits for all other terms; at least 0, the same in all
+            stages. With a soft mask, in-caption terms should give about 1/20 of a text's squared norm at the start
+            (`train/text_full/in_caption_share`): 0.45 from scratch; 3 with a masked-LM head pretrained on captions, whose
+            logits are larger; 0 with a SPLADE head (benchmarks/real_encoders). With a hard mask, a text encoder from
+            scratch needs about 3: its other terms get no gradient in stage 1 and would all be active in stage 2.
 
     Raises:
         SettingError: if `in_caption_margin` is negative or not finite.
@@ -70,8 +70,8 @@ class StairConfig(StairDesign):
 
     Args:
         vocabulary, image, text, text_bias_start, in_caption_margin: as in `StairDesign`.
-        similarity: how images and texts are compared: `dot` of the weights, or `cosine`.
-        text_form: which terms of a text may be active: in-caption terms (`masked`, stage 1) or all (`full`).
+        similarity: dot product (`dot`) or `cosine` of the embeddings.
+        text_form: terms of a text that can be active: in-caption terms (`masked`, stage 1) or all (`full`).
     """
 
     similarity: Literal["dot", "cosine"] = "dot"

@@ -488,7 +488,7 @@ def test_sentence_transformers_models_are_opened_as_what_they_are(monkeypatch, t
 
 
 def test_options_before_the_folders_are_refused_as_nobody_can_tell_whose_they_are(monkeypatch):
-    with pytest.raises(SystemExit, match=r"--limit stands before MODEL DATA.*give MODEL DATA first"):
+    with pytest.raises(SystemExit, match=r"--limit is before MODEL DATA.*put MODEL DATA first"):
         command(monkeypatch, "--limit", "2", "m", "a.tar")
 
 

@@ -84,7 +84,7 @@ def test_the_doctor_counts_the_bad_samples_that_training_skips(tar, capsys):
 
     (source,) = doctor([str(tar)], samples=100, global_batch_size=8, workers=1)["sources"].values()
     assert source["bad"] == dict.fromkeys(BAD, 1)
-    assert source["looked_at"] == 8 + len(BAD) and source["taken"] == 8
+    assert source["read"] == 8 + len(BAD) and source["usable"] == 8
 
 
 def test_of_two_images_of_one_key_every_command_takes_the_same(stair, model, tmp_path, vocab_file):
@@ -141,7 +141,7 @@ def test_a_txt_of_several_lines_has_one_meaning_in_every_command(stair, model, t
     (measured,) = json.loads((tmp_path / "e" / "evaluation.json").read_text())["sets"].values()
     assert measured["protocol"]["captions"] == sum(map(len, expected))
     (source,) = doctor([str(path)], global_batch_size=2, workers=1)["sources"].values()
-    assert source["captions_an_image"]["most"] == len(expected[0])
+    assert source["captions_per_image"]["max"] == len(expected[0])
     shards = ImageTextShards(
         train=str(path), vocabulary=str(vocab_file), image_size=32, max_tokens=20, global_batch_size=2, workers=0
     )

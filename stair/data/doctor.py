@@ -263,25 +263,25 @@ def _report(
         "samples": stated or round(sum(counts) * len(shards) / max(len(counts), 1)),
         "samples_are": "stated" if stated else known,
         "bytes": sum(shard.size for shard in shards),
-        "looked_at": len(samples),
-        "taken": len(samples) - causes.total(),
+        "read": len(samples),
+        "usable": len(samples) - causes.total(),
         "bad": dict(causes),
         "formats": dict(Counter(sample.format for sample in samples if sample.format)),
     }
     if sides := [min(sample.size) for sample in samples if sample.size]:
         report["short_side"] = _quantiles(sides)
-        report["images_a_second"] = round(len(sides) / max(sum(sample.seconds for sample in samples), 1e-9))
+        report["images_per_second"] = round(len(sides) / max(sum(sample.seconds for sample in samples), 1e-9))
     if captioned := [sample for sample in samples if sample.captions]:
         report["caption_fields"] = dict(Counter(sample.caption_field for sample in captioned))
-        report["captions_an_image"] = _quantiles([sum(map(bool, sample.captions)) for sample in captioned])
+        report["captions_per_image"] = _quantiles([sum(map(bool, sample.captions)) for sample in captioned])
     if lengths := [length for sample in samples for length in sample.lengths]:
         report["tokens"] = _quantiles(lengths)
-        report["share_cut"] = round(float(np.mean(np.array(lengths) > max_tokens)), 4)
+        report["truncated_share"] = round(float(np.mean(np.array(lengths) > max_tokens)), 4)
     return report
 
 
 def _quantiles(values: list[int]) -> dict[str, int]:
-    return {name: int(np.percentile(values, q)) for name, q in (("p50", 50), ("p95", 95), ("most", 100))}
+    return {name: int(np.percentile(values, q)) for name, q in (("p50", 50), ("p95", 95), ("max", 100))}
 
 
 def _print(reports: dict[str, dict[str, Any]], findings: list[Diagnostic]) -> None:

@@ -143,7 +143,7 @@ def _entries(
     if is_remote(source):
         raise FileError(f"{source!r} is not local: items are read by position. Copy it to a local path", source)
     if not path.exists() and not _TAR.search(source):
-        wanted = f"give a folder of pictures, a table ({', '.join(SUFFIXES)}), tars in quotes, or - for standard input"
+        wanted = f"give a folder of images, a table ({', '.join(SUFFIXES)}), tars in quotes, or - for standard input"
         raise FileError(f"{source!r}: no such file or folder, looked for from {Path.cwd()}; {wanted}", path)
     files = [path] if path.is_file() else [Path(name) for name in expand(source)]
     if all(_TAR.search(file.name) for file in files):

@@ -40,12 +40,12 @@ Range = tuple[str, int, int]  # path or URL, first byte, and the byte behind the
 
 @dataclass(frozen=True)
 class Remote:
-    """How shards that are not local files are read.
+    """How remote shards are read.
 
     Args:
-        timeout: seconds without a byte after which a connection counts as dead; more than 0.
-        retries: new tries, after pauses that double from half a second to half a minute. 0 or more.
-        cache: folder for local copies of remote shards, which processes may share. None: `Range` requests for samples.
+        timeout: seconds without data until a connection is considered dead; more than 0.
+        retries: number of retries, with pauses that double from 0.5 to 30 seconds; 0 or more.
+        cache: folder for local copies of remote shards; processes can share it. None: `Range` requests for samples.
         cache_gib: size limit of that folder in GiB; the least recently used copies are deleted first. More than 0.
 
     Raises:

@@ -39,7 +39,7 @@ def evaluate(
 
     Prints tables, and writes evaluation.json, report.html and model_card.md with the protocol of each result.
 
-    DATA is one or more `PLACE` or `name=PLACE`: tars (a path, a glob, a brace pattern), a folder of tars, or a folder with
+    DATA is one or more `PATH` or `NAME=PATH`: tars (a path, a glob, a brace pattern), a folder of tars, or a folder with
     one folder of images per class. Retrieval is measured in both directions on tars with captions, unless more than half
     of the images share their captions with others, for example if captions only name a class. Classification is measured
     if there are class names (`classnames.json` or `classnames.txt` next to the tars, or the names of the folders). A
@@ -48,7 +48,7 @@ def evaluate(
     Args:
         model: the folder of an exported model, `open_clip:ARCHITECTURE:CHECKPOINT`, or `sentence_transformers:FOLDER`
             (extra `openclip`).
-        data: sets to measure, separated by spaces: each PLACE or NAME=PLACE, such as mine='shards/val-*.tar'.
+        data: sets to measure, separated by spaces: each PATH or NAME=PATH, such as mine='shards/val-*.tar'.
         output: folder for the results; if null, `MODEL-evaluation` next to the model, or in the working directory for a
             third-party model.
         split: the part of a folder to measure; by default the first of test, val, train that exists, else all.
@@ -89,7 +89,7 @@ def evaluate(
 def open_set(
     place: str, split: str | None = None, classnames: str | None = None, captions: int | None = None
 ) -> EvaluationSet:
-    """A set of the command line, `PLACE` or `name=PLACE`; other arguments and errors as of `evaluate`."""
+    """A set of the command line, `PATH` or `NAME=PATH`; other arguments and errors as of `evaluate`."""
     name, sign, path = place.partition("=")
     if not sign or "/" in name or Path(place).exists():  # an `=` of the path
         name, path = "", place

@@ -188,7 +188,7 @@ def _protocol(evaluated: EvaluatedModel, what: EvaluationSet, rows: EmbeddedSet,
     return {
         "split": what.split,
         **rows.counts,
-        "captions_an_image": {"least": min(counts), "most": max(counts)},
+        "captions_per_image": {"min": min(counts), "max": max(counts)},
         "similarity": evaluated.encoder.similarity,
         "truncation": evaluated.truncation,
         "ties": TIES,

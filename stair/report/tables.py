@@ -56,7 +56,7 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
 def protocol(name: str, figures: Mapping[str, Any]) -> str:
     """One sentence: how a set was measured."""
     p = figures["protocol"]
-    least, most = p["captions_an_image"]["least"], p["captions_an_image"]["most"]
+    least, most = p["captions_per_image"]["min"], p["captions_per_image"]["max"]
     captions = f"{least}" if least == most else f"{least} to {most}"
     memory = sum(p["memory_bytes"].values()) / 2**20
     unfair = "".join(f"; {sentence}" for sentence in sentences(p, p["recall_at"] if "retrieval" in figures else ()))

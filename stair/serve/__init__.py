@@ -1,1 +1,1 @@
-"""The search page: type words or drop a picture, see why each hit matched, and steer by its words."""
+"""The search page: type a text or drop an image, see why each hit matched, and change the weights of its terms."""

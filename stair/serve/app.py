@@ -128,11 +128,11 @@ class _SearchPage:
     def _picture(self, name: str) -> Image.Image:
         source = self.index.source(name)
         if self.root is None or not isinstance(source.get("file"), str):
-            raise HTTPException(404, "no picture is known of this document")
+            raise HTTPException(404, "this document has no image")
         try:
             path = find_file(self.root, source["file"]).resolve()
             if not path.is_relative_to(self.root) or not path.is_file():
-                raise HTTPException(404, "the picture is not in the collection")
+                raise HTTPException(404, "the image is not in the folder of --pictures")
             if "row_group" in source:
                 data = read_cell(path, source["row_group"], source["row"], source["column"])
             else:
@@ -140,7 +140,7 @@ class _SearchPage:
                     file.seek(int(source.get("offset", 0)))
                     data = file.read(min(int(source.get("length", _MAX_PICTURE_BYTES)), _MAX_PICTURE_BYTES))
         except (OSError, ValueError, TypeError, OverflowError, LookupError) as error:
-            raise HTTPException(404, "the picture cannot be read where its document states it is") from error
+            raise HTTPException(404, "the image of this document cannot be read") from error
         return decode_image(data)
 
 
@@ -217,12 +217,12 @@ def serve(index: Path, model: str, pictures: Path | None = None, host: str = "12
     Args:
         index: folder of the index.
         model: folder or hub name of the index's model.
-        pictures: folder of the pictures: the one passed to `stair embed`, or the folder of its tars.
-        host: address to listen on. There is no authentication: anyone who can reach it can search and see all pictures.
+        pictures: folder of the images: the one passed to `stair embed`, or the folder of its tars.
+        host: address to listen on. There is no authentication: anyone who can reach it can search and see all images.
         port: port to listen on.
     """
     if pictures is not None and not pictures.is_dir():
-        raise FileNotFoundError(f"{pictures}: no such folder of pictures")
+        raise FileNotFoundError(f"{pictures}: no such folder of images")
     hosts = ["127.0.0.1", "localhost", "[::1]"] if host in ("127.0.0.1", "localhost", "::1") else ["*"]
     app = application(SparseIndex.open(index), Stair.from_pretrained(model), pictures, hosts)
     print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")

@@ -83,11 +83,11 @@ def write_shards(
     Args:
         source: what is written.
         out: folder of the shards, created if missing. It can hold several splits, also of several commands.
-        shard_samples: most samples a shard.
-        seed: of the order of samples, which are shuffled over all shards; null keeps the order of the source.
+        shard_samples: maximum number of samples per shard.
+        seed: seed of the shuffle over all shards; null keeps the order of the source.
         max_side: images whose longer side has more pixels are scaled down to it and written anew; 0 keeps every size.
         max_pixels: largest width × height that is decoded; larger images are skipped.
-        max_bad_share: greatest share of skipped inputs; beyond it nothing more is written.
+        max_bad_share: maximum share of skipped inputs; above it, the command stops.
         workers: processes; 0 is one for each core.
 
     Raises:
