@@ -15,7 +15,7 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from stair.data.folders import ImageFile, image_files
+from stair.data.folders import ImageFile, find_file, image_files
 from stair.data.remote import is_remote
 from stair.data.samples import (
     CAPTION_TYPES,
@@ -37,6 +37,7 @@ from stair.data.tars import members as members_of
 from stair.errors import FileError, SettingError
 
 Side = Literal["images", "texts"]
+_MAX_PICTURE_BYTES = 1 << 28
 COLUMNS: dict[Side, str] = {"images": "image", "texts": "text"}  # of a table, by default
 LONGEST_ID = 512  # bytes; the limit of Elasticsearch and OpenSearch
 
@@ -93,6 +94,24 @@ def read_cell(path: Path, row_group: int, row: int, column: str) -> bytes:
     if data is None:
         raise ValueError("image missing: the cell holds no bytes; a path alone is not followed")
     return bytes(data)
+
+
+def picture_bytes(root: Path, source: dict[str, Any]) -> bytes:
+    """The file of a picture in a folder, from where `Embeddings.source` states it is.
+
+    FileNotFoundError if it is not there, cannot be read, or lies outside of the folder.
+    """
+    try:
+        path = find_file(root.resolve(), source["file"]).resolve()
+        if not path.is_relative_to(root.resolve()) or not path.is_file():
+            raise ValueError("it is not in the folder")
+        if "row_group" in source:
+            return read_cell(path, source["row_group"], source["row"], source["column"])
+        with path.open("rb") as file:
+            file.seek(int(source.get("offset", 0)))
+            return file.read(min(int(source.get("length", _MAX_PICTURE_BYTES)), _MAX_PICTURE_BYTES))
+    except (OSError, ValueError, TypeError, OverflowError, LookupError) as error:
+        raise FileNotFoundError(f"no picture of this document in {root}: {error}") from error
 
 
 def list_items(source: str, side: Side, column: str | None = None, id_column: str | None = None) -> Listing:

@@ -40,12 +40,30 @@ def render(template: str, **values: Any) -> Markup:
     return Markup(_TEMPLATES.get_template(template).render(values))
 
 
+def search_page(backend: str) -> tuple[Markup, str]:
+    """The search page and its content security policy: it runs its own script alone, and contacts no other host.
+
+    Args:
+        backend: the script that answers it: `server.js` asks `stair serve`, `static.js` searches in the browser.
+    """
+    script = asset(backend) + asset("search.js")
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{_digest(script)}'; style-src 'unsafe-inline'; "
+        "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'self'"
+    )
+    return render("search.html", script=script, policy=policy, server=backend == "server.js"), policy
+
+
 def document(title: str, notes: Sequence[str], sections: Iterable[str], script: str = "") -> str:
     """A page: its heading, notes below it, HTML of `render`, and a script of this folder, which the policy names."""
     code = asset(script) if script else Markup()
-    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() if script else ""
+    digest = _digest(code) if script else ""
     html = [Markup(section) for section in sections]
     return render("page.html", title=title, notes=notes, sections=html, script=code, digest=digest)
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def write_html(path: Path, title: str, notes: Sequence[str], sections: Iterable[str], script: str = "") -> None:

@@ -1,4 +1,4 @@
-'use strict';
+// The search page. `backend`, of server.js or static.js, answers it.
 const $ = id => document.getElementById(id);
 let words = {}, hits = [], pictures = true, turn = 0;
 const UP = 1.5, STEP = 0.1, shown = 40;  // all words of a query count, the heaviest are shown
@@ -13,14 +13,6 @@ function make(tag, properties, ...children) {
   node.append(...children.map(child => child instanceof Node ? child : plain(child)));
   return node;
 }
-async function ask(path, options) {
-  const answer = await fetch(path, options);
-  const content = await answer.json();
-  if (!answer.ok) throw new Error(content.detail || answer.statusText);
-  return content;
-}
-const post = (path, body) => ask(path, {method: 'POST', body: JSON.stringify(body),
-  headers: {'Content-Type': 'application/json'}});
 function say(text, bad = false) { $('status').textContent = text; $('status').className = bad ? 'bad' : ''; }
 async function guarded(work) {
   document.body.classList.add('busy');
@@ -58,22 +50,22 @@ function showQuery() {
   $('query').replaceChildren(...heavy.sort((a, b) => b[1] - a[1]).map(([word, weight]) => chip(word, weight, most)),
     ...lighter(Object.keys(words).length));
 }
-const address = (path, id, more = {}) => path + '?' + new URLSearchParams({id, ...more});
 function caption(hit) {
   const known = hit.source;
   return plain(known.text || (known.captions || [])[0] || hit.metadata.caption || hit.id);
 }
 function card(hit) {
   const item = make('li', {className: 'hit'});
-  if (pictures && hit.source.file) {
-    const still = address('/picture', hit.id);
+  if ('picture' in hit ? hit.picture : pictures && hit.source.file) {
     const shares = Object.fromEntries(hit.words.filter(pair => pair[1] > 0).slice(0, 24));
-    const image = make('img', {src: still, alt: caption(hit), loading: 'lazy'});
+    const image = make('img', {alt: caption(hit)});
     const open = make('button', {type: 'button', className: 'open', title: 'words of this picture'}, image);
-    const hot = () => { image.src = address('/heat', hit.id, {words: JSON.stringify(shares)}); };
-    const cold = () => { image.src = still; };
-    open.onmouseenter = open.onfocus = hot;
-    open.onmouseleave = open.onblur = cold;
+    const show = async way => {
+      try { image.src = await backend[way](hit, shares); } catch (error) { say(error.message, true); }
+    };
+    show('picture');
+    if (backend.heat) open.onmouseenter = open.onfocus = () => show('heat');
+    if (backend.heat) open.onmouseleave = open.onblur = () => show('picture');
     open.onclick = () => showWords(hit);
     item.append(open);
   }
@@ -92,7 +84,7 @@ async function search() {
   showQuery();
   if (focused) document.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
   await guarded(async () => {
-    const found = (await post('/api/search', {words, k: 24, where: $('where').value})).hits;
+    const found = await backend.search(words, $('where')?.value);
     if (mine !== turn) return;
     hits = found;
     $('hits').replaceChildren(...hits.map(card));
@@ -101,7 +93,7 @@ async function search() {
 }
 async function showWords(hit) {
   await guarded(async () => {
-    const found = (await ask(address('/api/words', hit.id))).words;
+    const found = await backend.words(hit);
     const most = Math.max(...Object.values(found));
     $('of').textContent = caption(hit);
     const all = Object.entries(found);
@@ -119,7 +111,7 @@ function upload(file) {
   if (!file) return;
   guarded(async () => {
     say('reading ' + file.name);
-    words = (await ask('/api/image', {method: 'POST', body: file})).words;
+    words = await backend.image(file);
     $('text').value = '';
     await search();
   });
@@ -127,26 +119,28 @@ function upload(file) {
 $('form').onsubmit = event => {
   event.preventDefault();
   guarded(async () => {
-    words = (await post('/api/text', {text: $('text').value})).words;
+    words = await backend.text($('text').value);
     await search();
   });
 };
-$('file').onchange = event => { upload(event.target.files[0]); event.target.value = ''; };
-$('where').onchange = () => search();
+if (backend.image) {
+  $('file').onchange = event => { upload(event.target.files[0]); event.target.value = ''; };
+  $('where').onchange = () => search();
+  document.ondragover = event => { event.preventDefault(); document.body.classList.add('over'); };
+  document.ondragleave = () => document.body.classList.remove('over');
+  document.ondrop = event => {
+    event.preventDefault();
+    document.body.classList.remove('over');
+    upload(event.dataTransfer.files[0]);
+  };
+}
 $('close').onclick = () => $('words').close();
-document.ondragover = event => { event.preventDefault(); document.body.classList.add('over'); };
-document.ondragleave = () => document.body.classList.remove('over');
-document.ondrop = event => {
-  event.preventDefault();
-  document.body.classList.remove('over');
-  upload(event.dataTransfer.files[0]);
-};
 document.onkeydown = event => {
   const typing = /INPUT|TEXTAREA/.test(event.target.tagName);
   if (event.key === '/' && !typing) { event.preventDefault(); $('text').select(); }
 };
-ask('/api/about').then(about => {
+backend.about().then(about => {
   pictures = about.pictures;
   say(about.documents + ' documents');
-  $('where').placeholder = about.keys.length ? 'filter, such as ' + about.keys[0] + '=…' : 'filter';
+  if (about.keys) $('where').placeholder = about.keys.length ? 'filter, such as ' + about.keys[0] + '=…' : 'filter';
 }).catch(error => say(error.message, true));

@@ -3,8 +3,6 @@
 Pictures are decoded and encoded again, so that no file is sent as it is; their paths cannot leave the collection.
 """
 
-import base64
-import hashlib
 import io
 import json
 import threading
@@ -22,30 +20,23 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from stair.data.folders import find_file
-from stair.data.items import read_cell
+from stair.data.items import picture_bytes
 from stair.embeddings import to_csr
 from stair.explain import read_image
 from stair.explain_page import overlay
 from stair.images import decode_image
 from stair.index import SparseIndex
 from stair.model import Stair
-from stair.pages import asset, render
+from stair.pages import search_page
 
 MAX_UPLOAD_BYTES = 10 << 20
 MAX_UPLOAD_PIXELS = 24_000_000
 _MAX_JSON_BYTES = 1 << 21  # a query of every term of a vocabulary of 30,522 takes less than half
-_MAX_PICTURE_BYTES = 1 << 28
 _MAX_HITS, _MAX_WEIGHT = 200, 1e6  # weights of models are below 100
 _SIDE, _SHOWN_TERMS = 320, 40
 
-PAGE = render("search.html")
-_HASH = base64.b64encode(hashlib.sha256(asset("search.js").encode()).digest()).decode()
-#: nothing but this page's own script runs, and no other host is contacted
-POLICY = (
-    f"default-src 'none'; script-src 'sha256-{_HASH}'; style-src 'unsafe-inline'; img-src 'self' data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-)
+PAGE, _POLICY = search_page("server.js")
+POLICY = f"{_POLICY}; frame-ancestors 'none'"
 
 
 class _SearchPage:
@@ -130,16 +121,8 @@ class _SearchPage:
         if self.root is None or not isinstance(source.get("file"), str):
             raise HTTPException(404, "this document has no image")
         try:
-            path = find_file(self.root, source["file"]).resolve()
-            if not path.is_relative_to(self.root) or not path.is_file():
-                raise HTTPException(404, "the image is not in the folder of --pictures")
-            if "row_group" in source:
-                data = read_cell(path, source["row_group"], source["row"], source["column"])
-            else:
-                with path.open("rb") as file:
-                    file.seek(int(source.get("offset", 0)))
-                    data = file.read(min(int(source.get("length", _MAX_PICTURE_BYTES)), _MAX_PICTURE_BYTES))
-        except (OSError, ValueError, TypeError, OverflowError, LookupError) as error:
+            data = picture_bytes(self.root, source)
+        except FileNotFoundError as error:
             raise HTTPException(404, "the image of this document cannot be read") from error
         return decode_image(data)
 

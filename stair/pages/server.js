@@ -1,0 +1,20 @@
+'use strict';
+// `stair serve` answers the search page.
+async function ask(path, options) {
+  const answer = await fetch(path, options);
+  const content = await answer.json();
+  if (!answer.ok) throw new Error(content.detail || answer.statusText);
+  return content;
+}
+const post = (path, body) => ask(path, {method: 'POST', body: JSON.stringify(body),
+  headers: {'Content-Type': 'application/json'}});
+const address = (path, id, more = {}) => path + '?' + new URLSearchParams({id, ...more});
+const backend = {
+  about: () => ask('/api/about'),
+  text: async text => (await post('/api/text', {text})).words,
+  image: async file => (await ask('/api/image', {method: 'POST', body: file})).words,
+  search: async (words, where) => (await post('/api/search', {words, k: 24, where})).hits,
+  words: async hit => (await ask(address('/api/words', hit.id))).words,
+  picture: async hit => address('/picture', hit.id),
+  heat: async (hit, words) => address('/heat', hit.id, {words: JSON.stringify(words)}),
+};
