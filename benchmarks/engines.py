@@ -3,8 +3,9 @@
     pip install -e '.[engines]' && .ci/lucene
     python -m benchmarks.engines 100000 100 benchmarks/results/engines_100k_MACHINE_DATE.md [ENGINE ...]
 
-The lines of the engines, of all by default, are added to the record. Engines are filled by `stair export` and examples/, one after the other, and asked one query at a time. A hit is right if
-its exact score, in float64, reaches the exact tenth one. The score difference is relative to the exact score.
+The lines of the engines, of all by default, are added to the record. Engines are filled by `stair export` and examples/,
+one after the other, and asked one query at a time. A hit is right if its exact score, in float64, reaches the exact tenth
+one. The score difference is relative to the exact score.
 """
 
 import os

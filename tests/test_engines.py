@@ -120,3 +120,18 @@ def test_seismic_finds_nearly_all_hits_within_its_half_precision(index, queries,
                 right += exact[name] >= best[-1] * 0.998
             total += len(best)
     assert right / total > 0.9
+
+
+def test_hits_of_shards_merged_by_score_are_those_of_one_index(index, queries, tmp_path):
+    """No score depends on the other documents, so that shards need to know nothing of each other."""
+    [whole] = index.content()
+    half = len(whole.ids) // 2
+    parts = [
+        Embeddings(whole.vectors[part], whole.ids[part], whole.space, whole.metadata[part])
+        for part in (slice(0, half), slice(half, None))
+    ]
+    shards = [SparseIndex.build(tmp_path / f"{n}.index", part) for n, part in enumerate(parts)]
+    for query in queries:
+        hits = [hit for shard in shards for hit in shard.top(query, K)]
+        merged = sorted(hits, key=lambda hit: -hit.score)[:K]
+        assert [(hit.id, hit.score) for hit in merged] == [(hit.id, hit.score) for hit in index.top(query, K)]
