@@ -21,7 +21,8 @@ from stair.embeddings import Embeddings, EmbeddingSpace
 from stair.errors import MissingPackageError, SettingError, StairError
 from stair.export import FORMATS, target
 from stair.index import SparseIndex
-from tests.support.models import tiny_config
+from tests.support.files import encoded, members_of, write_tar
+from tests.support.models import WORDS, tiny_config
 
 V = 250
 # pieces that engines would take for paths, or fold into one
@@ -330,3 +331,70 @@ def test_sentence_transformers_loads_the_folder_and_scores_the_same(
     expected = tiny_stair.score(tiny_stair.encode_image(pixels), tiny_stair.encode_text(captions))
     torch.testing.assert_close(encoder.similarity(image, text).to_dense(), expected, atol=1e-5, rtol=1e-5)
     assert encoder.decode(text[0], top_k=3)[0][0] in tiny_stair.vocabulary.tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_mteb_measures_our_recall_of_the_exported_folder(vocab_file, export, stair, tmp_path, monkeypatch, similarity):
+    """Its own evaluation of a local task, in both directions; `hit_rate` is recall with several right answers."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    pytest.importorskip("sentence_transformers")
+    mteb = pytest.importorskip("mteb")
+    from mteb.models import SparseEncoderWrapper
+
+    torch.manual_seed(0)
+    Stair(tiny_config(vocab_file, similarity=similarity)).save_pretrained(tmp_path / "model")
+    export("sentence-transformers", tmp_path / "model", tmp_path / "st")
+    generator = np.random.default_rng(0)
+    images = [Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(40)]
+    orders = [generator.permutation(WORDS[:-2])[:8] for _ in range(80)]
+    captions = [" ".join(word.removeprefix("##") for word in order) for order in orders]
+    samples = {
+        f"{n:04d}": {"png": encoded(image), "json": json.dumps({"captions": captions[n::40]}).encode()}
+        for n, image in enumerate(images)
+    }
+    write_tar(tmp_path / "val-0000.tar", members_of(samples))
+    stair("evaluate", tmp_path / "model", f"toy={tmp_path}/val-0000.tar", "--output", tmp_path / "out", "--no_probe")
+    [ours] = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sets"].values()
+    encoder = SparseEncoderWrapper(str(tmp_path / "st"), device="cpu", trust_remote_code=True, local_files_only=True)
+    # by default it asks for texts alone
+    encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update={"modalities": ["text", "image"]})
+    for way in ("i2t", "t2i"):
+        task = _toy_task(mteb, way, images, captions)
+        [result] = mteb.evaluate(encoder, task, cache=None, show_progress_bar=False).task_results
+        [scores] = result.scores["test"]
+        for k in (1, 5, 10):
+            assert scores[f"hit_rate_at_{k}"] == pytest.approx(ours["retrieval"][f"{way}/recall@{k}"], abs=1e-5)
+
+
+def _toy_task(mteb, category, images, captions):
+    """Image n has captions n and n + 40, as a retrieval task of mteb."""
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+
+    class Toy(AbsTaskRetrieval):
+        metadata = mteb.TaskMetadata(
+            name=f"Toy{category}",
+            description="generated",
+            type="Any2AnyRetrieval",
+            category=category,
+            modalities=["image", "text"],
+            dataset={"path": "local", "revision": "1"},
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="hit_rate_at_1",
+        )
+
+        def load_data(self, *_, **__):
+            image_rows = Dataset.from_dict({"id": [f"i{n}" for n in range(40)], "image": images})
+            text_rows = Dataset.from_dict({"id": [f"t{n}" for n in range(80)], "text": captions})
+            if category == "i2t":
+                queries, corpus = image_rows, text_rows
+                relevant = {f"i{n}": {f"t{n}": 1, f"t{n + 40}": 1} for n in range(40)}
+            else:
+                queries, corpus = text_rows, image_rows
+                relevant = {f"t{n}": {f"i{n % 40}": 1} for n in range(80)}
+            part = {"queries": queries, "corpus": corpus, "relevant_docs": relevant, "top_ranked": None}
+            self.dataset, self.data_loaded = {"default": {"test": part}}, True
+
+    return Toy()

@@ -60,7 +60,9 @@ def _sections() -> dict[str, str]:
 def row(record: str, section: str, *labels: str) -> dict[str, str]:
     """The first row with these first cells, by column, in a record's tables below a heading or the start of a line."""
     for heading, line, cells in _rows(record):
-        if (heading.split(":")[0] == section or line.startswith(section)) and tuple(cells.values())[: len(labels)] == labels:
+        if (heading.split(":")[0] == section or line.startswith(section)) and tuple(cells.values())[
+            : len(labels)
+        ] == labels:
             return cells
     raise KeyError(f"{record}: no row {labels} below {section!r}")
 

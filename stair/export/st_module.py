@@ -30,7 +30,8 @@ class StairModule(InputModule):
         return ["text", "image"]
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **_: Any) -> dict[str, Any]:
-        """Texts to ids, or pictures (PIL) to pixels; a batch is of one kind, else a ValueError."""
+        """Texts to ids, or images (PIL) to pixels; ValueError if a batch has both. `{"image": image}` is an image."""
+        inputs = [one[next(iter(one))] if isinstance(one, dict) and len(one) == 1 else one for one in inputs]
         if all(isinstance(one, str) for one in inputs):
             texts = [(prompt or "") + one for one in inputs]
             ids, mask = self.model.vocabulary.tokenize(texts, self.model.config.text.max_tokens)

@@ -157,16 +157,16 @@ def _thumbnail(root: Path | None, row: Row) -> bytes:
 
 
 def _write_lookup(path: Path, stair: Stair) -> None:
-    """The heaviest terms that the text side gives each token alone."""
+    """The heaviest terms that the text side gives each token alone, of length 1: else few tokens decide a query."""
     vocabulary = stair.vocabulary
     [[first, last]] = vocabulary.encode([""])
     with path.open("wb") as file, torch.no_grad():
         for batch in torch.arange(len(vocabulary)).split(64):
             ids_BT = torch.stack([torch.full_like(batch, first), batch, torch.full_like(batch, last)], 1)
-            embedding_BV = stair.embed_tokens(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
+            embedding_BV = stair.embed_tokens(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool)).float()
             embedding_BV[np.isin(batch, vocabulary.never_active)] = 0
-            best = embedding_BV.float().topk(min(EXPANSION, len(vocabulary)))
+            weights_BE, terms_BE = embedding_BV.topk(min(EXPANSION, len(vocabulary)))
             record = np.zeros(len(batch), [("terms", "<u4", EXPANSION), ("weights", "<f4", EXPANSION)])
-            record["terms"][:, : best.indices.shape[1]] = best.indices.numpy()
-            record["weights"][:, : best.indices.shape[1]] = best.values.numpy()
+            record["terms"][:, : terms_BE.shape[1]] = terms_BE.numpy()
+            record["weights"][:, : terms_BE.shape[1]] = torch.nn.functional.normalize(weights_BE).numpy()
             file.write(record.tobytes())
