@@ -169,21 +169,23 @@ class Health(Callback):
         """
         if not _weights_finite(trainer):
             raise TrainingError(
-                f"weights are not finite at step {trainer.global_step}, so no checkpoint is written, the last one stays: "
-                "start from it (--ckpt_path last) with a lower optimizer.lr, or a lower trainer.gradient_clip_val"
+                f"weights are not finite at step {trainer.global_step}, so no checkpoint is written. "
+                "Resume from the last one (--ckpt_path last) with a lower optimizer.lr or trainer.gradient_clip_val"
             )
 
     def _handle_skipped(self, trainer: Trainer, steps: list[_Step], in_a_row: int) -> None:
         reason = _reason(trainer, steps)
         if in_a_row <= self.skip:
-            rank_zero_warn(f"{reason}. Such steps are skipped; more than health.skip={self.skip} in a row stop the run")
+            rank_zero_warn(
+                f"{reason}. Such steps are skipped; more than health.skip={self.skip} consecutive ones stop the run"
+            )
             return
-        saved = "the weights are not finite either: go on from the last checkpoint"
+        saved = "the weights are not finite either: resume from the last checkpoint"
         if _weights_finite(trainer):
             saved = f"the state without these steps is saved in {save_last(trainer)}"
         raise TrainingError(
-            f"{reason}, and {in_a_row} steps in a row were so; {saved}. Look at these samples, lower optimizer.lr, or set "
-            "trainer.precision to bf16-mixed if it is 16-mixed; then give the same command with --ckpt_path last"
+            f"{reason}, in {in_a_row} consecutive steps; {saved}. Check these samples, lower optimizer.lr, or change "
+            "trainer.precision from 16-mixed to bf16-mixed. Then run the same command with --ckpt_path last"
         )
 
     def check_first_logits(self, module: LightningModule, deviation: float) -> None:
@@ -192,12 +194,12 @@ class Health(Callback):
         if deviation <= _WIDE_LOGITS or (kept and module.towers.similarity == "cosine"):  # a learned scale of cosines
             return
         advice = (
-            "If recall does not come back within 100 steps, give all stages a higher stair.in_caption_margin"
+            "If recall does not recover within 100 steps, raise stair.in_caption_margin in all stages"
             if kept
             else f"Above {_WIDE_LOGITS:.0f} training from scratch collapses: set objective.scale_start to 'measure'"
         )
         rank_zero_warn(
-            f"the first batch's logits have standard deviation {deviation:.1f}, 0.3 to 1.5 is usual. {advice}"
+            f"the first batch's logits have standard deviation {deviation:.1f} (usually 0.3 to 1.5). {advice}"
         )
 
 

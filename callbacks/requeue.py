@@ -116,17 +116,17 @@ class Requeue(Callback):
                 refusal = _requeue(signum, _count_idle(Path(trainer.default_root_dir) / "requeue.json", progress))
             refusal = trainer.strategy.broadcast(refusal)
             if not refusal:
-                _log(logging.WARNING, f"{signum.name}: this SLURM job goes on later from {state}")
+                _log(logging.WARNING, f"{signum.name}: this SLURM job is requeued and will resume from {state}")
                 raise SystemExit(0)
             if signum == signal.SIGUSR1:
-                alone = "Training goes on until the time limit, and this job will NOT come back by itself"
-                _log(logging.ERROR, f"SIGUSR1. {refusal}{alone}: submit it again. The state is that of {state}")
+                alone = "Training continues until the time limit. The job will NOT be requeued: submit it again"
+                _log(logging.ERROR, f"SIGUSR1: {refusal}{alone}. The saved state is that of {state}")
                 later = self._noted if self._noted > self._agreed else 0  # SIGTERM, meanwhile
                 self._clear()
                 self._noted = later
                 return
-        goes_on = "To go on, give the same command with --ckpt_path last"
-        _log(logging.WARNING, f"{signum.name}: stopped at {state}. {refusal}{goes_on}")
+        resume = "To resume, run the same command with --ckpt_path last"
+        _log(logging.WARNING, f"{signum.name}: stopped at {state}. {refusal}{resume}")
         # 0 on other ranks: their launcher would kill the first
         raise SystemExit(128 + signum if trainer.is_global_zero else 0)
 

@@ -64,9 +64,9 @@ class Watchdog(Callback):
                 return
             self._ticks += 1
         print(
-            f"watchdog: {rank} has not moved for {self.limit:g} s. It is {self._activity}. Compare with the messages of "
-            "other ranks: one that waits for input, or is missing, holds up the rest. This process ends. To go on from the "
-            "last checkpoint: the same command with --ckpt_path last. If the run was only slow, raise --watchdog.limit. "
+            f"watchdog: {rank} has not moved for {self.limit:g} s. Last activity: {self._activity}. Compare the "
+            "messages of all ranks: a rank that waits for input, or has no message, blocks the others. This process ends. "
+            "To resume, run the same command with --ckpt_path last. If the run was only slow, raise --watchdog.limit. "
             "Stacks of all threads:",
             file=sys.__stderr__,
             flush=True,

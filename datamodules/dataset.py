@@ -1,7 +1,7 @@
-"""What a reading process does: rows of a batch to images and captions, and bad samples to the next good ones.
+"""What a data-loading process does: rows of a batch to images and captions, and bad samples to the next good ones.
 
 A training pair is a function of (bytes of its members, random state). `IndexedPairs` reads the samples that `order.py`
-names, `StreamedPairs` shards that can only be read from front to end. B pairs a batch, S × S pixels.
+names, `StreamedPairs` shards that can only be read sequentially. B pairs a batch, S × S pixels.
 """
 
 import functools
@@ -65,7 +65,7 @@ class Source(NamedTuple):
 
 
 class ShardTable:
-    """The shards of a stream, in arrays: a hundred thousand of them reach a reading process in milliseconds."""
+    """The shards of a stream, in arrays: a hundred thousand of them reach a data-loading process in milliseconds."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self._names = [source.name for source in sources]
@@ -213,7 +213,7 @@ class IndexedPairs(Dataset[Made | StairError]):
 
 @dataclass(eq=False)
 class StreamedPairs(IterableDataset[Made]):
-    """Training batches from shards that are read from front to end, drawn with replacement, without end.
+    """Training batches from shards that are read sequentially, drawn with replacement, without end.
 
     Each process draws for itself, by seed and `start` (the first step, from the start of the run): a resumed run makes new
     draws. `shuffle` samples are permuted among each other.
@@ -264,7 +264,7 @@ class StreamedPairs(IterableDataset[Made]):
 
     def _samples(self, shards: Iterator[dict[str, str]]) -> Iterator[tuple[str, Sample]]:
         for shard in (each["url"] for each in shards):
-            problem = "it holds no sample"
+            problem = "it contains no sample"
             try:
                 for sample in read_samples(shard, self.remote):
                     yield shard, sample

@@ -1,4 +1,4 @@
-"""Imported by the server that reading processes are forked from: their imports are made once, and signals ignored."""
+"""Imported by the server that data-loading processes are forked from: their imports are made once, and signals ignored."""
 
 import signal
 from contextlib import suppress

@@ -90,14 +90,14 @@ class TrainingLoader:
     """The batches of one rank.
 
     The state is the epoch and the batches handed out in it, the same on every rank. Any number of ranks and workers
-    continues there with the same global batches; shards that can only be read from front to end continue with new draws.
+    continues there with the same global batches; shards that can only be read sequentially continue with new draws.
 
     Args:
         dataset: makes batches.
         order: which sample is seen when.
         rank: this process, from 0.
         ranks: processes that train.
-        workers: reading processes; 0 reads in this one.
+        workers: data-loading processes; 0 reads in this one.
         epoch_batches: batches after which an epoch counts as complete, where a trainer stops earlier than `len`.
         max_bad_share: greatest share of bad samples.
         fingerprint: of the shards and settings under which the state means something.

@@ -169,8 +169,8 @@ class ImageTextShards(LightningDataModule):
             dataset = StreamedPairs(tables, order.shares, make, seed, rank, ranks, shuffle, remote)
             if rank == 0:
                 logger.warning(
-                    "some shards can only be read from front to end: samples are drawn by each reading process, and a "
-                    "resumed run goes on with new draws"
+                    "some shards can only be read sequentially: samples are drawn by each data-loading process, and a "
+                    "resumed run continues with new draws"
                 )
         shards = [(source.name, [file_name(shard) for shard in source.shards]) for source in sources]
         digest = hashlib.sha256(repr(shards).encode(errors="replace")).hexdigest()[:12]
@@ -192,7 +192,7 @@ class ImageTextShards(LightningDataModule):
         if (batch := self.global_batch_size) % ranks:
             nearest = batch + ranks - batch % ranks
             raise SettingError(
-                f"data.global_batch_size={batch} cannot be shared by {ranks} ranks: wanted a multiple of {ranks}, such as "
+                f"data.global_batch_size={batch} is not a multiple of {ranks} ranks; use "
                 f"--data.global_batch_size {nearest}; or start another number of ranks", "data.global_batch_size",
             )  # fmt: skip
         if self.train_samples and not self.resample:
@@ -205,7 +205,7 @@ class ImageTextShards(LightningDataModule):
         counted = sum(sum(source.counts) for source in sources)
         if not counted and not (self.resample and self.train_samples):
             raise SettingError(
-                f"some of {sources[0].shards[:3]} and others can only be read from front to end (commands, compressed "
+                f"some of {sources[0].shards[:3]} and others can only be read sequentially (commands, compressed "
                 "tars, remote shards without an index): their samples are drawn with replacement. Set data.resample: true "
                 "and data.train_samples to the pairs of an epoch; or give uncompressed tars that can be indexed",
                 "data.resample",
@@ -232,7 +232,7 @@ class ImageTextShards(LightningDataModule):
             if finding.severity == "stops":
                 raise ValueError(f"{finding.source}: {finding.what}; {finding.mend}")
             if finding.severity == "warns" and rank == 0:
-                logger.warning("%s: %s; mended by %s", finding.source, finding.what, finding.mend)
+                logger.warning("%s: %s; fix: %s", finding.source, finding.what, finding.mend)
 
     def _rank_of(self) -> tuple[int, int]:
         """This process, and the number of processes."""

@@ -51,7 +51,7 @@ def find(
     for i, source in enumerate(sources):
         sources[i] = source._replace(counts=tuple(counts[shard][0] for shard in source.shards))
         if source.weight is not None and not sum(sources[i].counts):
-            raise FileError(f"source {source.name!r} holds no sample: remove it from data.train", source.shards[0])
+            raise FileError(f"source {source.name!r} contains no sample: remove it from data.train", source.shards[0])
         lost = [shard for shard in source.shards if shard in broken]
         skips += [Skip(f"shard broken: {broken[shard]}", source.name, shard, shard, 0) for shard in lost]
     return sources, skips

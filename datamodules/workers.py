@@ -19,7 +19,7 @@ _ENDING = 5.0  # seconds in which a process whose connection broke off has ended
 
 
 def start_server(*modules: str) -> None:
-    """Starts the process that reading processes are forked from, which imports `modules` meanwhile."""
+    """Starts the process that data-loading processes are forked from, which imports `modules` meanwhile."""
     multiprocessing.set_forkserver_preload(["datamodules.preload", *modules])
     with without_main(), _sigterm_held():
         forkserver.ensure_running()
@@ -50,7 +50,7 @@ class ReadingLoader(DataLoader[Any]):
     """A DataLoader whose processes come from a fork server, outlive signals to the job, and end with this process.
 
     Args:
-        workers: reading processes; 0 reads in this one.
+        workers: data-loading processes; 0 reads in this one.
         lasting: whether they live on from one iteration to the next.
         settings: of `DataLoader`.
     """
@@ -90,9 +90,9 @@ class _Reading(_MultiProcessingDataLoaderIter):
             if not killed:
                 raise
             raise RuntimeError(
-                f"{len(killed)} of {len(self._workers)} reading processes were killed: {killed}. SIGKILL mostly means that "
-                "memory ran out: ask for more, or set data.workers lower. A training continues from its last checkpoint "
-                "by the same command with --ckpt_path last"
+                f"{len(killed)} of {len(self._workers)} data-loading processes were killed: {killed}. SIGKILL usually "
+                "means that memory ran out: request more, or lower data.workers. To resume, run the same command with "
+                "--ckpt_path last"
             ) from error
 
 

@@ -83,13 +83,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         there = ", ".join(sorted(each.name for each in path.parent.glob("*.ckpt"))) or "no other"
-        raise FileError(f"{path}: no such checkpoint file; there is {there}", path)
+        raise FileError(f"{path}: no such checkpoint file; found: {there}", path)
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise FileError(
             f"{path} is missing, damaged, or no checkpoint of a training: {error}. Give --ckpt_path with another file, or "
-            "begin anew with another --run",
+            "start again with another --run",
             path,
         ) from error
     return content
@@ -119,9 +119,9 @@ def checkpoint_to_resume(given: str | None, home: Path, export: Path, inputs: di
     inside = path is not None and state is not None and home.resolve() in path.resolve().parents
     if traces and not inside and not untrained:
         raise FileError(
-            f"{traces[0]} is of an earlier training, which this one would replace. To resume that: --ckpt_path "
-            f"{f'FILE, as there is no {path}' if path and not state else 'last'}. To train anew: another --run, or remove "
-            f"{home}",
+            f"{traces[0]} is of an earlier training, which this one would replace. To resume it: --ckpt_path "
+            f"{f'FILE, as there is no {path}' if path and not state else 'last'}. To train again: pass another --run, or "
+            f"remove {home}",
             traces[0],
         )
     if path is None or state is None:
@@ -211,7 +211,7 @@ def _data_digest(train: Any) -> str | None:
 
 
 def _shard(shard: str) -> tuple[str, int, str]:
-    """Name, size, and a checksum of the first bytes: tars that were written anew often have the same size."""
+    """Name, size, and a checksum of the first bytes: tars that were rewritten often have the same size."""
     if is_remote(shard):
         return shard, 0, ""
     with open(shard, "rb") as file:

@@ -9,7 +9,7 @@ source "$STAIR_HOME/slurm/settings.sh"
 
 from=1 to=3
 while [[ "${1:-}" = --from || "${1:-}" = --to ]]; do
-    [[ "${2:-}" =~ ^[123]$ ]] || refuse "$1 ${2:-}: wanted 1, 2 or 3"
+    [[ "${2:-}" =~ ^[123]$ ]] || refuse "$1 ${2:-}: expected 1, 2 or 3"
     declare "${1#--}=$2"
     shift 2
 done

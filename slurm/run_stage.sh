@@ -21,7 +21,7 @@ trap : TERM
 [ -n "${SLURM_JOB_ID:-}" ] || refuse "this is no SLURM job: sbatch slurm/stage$STAGE.sh. Without SLURM: lightning fit --config configs/stage$STAGE.yaml --run $RUN ..."
 [ -n "${SLURM_NTASKS_PER_NODE:-}" ] || refuse "no tasks per node given: sbatch --ntasks-per-node=N, one for each GPU of a node"
 [ "${SLURM_NTASKS:-0}" -eq $((SLURM_NNODES * SLURM_NTASKS_PER_NODE)) ] ||
-    refuse "$SLURM_NTASKS tasks on $SLURM_NNODES nodes, wanted $SLURM_NTASKS_PER_NODE on each: give --nodes and --ntasks-per-node, not --ntasks"
+    refuse "$SLURM_NTASKS tasks on $SLURM_NNODES nodes, expected $SLURM_NTASKS_PER_NODE on each: give --nodes and --ntasks-per-node, not --ntasks"
 if [ -n "${SLURM_GPUS_ON_NODE:-}" ] && [ "$SLURM_GPUS_ON_NODE" -ne "$SLURM_NTASKS_PER_NODE" ]; then
     [ "$SLURM_GPUS_ON_NODE" -gt "$SLURM_NTASKS_PER_NODE" ] ||
         refuse "$SLURM_NTASKS_PER_NODE tasks but $SLURM_GPUS_ON_NODE GPUs on a node, and each task drives one: give --ntasks-per-node and --gpus-per-node the same number"

@@ -25,7 +25,7 @@ case "$RUN" in
     /*) ;;
     *) RUN="$PWD/$RUN" ;;
 esac
-[[ "${RESTARTS:=0}" =~ ^[0-9]+$ ]] || refuse "RESTARTS=$RESTARTS: wanted a number, 0 for none"
+[[ "${RESTARTS:=0}" =~ ^[0-9]+$ ]] || refuse "RESTARTS=$RESTARTS: expected a number, 0 for none"
 STRATEGY="${STRATEGY:-ddp}"
 [ -f "$STAIR_HOME/configs/hardware/$STRATEGY.yaml" ] || refuse "STRATEGY=$STRATEGY: there is no configs/hardware/$STRATEGY.yaml; known are ddp and fsdp2"
 [ -z "${RECIPE:-}" ] || [ -d "$STAIR_HOME/configs/$RECIPE" ] || refuse "RECIPE=$RECIPE: there is no folder configs/$RECIPE"

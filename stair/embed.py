@@ -129,7 +129,7 @@ def _report(out: Path, paths: list[Path], side: Side, listed: int, unlisted: lis
     """Prints what was taken and skipped by all processes; if nothing is missing, keeps it in `embeddings.json`."""
     existing = [path for path in paths if path.exists()]
     if len(existing) < len(paths):
-        print(f"{out}: {len(existing)} of {len(paths)} parts; the same command makes the others")
+        print(f"{out}: {len(existing)} of {len(paths)} parts; the same command writes the others")
         return {"out": str(out), "parts": len(existing), "missing": len(paths) - len(existing)}
     undecoded = [Skipped(*one) for path in paths for one in json.loads(read_header(path)["facts"])["skipped"]]
     skipped = [*unlisted, *undecoded]
@@ -137,7 +137,7 @@ def _report(out: Path, paths: list[Path], side: Side, listed: int, unlisted: lis
     result = {"taken": taken, "skipped": causes, "skipped_items": [one.facts() for one in skipped]}
     write_json(out / PLAN, {**read_json(out / PLAN), **result})
     why = f" ({', '.join(f'{count} {cause}' for cause, count in causes.items())})" if causes else ""
-    print(f"{out}: {counted(len(paths), 'part')}, {taken} {side} taken, {len(skipped)} skipped{why}")
+    print(f"{out}: {counted(len(paths), 'part')}, {counted(taken, side[:-1])} embedded, {len(skipped)} skipped{why}")
     return {"out": str(out), "parts": len(paths), "missing": 0, **result}
 
 
@@ -184,10 +184,10 @@ def _check_settings(path: Path, space: EmbeddingSpace, items: Sequence[Item], ch
     settings |= chosen
     earlier = read_json(path) if path.exists() else {}
     if differing := [key for key in settings if earlier and earlier.get(key) != settings[key]]:
-        different = f"{path.parent} holds embeddings made otherwise: {', '.join(differing)} differ"
-        raise FileError(f"{different}. Give the command that made them to go on, or another folder", path.parent)
+        different = f"{path.parent} has embeddings with other settings: {', '.join(differing)} differ"
+        raise FileError(f"{different}. Continue with the original command, or use another folder", path.parent)
     if not earlier and (parts := sorted(path.parent.glob("part-*"))):
-        raise FileError(f"{path.parent} holds {parts[0].name} and no {PLAN}; give another folder", path.parent)
+        raise FileError(f"{path.parent} has {parts[0].name} but no {PLAN}; use another folder", path.parent)
     write_json(path, earlier or settings)  # also when resuming: a folder that cannot be written to is known at once
 
 

@@ -203,7 +203,9 @@ def read_header(path: Path) -> dict[str, str]:
     except Exception as error:  # each format has errors of its own
         raise FileError(f"{path} cannot be read: {type(error).__name__}: {error}", path) from error
     if header.get("format") != FORMAT:
-        raise FileError(f"{path} holds no STAIR embeddings ({header.get('format')!r}); `stair embed` writes them", path)
+        raise FileError(
+            f"{path} contains no STAIR embeddings ({header.get('format')!r}); `stair embed` writes them", path
+        )
     if missing := {"model", "similarity", "tokens", "facts"} - header.keys():
         raise FileError(f"{path} is damaged: it does not state its {', '.join(sorted(missing))}; embed again", path)
     return header

@@ -166,7 +166,7 @@ class ImageEncoder(nn.Module):
         first = getattr(self.backbone, "num_prefix_tokens", int(getattr(self.backbone, "cls_token", None) is not None))
         side = math.isqrt(hidden.shape[1] - first)
         if side < 2 or side**2 != hidden.shape[1] - first:
-            raise ValueError(f"its {hidden.shape[1]} tokens are no square")
+            raise ValueError(f"its {hidden.shape[1]} tokens do not form a square")
         return (side, side), first
 
     def _freeze(self, until: str) -> None:

@@ -94,7 +94,7 @@ def _tiles(subject: Explanation | Reading, num_terms: int) -> list[tuple[str, Im
     tiles = []
     for side in _readings(subject):
         if isinstance(side, ImageReading):
-            tiles.append(("picture", side.image.resize((_TILE, _TILE), Image.Resampling.BICUBIC)))
+            tiles.append(("image", side.image.resize((_TILE, _TILE), Image.Resampling.BICUBIC)))
             if isinstance(subject, Explanation):
                 tiles.append((f"score {subject.score:.4f}", overlay(side.image, subject.heat(side))))
             for term, value in _values(subject)[:num_terms]:

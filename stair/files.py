@@ -251,7 +251,7 @@ def folder_or_hub_name(source: str | Path) -> Iterator[None]:
     """Around a call that takes a folder or a name on the hub: a FileError if there is neither."""
     text = str(source)
     if not Path(text).exists() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
-        missing = f"{source}: no such folder, looked for from {Path.cwd()}"
+        missing = f"{source}: no such folder, in {Path.cwd()}"
         raise FileError(f"{missing}. A finished stage exports its model to RUN/stageK/stair", source)
     try:
         yield

@@ -35,7 +35,7 @@ def model_card(
         dictionary: what `stair dictionary` writes as dictionary.json.
 
     Raises:
-        FileNotFoundError, ValueError: if the folder holds no saved model, or results or dictionary are neither.
+        FileNotFoundError, ValueError: if the folder contains no saved model, or results or dictionary are neither.
     """
     about = read_description(folder)
     values = {key: about[key] for key in ("model", "vocabulary_fingerprint", "training")} | _measured(results or {})
@@ -53,7 +53,9 @@ def _measured(results: Mapping[str, Any]) -> dict[str, Any]:
     if {"model", "sets"} <= results.keys():
         return {"protocols": [protocol(*each) for each in results["sets"].items()], "tables": list(tables(results))}
     if odd := [name for name, value in results.items() if not isinstance(value, (str, int, float))]:
-        raise ValueError(f"results: {odd[0]!r} is no number or text; give those by name, or evaluation.json")
+        raise ValueError(
+            f"results: {odd[0]!r} is neither a number nor a text; give an object of metrics by name, or evaluation.json"
+        )
     rows = [[name, f"{value:.4g}" if isinstance(value, float) else str(value)] for name, value in results.items()]
     return {"protocols": [], "tables": [Table("", ["measure", "value"], rows)] if rows else []}
 

@@ -43,7 +43,7 @@ def _unknown(option: str, parser: ArgumentParser) -> str:
     typed = _typed(option[2:])
     names = [name[2:] for name in parser._option_string_actions if not name.endswith("+")]
     close = _close(option[2:], names, typed.removesuffix(option[2:]))
-    return f"{typed} is no option{close or ';'} `--help` lists them"
+    return f"{typed} is not an option{close or ';'} `--help` lists them"
 
 
 def _typed(key: str) -> str:

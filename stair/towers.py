@@ -206,7 +206,7 @@ class TwoTowers(nn.Module):
             raise ValueError(f"{folder / _CONFIG} describes no model: {type(error).__name__}: {error}") from error
         elsewhere = ":" in config.image.name or "checkpoint_path" in config.image.options
         if elsewhere or config.image.pretrained or config.text.pretrained:
-            raise ValueError(f"{folder / _CONFIG} asks for weights from elsewhere; a saved model holds its own")
+            raise ValueError(f"{folder / _CONFIG} refers to weights elsewhere; a saved model contains its own")
         config.vocabulary = str(folder)
         model = cls(config)
         if model.vocabulary.fingerprint != content["vocabulary_fingerprint"]:
@@ -252,12 +252,12 @@ def read_description(folder: Path) -> dict[str, Any]:
         ValueError: if the format is another one.
     """
     if missing := [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} is no saved model: {missing} missing")
+        raise FileNotFoundError(f"{folder} is not a saved model: {missing} is missing")
     content = read_json(folder / _CONFIG)
     if content.get("format") != _FORMAT:
         raise ValueError(f"{folder / _CONFIG} has format {content.get('format')!r}; this version reads {_FORMAT}")
     if missing := sorted({"family", "model", "vocabulary_fingerprint", "training"} - content.keys()):
-        raise ValueError(f"{folder / _CONFIG} lacks {missing}: no version of this project wrote it")
+        raise ValueError(f"{folder / _CONFIG} lacks {missing}: it was not written by this project")
     return content
 
 
@@ -271,7 +271,7 @@ def folder_of(source: str | Path) -> Path:
         return Path(source)
     if Path(source).is_file():
         raise FileError(
-            f"{source} is a file; give a model's folder, which `stair consolidate` makes of a checkpoint", source
+            f"{source} is a file; give the folder of a model. `stair consolidate` converts a checkpoint to one", source
         )
     with folder_or_hub_name(source):
         from huggingface_hub import snapshot_download

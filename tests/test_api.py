@@ -111,7 +111,7 @@ def test_a_card_takes_what_was_evaluated_and_refuses_what_it_cannot_show(tiny_st
     card = (hub / "me/tiny/README.md").read_text()
     assert "### Retrieval" in card and "2 images with 1 captions each" in card and "stage: 3, steps: 7" in card
     (tmp_path / "evaluation.json").write_text('{"mine": {"recall": 1}}')
-    with pytest.raises(ValueError, match=r"'mine' is no number.*evaluation\.json"):
+    with pytest.raises(ValueError, match=r"'mine' is neither a number.*evaluation\.json"):
         tiny_stair.push_to_hub("me/tiny", "mit", results=tmp_path / "evaluation.json")
 
 

@@ -343,7 +343,7 @@ def test_steps_whose_loss_is_not_finite_are_forgiven_so_many_times_on_end(vocabu
     assert logged["health/skipped_steps"] == {1: 1, 3: 2, 5: 3}
     assert len([w for w in seen if "not finite" in str(w.message)]) == 3
     monitored = trainer(tmp_path / "b", Health(every=1, skip=1))
-    with pytest.raises(RuntimeError, match=r"and 2 steps in a row were so; the state without these steps is saved in "):
+    with pytest.raises(RuntimeError, match=r"in 2 consecutive steps; the state without these steps is saved in "):
         monitored.fit(Module(vocabulary, not_a_number), datamodule=Data(vocabulary))
     saved = torch.load(tmp_path / "b" / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 3 and saved["state_dict"]["weight"].isfinite()
@@ -430,7 +430,7 @@ def test_wide_first_logits_at_a_kept_scale_are_warned_of_only_where_they_are_dot
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         Health().check_first_logits(stage, 11.0)
-    assert bool([w for w in seen if "higher stair.in_caption_margin" in str(w.message)]) == warned
+    assert bool([w for w in seen if "raise stair.in_caption_margin" in str(w.message)]) == warned
     assert not [w for w in seen if "'measure'" in str(w.message)]
 
 

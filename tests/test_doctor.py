@@ -340,10 +340,10 @@ def test_a_fit_is_refused_or_warned_before_its_first_step_as_the_doctor_would(tm
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("{", r"index.json is no index of shards"),
-        ('{"format": 7, "shards": {}}', r"its format is 7, wanted 1"),
-        ('{"format": 1, "shards": [{}]}', r"index.json is no index of shards"),
-        ('{"format": 1, "shards": {"a.tar": {"samples": 3}}}', r"index.json is no index of shards"),
+        ("{", r"index.json is not an index of shards"),
+        ('{"format": 7, "shards": {}}', r"its format is 7, expected 1"),
+        ('{"format": 1, "shards": [{}]}', r"index.json is not an index of shards"),
+        ('{"format": 1, "shards": {"a.tar": {"samples": 3}}}', r"index.json is not an index of shards"),
     ],
 )
 def test_a_damaged_index_stops_the_doctor_as_it_stops_a_fit_and_can_be_made_again(

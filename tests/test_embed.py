@@ -138,11 +138,11 @@ def test_a_caption_that_cannot_be_read_costs_neither_its_picture_nor_other_texts
     samples = {"good": {"png": noise_png(0), "txt": b"a red ball"}, "bad": {"png": noise_png(1), **BAD_CAPTIONS[bad]}}
     path = write_tar(tmp_path / "a.tar", members_of(samples))
     printed = stair("embed", model, path, tmp_path / "images")
-    assert "note: a/bad: without captions: caption unreadable" in printed and "2 images taken, 0 skipped" in printed
+    assert "note: a/bad: without captions: caption unreadable" in printed and "2 images embedded, 0 skipped" in printed
     images = Embeddings.load(tmp_path / "images")
     assert images.ids == ["a/good", "a/bad"] and "captions" not in images.source[1]
     printed = stair("embed", model, path, tmp_path / "texts", "--side", "texts")
-    assert "skipped a/bad: caption unreadable" in printed and "1 texts taken, 1 skipped" in printed
+    assert "skipped a/bad: caption unreadable" in printed and "1 text embedded, 1 skipped" in printed
     assert Embeddings.load(tmp_path / "texts").ids == ["a/good#0"]
 
 
@@ -200,7 +200,7 @@ def test_columns_that_hold_no_pictures_or_texts_are_refused_by_name(tmp_path):
     columns = {"several": [["a", "b"]], "bytes": [b"x"], "pictures": [[b"x"]], "of": [{"width": 3}]}
     parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
     for column, side in [("several", "texts"), ("bytes", "texts"), ("pictures", "images"), ("of", "images")]:
-        with pytest.raises(ValueError, match=f"column '{column}' holds .*; wanted .*`stair prepare datasets`"):
+        with pytest.raises(ValueError, match=f"column '{column}' holds .*; expected .*`stair prepare datasets`"):
             list_items(str(tmp_path / "t.parquet"), side, column)
     with pytest.raises(ValueError, match=r"no column 'image'; there are \['bytes', 'of', 'pictures', 'several'\]"):
         list_items(str(tmp_path / "t.parquet"), "images")
@@ -221,7 +221,7 @@ def test_a_tar_that_stops_being_one_is_refused_and_not_embedded_in_part(tmp_path
     else:
         del data[at + (100 if harm == "cut within a header" else 0) :]
     (tmp_path / "a.tar").write_bytes(data)
-    with pytest.raises(ValueError, match=r"a\.tar is no uncompressed tar, or cut short"):
+    with pytest.raises(ValueError, match=r"a\.tar is not an uncompressed tar, or is truncated"):
         list_items(str(tmp_path / "a.tar"), "texts")
 
 
@@ -277,7 +277,7 @@ def test_values_that_json_has_no_word_for_are_refused_before_anything_is_encoded
 
     rows = [{"text": "a dog", "odd": None}, {"text": "a cat", "odd": value}]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
-    with pytest.raises(SystemExit, match=r"t.parquet:2: 'odd' is .*; wanted a text, a finite number"):
+    with pytest.raises(SystemExit, match=r"t.parquet:2: 'odd' is .*; expected a text, a finite number"):
         stair("embed", model, tmp_path / "t.parquet", tmp_path / "out", "--side", "texts")
     assert not (tmp_path / "out").exists()
 
@@ -347,11 +347,11 @@ def test_sources_that_are_none_are_refused(folder, shard, tmp_path):
         (tmp_path / "nothing", "images", "no shard matches|no such"),
         (folder, "texts", "it gives images"),
         (folder / "notes.txt", "texts", "no column 'text'"),
-        (tmp_path / "notes.json", "texts", "no folder, tar or table"),
-        (tmp_path / "cut.tar", "images", "cut short"),
+        (tmp_path / "notes.json", "texts", "not a folder, tar or table"),
+        (tmp_path / "cut.tar", "images", "truncated"),
         (tmp_path / "twice.csv", "texts", "'a' occurs twice"),
         (tmp_path / "twice.csv", "images", "no column 'image'"),
-        (tmp_path / "empty", "images", "holds no images"),
+        (tmp_path / "empty", "images", "contains no images"),
     ]:
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises((ValueError, FileNotFoundError), match=complaint):

@@ -125,7 +125,7 @@ def test_a_dense_model_is_measured_alike(models, shards):
         (["{models}/stair", "{sets}/pets", "--limit", "0"], "at least 1"),
         (["{models}/stair", "{sets}/pets", "--classnames", "{sets}/pets/classnames.json:names"], "no list of names"),
         (["{models}/stair", "{sets}/pets", "--classnames", "{sets}/no.json"], r"no\.json: no such file"),
-        (["{models}/stair", "{sets}/pets", "--classnames", "{sets}/pets/test-00000.tar"], "holds no names"),
+        (["{models}/stair", "{sets}/pets", "--classnames", "{sets}/pets/test-00000.tar"], "contains no names"),
         (["{models}/stair", "{sets}/pets", "--output", "{sets}/pets/classnames.json"], "File exists"),
         (["{models}/stair", "{sets}/pets", "--vocabulary", "{sets}/scenes/vocab.txt"], "--vocabulary"),
         (["open_clip:ViT-B-32", "{sets}/pets"], "ARCHITECTURE:CHECKPOINT"),
@@ -174,7 +174,7 @@ def test_folders_are_called_by_the_names_given_one_for_each(tmp_path):
     with pytest.raises(ValueError, match="1 names for 2 folders"):
         open_set(str(tmp_path), classnames=f"{tmp_path}/keyed.json:short")
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match=r"broken\.json holds no names"):
+    with pytest.raises(ValueError, match=r"broken\.json contains no names"):
         open_set(str(tmp_path), classnames=f"{tmp_path}/broken.json")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json: no such file"):
         open_set(str(tmp_path), classnames=f"{tmp_path}/nowhere.json")
@@ -238,7 +238,7 @@ def test_tars_of_images_and_the_numbers_of_their_classes_are_classified(models, 
     ("samples", "names", "complaint"),
     [
         (({"cls": b"0"}, {"cls": b"0", "txt": b"a dog"}), "dog\n", "1 of 2 images have a class and no caption"),
-        (({"cls": b"dog"},), "dog\n", r"'0000' of .*a\.tar: its \.cls is b'dog', wanted the number of a class"),
+        (({"cls": b"dog"},), "dog\n", r"'0000' of .*a\.tar: its \.cls is b'dog', expected the number of a class"),
         (({"cls": b"0"},), "dog\n\ncat\n", r"classnames\.txt: line 2 is blank"),
         (({"cls": b"0"},), "", "no caption: members are"),
         (({"json": b"[]"},), "dog\n", "the JSON is a list"),

@@ -295,7 +295,7 @@ def test_pictures_of_any_size_are_encoded(tiny_stair):
         (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
         (lambda d: edit(d, format=99), "format 99"),
         (lambda d: edit(d, model={"surprise": 1}), "unknown fields"),
-        (lambda d: edit_model(d, name="hf-hub:someone/else"), "weights from elsewhere"),
+        (lambda d: edit_model(d, name="hf-hub:someone/else"), "weights elsewhere"),
         (lambda d: write_vocabulary(d / "vocab.txt", unused=2), "vocabulary|knows"),
     ],
 )
@@ -452,7 +452,7 @@ def test_a_module_that_an_encoder_lacks_is_refused_with_those_it_has(vocab_file)
     [
         (ImageTower("no_such_model", False, 32), None, "timm cannot build.*no_such_model"),
         (ImageTower("crossvit_tiny_240", False, 240), None, "crossvit_tiny_240.*several tensors"),
-        (ImageTower("pit_ti_224", False, 224), None, "pit_ti_224.*no square"),
+        (ImageTower("pit_ti_224", False, 224), None, "pit_ti_224.*not form a square"),
         (ImageTower("resnet18", False, 32, options={"layer": [1]}), None, "resnet18.*layer"),
         (None, TextTower("no-such-type", False, 12), "no model type 'no-such-type'"),
         (None, TextTower("bert", False, 99, TEXT_OPTIONS), "max_tokens is 99.*16 positions"),

@@ -250,7 +250,7 @@ def test_images_that_training_reads_are_kept_others_are_converted_and_counted(tm
         "of another format than JPEG, PNG, WebP": 3,
         "with more than 100 pixels a side": 1,
     }
-    assert "images written anew: 3 of another format" in capsys.readouterr().out
+    assert "images rewritten: 3 of another format" in capsys.readouterr().out
     kind = {key: set(sample) for key, sample in samples(tmp_path / "out" / "train-00000.tar").items()}
     assert sum("png" in kinds for kinds in kind.values()) == 4
 
@@ -471,7 +471,7 @@ def test_bad_samples_of_img2dataset_are_named_and_only_their_shards_are_mended(t
     assert index["00001.tar"]["samples"] == len(left)
     assert index["00001.tar"]["sha256"] == hashlib.sha256((tmp_path / "cc" / "00001.tar").read_bytes()).hexdigest()
     assert json.loads((tmp_path / "cc" / "00001_stats.json").read_text())["successes"] == len(left)
-    assert "1 written anew" in capsys.readouterr().out
+    assert "1 rewritten" in capsys.readouterr().out
 
 
 def test_a_table_of_addresses_is_answered_with_the_command_that_fetches_it(tmp_path):

@@ -236,7 +236,7 @@ def served(index, model, pictures, name):
 
 # ---- tables
 
-TYPE = "cell of another type"
+TYPE = "cell of the wrong type"
 TABLES = {
     # name: content, texts taken, causes of skipped rows by place
     "quotes.csv": (
@@ -303,7 +303,7 @@ def test_every_row_of_a_table_is_taken_or_named_by_its_line_in_every_command(sta
 def test_a_quoted_cell_of_several_lines_is_one_text_and_is_noted(stair, model, tmp_path):
     (tmp_path / "t.csv").write_text('id,text\n1,"a dog\nand a cat"\n2,a bird\n')
     printed = stair("embed", model, tmp_path / "t.csv", tmp_path / "t", "--side", "texts")
-    assert "note: t.csv:2-3: row of several lines" in printed and "2 texts taken, 0 skipped" in printed
+    assert "note: t.csv:2-3: row of several lines" in printed and "2 texts embedded, 0 skipped" in printed
     assert Embeddings.load(tmp_path / "t").source[0]["text"] == "a dog\nand a cat"
 
 
@@ -465,7 +465,7 @@ def test_a_target_that_cannot_be_written_or_holds_parts_of_unknown_make_is_an_er
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "part-00000.safetensors").touch()
     monkeypatch.setattr("stair.model.Stair.encode_text", pytest.fail)
-    for out, named in (("file", "file"), ("parts", "holds part-00000.safetensors and no embeddings.json")):
+    for out, named in (("file", "file"), ("parts", "has part-00000.safetensors but no embeddings.json")):
         with pytest.raises(SystemExit, match=named):
             stair("embed", model, tmp_path / "t.csv", tmp_path / out, "--side", "texts")
     monkeypatch.setattr("shutil.disk_usage", lambda path: collections.namedtuple("Usage", "free")(10))

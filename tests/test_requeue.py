@@ -230,7 +230,9 @@ def test_a_signal_while_python_imports_waits_until_the_job_can_be_requeued(tmp_p
     process.send_signal(signum)
     output = process.communicate(timeout=800)[0]
     assert process.returncode == 0 and asked.read_text() == "requeue 17\n", output[-3000:]
-    assert f"{signum.name}: this SLURM job goes on later from step" in output and "Traceback" not in output
+    assert (
+        f"{signum.name}: this SLURM job is requeued and will resume from step" in output and "Traceback" not in output
+    )
     saved = tmp_path / "r" / "stage1" / "checkpoints" / "last.ckpt"
     assert saved.exists() == (signum == signal.SIGUSR1)  # which leaves time for a step
     assert not (tmp_path / "r" / "stage1" / "stair").exists()

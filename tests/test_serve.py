@@ -138,7 +138,7 @@ def test_paths_cannot_leave_the_collection(client, path, name):
         ("post", "/api/image", {"content": b"no picture"}, 400, "image undecodable"),
         ("post", "/api/image", {"content": b""}, 400, "image empty"),
         ("post", "/api/image", {"content": b"x" * (serving.MAX_UPLOAD_BYTES + 1)}, 413, "more than"),
-        ("post", "/api/text", {"content": b"{"}, 400, "no json"),
+        ("post", "/api/text", {"content": b"{"}, 400, "not JSON"),
         ("post", "/api/text", {"json": {"text": " "}}, 400, "empty"),
         ("post", "/api/text", {"json": [1]}, 400, "object"),
         ("post", "/api/search", {"json": {"words": {"qqqq": 1}}}, 400, "no token"),

@@ -326,7 +326,7 @@ def test_a_pipe_is_drawn_from_and_wants_resampling_and_a_length(tmp_path, vocab,
         assert refused.value.setting == "data.resample"
     for workers in (0, 2):
         data = loader(spec, vocab, resample=True, train_samples=48, workers=workers)
-        assert len(data) == 12 and len(set(keys(data))) == 12 and "resumed run goes on with new draws" in caplog.text
+        assert len(data) == 12 and len(set(keys(data))) == 12 and "resumed run continues with new draws" in caplog.text
 
 
 def test_the_length_of_an_epoch_is_a_setting_of_resampled_ones_only(tmp_path, vocab):
@@ -533,7 +533,7 @@ def test_a_shard_that_is_cut_short_is_counted_and_the_rest_of_the_epoch_still_co
     data = shards(spec, vocab, max_bad_share=0.5)
     data.setup("fit")
     assert len(keys(data.train_dataloader())) == 4 * len(data.train_dataloader()) >= 12
-    assert data.skipped["shard broken"] >= 1 and "train-0000.tar is cut short" in caplog.text
+    assert data.skipped["shard broken"] >= 1 and "train-0000.tar is truncated" in caplog.text
 
 
 def test_a_file_that_is_no_tar_is_counted_while_others_hold_samples(tmp_path, vocab):
@@ -644,7 +644,7 @@ def test_an_evaluation_tar_that_cannot_be_indexed_in_full_is_refused(tmp_path):
     whole = write_tar(tmp_path / "b.tar", good(1) | good(2)).read_bytes()
     for length in (len(whole) // 10, 4_096, 3_000):
         (tmp_path / "c.tar").write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="cut short"):
+        with pytest.raises(ValueError, match="truncated"):
             EvaluationPairs(str(tmp_path / "c.tar"), 8, 10_000)
 
 

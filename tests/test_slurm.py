@@ -156,12 +156,12 @@ def test_a_job_that_runs_into_its_time_limit_ends_with_the_weights_of_one_never_
     soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 120))
     tell(cluster, "scontrol", "update", f"JobId={job}", f"EndTime={soon}")
     # it is as long again for the second start, with the limit rounded up to minutes
-    until(cluster, job, lambda: "goes on later" in log_of(tmp_path, job))
+    until(cluster, job, lambda: "is requeued and will resume" in log_of(tmp_path, job))
     tell(cluster, "scontrol", "update", f"JobId={job}", "TimeLimit=30")
     assert wait(cluster, job) == "COMPLETED", log_of(tmp_path, job)[-3000:]
     log = log_of(tmp_path, job)
     assert "start 1, node" in log and "start 2, node" in log  # one log for both
-    assert "SIGUSR1: this SLURM job goes on later from step" in log and "Restored all states" in log
+    assert "SIGUSR1: this SLURM job is requeued and will resume from step" in log and "Restored all states" in log
     on_ranks(Case(None, "", str(scenes), ranks=2), train_here)
     for (name, a), b in zip(weights(run, 1).items(), weights(scenes / "whole", 1).values(), strict=True):
         assert torch.equal(a, b), name
@@ -293,7 +293,7 @@ def test_a_signal_while_python_starts_requeues_the_job_after_a_step(submit, clus
     tell(cluster, "scancel", "--signal=USR1", job)
     assert wait(cluster, job) == "COMPLETED", log_of(tmp_path, job)[-3000:]
     log = log_of(tmp_path, job)
-    assert "SIGUSR1: this SLURM job goes on later from step 1," in log and "start 2, node" in log
+    assert "SIGUSR1: this SLURM job is requeued and will resume from step 1," in log and "start 2, node" in log
     assert "Restored all states" in log and "Traceback" not in log and weights(tmp_path / "r", 1)
 
 
@@ -319,7 +319,7 @@ def test_a_job_that_is_preempted_while_python_starts_comes_back(submit, cluster,
         tell(cluster, "scontrol", "update", "PartitionName=debug", "GraceTime=0")
     log = log_of(tmp_path, job)
     # by itself, before the grace time was over: SLURM takes a job that ends meanwhile for a failed one
-    assert "SIGTERM: this SLURM job goes on later from step 0," in log and "start 2, node" in log
+    assert "SIGTERM: this SLURM job is requeued and will resume from step 0," in log and "start 2, node" in log
     assert "DUE TO PREEMPTION" not in log and weights(tmp_path / "r", 1)
 
 

@@ -513,8 +513,8 @@ def test_an_index_of_another_shard_far_away_stops_the_run(tmp_path, vocab, serve
 def test_a_manifest_of_other_files_is_an_error_and_one_of_another_tool_is_not_ours(tmp_path, vocab):
     spec = indexed(tmp_path, [8])
     for name, content, reason in (
-        ("index.json", json.dumps({"format": 7, "shards": {}}), r"its format is 7, wanted 1"),
-        ("index.json", "{", "no index of shards"),
+        ("index.json", json.dumps({"format": 7, "shards": {}}), r"its format is 7, expected 1"),
+        ("index.json", "{", "not an index of shards"),
         ("index.json", json.dumps({"format": 1, "shards": {"train-0000.tar": {"samples": 8, "bytes": 5}}}), "says 5"),
     ):
         (tmp_path / name).write_text(content)

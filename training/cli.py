@@ -152,7 +152,7 @@ class StairCLI(LightningCLI):
             config.ckpt_path = str(path)
         elif config.ckpt_path is None:
             if left := sorted(self._home.glob("hpc_ckpt_*.ckpt")):  # under SLURM Lightning would load it unasked
-                raise FileError(f"{left[-1]} is left over from Lightning's own requeueing: remove it", left[-1])
+                raise FileError(f"{left[-1]} was written by Lightning's own requeueing: remove it", left[-1])
             self._init_from = str(export) if config.run is not None else None
         if (self._init_from or config.transition.init_from or config.ckpt_path) is None:
             given = "--run RUN, --transition.init_from RUN/stage3/stair or --ckpt_path FILE"
@@ -167,7 +167,7 @@ class StairCLI(LightningCLI):
             return
         self._inputs = training_inputs(config, config.transition.init_from or self._init_from)
         if config.ckpt_path == "last" and is_complete(export, self._inputs):
-            rank_zero_info(f"{export} is finished, and came from the same inputs: there is nothing to do")
+            rank_zero_info(f"{export} is finished, with the same inputs: nothing to do")
             self._complete = True
             return
         if not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK")):

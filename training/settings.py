@@ -73,7 +73,7 @@ def match_launcher(trainer: Any) -> None:
             trainer[name] = count
         elif str(value) != str(count) and not (isinstance(value, list) and len(value) == count):
             started = f"{launcher} started {processes} processes on each of {nodes} nodes"
-            raise SettingError(f"trainer.{name} is {value}, but {started}: leave the setting out", f"trainer.{name}")
+            raise SettingError(f"trainer.{name} is {value}, but {started}: remove the setting", f"trainer.{name}")
 
 
 def check_data(command: str, config: Any) -> None:
@@ -86,7 +86,7 @@ def check_data(command: str, config: Any) -> None:
     if config.trainer[limit] == 0:
         raise SettingError(f"trainer.{limit} is 0: {command} would do nothing", f"trainer.{limit}")
     if command == "predict" and not config.trainer.callbacks:
-        rank_zero_warn("predict writes nothing without a callback that does; `stair embed` writes embeddings")
+        rank_zero_warn("predict writes nothing without a callback that writes. Use `stair embed` to write embeddings")
 
 
 def stage_folder(config: Any, name: str) -> Path:
@@ -98,7 +98,7 @@ def stage_folder(config: Any, name: str) -> Path:
         raise SettingError(f"--run is {config.run!r}: give a folder", "run")
     if given is not None:
         both = f"--run {config.run} and --trainer.default_root_dir {given}"
-        raise SettingError(f"{both} both name the folder: give one of them", "trainer.default_root_dir")
+        raise SettingError(f"{both} both set the folder: pass only one", "trainer.default_root_dir")
     return Path(config.run) / name
 
 

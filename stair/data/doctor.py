@@ -117,7 +117,9 @@ def _sources(data: list[str]) -> dict[str, Shards]:
             except (TypeError, AttributeError, yaml.YAMLError) as error:
                 reason = getattr(error, "problem", None) or error
                 allowed = "'{name: spec, ...}' or '{name: {shards: spec, weight: 1.0}, ...}'"
-                raise SettingError(f"{spec!r} is no mapping of sources ({reason}); wanted {allowed}", "data") from error
+                raise SettingError(
+                    f"{spec!r} is not a mapping of sources ({reason}); expected {allowed}", "data"
+                ) from error
         elif spec not in files:
             sources[spec] = Shards(spec)
     return sources
@@ -298,7 +300,7 @@ def _print(reports: dict[str, dict[str, Any]], findings: list[Diagnostic]) -> No
 
 
 def write_indices(shards: list[str]) -> None:
-    """Reads local shards from front to end and writes their indexes.
+    """Reads local shards sequentially and writes their indexes.
 
     Raises:
         FileError: if one cannot be read to its end, `stair prepare` is not finished, or another tool's index is there.

@@ -76,7 +76,7 @@ def read_names(path: Path, key: str = "classes") -> Any:
         text = path.read_text(encoding="utf-8-sig")
         found = json.loads(text) if path.suffix == ".json" else [line.strip() for line in text.rstrip().splitlines()]
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{path} holds no names of classes: {error}", path) from error
+        raise FileError(f"{path} contains no names of classes: {error}", path) from error
     if path.suffix != ".json" and not all(found):
         raise FileError(f"{path}: line {found.index('') + 1} is blank; give the name of a class on every line", path)
     return found[key] if isinstance(found, dict) and isinstance(found.get(key), list) else found
@@ -123,7 +123,7 @@ def _problem(entry: "os.DirEntry[str]") -> str:
     if entry.is_symlink() and not os.path.exists(entry.path):
         return f"link broken: it leads to {printable(os.readlink(entry.path))}"
     if not _is_image(entry.name):
-        return f"not an image by its name: wanted .{', .'.join(IMAGE_TYPES)}"
+        return f"not an image by its name: expected .{', .'.join(IMAGE_TYPES)}"
     if not entry.is_file():
         return "not a file: it is a pipe, a socket or a device"
     return "" if os.access(entry.path, os.R_OK) else "file unreadable: no permission"

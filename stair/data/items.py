@@ -92,7 +92,7 @@ def read_cell(path: Path, row_group: int, row: int, column: str) -> bytes:
     cell = read_group(path, row_group, (column,))[column][row].as_py()
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     if data is None:
-        raise ValueError("image missing: the cell holds no bytes; a path alone is not followed")
+        raise ValueError("image missing: the cell contains no bytes; a path alone is not followed")
     return bytes(data)
 
 
@@ -133,7 +133,7 @@ def list_items(source: str, side: Side, column: str | None = None, id_column: st
         (listing.skipped if isinstance(entry, Skipped) else listing.items).append(entry)  # type: ignore[arg-type]
     if not listing.items and not listing.skipped:
         kinds = f" ({' '.join(f'.{kind}' for kind in IMAGE_TYPES)}, also in sub-folders)" if side == "images" else ""
-        raise FileNotFoundError(f"{source!r} holds no {side}{kinds}")
+        raise FileNotFoundError(f"{source!r} contains no {side}{kinds}")
     if not listing.items:
         first = listing.skipped[0]
         raise FileError(f"{source!r}: no {side} can be used; {first.place}: {first.reason}", source)
@@ -163,13 +163,15 @@ def _entries(
         raise FileError(f"{source!r} is not local: items are read by position. Copy it to a local path", source)
     if not path.exists() and not _TAR.search(source):
         wanted = f"give a folder of images, a table ({', '.join(SUFFIXES)}), tars in quotes, or - for standard input"
-        raise FileError(f"{source!r}: no such file or folder, looked for from {Path.cwd()}; {wanted}", path)
+        raise FileError(f"{source!r}: no such file or folder (working directory: {Path.cwd()}); {wanted}", path)
     files = [path] if path.is_file() else [Path(name) for name in expand(source)]
     if all(_TAR.search(file.name) for file in files):
         return (entry for file in files for entry in _tar(file, side, notes))
     if len(files) == 1 and files[0].suffix.lower() in SUFFIXES:
         return _table(open_table(files[0]), side, column or COLUMNS[side], id_column, notes)
-    raise FileError(f"{source!r} is no folder, tar or table ({', '.join(SUFFIXES)}), nor `-` for standard input", path)
+    raise FileError(
+        f"{source!r} is not a folder, tar or table ({', '.join(SUFFIXES)}), or `-` for standard input", path
+    )
 
 
 def _lines(data: bytes, side: Side) -> Iterator[Item | Skipped]:
@@ -238,10 +240,10 @@ def _check_columns(table: Table, side: Side, column: str, id_column: str | None)
     if not is_text and not (side == "images" and _IMAGES.fullmatch(kind)):
         expected = {"images": "paths of images, their bytes, or {bytes, path}", "texts": "one text a row"}[side]
         remedy = "Choose with --column, or make shards with `stair prepare datasets` and embed these"
-        raise SettingError(f"{table.path}: column {column!r} holds {kind}; wanted {expected}. {remedy}", "column")
+        raise SettingError(f"{table.path}: column {column!r} holds {kind}; expected {expected}. {remedy}", "column")
     if id_column in table.bytes_columns:
         kind = table.columns[id_column]
-        raise SettingError(f"{table.path}: column {id_column!r} holds {kind}; wanted texts or numbers", "id_column")
+        raise SettingError(f"{table.path}: column {id_column!r} holds {kind}; expected texts or numbers", "id_column")
 
 
 def _id(row: Row, column: str | None, number: int) -> str:
@@ -266,7 +268,9 @@ def _metadata(table: Table, row: Row, others: tuple[str | None, ...]) -> dict[st
             raise ValueError(f"not UTF-8: column {key!r}; save the table as UTF-8") from error
         except ValueError as error:
             expected = "a text, a finite number (integers of 64 bits), a truth value, a date, a list of these, or null"
-            raise FileError(f"{table.path}, {row.place}: {key!r} is {error}; wanted {expected}", table.path) from error
+            raise FileError(
+                f"{table.path}, {row.place}: {key!r} is {error}; expected {expected}", table.path
+            ) from error
     return metadata
 
 
@@ -302,7 +306,7 @@ def _tar(path: Path, side: Side, notes: list[Skipped]) -> Iterator[Item | Skippe
                 except ValueError as error:
                     yield Skipped(name, str(error))
     except (BrokenTarError, OSError) as error:
-        raise FileError(f"{path} is no uncompressed tar, or cut short: {error}", path) from error
+        raise FileError(f"{path} is not an uncompressed tar, or is truncated: {error}", path) from error
     for other in other_members((member.name for member in members), (sample.key for sample in samples)):
         yield Skipped(f"{stem}/{other.place}", other.reason)
 

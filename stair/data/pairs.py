@@ -113,7 +113,7 @@ def entries(spec: str | list[str], beside: Sequence[str], remote: Remote = LOCAL
         lines = caption_lines(shard)
         found += [span._replace(lines=lines) for span in _spans(shard, beside, remote)]
     if not found:
-        raise ValueError(f"evaluation set {spec!r} holds no sample: wanted {IMAGE_TYPES} beside {tuple(beside)}")
+        raise ValueError(f"evaluation set {spec!r} contains no sample: expected {IMAGE_TYPES} beside {tuple(beside)}")
     return found
 
 
@@ -125,7 +125,7 @@ def _spans(shard: str, beside: Sequence[str], remote: Remote) -> list[Span]:
             return spans_of(shard, read_index(shard, remote))
         except LastingError:  # without an index beside it, its headers are read
             pass
-    # all at once: a tar that is cut short is reported as such, not by its last sample
+    # all at once: a tar that is truncated is reported as such, not by its last sample
     samples = list(walk(shard, remote))
     for sample in samples:
         with _errors_name(sample.key, shard):
@@ -133,5 +133,5 @@ def _spans(shard: str, beside: Sequence[str], remote: Remote) -> list[Span]:
                 raise ValueError(sample.problems[0])
             image_type(sample.members)
             if not sample.members.keys() & set(beside):
-                raise ValueError(f"no caption: members are {list(sample.members)}, wanted one of {list(beside)}")
+                raise ValueError(f"no caption: members are {list(sample.members)}, expected one of {list(beside)}")
     return [Span(shard, sample.start, sample.stop) for sample in samples]

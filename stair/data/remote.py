@@ -27,7 +27,7 @@ from stair.files import lock
 
 logger = logging.getLogger(__name__)
 
-_PART, _PARTS = 1 << 20, 8  # bytes of a request where a shard is read from front to end, and requests at once
+_PART, _PARTS = 1 << 20, 8  # bytes of a request where a shard is read sequentially, and requests at once
 _GAP = 1 << 16  # bytes between two ranges that are read along rather than by a second request
 _REQUESTS = 32  # of a process at a time
 _PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before the second try, doubled each time
@@ -212,11 +212,11 @@ def _local_address(host: str) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------ from front to end
+# ------------------------------------------------------------------ sequentially
 
 
 def open_shard(shard: str, remote: Remote) -> BinaryIO:
-    """Opens a path, `pipe:COMMAND`, `http(s)://…`, or a URL that fsspec knows, for reading from front to end.
+    """Opens a path, `pipe:COMMAND`, `http(s)://…`, or a URL that fsspec knows, for reading sequentially.
 
     OSError if it cannot be opened, or on reading if it cannot be read to its end.
     """

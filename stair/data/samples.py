@@ -152,7 +152,7 @@ def group(
         if pickle:
             sample.warnings.append(f"pickle ignored: {member.name!r} is never opened")
         if wanted and kind in sample.members:
-            problem = f"{member.name!r} comes twice, or two samples that follow each other share a key"
+            problem = f"{member.name!r} occurs twice, or two samples that follow each other share a key"
             sample.problems.append(f"duplicate member: {problem}")
         elif wanted:
             sample.members[kind] = value(member)
@@ -165,7 +165,7 @@ def other_members(names: Iterable[str], keys: Iterable[str]) -> Iterator[Skipped
     for key, kind in map(key_and_type, map(printable, names)):
         if key and not key.endswith("/") and key not in known and kind.rpartition(".")[2] not in _WANTED:
             known.add(key)
-            yield Skipped(key, f"no image or caption: its first member has type {kind!r}, wanted {sorted(_WANTED)}")
+            yield Skipped(key, f"no image or caption: its first member has type {kind!r}, expected {sorted(_WANTED)}")
 
 
 # ------------------------------------------------------------------ image, captions, class
@@ -176,7 +176,7 @@ def image_type(members: Mapping[str, Any]) -> str:
     for kind in IMAGE_TYPES:
         if kind in members:
             return kind
-    raise ValueError(f"no image: members are {list(members)}, wanted one of {list(IMAGE_TYPES)}")
+    raise ValueError(f"no image: members are {list(members)}, expected one of {list(IMAGE_TYPES)}")
 
 
 def image_bytes(sample: Mapping[str, bytes]) -> bytes:
@@ -204,7 +204,7 @@ def captions(sample: Mapping[str, bytes], lines: bool = False) -> list[str]:
         raise ValueError(f"caption unreadable: {error}") from error
     if not any(texts):
         raise NoCaptionError(
-            f"no caption: members are {list(sample)}, wanted KEY.txt, or KEY.json with "
+            f"no caption: members are {list(sample)}, expected KEY.txt, or KEY.json with "
             '{"captions": [...]} or {"caption": "..."}; members of a sample must follow each other in the tar'
         )
     _check_length(texts)
@@ -268,7 +268,7 @@ def caption_lines(shard: str) -> bool:
 def _strings(values: list[Any]) -> list[str]:
     """Captions without white space around them; half a surrogate pair, which JSON can spell, is an error."""
     if wrong := [value for value in values if not isinstance(value, str)]:
-        raise TypeError(f"a caption is {wrong[0]!r:.40}, wanted a string")
+        raise TypeError(f"a caption is {wrong[0]!r:.40}, expected a string")
     texts = [value.strip() for value in values]
     for text in texts:
         text.encode()
@@ -287,7 +287,7 @@ def _in_json(sample: Mapping[str, bytes]) -> tuple[str, list[str]]:
         value = fields.get(name)
         if value is not None and value != "" and value != []:
             if name == "captions" and not isinstance(value, list):
-                raise TypeError(f"captions is a {type(value).__name__}, wanted a list of strings")
+                raise TypeError(f"captions is a {type(value).__name__}, expected a list of strings")
             return name, value if name == "captions" else [value]
     return "", []
 
@@ -299,7 +299,7 @@ def json_fields(sample: Mapping[str, bytes]) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("the JSON is nested too deep") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"the JSON is a {type(fields).__name__}, wanted an object")
+        raise ValueError(f"the JSON is a {type(fields).__name__}, expected an object")
     return fields
 
 
@@ -315,5 +315,5 @@ def class_number(sample: Mapping[str, bytes]) -> int | None:
     if text is None:
         return None
     if not text.strip().isdigit():
-        raise ValueError(f"its .cls is {text[:20]!r}, wanted the number of a class, from 0")
+        raise ValueError(f"its .cls is {text[:20]!r}, expected the number of a class, from 0")
     return int(text)

@@ -87,7 +87,7 @@ def _checked(shard: str, data: bytes) -> int:
         if beginning.tell() != _HEADER or kind != np.dtype("<u4") or shape[1:] != (3,) or version != _FORMAT:
             raise ValueError("it is of another format")
     except (ValueError, TypeError, EOFError) as error:
-        raise FileError(f"{path} is no index of a shard ({error}): {_REMEDY}", path) from error
+        raise FileError(f"{path} is not an index of a shard ({error}): {_REMEDY}", path) from error
     size: int = high << 32 | low
     if not is_remote(shard) and size != (actual := os.stat(shard).st_size):
         raise FileError(f"{shard} has {actual} bytes, {path} was made for a file of {size} bytes: {_REMEDY}", shard)
@@ -112,7 +112,7 @@ def _rows(shard: str, data: bytes, samples: int) -> Rows:
         raise FileError(f"{shard}{SUFFIX} holds more samples than were counted: {_REMEDY}", shard)
     if len(data) < samples * _ROW:
         path = index_path(shard)
-        raise FileError(f"{path} is cut short, or holds fewer samples than were counted: {_REMEDY}", path)
+        raise FileError(f"{path} is truncated, or holds fewer samples than were counted: {_REMEDY}", path)
     return np.frombuffer(data, "<u4").reshape(-1, 3)
 
 
@@ -282,7 +282,7 @@ def sizes(shards: Sequence[str], remote: Remote, processes: int) -> dict[str, tu
         if isinstance(data, OSError):
             raise _no_index(shard, data, remote)
         counts[shard] = _checked(shard, data), ""
-    return {s: (counts[s][0], counts[s][1] or ("" if counts[s][0] else f"{s} holds no sample")) for s in stated}
+    return {s: (counts[s][0], counts[s][1] or ("" if counts[s][0] else f"{s} contains no sample")) for s in stated}
 
 
 def _no_index(shard: str, error: OSError, remote: Remote) -> Exception:
@@ -293,7 +293,7 @@ def _no_index(shard: str, error: OSError, remote: Remote) -> Exception:
     return FileError(
         f"{shard} has no index: neither {MANIFEST} nor {_name(shard)}{SUFFIX} beside it states its samples ({error}). "
         "Write both with `stair doctor SHARDS --write_index` where the shards are local, and copy them beside the shards; "
-        "or read shards from front to end with data.resample: true and data.train_samples", shard,
+        "or read shards sequentially with data.resample: true and data.train_samples", shard,
     )  # fmt: skip
 
 
@@ -336,7 +336,7 @@ def read_manifest(folder: str, remote: Remote = LOCAL) -> dict[str, tuple[int, i
         if "format" not in content:  # other tools call their own files so too
             return {}
         if content["format"] != MANIFEST_FORMAT:
-            raise ValueError(f"its format is {content['format']!r}, wanted {MANIFEST_FORMAT}")
+            raise ValueError(f"its format is {content['format']!r}, expected {MANIFEST_FORMAT}")
         return {name: (int(entry["samples"]), int(entry["bytes"])) for name, entry in content["shards"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise FileError(f"{path} is no index of shards ({error}); remove it or write it again", path) from error
+        raise FileError(f"{path} is not an index of shards ({error}); remove it or write it again", path) from error

@@ -56,7 +56,7 @@ def open_table(path: Path, delimiter: str | None = None) -> Table:
     """
     if not path.exists():
         there = ", ".join(sorted(each.name for each in path.parent.glob("*") if each.suffix.lower() in SUFFIXES)[:5])
-        missing = f"no table {path}, looked for from {Path.cwd()}"
+        missing = f"no table {path} (working directory: {Path.cwd()})"
         raise FileError(f"{missing}; {f'there is {there}' if there else f'give one of {SUFFIXES}'}", path)
     suffix, types = path.suffix.lower(), {}
     if suffix == ".parquet":
@@ -74,10 +74,12 @@ def open_table(path: Path, delimiter: str | None = None) -> Table:
         names = [name.strip() or f"column {number}" for number, name in enumerate(cells, 1)]
         rows = partial(_csv_rows, path, sign, names)
     else:
-        raise FileError(f"{path} is no table of a known kind; wanted {', '.join(SUFFIXES)}", path)
+        raise FileError(f"{path} is not a table; expected {', '.join(SUFFIXES)}", path)
     if not names:
         problem = next((f"{row.place}: {row.problem}" for row in rows() if row.problem), f"{path} is empty")
-        raise FileError(f"{problem}; wanted a table whose first line names its columns, or a JSON object a line", path)
+        raise FileError(
+            f"{problem}; expected a table whose first line names its columns, or one JSON object per line", path
+        )
     if wrong := [name for name in names if printable(name) != name]:
         raise FileError(
             f"{path}: the name of column {printable(wrong[0])!r} is no UTF-8; save the table as UTF-8", path
@@ -88,12 +90,12 @@ def open_table(path: Path, delimiter: str | None = None) -> Table:
 
 
 def cell_text(row: Row, column: str, empty: str) -> str:
-    """The text in a cell; ValueError `cell of another type: ...`, or with the cause `empty` if nothing is in it."""
+    """The text in a cell; ValueError `cell of the wrong type: ...`, or with the cause `empty` if nothing is in it."""
     value = row.cells.get(column)
     if value is None or (isinstance(value, str) and not value.strip()):
         raise ValueError(f"{empty}: nothing in column {column!r}")
     if not isinstance(value, str):
-        raise ValueError(f"cell of another type: column {column!r} holds a {type(value).__name__}, wanted a text")
+        raise ValueError(f"cell of the wrong type: column {column!r} holds a {type(value).__name__}, expected a text")
     return value
 
 
@@ -151,7 +153,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     cells = dict(pairs)
     if len(cells) < len(pairs):
-        raise ValueError("a key comes twice")
+        raise ValueError("a key occurs twice")
     return cells
 
 

@@ -64,7 +64,7 @@ def _matches(pattern: str, spec: str) -> list[str]:
             shards = os.path.join(pattern, "*.tar")
             raise FileNotFoundError(f"{pattern!r}{where} is a folder, no shard: give {shards!r}")
         raise FileNotFoundError(
-            f"no shard matches {pattern!r}{where}, looked for from {Path.cwd()}; "
+            f"no shard matches {pattern!r}{where} (working directory: {Path.cwd()}); "
             "give a path, a glob such as data/*.tar or a brace pattern such as data/{0000..0004}.tar"
         )
     return paths
@@ -87,7 +87,7 @@ class _Header(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
-            raise BrokenTarError("cut short, without an end-of-archive mark") from error
+            raise BrokenTarError("truncated, without an end-of-archive mark") from error
         except tarfile.HeaderError as error:  # which `tarfile` takes for the end of the archive
             raise BrokenTarError(f"no header of a tar ({error})") from error
         if header.size < 0:
@@ -104,7 +104,7 @@ class _Header(tarfile.TarInfo):
 
 
 def members(file: BinaryIO, mode: str = "r:") -> Iterator[Member]:
-    """The regular files of a tar in order; BrokenTarError names the byte where it is damaged or cut short.
+    """The regular files of a tar in order; BrokenTarError names the byte where it is damaged or truncated.
 
     The mode is `r:` for an uncompressed file that can seek, `r|*` for any tar that is read forwards, compressed or not.
     """
@@ -122,7 +122,7 @@ def members(file: BinaryIO, mode: str = "r:") -> Iterator[Member]:
     except _DAMAGED as error:
         kind = "tar" if mode.endswith("*") else "uncompressed tar"
         byte = archive.offset if archive else 0
-        raise BrokenTarError(f"is cut short, damaged or no {kind} at byte {byte}: {error}") from error
+        raise BrokenTarError(f"is truncated, damaged or no {kind} at byte {byte}: {error}") from error
 
 
 def _content(archive: tarfile.TarFile, header: tarfile.TarInfo) -> bytes:
@@ -131,9 +131,9 @@ def _content(archive: tarfile.TarFile, header: tarfile.TarInfo) -> bytes:
     try:
         data: bytes = archive.extractfile(header).read()  # type: ignore[union-attr]
     except _DAMAGED as error:
-        raise BrokenTarError(f"is cut short or damaged after byte {header.offset_data}: {error}") from error
+        raise BrokenTarError(f"is truncated or damaged after byte {header.offset_data}: {error}") from error
     if len(data) < header.size:
-        raise BrokenTarError("cut short within a member")
+        raise BrokenTarError("truncated within a member")
     return data
 
 
@@ -185,5 +185,5 @@ def walk(
 
 
 def read_samples(shard: str, remote: Remote = LOCAL, everything: bool = False) -> Iterator[Grouped[bytes]]:
-    """Reads the samples of a tar, compressed or not, from front to end; arguments and errors as of `walk`."""
+    """Reads the samples of a tar, compressed or not, sequentially; arguments and errors as of `walk`."""
     return walk(shard, remote, True, content, everything)

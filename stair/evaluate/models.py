@@ -86,7 +86,7 @@ class SentenceModel:
     def __init__(self, folder: str) -> None:
         path = Path(folder)
         if not (path / "modules.json").is_file():
-            raise FileError(f"{folder} is no sentence-transformers model: modules.json is missing", path)
+            raise FileError(f"{folder} is not a sentence-transformers model: modules.json is missing", path)
         library = import_extra("sentence_transformers", "sentence-transformers", "openclip")
         settings = path / "config_sentence_transformers.json"
         sparse = settings.is_file() and '"SparseEncoder"' in settings.read_text(encoding="utf-8")

@@ -235,7 +235,7 @@ def vocabulary_max(
     if hidden.shape[:2] != mask.shape or hidden.shape[-1] != weight.shape[-1] or len(weight) != len(bias):
         raise ValueError(
             f"shapes do not fit: hidden {tuple(hidden.shape)}, mask {tuple(mask.shape)}, weight {tuple(weight.shape)}, "
-            f"bias {tuple(bias.shape)}; wanted (B, T, D), (B, T), (V, D), (V,)"
+            f"bias {tuple(bias.shape)}; expected (B, T, D), (B, T), (V, D), (V,)"
         )
     device = hidden.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

@@ -156,7 +156,7 @@ def _parsed(text: str | bytes) -> Any:
         content = json.loads(text)
         json.dumps(content, ensure_ascii=False).encode()  # JSON can spell half a character, which no tokenizer takes
     except (ValueError, RecursionError) as error:
-        raise HTTPException(400, f"that is no json: {error}") from error
+        raise HTTPException(400, f"the body is not JSON: {error}") from error
     return content
 
 

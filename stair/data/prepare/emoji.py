@@ -142,7 +142,7 @@ def _read(path: Path) -> tuple[Font, list[int]]:
             sizes = [strike.bitmapSizeTable.ppemY for strike in font["CBLC"].strikes] if "CBLC" in font else []
             sizes += list(font["sbix"].strikes) if "sbix" in font else []
     except (fonts.TTLibError, OSError) as error:
-        raise FileError(f"{path} is no font ({error})", path) from error
+        raise FileError(f"{path} is not a font ({error})", path) from error
     blocks = (point for low, high in _BLOCKS for point in range(low, high + 1) if point in characters)
     points = [point for point in blocks if unicodedata.category(chr(point)) == "So"]
     size = max(sizes, default=128)

@@ -44,7 +44,7 @@ def cc(folder: Path, mend: bool = False, max_bad_share: float = 0.05, workers: i
         write_json(folder / writer.REPORT, {"format": 1, "splits": {"all": report}})
         writer.finish(folder, state, records, is_replaced=lambda name: True)
     counts = f"{sum(record['samples'] > 0 for record in records.values())} shards with {samples} samples"
-    print(*skipped_lines(skipped), f"{folder}: {counts}, indexed; {len(mended)} written anew", sep="\n")
+    print(*skipped_lines(skipped), f"{folder}: {counts}, indexed; {len(mended)} rewritten", sep="\n")
     if skipped:
         todo = "" if mend else "; training skips them, `--mend` rewrites their shards without them"
         print(f"  bad: {writer.listed(count_causes(skipped))}{todo}; which ones: {writer.REPORT}")
@@ -82,7 +82,7 @@ def check_shard(shard: Path, mend: bool) -> writer.Record:
     except FileError as error:
         broken = str(error)
     skipped = [Skipped(f"{shard.name}:{key}", reason) for key, reason in bad.items()]
-    skipped += [Skipped(shard.name, f"shard cut short: {broken}"[:300])] if broken else []
+    skipped += [Skipped(shard.name, f"shard truncated: {broken}"[:300])] if broken else []
     stats = _stats_file(shard)
     stated = writer.known_json(stats).get("successes")
     stated = stated if isinstance(stated, int) else 0

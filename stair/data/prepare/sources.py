@@ -141,7 +141,7 @@ def karpathy(captions: Path, images: Path, out: Path, **settings: Any) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         expected = "an object with `images`, each with `filename`, `split` and `sentences`, such as dataset_coco.json"
         reason = f"{type(error).__name__}: {error}"
-        raise FileError(f"{captions} is no Karpathy split file ({reason}); wanted {expected}", captions) from error
+        raise FileError(f"{captions} is not a Karpathy split file ({reason}); expected {expected}", captions) from error
     write_shards(Source(str(captions), splits, ImageFiles.of(images)), out, **settings)
 
 
@@ -162,10 +162,10 @@ def classes(
             raise ValueError("all classes would have the same caption")
     except (ValueError, LookupError, AttributeError) as error:
         expected = "text with {} for the name, as in 'a photo of a {}'"
-        raise SettingError(f"{template=}: {error}; wanted {expected}", "template") from error
+        raise SettingError(f"{template=}: {error}; expected {expected}", "template") from error
     folders, files, skipped = class_files(images)
     if not folders:
-        raise FileError(f"no folder of a class in {images}; wanted one for each class, with its images", images)
+        raise FileError(f"no folder of a class in {images}; expected one for each class, with its images", images)
     called = class_names(folders, names)
     inputs = [
         _input((file.name,), [template.format(called[label])], **{"class": called[label], "label": label})
@@ -213,7 +213,7 @@ def datasets(
     files = [file for files_of_split in splits.values() for file in files_of_split]
     if not files:
         expected = "what `save_to_disk` writes (dataset_info.json or dataset_dict.json) or parquet files"
-        raise FileError(f"{data} holds no data set: wanted {expected}", data)
+        raise FileError(f"{data} contains no data set: expected {expected}", data)
     schema = arrow_schema(files[0])
     if other := [file for file in files if arrow_schema(file).names != schema.names]:
         raise FileError(f"{other[0]} has other columns than {files[0]}, which has {schema.names}", other[0])

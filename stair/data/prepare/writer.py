@@ -85,7 +85,7 @@ def write_shards(
         out: folder of the shards, created if missing. It can hold several splits, also of several commands.
         shard_samples: maximum number of samples per shard.
         seed: seed of the shuffle over all shards; null keeps the order of the source.
-        max_side: images whose longer side has more pixels are scaled down to it and written anew; 0 keeps every size.
+        max_side: images whose longer side has more pixels are scaled down to it and rewritten; 0 keeps every size.
         max_pixels: largest width × height that is decoded; larger images are skipped.
         max_bad_share: maximum share of skipped inputs; above it, the command stops.
         workers: processes; 0 is one for each core.
@@ -101,7 +101,7 @@ def write_shards(
     for split in source.splits:
         require(_SPLIT.fullmatch(split) is not None, "split", split, "letters, digits, - and _: shards have its name")
     if not any([*source.splits.values(), *source.skipped.values()]):
-        raise StairError(f"{source.name} holds no input")
+        raise StairError(f"{source.name} contains no input")
     settings = {"seed": seed if source.shuffled else None, "shard_samples": shard_samples, "max_side": max_side}
     with preparing(out) as state:
         if source.classnames is not None:
@@ -134,7 +134,7 @@ def write_shards(
 
 
 def _is_done(out: Path, state: Path, split: str, fingerprint: str) -> bool:
-    """Whether the split is there already; else notes that it is being written."""
+    """Whether the split already exists; else notes that it is being written."""
     plan, reports = state / f"{split}.plan", known_json(out / REPORT).get("splits", {})
     sizes = {path.name: path.stat().st_size for path in out.glob("*.tar") if _is_of_split(path.name, split)}
     written_as = known_json(plan).get("fingerprint") or reports.get(split, {}).get("fingerprint")
@@ -146,7 +146,7 @@ def _is_done(out: Path, state: Path, split: str, fingerprint: str) -> bool:
     with suppress(FileError):  # a damaged index is written again
         indexed = {name: entry["bytes"] for name, entry in index_entries(out).items() if _is_of_split(name, split)}
         if sizes and sizes == indexed and not plan.exists():
-            print(f"{out}: split {split!r} is there already, of the same inputs and settings; nothing done")
+            print(f"{out}: split {split!r} already exists, of the same inputs and settings; nothing done")
             return True
     write_json(plan, {"fingerprint": fingerprint})
     return False
@@ -162,7 +162,7 @@ def _finish_split(
     """Writes report and index of a split, and prints what became of its inputs."""
     report |= {name: sum(record[name] for record in records.values()) for name in ("samples", "captions")}
     if not report["samples"]:
-        raise StairError(f"{report['source']}: split {split!r} holds no input that can be used: {summary(skipped)}")
+        raise StairError(f"{report['source']}: split {split!r} contains no input that can be used: {summary(skipped)}")
     anew = sum((Counter(record["written_anew"]) for record in records.values()), Counter[str]())
     report |= {"written_anew": anew, **skipped_facts(skipped)}
     reports = known_json(out / REPORT).get("splits", {})
@@ -171,7 +171,7 @@ def _finish_split(
     (state / f"{split}.plan").unlink()
     lines = [*skipped_lines(skipped), f"{out}: {split}: {report['samples']} samples with {report['captions']} captions"]
     if anew:
-        lines.append(f"  images written anew: {listed(anew)}; all others are the original bytes")
+        lines.append(f"  images rewritten: {listed(anew)}; all others are the original bytes")
     if skipped:
         causes = f"{listed(report['skipped'])}; which ones: {REPORT}"
         lines.append(f"  skipped {len(skipped)} of {report['inputs']} inputs: {causes}")
