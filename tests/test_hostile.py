@@ -179,7 +179,7 @@ def test_weights_that_are_a_pickle_run_nothing(model, trap):
     torch.save({"a": trap}, model / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         Stair.from_pretrained(model)
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin is a file; give a model's folder"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is a file; give the folder of a model"):
         Stair.from_pretrained(model / "pytorch_model.bin")
 
 

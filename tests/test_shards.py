@@ -576,7 +576,7 @@ def test_a_spec_that_matches_nothing_and_a_set_below_one_batch_are_refused(tmp_p
         loader(str(tmp_path / "train-{0000..0001.tar"), vocab)
     with pytest.raises(SettingError, match=r"3 pairs .*fewer than global_batch_size=4"):
         loader(spec, vocab)
-    with pytest.raises(ValueError, match=r"global_batch_size=4 cannot be shared by 3 ranks"):
+    with pytest.raises(ValueError, match=r"global_batch_size=4 is not a multiple of 3 ranks"):
         loader(spec, vocab, 0, 3)
     with pytest.raises(ValueError, match="crop_scale"):
         shards(spec, vocab, crop_scale=(0.0, 1.0))

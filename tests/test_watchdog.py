@@ -78,7 +78,7 @@ def start(tmp_path):
     [
         (
             "step",
-            r"rank 0 of 1 on .* has not moved for 2 s\. It is in the training step.*after step 2",
+            r"rank 0 of 1 on .* has not moved for 2 s\. Last activity: in the training step.*after step 2",
             "training_step",
         ),
         ("input", r"It is waiting for the batch.*after step 2", "__getitem__"),
