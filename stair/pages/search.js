@@ -37,12 +37,12 @@ function chip(word, weight, most) {
     return one;
   };
   return make('li', {className: 'chip' + (weight < 0 ? ' against' : '')},
-    button('−', 'weigh less', 'down'),
+    button('−', 'lower the weight of', 'down'),
     make('span', {className: 'word'}, word, make('small', {textContent: ' ' + weight.toFixed(2)}), bar),
-    button('+', 'weigh more', 'up'), button('×', 'leave out', 'off'));
+    button('+', 'raise the weight of', 'up'), button('×', 'remove', 'off'));
 }
 function lighter(count) {
-  return count > shown ? [make('li', {className: 'lighter', textContent: 'and ' + (count - shown) + ' lighter'})] : [];
+  return count > shown ? [make('li', {className: 'lighter', textContent: 'and ' + (count - shown) + ' more'})] : [];
 }
 function showQuery() {
   const most = Math.max(0.01, ...Object.values(words).map(Math.abs));
@@ -59,7 +59,7 @@ function card(hit) {
   if ('picture' in hit ? hit.picture : pictures && hit.source.file) {
     const shares = Object.fromEntries(hit.words.filter(pair => pair[1] > 0).slice(0, 24));
     const image = make('img', {alt: caption(hit)});
-    const open = make('button', {type: 'button', className: 'open', title: 'words of this picture'}, image);
+    const open = make('button', {type: 'button', className: 'open', title: 'terms of this image'}, image);
     const show = async way => {
       try { image.src = await backend[way](hit, shares); } catch (error) { say(error.message, true); }
     };
@@ -72,7 +72,7 @@ function card(hit) {
   item.append(make('p', {className: 'caption', textContent: caption(hit)}),
     make('p', {className: 'score', textContent: 'score ' + hit.score.toFixed(3)}));
   const shared = hit.words.slice(0, 6).map(([word, share]) => {
-    const one = make('button', {type: 'button', textContent: word + ' ' + share.toFixed(2), title: 'more of ' + word});
+    const one = make('button', {type: 'button', textContent: word + ' ' + share.toFixed(2), title: 'raise the weight of ' + word});
     one.onclick = event => steer(word, event.shiftKey ? 'off' : event.altKey ? 'down' : 'up');
     return make('li', {}, one);
   });
@@ -88,7 +88,7 @@ async function search() {
     if (mine !== turn) return;
     hits = found;
     $('hits').replaceChildren(...hits.map(card));
-    say(hits.length ? hits.length + ' hits' : Object.keys(words).length ? 'nothing shares a word with this' : '');
+    say(hits.length ? hits.length + ' hits' : Object.keys(words).length ? 'no document shares a term with the query' : '');
   });
 }
 async function showWords(hit) {
