@@ -33,7 +33,7 @@ _COMMANDS = {
     "index": ("create or change a search index", "stair.index.commands", "index", "search"),
     "explain": ("show why two items match: terms and heat maps", "stair.explain_page", "explain_command", "search"),
     "export": (
-        "export to SQLite, DuckDB, Qdrant, Milvus, Seismic, ONNX, ...",
+        "export to SQLite, DuckDB, PostgreSQL, Qdrant, Milvus, a web page, ONNX, ...",
         "stair.export",
         "FORMATS",
         "search",
