@@ -42,7 +42,7 @@ def main(count: int, asked: int, record: Path, *chosen: str) -> None:
             write(f"# Search engines, {count:,} synthetic documents\n")
             write(f"{date.today()}, one core of {_processor()}, load {os.getloadavg()[0]:.1f}. Documents have")
             write(f"{vectors.nnz / count:.0f} terms, queries {wanted.nnz / asked:.0f}. {asked} queries, 10 hits.\n")
-            write(f"|{'|'.join(HEADS)}|\n|{'---|' * len(HEADS)}")
+            write(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
         makers = {name: engine[0] for name, engine in engines.ENGINES.items() if not engines.missing(name)}
         makers = {"SparseIndex": engines.sparse_index, **makers, "Seismic": engines.seismic}
         for n, name in enumerate(chosen or makers):
@@ -56,8 +56,8 @@ def main(count: int, asked: int, record: Path, *chosen: str) -> None:
             shutil.rmtree(own, ignore_errors=True)
             right, most = _compare(exact, wanted, [hits for _, hits in found])
             p50, p99 = np.percentile([1e3 * taken for taken, _ in found], (50, 99))
-            figures = f"{right:.1%}|{most:.0e}|{seconds:.1f}|{size / 1e6:.0f}|{p50:.2f}|{p99:.2f}"
-            write(f"|{name}|{STORED.get(name, 'float32')}|{figures}|")
+            figures = f"{right:.1%} | {most:.0e} | {seconds:.1f} | {size / 1e6:.0f} | {p50:.2f} | {p99:.2f}"
+            write(f"| {name} | {STORED.get(name, 'float32')} | {figures} |")
 
 
 def _compare(exact, wanted, found) -> tuple[float, float]:

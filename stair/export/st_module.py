@@ -53,8 +53,6 @@ class StairModule(InputModule):
         """V."""
         return len(self.model.vocabulary)
 
-    get_sentence_embedding_dimension = get_embedding_dimension
-
     @property
     def max_seq_length(self) -> int:
         """Longest text in tokens."""
