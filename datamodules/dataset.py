@@ -106,11 +106,15 @@ class CollatePairs:
 
 @dataclass(frozen=True)
 class PairMaker:
-    """Makes training pairs. `caption_fields` are shares of fields; empty for the usual captions."""
+    """Makes training pairs.
+
+    `caption_fields` are shares of fields; empty for the usual captions. A text is `join_captions` of an image's captions.
+    """
 
     augment: Augment
     collate: CollatePairs
     caption_fields: Mapping[str, float] = field(default_factory=dict)
+    join_captions: int = 1
 
     def empty(self, rows: int) -> Tensor:
         """Room for the pixels of so many pairs, (rows, 3, S, S) uint8."""
@@ -135,7 +139,9 @@ class PairMaker:
             return None
         skips += [Skip(f"{CONVERTED}{kind}: to 8-bit RGB, upright", source, shard, where, 0) for kind in converted]
         texts = rng.choices(choices, shares)[0] if len(choices) > 1 else choices[0]
-        return Pair(pixels[row], [rng.choice(texts)], row, f"{_stem(shard)}/{sample.key}", source)
+        joined = self.join_captions > 1
+        text = " ".join(rng.sample(texts, min(self.join_captions, len(texts)))) if joined else rng.choice(texts)
+        return Pair(pixels[row], [text], row, f"{_stem(shard)}/{sample.key}", source)
 
 
 _lines = functools.lru_cache(maxsize=4096)(caption_lines)

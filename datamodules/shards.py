@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 class ImageTextShards(LightningDataModule):
     """Image-text pairs from WebDataset shards, in batches of `stair.batch.Batch` (docs/guides/data.md).
 
-    Training samples one caption of an image; evaluation uses all. An epoch is floor(samples / global_batch_size) steps on
-    every rank. It depends on `seed` and not on global random state, and resumes inside an epoch from Lightning's
-    checkpoints on any number of ranks and workers, with the same batch size, shuffling and shards.
+    Training samples one caption of an image, or joins several; evaluation uses all. An epoch is floor(samples /
+    global_batch_size) steps on every rank. It depends on `seed` and not on global random state, and resumes inside an
+    epoch from Lightning's checkpoints on any number of ranks and workers, with the same batch size, shuffling and shards.
 
     A shard spec is a path, a glob (`data/*.tar`), a brace pattern (`data/train-{0000..0004}.tar`), a URL (http, https, or
     what fsspec opens), and for training also a `pipe:` command.
@@ -69,6 +69,8 @@ class ImageTextShards(LightningDataModule):
         caption_fields: relative probability that a field of the JSON (a string or a list of strings), or `txt`, gives
             the caption: `{caption: 0.7, alt: 0.3}`. The share of a missing field goes to the others. None: the usual
             captions.
+        join_captions: this many captions of an image, in random order, are the text of a training pair; at least 1. With
+            more, stage 1 grounds an image in all that its captions say; `max_tokens` must leave room for them.
         remote: timeout, retries and local copies of remote shards.
 
     Attributes:
@@ -102,6 +104,7 @@ class ImageTextShards(LightningDataModule):
         seed: int = 0,
         train_samples: int | None = None,
         caption_fields: dict[str, float] | None = None,
+        join_captions: int = 1,
         remote: Remote = Remote(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
@@ -117,9 +120,11 @@ class ImageTextShards(LightningDataModule):
         require(max_pixels >= 1, "max_pixels", max_pixels, "at least 1")
         require(0 <= max_bad_share < 1, "max_bad_share", max_bad_share, "0 or more and less than 1")
         require(train_samples is None or train_samples >= 1, "train_samples", train_samples, "at least 1, or none")
+        require(join_captions >= 1, "join_captions", join_captions, "at least 1")
         for name, share in (caption_fields or {}).items():
             require(0 < share < float("inf"), f"caption_fields[{name!r}]", share, "more than 0")
         self.train, self.caption_fields = mixture(train), dict(caption_fields or {})
+        self.join_captions = join_captions
         self.val, self.test = val or {}, test or {}
         self.val_names, self.test_names = list(self.val), list(self.test)
         self.source_names = [name for name in self.train if name]
@@ -163,7 +168,7 @@ class ImageTextShards(LightningDataModule):
         names, weights = [group[0].name for group in groups], [float(group[0].weight or 1) for group in groups]
         counts = [table.counts for table in tables]
         order = Order(counts, names, weights, seed, self.global_batch_size, samples, shuffle, self.resample)
-        make = PairMaker(self.augment, self.collate, self.caption_fields)
+        make = PairMaker(self.augment, self.collate, self.caption_fields, self.join_captions)
         dataset: IndexedPairs | StreamedPairs = IndexedPairs(tables, make, seed, SampleReader(remote))
         if not sources[0].counts:
             dataset = StreamedPairs(tables, order.shares, make, seed, rank, ranks, shuffle, remote)
@@ -180,6 +185,7 @@ class ImageTextShards(LightningDataModule):
             "resample": self.resample,
             "shards": f"{sum(len(names) for _, names in shards)} shards, {digest}",
             "caption_fields": self.caption_fields,
+            "join_captions": self.join_captions,
         }
         # an epoch that the trainer cuts short is complete, and a resumed run must begin the next one
         limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0

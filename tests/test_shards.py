@@ -246,6 +246,26 @@ def test_all_captions_of_an_image_are_drawn_in_time(tmp_path, vocab):
     assert len(drawn) == 4 * 3
 
 
+@pytest.mark.parametrize(("joined", "count"), [(2, 2), (3, 3), (9, 3)])
+def test_a_text_joins_different_captions_of_one_image_in_changing_order(tmp_path, vocab, joined, count):
+    train = loader(write_shards(tmp_path, [8]), vocab, join_captions=joined, max_tokens=20)
+    orders = set()
+    for batch in [batch for _ in range(6) for batch in train]:
+        for key, ids, mask in zip(batch["key"], batch["ids"], batch["mask"], strict=True):
+            tokens = [int(i) - 5 for i in ids[mask][1:-1]]  # numbers of the words; five special tokens precede them
+            own = int(key.rpartition("/")[2]) % 64
+            assert tokens[::2] == [own] * count and len(set(tokens[1::2])) == count  # each caption is two words
+            orders.add(tuple(tokens[1::2]))
+    assert len(orders) > 2
+
+
+def test_a_resumed_run_must_join_as_many_captions(tmp_path, vocab):
+    train = write_shards(tmp_path, [8])
+    state = loader(train, vocab).state_dict()
+    with pytest.raises(SettingError, match="join_captions"):
+        loader(train, vocab, join_captions=2).load_state_dict(state)
+
+
 def test_img2dataset_members_are_read(tmp_path, vocab):
     members = {}
     for n in range(4):
