@@ -195,6 +195,8 @@ class StaticIndex {
     return {...document, score, words: words.sort((a, b) => b[1] - a[1])};
   }
 }
+// terms are read on together whose bound for a byte is at least so much of the greatest; documents that are scored at a
+// time; bytes before which it is worth scoring some
 const GREED = 0.3, MORE = 16, DEAR = 40e3;
 const inflated = async data => {
   const stream = new Blob([data]).stream().pipeThrough(new DecompressionStream('deflate'));
