@@ -1,26 +1,25 @@
-"""Search engines side by side in one process: ours, scipy CSR, faiss flat and HNSW over 512 numbers, pyseismic.
+"""Search engines side by side on synthetic embeddings, each in processes of its own, on one core.
 
-    python benchmarks/search.py                                        # synthetic, 100,000 documents
-    python benchmarks/search.py --documents 1000000 --queries 200
-    python benchmarks/search.py --embeddings EMB --queries_from TEXTS  # what `stair embed` wrote: images, texts
-    python benchmarks/crops.py 'photos/*.tar' CROPS                    # many different pictures to embed, from few
+    python benchmarks/search.py make DATA --documents 1000000                # parts of documents, queries, true hits
+    python benchmarks/search.py run DATA --engines stair,seismic,pisa,bmp    # build and search; results are added to DATA
+    python benchmarks/search.py table DATA                                   # as Markdown
 
-Engines take turns query by query, so that whatever else the machine does hits all of them. One thread each. CPU time and
-wall-clock time are both printed: on a busy machine believe the former, and no ratio of the latter. Recall counts a hit
-right if its exact score reaches the true k-th one, since ties make ids differ. The dense vectors that faiss gets are random
-projections of the sparse ones: they cost what 512-d embeddings cost, and their recall means nothing, so none is given.
+Needs the extra `engines`, and `pip install bmp`; Lucene needs `.ci/lucene`. Recall counts a hit as right if its true score
+reaches the true tenth one, since ties make ids differ; true scores are those of scipy in float64, of the first queries.
+Every query is searched once before it is measured. Times are CPU times of the process (Lucene: of a clock in it), since
+another process on the machine does not change them much; wall-clock times are in the results, too. Peak memory is
+`ru_maxrss`, which counts the pages of mapped files.
 """
 
 import argparse
 import json
 import os
-import platform
+import resource
 import shutil
+import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,237 +29,406 @@ from scipy import sparse
 from stair.embeddings import Embeddings, EmbeddingSpace
 from stair.index import SparseIndex
 
-WORDS, DENSE = 30_522, 512
-Found = tuple[list[int], list[float]]
+V, K, PART, TRUE = 30_522, 10, 250_000, 50
+STEPS = 255  # of whole-number engines: the heaviest weight of all documents
+Search = Callable[[Any, Any], tuple[list[int], list[float]]]
 
 
-def synthetic(documents: int, queries: int, nnz: int, query_nnz: int, seed: int = 0) -> tuple[Any, Any]:
-    """Documents and queries of a few topics each; words of a topic, and topics, are as frequent as Zipf says."""
-    generator, topics, topic_words = np.random.default_rng(seed), 2_000, 400
-    words_TW = np.stack([generator.choice(WORDS, topic_words, replace=False) for _ in range(topics)])
-    zipf = 1 / np.arange(1, topic_words + 1) ** 0.8
-    topic_share = 1 / np.arange(1, topics + 1) ** 0.6
+# ------------------------------------------------------------------ data
+
+
+def generate(documents: int, queries: int, lengths: tuple[int, int], frequent: float) -> Iterator[Any]:
+    """The queries, then parts of the documents: rows of a few topics; terms of a topic, and topics, as Zipf says.
+
+    Args:
+        documents: how many.
+        queries: how many.
+        lengths: draws of a document and of a query; equal draws are one term.
+        frequent: share of draws from all terms, as Zipf says, instead of a topic: then some terms are in most documents.
+    """
+    generator = np.random.default_rng(0)
+    topic_TW = np.stack([generator.choice(V, 400, replace=False) for _ in range(2_000)])
+    common = generator.permutation(V)[:6_000]
+    tables = [_table(size, exponent) for size, exponent in ((400, 0.8), (2_000, 0.6), (6_000, 1.0))]
+    gamma = generator.gamma(2.0, 0.5, 1 << 20).astype(np.float32)
 
     def rows(count: int, length: int) -> Any:
-        topic = generator.choice(topics, (count, 3), p=topic_share / topic_share.sum())
-        which = generator.choice(3, (count, length), p=[0.6, 0.3, 0.1])
-        place = generator.choice(topic_words, (count, length), p=zipf / zipf.sum())
-        word = words_TW[np.take_along_axis(topic, which, 1), place]
-        # rarer words of a topic weigh more, as they do after training with FLOPs
-        weight = np.log1p(generator.gamma(2.0, 0.5, word.shape) * (1 + place / 80)).astype(np.float32)
-        matrix = sparse.csr_matrix(
-            (weight.ravel(), word.ravel(), np.arange(count + 1) * length), shape=(count, WORDS), dtype=np.float32
-        )
+        place, topic, overall = (table[generator.integers(0, len(table), (count, length))] for table in tables)
+        which = np.searchsorted([0.6, 0.9], generator.random((count, length)))  # most terms are of the first topic
+        term = topic_TW[np.take_along_axis(topic[:, :3], which, 1), place]
+        if frequent:
+            term = np.where(generator.random((count, length)) < frequent, common[overall], term)
+        # rarer terms of a topic weigh more, as they do after training with FLOPs
+        weight = np.log1p(gamma[generator.integers(0, len(gamma), term.shape)] * (1 + place / 80))
+        parts = weight.ravel().astype(np.float32), term.ravel(), np.arange(count + 1) * length
+        matrix = sparse.csr_matrix(parts, shape=(count, V))
         matrix.sum_duplicates()
         return matrix
 
-    return sparse.vstack([rows(min(50_000, documents - i), nnz) for i in range(0, documents, 50_000)], "csr"), rows(
-        queries, query_nnz
-    )
+    yield rows(queries, lengths[1])
+    for start in range(0, documents, PART):
+        yield rows(min(PART, documents - start), lengths[0])
 
 
-def engines(
-    vectors: Any, space: EmbeddingSpace, k: int, folder: Path, expected: list[str]
-) -> dict[str, dict[str, Any]]:
-    """For each engine `search` (a prepared query to ids and scores), `prepare`, seconds to build, bytes a document."""
-    count, made = vectors.shape[0], dict[str, dict[str, Any]]()
-    projection_VD = np.random.default_rng(1).normal(0, DENSE**-0.5, (vectors.shape[1], DENSE)).astype(np.float32)
-    dense_ND = np.asarray(vectors @ projection_VD) if any("faiss" in name for name in expected) else None
-
-    def add(name: str, build: Callable[[], Any], size: Callable[[Any], float], prepare: Any, search: Any) -> None:
-        if name in expected:
-            start = time.process_time()
-            engine = build()
-            seconds = time.process_time() - start
-            made[name] = {
-                "seconds": seconds,
-                "bytes": size(engine) / count,
-                "prepare": prepare(engine),
-                "search": search(engine),
-            }
-
-    add(
-        "stair",
-        lambda: SparseIndex.build(folder / "index", Embeddings(vectors, [str(n) for n in range(count)], space)),
-        lambda index: index.facts["bytes"],
-        lambda index: index.query,
-        lambda index: lambda query: _pairs(index.top(query, k)),
-    )
-    add(
-        "scipy csr",
-        lambda: vectors,
-        lambda csr: csr.data.nbytes + csr.indices.nbytes + csr.indptr.nbytes,
-        lambda csr: lambda row: row.toarray().ravel(),
-        lambda csr: lambda query_V: _best(csr @ query_V, k),
-    )
-    add(
-        "faiss flat 512-d",
-        lambda: _faiss(dense_ND, "flat"),
-        lambda index: DENSE * 4 * count,
-        lambda index: lambda row: np.asarray(row @ projection_VD),
-        lambda index: lambda query: _from_faiss(index.search(query, k)),
-    )
-    add(
-        "faiss hnsw 512-d",
-        lambda: _faiss(dense_ND, "hnsw"),
-        lambda index: (DENSE * 4 + 2 * 32 * 4) * count,
-        lambda index: lambda row: np.asarray(row @ projection_VD),
-        lambda index: lambda query: _from_faiss(index.search(query, k)),
-    )
-    add(
-        "seismic",
-        lambda: _seismic(vectors),
-        lambda index: float("nan"),
-        _seismic_query,
-        lambda index: _seismic_search(index, k),
-    )
-    return made
+def _table(size: int, exponent: float) -> Any:
+    """65,536 draws, as frequent as Zipf says."""
+    share = 1 / np.arange(1, size + 1) ** exponent
+    return np.searchsorted(np.cumsum(share / share.sum()), (np.arange(1 << 16) + 0.5) / (1 << 16)).astype(np.int32)
 
 
-def _warm_up(folder: Path, space: EmbeddingSpace) -> None:
-    """Imports and compiles what the first index and search of a process import and compile: up to two seconds."""
-    index = SparseIndex.build(
-        folder / "first", Embeddings(sparse.eye(2, len(space.tokens), format="csr"), ["0", "1"], space)
-    )
-    index.top(index.query(like="0"), 1)
+def make(data: Path, documents: int, queries: int, lengths: tuple[int, int], frequent: float) -> None:
+    """Writes queries, parts, and the true scores of the best hits of the first queries."""
+    space = EmbeddingSpace("synthetic", "dot", tuple(f"w{v}" for v in range(V)))
+    data.mkdir(parents=True)
+    drawn = generate(documents, queries, lengths, frequent)
+    asked = next(drawn)
+    sparse.save_npz(data / "queries.npz", asked, compressed=False)
+    dense_VQ = asked[:TRUE].toarray().T.astype(np.float64)
+    best, start, nonzeros, heaviest = np.zeros((TRUE, K)), 0, 0, 0.0
+    for number, part in enumerate(drawn):
+        ids = [str(n) for n in range(start, start + part.shape[0])]
+        Embeddings(part, ids, space).save(data / f"part-{number:03}.safetensors")
+        scores = (part.astype(np.float64) @ dense_VQ).T
+        best = -np.sort(-np.concatenate([best, -np.partition(-scores, K, axis=1)[:, :K]], 1), 1)[:, :K]
+        start, nonzeros, heaviest = start + part.shape[0], nonzeros + part.nnz, max(heaviest, float(part.data.max()))
+    np.save(data / "true.npy", best)
+    facts = {"documents": start, "terms a document": nonzeros / start, "terms a query": asked.nnz / queries}
+    facts |= {"queries": queries, "frequent": frequent, "heaviest": heaviest}
+    (data / "facts.json").write_text(json.dumps(facts))
 
 
-def _pairs(hits: Any) -> Found:
-    return [int(hit.id) for hit in hits], [hit.score for hit in hits]
+def read_parts(data: Path) -> Iterator[Embeddings]:
+    yield from Embeddings.parts(data)
 
 
-def _best(score_N: Any, k: int) -> Found:
-    top = np.argpartition(-score_N, k - 1)[:k]
-    top = top[np.argsort(-score_N[top])]
-    return top.tolist(), score_N[top].tolist()
+def facts_of(data: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((data / "facts.json").read_text())
+    return facts
 
 
-def _faiss(dense_ND: Any, kind: str) -> Any:
-    import faiss
-
-    faiss.omp_set_num_threads(1)
-    index = faiss.IndexFlatIP(DENSE) if kind == "flat" else faiss.IndexHNSWFlat(DENSE, 32, faiss.METRIC_INNER_PRODUCT)
-    index.add(np.ascontiguousarray(dense_ND))
-    if kind == "hnsw":
-        index.hnsw.efSearch = 64
-    return index
+def whole(weights: Any, step: float) -> Any:
+    return np.maximum(np.rint(weights / step), 1).astype(np.uint32)
 
 
-def _from_faiss(result: Any) -> Found:
-    return result[1][0].tolist(), result[0][0].tolist()
+# --------------------------------------------------------------- engines: how to build, and how to search what was built
 
 
-def _seismic(vectors: Any) -> Any:
-    from seismic import SeismicDataset, SeismicIndex, get_seismic_string
-
-    kind, dataset = get_seismic_string(), SeismicDataset()
-    for n in range(vectors.shape[0]):
-        row = vectors[n]
-        dataset.add_document(str(n), row.indices.astype(kind), row.data)
-    return SeismicIndex.build_from_dataset(dataset)
+def stair_build(data: Path, out: Path) -> None:
+    SparseIndex.build(out / "i", read_parts(data))
 
 
-def _seismic_query(index: Any) -> Callable[[Any], Any]:
-    from seismic import get_seismic_string
+def stair_open(out: Path, data: Path) -> Search:
+    index = SparseIndex.open(out / "i")
 
-    return lambda row: (row.indices.astype(get_seismic_string()), row.data)
+    def search(terms: Any, weights: Any) -> tuple[list[int], list[float]]:
+        hits = index.search(sparse.csr_matrix((weights, terms, [0, len(terms)]), (1, V)), K)
+        return [int(hit.id) for hit in hits], [hit.score for hit in hits]
+
+    return search
 
 
-def _seismic_search(index: Any, k: int) -> Callable[[Any], Found]:
-    def search(query: Any) -> Found:
-        found = index.search("0", query[0], query[1], k, query_cut=40, heap_factor=0.7)
+def seismic_build(data: Path, out: Path) -> None:
+    from seismic import SeismicDataset, SeismicIndex
+
+    dataset = SeismicDataset()
+    for part in read_parts(data):
+        csr = part.vectors
+        dataset.add_documents_by_id(list(part.ids), csr.indices.astype(np.int64), csr.data, csr.indptr.astype(np.int64))
+    SeismicIndex.build_from_dataset(dataset, num_threads=1).save(str(out / "i"))
+
+
+def seismic_open(out: Path, data: Path) -> Search:
+    from seismic import SeismicIndex, get_seismic_string
+
+    index = SeismicIndex.load(str(out / "i.index.seismic"))
+
+    def search(terms: Any, weights: Any) -> tuple[list[int], list[float]]:
+        words = terms.astype(get_seismic_string())
+        found = index.search("0", words, weights, K, query_cut=40, heap_factor=0.7)
         return [int(row[2]) for row in found], [float(row[1]) for row in found]
 
     return search
 
 
-def measure(made: dict[str, dict[str, Any]], vectors: Any, queries: Any, k: int) -> list[dict[str, Any]]:
-    """Times every engine on every query, in turns, and checks what it found."""
-    cpu, wall = ({name: list[float]() for name in made} for _ in range(2))
-    right: dict[str, list[float]] = {name: [] for name in made}
-    exact = vectors.astype(np.float64)
-    for n in range(queries.shape[0]):
-        exact_N = exact @ queries[n].toarray().ravel().astype(np.float64)
-        true = np.sort(exact_N)[::-1][:k]
-        bar = true[true > 0][-1] * (1 - 1e-6) if (true > 0).any() else np.inf
-        for name, engine in made.items():
-            prepared = engine["prepare"](queries[n])
-            engine["search"](prepared)  # once unmeasured: every engine finds its own data in the cache
-            began, started = time.process_time(), time.perf_counter()
-            ids, _ = engine["search"](prepared)
-            cpu[name].append(time.process_time() - began)
-            wall[name].append(time.perf_counter() - started)
-            right[name].append(float((exact_N[ids] >= bar).sum()) / max(1, (true > 0).sum()))
-    base = np.median(cpu["scipy csr"]) if "scipy csr" in cpu else float("nan")
-    return [
-        {
-            "engine": name,
-            "p50_cpu_ms": 1e3 * np.median(cpu[name]),
-            "p99_cpu_ms": 1e3 * np.percentile(cpu[name], 99),
-            "p50_wall_ms": 1e3 * np.median(wall[name]),
-            "p99_wall_ms": 1e3 * np.percentile(wall[name], 99),
-            "of_scipy": np.median(cpu[name]) / base,
-            "recall": float("nan") if "faiss" in name else float(np.mean(right[name])),
-            "docs_per_s": vectors.shape[0] / max(engine["seconds"], 1e-9),
-            "bytes_per_doc": engine["bytes"],
-        }
-        for name, engine in made.items()
+def pisa_build(data: Path, out: Path) -> None:
+    """As pyterrier_pisa's `PisaToksIndexer` writes it, without a dictionary for each document."""
+    from pyterrier_pisa import _pisathon
+
+    facts, columns, lengths, start = facts_of(data), [], [], 0
+    for part in read_parts(data):
+        steps = whole(part.vectors.data, facts["heaviest"] / STEPS)
+        csc = sparse.csr_matrix((steps, part.vectors.indices, part.vectors.indptr), part.vectors.shape).tocsc()
+        columns.append((csc.indptr, (csc.indices + start).astype(np.uint32), csc.data.astype(np.uint8)))
+        lengths.append(np.add.reduceat(steps, part.vectors.indptr[:-1]).astype(np.uint32))
+        start += len(part)
+    names = [f"{v}" for v in range(V)]
+    with (out / "inv.docs").open("wb") as documents, (out / "inv.freqs").open("wb") as weights:
+        documents.write(np.array([1, start], np.uint32).tobytes())
+        held = []
+        for v in sorted(range(V), key=names.__getitem__):
+            lists = [(docs[a:b], steps[a:b]) for p, docs, steps in columns for a, b in [(p[v], p[v + 1])] if b > a]
+            if lists:
+                held.append(names[v])
+                for file, each in zip((documents, weights), zip(*lists, strict=True), strict=True):
+                    joined = np.concatenate(each).astype(np.uint32)
+                    file.write(np.array([len(joined)], np.uint32).tobytes() + joined.tobytes())
+    (out / "inv.sizes").write_bytes(np.concatenate([[start], *lengths]).astype(np.uint32).tobytes())
+    for name, lines in (("documents", map(str, range(start))), ("terms", held)):
+        (out / f"fwd.{name}").write_text("".join(f"{line}\n" for line in lines))
+        _pisathon.build_binlex(str(out / f"fwd.{name}"), str(out / f"fwd.{name[: -1 if name == 'terms' else 3]}lex"))
+    about = {"type": "sparse_index", "format": "pisa", "package_hint": "pyterrier-pisa", "stemmer": "none"}
+    (out / "pt_meta.json").write_text(json.dumps(about))
+    pisa_open(out, data)(np.array([0, 1]), np.ones(2, np.float32))  # compresses the postings
+
+
+def pisa_open(out: Path, data: Path, algorithm: str = "block_max_wand") -> Search:
+    from pyterrier_pisa import PisaIndex, _pisathon
+
+    index = PisaIndex(str(out), text_field="toks", stemmer="none", stops="none").quantized(num_results=K, toks_scale=1)
+    texts, numbers = np.empty(K, object), [np.empty(K, kind) for kind in (np.int32, np.int32, np.float32)]
+
+    def search(terms: Any, weights: Any) -> tuple[list[int], list[float]]:
+        steps = whole(weights, weights.max() / STEPS)
+        query = {str(v): float(step) for v, step in zip(terms.tolist(), steps.tolist(), strict=True)}
+        options = {"k": K, "threads": 1, "query_weighted": 1, "pretokenised": True, "result_docnos": texts}
+        results = dict(zip(("result_qidxs", "result_ranks", "result_scores"), numbers, strict=True))
+        size = _pisathon.retrieve(index._ctxt, algorithm, [(0, query)], **options, **results)
+        return [int(name) for name in texts[:size]], numbers[2][:size].tolist()
+
+    return search
+
+
+def pisa_maxscore_open(out: Path, data: Path) -> Search:
+    return pisa_open(out, data, "maxscore")
+
+
+def bmp_build(data: Path, out: Path) -> None:
+    import bmp
+
+    step, indexer = facts_of(data)["heaviest"] / STEPS, bmp.Indexer(str(out / "i"), 32, False)
+    for part in read_parts(data):
+        terms, steps = part.vectors.indices.tolist(), whole(part.vectors.data, step).tolist()
+        names = [str(v) for v in range(V)]
+        for n, name in enumerate(part.ids):
+            row = slice(part.vectors.indptr[n], part.vectors.indptr[n + 1])
+            indexer.add_document(name, {names[v]: s for v, s in zip(terms[row], steps[row], strict=True)})
+    indexer.finish()
+
+
+def bmp_open(out: Path, data: Path) -> Search:
+    import bmp
+
+    index = bmp.Searcher(str(out / "i"))
+
+    def search(terms: Any, weights: Any) -> tuple[list[int], list[float]]:
+        query = {str(v): float(w) for v, w in zip(terms.tolist(), weights.tolist(), strict=True)}
+        names, scores = index.search(query, K, 1.0, 1.0)
+        return [int(name) for name in names], list(scores)
+
+    return search
+
+
+def qdrant_build(data: Path, out: Path) -> None:
+    import qdrant_edge as edge
+
+    config = edge.EdgeConfig(sparse_vectors={"terms": edge.EdgeSparseVectorParams()})
+    (out / "i").mkdir()
+    shard, number = edge.EdgeShard.create(str(out / "i"), config), 0
+    for part in read_parts(data):
+        for start in range(0, len(part), 1_000):
+            rows = part.vectors[start : start + 1_000]
+            vectors = [edge.SparseVector(row.indices.tolist(), row.data.tolist()) for row in rows]
+            points = [edge.Point(number + n, {"terms": vector}, {}) for n, vector in enumerate(vectors)]
+            shard.update(edge.UpdateOperation.upsert_points(points))
+            number += len(points)
+    shard.optimize()
+    shard.close()
+
+
+def qdrant_open(out: Path, data: Path) -> Search:
+    import qdrant_edge as edge
+
+    shard = edge.EdgeShard.load(str(out / "i"))
+
+    def search(terms: Any, weights: Any) -> tuple[list[int], list[float]]:
+        vector = edge.SparseVector(terms.tolist(), weights.tolist())
+        found = shard.query(edge.QueryRequest(K, query=edge.Query.Nearest(vector, "terms")))
+        return [int(point.id) for point in found], [point.score for point in found]
+
+    return search
+
+
+def milvus_build(data: Path, out: Path) -> None:
+    from pymilvus import DataType, MilvusClient
+
+    client = MilvusClient(str(out / "i.db"))
+    schema = client.create_schema(auto_id=False)
+    schema.add_field("id", DataType.INT64, is_primary=True)
+    schema.add_field("terms", DataType.SPARSE_FLOAT_VECTOR)
+    params = client.prepare_index_params()
+    params.add_index("terms", index_type="SPARSE_INVERTED_INDEX", metric_type="IP")
+    client.create_collection("c", schema=schema, index_params=params)
+    number = 0
+    for part in read_parts(data):
+        for start in range(0, len(part), 1_000):
+            rows = [
+                dict(zip(r.indices.tolist(), r.data.tolist(), strict=True)) for r in part.vectors[start : start + 1_000]
+            ]
+            client.insert("c", [{"id": number + n, "terms": row} for n, row in enumerate(rows)])
+            number += len(rows)
+    client.close()
+
+
+def milvus_open(out: Path, data: Path) -> Search:
+    from pymilvus import MilvusClient
+
+    client = MilvusClient(str(out / "i.db"))
+    client.load_collection("c")
+
+    def search(terms: Any, weights: Any) -> tuple[list[int], list[float]]:
+        vector = dict(zip(terms.tolist(), weights.tolist(), strict=True))
+        [found] = client.search("c", [vector], anns_field="terms", limit=K, search_params={"metric_type": "IP"})
+        return [hit["id"] for hit in found], [hit["distance"] for hit in found]
+
+    return search
+
+
+ENGINES: dict[str, tuple[str, Callable[[Path, Path], None], Callable[[Path, Path], Search]]] = {
+    "stair": ("exact", stair_build, stair_open),
+    "pisa": ("exact for weights of 8 bits, block-max WAND", pisa_build, pisa_open),
+    "pisa-maxscore": ("exact for weights of 8 bits, MaxScore", pisa_build, pisa_maxscore_open),
+    "bmp": ("exact for weights of 8 bits", bmp_build, bmp_open),
+    "qdrant": ("exact", qdrant_build, qdrant_open),
+    "milvus": ("exact", milvus_build, milvus_open),
+    "seismic": ("approximate", seismic_build, seismic_open),
+}
+
+
+# ----------------------------------------------------------------- measure
+
+
+def step(engine: str, phase: str, data: Path) -> dict[str, Any]:
+    """Builds or searches, in this process."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    out, (_, build, opened) = data / engine.split("-")[0], ENGINES[engine]
+    result: dict[str, Any] = {}
+    if phase == "build":
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        start, wall = time.process_time(), time.perf_counter()
+        build(data, out)
+        result["build_s"], result["build_wall_s"] = time.process_time() - start, time.perf_counter() - wall
+        result["bytes"] = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        return result | {"build_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10}
+    search, queries = opened(out, data), sparse.load_npz(data / "queries.npz")
+    rows = [(row.indices.astype(np.int64), row.data) for row in queries]
+    found = [search(*row)[0] for row in rows]
+    cpu, wall_times = [], []
+    for row in rows:
+        start, wall = time.process_time(), time.perf_counter()
+        search(*row)
+        cpu.append(time.process_time() - start)
+        wall_times.append(time.perf_counter() - wall)
+    for name, times in (("", cpu), ("wall_", wall_times)):
+        result |= {f"{name}p50_ms": 1e3 * np.median(times), f"{name}p99_ms": 1e3 * np.percentile(times, 99)}
+    result["mean_ms"] = 1e3 * np.mean(cpu)
+    if engine == "stair":
+        index = SparseIndex.open(out / "i")
+        index.search_many(queries, K)
+        start = time.process_time()
+        index.search_many(queries, K)
+        result["many_ms"] = 1e3 * (time.process_time() - start) / len(rows)
+    result["search_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return result | {"recall": recall(data, queries, found[:TRUE])}
+
+
+def recall(data: Path, queries: Any, found: list[list[int]]) -> float:
+    """Share of the true ten hits, by the true scores of what was found."""
+    best, right, start = np.load(data / "true.npy"), np.zeros(len(found)), 0
+    dense_VQ = queries[: len(found)].toarray().T.astype(np.float64)
+    for part in read_parts(data):
+        for q, ids in enumerate(found):
+            here = [n - start for n in ids if start <= n < start + len(part)]
+            if here:
+                scores = part.vectors[here].astype(np.float64) @ dense_VQ[:, q]
+                right[q] += (scores >= best[q, -1] * (1 - 1e-6)).sum()
+        start += len(part)
+    return float(right.mean() / K)
+
+
+def run(data: Path, engines: list[str], limit: int) -> None:
+    """Each engine and phase in a process; a result, or why there is none, is a line of results.jsonl."""
+    for engine in engines:
+        result: dict[str, Any] = {"engine": engine, "load": os.getloadavg()[0]}
+        built = engine == "pisa-maxscore"  # of what was built for `pisa`
+        for phase in ("search",) if built else ("build", "search"):
+            command = [sys.executable, __file__, "step", str(data), "--engines", engine, "--phase", phase]
+            one = {name: "1" for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "NUMBA_NUM_THREADS")}
+            try:
+                done = subprocess.run(command, env=os.environ | one, capture_output=True, text=True, timeout=limit)
+                if done.returncode:
+                    raise RuntimeError(f"exit {done.returncode}: {done.stderr.strip()[-300:]}")
+                result |= json.loads(done.stdout.splitlines()[-1])
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                result["failed"] = (
+                    f"{phase}: {str(error)[-300:]}" if isinstance(error, RuntimeError) else f"{phase}: {limit} s"
+                )
+                break
+        print(json.dumps(result), flush=True)
+        with (data / "results.jsonl").open("a") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+def table(data: Path) -> None:
+    """The last result of each engine, as Markdown."""
+    facts, rows = facts_of(data), {}
+    for line in (data / "results.jsonl").read_text().splitlines():
+        rows[json.loads(line)["engine"]] = json.loads(line)
+    about = ", ".join(
+        f"{value:,.4g} {name}" if name != "documents" else f"{value:,} {name}" for name, value in facts.items()
+    )
+    columns = [
+        "Engine",
+        "Scores",
+        "p50 ms",
+        "p99 ms",
+        "Recall@10",
+        "Build s",
+        "Bytes per document",
+        "Memory: build, search",
     ]
+    print(f"{about}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for engine, row in rows.items():
+        if "failed" in row:
+            print(f"| {engine} | {ENGINES[engine][0]} | – | – | – | {row['failed']} | – | – |")
+            continue
+        built = rows["pisa"] if engine == "pisa-maxscore" else row
+        memory = ", ".join(f"{each / 2**30:.2f} GiB" for each in (built["build_memory"], row["search_memory"]))
+        times = f"{row['p50_ms']:.2f} | {row['p99_ms']:.2f} | {row['recall']:.3f} | {built['build_s']:,.0f}"
+        print(f"| {engine} | {ENGINES[engine][0]} | {times} | {built['bytes'] / facts['documents']:,.0f} | {memory} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--embeddings", help="what `stair embed` wrote; synthetic ones where left out")
-    parser.add_argument(
-        "--queries_from", help="embeddings whose rows are the queries; the documents' own where left out"
-    )
-    parser.add_argument("--documents", type=int, default=100_000)
+    parser.add_argument("command", choices=["make", "run", "step", "table"])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--documents", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=500)
-    parser.add_argument("--nnz", type=int, default=138)
-    parser.add_argument("--query_nnz", type=int, default=40)
-    parser.add_argument("--k", type=int, default=10)
-    parser.add_argument("--engines", default="stair,scipy csr,faiss flat 512-d,faiss hnsw 512-d,seismic")
-    parser.add_argument("--json", help="append the rows to this file, one JSON object a line")
+    parser.add_argument("--lengths", type=int, nargs=2, default=(100, 30), help="draws of a document, and of a query")
+    parser.add_argument("--frequent", type=float, default=0.0, help="share of draws from all terms instead of a topic")
+    parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--phase", default="")
+    parser.add_argument("--limit", type=int, default=600, help="seconds of a phase at most")
     options = parser.parse_args()
-    if options.embeddings:
-        loaded = Embeddings.load(options.embeddings)
-        asked = Embeddings.load(options.queries_from) if options.queries_from else loaded
-        # compared by dot product here, so that every engine gets the same comparable rows
-        space = EmbeddingSpace(loaded.space.model, "dot", loaded.space.tokens)
-        vectors, queries = (sparse.csr_matrix(e.space.comparable(e.vectors)) for e in (loaded, asked))
-        repeat = -(-options.documents // vectors.shape[0])
-        vectors = sparse.vstack([vectors] * repeat, "csr")[: options.documents]
-        print(f"real embeddings, {len(loaded)} of them, repeated {repeat} times")
+    if options.command == "make":
+        make(options.data, options.documents, options.queries, tuple(options.lengths), options.frequent)
+    elif options.command == "run":
+        run(options.data, options.engines.split(","), options.limit)
+    elif options.command == "step":
+        print(json.dumps(step(options.engines, options.phase, options.data)))
     else:
-        space = EmbeddingSpace("synthetic", "dot", tuple(f"w{v}" for v in range(WORDS)))
-        vectors, queries = synthetic(options.documents, options.queries, options.nnz, options.query_nnz)
-    queries = queries[: options.queries]
-    folder = Path(tempfile.mkdtemp(prefix="search-"))
-    try:
-        _warm_up(folder, space)
-        made = engines(vectors, space, options.k, folder, options.engines.split(","))
-        rows = measure(made, vectors, queries, options.k)
-    finally:
-        shutil.rmtree(folder)
-    bounds = pairwise(vectors.indptr.tolist())
-    facts = {
-        "documents": vectors.shape[0],
-        "distinct": len({vectors.indices[a:b].tobytes() + vectors.data[a:b].tobytes() for a, b in bounds}),
-        "nnz": vectors.nnz / vectors.shape[0],
-        "queries": queries.shape[0],
-        "query_nnz": queries.nnz / queries.shape[0],
-        "k": options.k,
-        "python": platform.python_version(),
-        "load": os.getloadavg()[0],
-    }
-    print(json.dumps(facts))
-    print(f"{'engine':18}" + "".join(f"{key:>15}" for key in rows[0] if key != "engine"))
-    for row in rows:
-        print(f"{row['engine']:18}" + "".join(f"{value:15.4g}" for key, value in row.items() if key != "engine"))
-    if options.json:
-        with open(options.json, "a") as file:
-            file.writelines(json.dumps({**facts, **row}) + "\n" for row in rows)
+        table(options.data)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

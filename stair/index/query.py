@@ -81,14 +81,17 @@ def queries_of_rows(rows: Any, space: EmbeddingSpace) -> list[Query]:
     if not (sparse.issparse(rows) or isinstance(rows, np.ndarray)):
         given = f"query is a {type(rows).__name__}"
         raise SettingError(f"{given}; give a text, a picture (PIL.Image.open(path)), or rows of weights", "query")
-    csr = sparse.csr_matrix(rows, dtype=np.float32, copy=True)
+    csr = sparse.csr_matrix(rows, dtype=np.float32)
     if csr.shape[1] != len(space.tokens):
         raise SettingError(f"query of shape {csr.shape}; give rows of {len(space.tokens)} weights", "query")
-    if wrong := np.flatnonzero(~np.isfinite(csr.data)).tolist():
-        row = int(np.searchsorted(csr.indptr, wrong[0], side="right"))
+    if not np.isfinite(csr.data).all():
+        wrong = np.flatnonzero(~np.isfinite(csr.data))[0]
+        row = int(np.searchsorted(csr.indptr, wrong, side="right"))
         raise SettingError(f"a weight of query {row} is not finite", "query")
-    csr.sum_duplicates()
-    csr.eliminate_zeros()
+    if not csr.has_canonical_format or not csr.data.all():
+        csr = csr.copy()
+        csr.sum_duplicates()
+        csr.eliminate_zeros()
     terms = csr.indices.astype(np.int64)
     return [_query(terms[a:b], csr.data[a:b], space) for a, b in pairwise(csr.indptr.tolist())]
 

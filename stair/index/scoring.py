@@ -76,7 +76,7 @@ def _search_all(
     scores, documents, count = best
     for b in range(len(start) - 1):
         terms, weights = terms_P[start[b] : start[b + 1]], weights_P[start[b] : start[b + 1]]
-        rank_Q, factor_Q, unit, rest, slack = _factors(known, terms, weights)
+        rank_Q, factor_Q, unit, rest, slack = _factors(known, len(dense_V) - len(known[0]), terms, weights)
         if len(rank_Q):
             dense_V[terms] = weights
             found = scores[b], documents[b], count[b : b + 1]
@@ -84,14 +84,19 @@ def _search_all(
             dense_V[terms] = 0
 
 
-def _factors(known: Arrays2, terms_Q: Array, weights_Q: Array) -> tuple[Array, Array, float, float, float]:
+def _factors(
+    known: Arrays2, missing: int, terms_Q: Array, weights_Q: Array
+) -> tuple[Array, Array, float, float, float]:
     """Ranks in the segment of the terms that are counted, integer factors of their bytes, and the factors' unit.
 
     In units: what terms that are not counted add to a score at most, and by how much a bound is above a score at most.
     """
     terms_U, scale_U = known
-    rank_Q = np.minimum(np.searchsorted(terms_U, terms_Q), len(terms_U) - 1)
-    present_Q = (terms_U[rank_Q] == terms_Q) & (weights_Q != 0) if len(terms_U) else np.zeros(len(terms_Q), np.bool_)
+    rank_Q = np.zeros(len(terms_Q), np.int64)
+    for q in range(len(terms_Q)):  # few terms are missing: the rank is nearly the term itself
+        low = max(terms_Q[q] - missing, 0)
+        rank_Q[q] = min(low + np.searchsorted(terms_U[low : terms_Q[q] + 1], terms_Q[q]), len(terms_U) - 1)
+    present_Q = terms_U[rank_Q] == terms_Q if len(terms_U) else np.zeros(len(terms_Q), np.bool_)
     rank_Q = rank_Q[present_Q]
     value_Q = weights_Q[present_Q].astype(np.float64) * scale_U[rank_Q] * 255
     total, rest, below = np.abs(value_Q).sum(), 0.0, 0.0
@@ -130,7 +135,7 @@ def _search_blocks(
     for block in range(blocks):
         begin, size = block * BLOCK, min(BLOCK, total - block * BLOCK)
         for q in range(len(rank_Q)):
-            _add(bound, postings, rank_Q[q] * blocks + block, factor_Q[q])
+            _add(bound, _run(postings, rank_Q[q] * blocks + block), factor_Q[q])
         for i in range(len(allowed[begin : begin + size])):
             bound[i] *= allowed[begin + i]
         chunks, high = (size + _CHUNK - 1) // _CHUNK, 0
@@ -178,15 +183,20 @@ def _exact(document: int, rows: Arrays3, dense_V: Array) -> float:
     return score
 
 
-def _add(bound: Array, postings: Arrays4, run: int, factor: int) -> None:
+def _run(postings: Arrays4, run: int) -> Arrays2:
+    """Documents and bytes of a run; a full one, or an empty one, has no documents."""
     run_start, number_start, documents, bytes_S = postings
-    numbers, held = documents[number_start[run] : number_start[run + 1]], bytes_S[run_start[run] : run_start[run + 1]]
+    return documents[number_start[run] : number_start[run + 1]], bytes_S[run_start[run] : run_start[run + 1]]
+
+
+def _add(bound: Array, run: Arrays2, factor: int) -> None:
+    numbers, held = run
     # of a negative factor only byte - 1 is certain, and of a byte of 0, which is no posting, nothing at all
     down = np.int32(1) if factor < 0 else np.int32(0)
     if len(numbers):
         for i in range(min(len(numbers), len(held))):
             bound[numbers[i]] += (factor * (np.int32(held[i]) - down) + 255) >> 8
-    else:  # a full run, or an empty one
+    else:
         for i in range(min(len(held), BLOCK)):
             bound[i] += np.int32(np.int32(factor * (max(np.int32(held[i]), down) - down)) + np.int32(255)) >> 8
 
@@ -195,6 +205,6 @@ _CHUNK = 128
 _RANGE, _TERMS = 30_000, 512  # sum of all terms at most, and the most terms, so that a bound stays within 16 bits
 _own = threading.local()
 _njit = import_extra("numba", "numba", "search").njit
-for _function in (_factors, _floor, _insert, _exact, _add, _search_blocks):
+for _function in (_factors, _floor, _insert, _exact, _run, _add, _search_blocks):
     globals()[_function.__name__] = _njit(cache=True)(_function)
 _search: Any = _njit(cache=True, nogil=True)(_search_all)

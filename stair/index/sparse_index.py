@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from PIL.Image import Image
 from scipy import sparse
 
@@ -242,7 +241,10 @@ class SparseIndex:
             search_segment(arrays, (start, terms, weights), len(self.space.tokens), allowed_N[begin:end], begin, best)
         which, place = np.nonzero(best.documents >= 0)
         numbers, scores = best.documents[which, place], best.scores[which, place].tolist()
-        names = state.documents.ids.take(pa.array(numbers)).to_pylist()
+        ids = state.documents.ids
+        names = [
+            ids[n].as_py() for n in numbers.tolist()
+        ]  # `take` would copy all ids, where they lie in several chunks
         hits = [
             Hit(name, score, n, queries[b], state)
             for name, score, n, b in zip(names, scores, numbers.tolist(), which.tolist(), strict=True)
