@@ -96,7 +96,9 @@ def test_a_stalled_run_ends_with_rank_place_and_stack(start, where, expected, fr
 def test_the_first_batch_has_no_more_time_than_the_limit_in_a_resumed_run_either(start, resumed):
     process, log = start("first batch", resumed)
     process.join(40)
-    assert process.exitcode == 70 and re.search(r"for 2 s\. Last activity: waiting for the first batch", log.read_text())
+    assert process.exitcode == 70 and re.search(
+        r"for 2 s\. Last activity: waiting for the first batch", log.read_text()
+    )
 
 
 @pytest.mark.slow
