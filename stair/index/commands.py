@@ -54,7 +54,7 @@ def index(
         opened.verify()
     facts = opened.facts
     each = facts["bytes"] / max(1, facts["documents"])
-    size = f"{facts['documents']} documents, {facts['bytes']} bytes ({each:.0f} a document)"
+    size = f"{facts['documents']} documents, {facts['bytes']:,} bytes ({each:,.0f} per document)"
     print(f"{folder}: {size}, {facts['similarity']}, model {facts['model'][:12]}")
     return {"index": str(folder), **facts}
 
