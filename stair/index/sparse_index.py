@@ -171,7 +171,7 @@ class SparseIndex:
     def search_many(
         self, queries: Any, k: int = 10, *, where: str | Sequence[str] = (), threads: int = 1
     ) -> list[Hits]:
-        """The hits of many queries, those of `search` for each, several times faster than one by one.
+        """The hits of many queries, those of `search` for each, without the cost of a call for each.
 
         Args:
             queries: texts or pictures (PIL), encoded in batches; weights (B, V): CSR, a tensor or an array; or a list of
