@@ -49,7 +49,7 @@ def search_page(backend: str) -> tuple[Markup, str]:
     script = asset(backend) + asset("search.js")
     policy = (
         f"default-src 'none'; script-src 'sha256-{_digest(script)}'; style-src 'unsafe-inline'; "
-        "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'self'"
+        "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'self'"
     )
     return render("search.html", script=script, policy=policy, server=backend == "server.js"), policy
 

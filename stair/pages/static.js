@@ -197,10 +197,11 @@ class StaticIndex {
 }
 // terms are read on together whose bound for a byte is at least so much of the greatest; documents that are scored at a
 // time; bytes before which it is worth scoring some
-const GREED = 0.3, MORE = 16, DEAR = 40e3;
+const GREED = 0.3, MORE = 12, DEAR = 40e3;
 const inflated = async data => {
-  const stream = new Blob([data]).stream().pipeThrough(new DecompressionStream('deflate'));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
+  const stream = new DecompressionStream('deflate'), writer = stream.writable.getWriter();
+  const done = [writer.write(new Uint8Array(data)), writer.close(), new Response(stream.readable).arrayBuffer()];
+  return new Uint8Array((await Promise.all(done))[2]);
 };
 
 // the k-th highest of the numbers at some places, or 0
@@ -250,8 +251,8 @@ const backend = {
   },
   picture: async hit => {
     if (!thumbnails.has(hit.n)) {
-      const blob = new Blob([await fetched('thumbnails.bin', ...hit.picture)], {type: 'image/jpeg'});
-      thumbnails.set(hit.n, URL.createObjectURL(blob));
+      const bytes = new Uint8Array(await fetched('thumbnails.bin', ...hit.picture));
+      thumbnails.set(hit.n, 'data:image/jpeg;base64,' + btoa(String.fromCharCode(...bytes)));
     }
     return thumbnails.get(hit.n);
   },
