@@ -18,8 +18,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from scipy import sparse
 
-from benchmarks.search import WORDS, synthetic
+from benchmarks.search import generate
+from benchmarks.search_engines import V
 from stair.embeddings import Embeddings, EmbeddingSpace
 from stair.index import SparseIndex
 from tests.support import engines
@@ -30,8 +32,9 @@ HEADS = ["Engine", "Weights", "Right hits", "Largest score difference", "Build s
 
 def main(count: int, asked: int, record: Path, *chosen: str) -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core, for servers too
-    vectors, wanted = synthetic(count, asked, 138, 40)
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{v}" for v in range(4, WORDS))]
+    wanted, *parts = generate(count, asked, (138, 40), 0.0)
+    vectors = sparse.vstack(parts, "csr")
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{v}" for v in range(4, V))]
     space, exact = EmbeddingSpace("m" * 64, "dot", tuple(names)), vectors.astype(np.float64)
     with tempfile.TemporaryDirectory() as folder, record.open("a", encoding="utf-8") as file:
         index = SparseIndex.build(Path(folder) / "index", Embeddings(vectors, [str(n) for n in range(count)], space))
