@@ -27,7 +27,6 @@ import torch
 from playwright.sync_api import sync_playwright
 from scipy import sparse
 
-from benchmarks.search import WORDS, synthetic
 from stair import SparseIndex, Stair
 from stair.data.pairs import EvaluationPairs
 from stair.embeddings import Embeddings, EmbeddingSpace
@@ -35,6 +34,7 @@ from stair.export.target import Row
 from stair.export.web import EXPANSION, _thumbnail, web
 from stair.images import MAX_PIXELS
 
+WORDS, TOPICS, TOPIC_WORDS = 30_522, 2_000, 400
 TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{v}" for v in range(5, WORDS)))
 LOADED = "performance.getEntriesByType('resource').filter(e => e.name.startsWith('http')).map(e => e.transferSize)"
 ASK = """async given => {
@@ -55,7 +55,7 @@ ASK = """async given => {
 def collection(documents: int) -> sparse.csr_matrix:
     """Half of a document's terms are of its topics; half are drawn from all terms, which are as frequent as Zipf says."""
     generator = np.random.default_rng(0)
-    topical, _ = synthetic(documents, 0, 45, 6)
+    topical = sparse.vstack(list(_topical(documents)), "csr")
     share = np.arange(1, len(TOKENS) - 4) ** -0.8
     common = generator.choice(5 + generator.permutation(len(share)), (documents, 45), p=share / share.sum())
     weights = np.log1p(generator.gamma(2.0, 0.5, common.shape)).astype(np.float32)
@@ -63,6 +63,25 @@ def collection(documents: int) -> sparse.csr_matrix:
     frequent = sparse.csr_matrix((weights.ravel(), common.ravel(), starts), shape=(documents, len(TOKENS)))
     frequent.sum_duplicates()
     return topical.maximum(frequent).tocsr()
+
+
+def _topical(documents: int) -> Iterator[sparse.csr_matrix]:
+    """45 terms of three topics; terms of a topic, and topics, are as frequent as Zipf says, rarer terms weigh more."""
+    generator = np.random.default_rng(0)
+    words_TW = np.stack([generator.choice(WORDS, TOPIC_WORDS, replace=False) for _ in range(TOPICS)])
+    zipf = 1 / np.arange(1, TOPIC_WORDS + 1) ** 0.8
+    share = 1 / np.arange(1, TOPICS + 1) ** 0.6
+    for first in range(0, documents, 50_000):
+        shape = (min(50_000, documents - first), 45)
+        topic = generator.choice(TOPICS, (shape[0], 3), p=share / share.sum())
+        which = generator.choice(3, shape, p=[0.6, 0.3, 0.1])
+        place = generator.choice(TOPIC_WORDS, shape, p=zipf / zipf.sum())
+        word = words_TW[np.take_along_axis(topic, which, 1), place]
+        weight = np.log1p(generator.gamma(2.0, 0.5, shape) * (1 + place / 80)).astype(np.float32)
+        starts = np.arange(shape[0] + 1) * 45
+        matrix = sparse.csr_matrix((weight.ravel(), word.ravel(), starts), shape=(shape[0], WORDS), dtype=np.float32)
+        matrix.sum_duplicates()
+        yield matrix
 
 
 def build(folder: Path, documents: int) -> None:
