@@ -23,7 +23,7 @@ from lightning_modules.run_folder import save_last
 from lightning_modules.stage import StairStage
 from stair.batch import Batch
 from stair.errors import TrainingError, require
-from stair.plain import one_line
+from stair.plain import counted, one_line
 
 _NEAR_CHANCE, _WIDE_LOGITS, _DENSE, _KEYS_SHOWN, _SLOW_BF16 = 0.01, 3.0, 0.5, 20, 2.0
 _SPARSER = "a lower objective.flops_image and objective.flops_text, or a longer objective.flops_ramp_steps"
@@ -184,7 +184,7 @@ class Health(Callback):
         if _weights_finite(trainer):
             saved = f"the state without these steps is saved in {save_last(trainer)}"
         raise TrainingError(
-            f"{reason}, in {in_a_row} consecutive steps; {saved}. Check these samples, lower optimizer.lr, or change "
+            f"{reason}, in {counted(in_a_row, 'consecutive step')}; {saved}. Check these samples, lower optimizer.lr, or change "
             "trainer.precision from 16-mixed to bf16-mixed. Then run the same command with --ckpt_path last"
         )
 

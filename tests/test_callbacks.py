@@ -338,7 +338,7 @@ def not_a_number(step):
 
 @pytest.mark.filterwarnings("ignore:the loss is not finite")
 def test_steps_whose_loss_is_not_finite_are_forgiven_so_many_times_on_end(vocabulary, tmp_path):
-    with pytest.warns(UserWarning, match=r"not finite at step 2; .*more than health.skip=2 in a row") as seen:
+    with pytest.warns(UserWarning, match=r"not finite at step 2; .*more than health.skip=2 consecutive") as seen:
         logged = fit(vocabulary, tmp_path / "a", Health(every=1, skip=2), not_a_number)
     assert logged["health/skipped_steps"] == {1: 1, 3: 2, 5: 3}
     assert len([w for w in seen if "not finite" in str(w.message)]) == 3
@@ -355,7 +355,7 @@ def test_the_pairs_whose_embeddings_are_broken_are_named(vocabulary, tmp_path):
         broken[2, 5] = float("inf")
         return {"image_BV": broken, "loss": torch.tensor(float("nan"), requires_grad=True)}
 
-    with pytest.raises(RuntimeError, match=r"the batch of rank 0 was shard-0/2, and 1 steps in a row"):
+    with pytest.raises(RuntimeError, match=r"the batch of rank 0 was shard-0/2, in 1 consecutive step"):
         fit(vocabulary, tmp_path, Health(every=1, skip=0), says)
 
 

@@ -77,7 +77,7 @@ EXTRAS = {
     "stair/data/doctor.py": ["train"],
     "stair/cli.py": ["train"],
     **{path: ["train"] for path in ("callbacks", "datamodules", "lightning_modules", "training", "main.py", "demo.py")},
-    "tests": ["dev", "export", "openclip"],
+    "tests": ["dev", "export", "openclip", "engines"],
 }
 #: where the name differs and the package may not be installed; torch brings triton, and lightning-sdk is only looked for
 NAMES = {"open_clip": "open-clip-torch", "triton": "torch", "lightning_sdk": "torch"}
@@ -196,7 +196,7 @@ def test_the_shell_completes_commands_and_options():
         ("embed m s", ["OUT", "folder of the embeddings"]),
         ("index i e --replace maybe", ["--replace maybe", "true or false"]),
         ("evaluate m d --ks 1", ["--ks 1", "a list"]),
-        ("evaluate m", ["DATA", "NAME=PLACE"]),
+        ("evaluate m", ["DATA", "NAME=PATH"]),
         ("push m me/x", ["LICENCE", "apache-2.0"]),
         ("doctor s --configs", ["--configs", "a value"]),
         ("prepare foldr a b c", ["foldr", "coco", "did you mean folder?"]),
@@ -238,7 +238,7 @@ def test_a_mistake_in_a_setting_is_one_line_with_the_setting_as_typed(args, expe
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        ("embed m fotos o", ["'fotos'", "a folder of pictures", ".csv"]),
+        ("embed m fotos o", ["'fotos'", "a folder of images", ".csv"]),
         ("embed m empty o", ["'empty'", ".jpg", "sub-folders"]),
         ("prepare folder caption.csv empty o", ["caption.csv", "captions.csv"]),
         ("search i", ["--text", "--image", "--words", "--like"]),

@@ -145,7 +145,7 @@ def test_paths_cannot_leave_the_collection(client, path, name):
         ("post", "/api/search", {"json": {"words": {"dog": "x"}}}, 400, "numbers"),
         ("post", "/api/search", {"json": {"words": {"dog": 1}, "k": 10**9}}, 400, "from 1 to"),
         ("post", "/api/search", {"json": {"words": {"dog": 1}, "where": ["colour=red"]}}, 400, "no document has it"),
-        ("get", "/heat", {"params": {"id": "id 0 & é", "words": "x"}}, 400, "json"),
+        ("get", "/heat", {"params": {"id": "id 0 & é", "words": "x"}}, 400, "JSON"),
         ("get", "/nothing", {}, 404, "Not Found"),
     ],
 )
