@@ -184,8 +184,8 @@ class Health(Callback):
         if _weights_finite(trainer):
             saved = f"the state without these steps is saved in {save_last(trainer)}"
         raise TrainingError(
-            f"{reason}, in {counted(in_a_row, 'consecutive step')}; {saved}. Check these samples, lower optimizer.lr, or change "
-            "trainer.precision from 16-mixed to bf16-mixed. Then run the same command with --ckpt_path last"
+            f"{reason}, in {counted(in_a_row, 'consecutive step')}; {saved}. Check these samples, lower optimizer.lr, or "
+            "change trainer.precision from 16-mixed to bf16-mixed. Then run the same command with --ckpt_path last"
         )
 
     def check_first_logits(self, module: LightningModule, deviation: float) -> None:
