@@ -69,7 +69,7 @@ def _settings() -> Iterator[str]:
         heading = ".".join(max(prefixes, key=len)) or groups[title][0][0].lstrip("-")
         yield f"## {'run' if title == 'options' else heading}\n\n{_escaped(title) + '.' if title != 'options' else ''}\n"
         yield from _table(groups[title])
-        if title.startswith("Trains two towers"):
+        if heading == "model":
             yield from _models(lightning_modules)
     own = {name for entries in groups.values() for name, *_ in entries}
     for word in ("validate", "test", "predict"):
