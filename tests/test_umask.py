@@ -5,7 +5,7 @@ import os
 import pytest
 from PIL import Image
 
-from examples.lucene import elasticsearch
+from examples.lucene import export
 from main import main as lightning
 from stair import cli
 from tests.support.runs import stage_args, write_small_scenes
@@ -52,7 +52,7 @@ def test_every_command_gives_its_files_the_mode_of_the_umask(tiny_stair, tmp_pat
         stair("explain", model, out / name, "--image", pictures / "a.png", "--text", "a red ball")
     stair("export", "sqlite", index, out / "index.sqlite")
     stair("export", "qdrant", index, out / "points.jsonl")
-    elasticsearch(index, out / "elasticsearch")
+    export("elasticsearch", index, out / "elasticsearch")
     assert wrong_modes(out, umask) == []
 
 
