@@ -40,13 +40,10 @@ def dictionary(
 
     Prints a summary, and writes dictionary.json and dictionary.html, in which terms can be searched and sorted.
 
-    A term is grounded if at least half of the images where it is active have its word, or one of the same lemma, in a
-    caption, or a share at least twice that of all images; and if the lower end of the 95 % Wilson interval is above the
-    share of all images. It is related if this holds for the words that co-occur with it in captions. Other terms are stop
-    words, codes, or never active.
-
-    Where the JSON of a sample has `boxes`, `[{"names": ["dog"], "box": [left, top, right, bottom]}]` with numbers in 0 to
-    1, the share of terms whose argmax patch is in a box of their word is measured as well.
+    A term is grounded if the captions of at least half of its images have its word or one of the same lemma, or of twice
+    the share of all images; the lower end of the 95 % Wilson interval must exceed that share. It is related if this holds
+    for the words that co-occur with it. Where the JSON of samples has `boxes`, `[{"names": ["dog"], "box": [left, top,
+    right, bottom]}]` with numbers in 0 to 1, the share of argmax patches in a box of the word is measured.
 
     Args:
         model: the folder of an exported model, or its name on the hub.

@@ -46,11 +46,9 @@ def evaluate(
     linear probe is trained if there are a train and a val part (`train-*.tar` and `val-*.tar`, or folders train/ and val/).
 
     Args:
-        model: the folder of an exported model, `open_clip:ARCHITECTURE:CHECKPOINT`, or `sentence_transformers:FOLDER`
-            (extra `openclip`).
+        model: an exported model's folder, `open_clip:ARCHITECTURE:CHECKPOINT`, or `sentence_transformers:FOLDER`.
         data: sets to measure, separated by spaces: each PATH or NAME=PATH, such as mine='shards/val-*.tar'.
-        output: folder for the results; if null, `MODEL-evaluation` next to the model, or in the working directory for a
-            third-party model.
+        output: folder for the results; if null, `MODEL-evaluation` next to the model, or in the working directory.
         split: the part of a folder to measure; by default the first of test, val, train that exists, else all.
         classnames: file with class names for sets without their own: a JSON list, a JSON object with `classes`
             (`FILE:KEY` selects another key), or a `.txt` with one name per line.

@@ -104,12 +104,7 @@ def write_shards(
         raise StairError(f"{source.name} contains no input")
     settings = {"seed": seed if source.shuffled else None, "shard_samples": shard_samples, "max_side": max_side}
     with preparing(out) as state:
-        if source.classnames is not None:
-            known = known_json(out / CLASSNAMES)
-            if known.get("classes", source.classnames) != source.classnames:
-                what = f"{out / CLASSNAMES} lists other classes, and labels are positions in it; give another folder"
-                raise FileError(what, out / CLASSNAMES)
-            write_json(out / CLASSNAMES, {**known, "classes": source.classnames})
+        _write_classnames(out / CLASSNAMES, source.classnames)
         for split, inputs in source.splits.items():
             skipped = source.skipped.get(split, [])
             if not (inputs or skipped):
@@ -131,6 +126,15 @@ def write_shards(
             made = run(jobs, make_shard, state, digest.hexdigest(), workers, max_bad_share, skipped)
             report = {"source": source.name, "fingerprint": digest.hexdigest(), "settings": settings}
             _finish_split(out, state, split, report | {"inputs": len(inputs) + len(skipped)}, *made)
+
+
+def _write_classnames(path: Path, names: list[str] | None) -> None:
+    if names is None:
+        return
+    known = known_json(path)
+    if known.get("classes", names) != names:
+        raise FileError(f"{path} lists other classes, and labels are positions in it; give another folder", path)
+    write_json(path, {**known, "classes": names})
 
 
 def _is_done(out: Path, state: Path, split: str, fingerprint: str) -> bool:
