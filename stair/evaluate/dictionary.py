@@ -69,9 +69,9 @@ def dictionary(
     home = Path(model).resolve() if Path(model).exists() else Path.cwd() / model.replace("/", "-")
     folder = Path(output) if output else home.with_name(f"{home.name}-dictionary")
     folder.mkdir(parents=True, exist_ok=True)  # fails before minutes of measuring
+    corpus = lemmas.held(_captions(cooccurrence)) if cooccurrence else None
     evidence, keys, thumbnails = gather(stair, lemmas, what, limit, batch_size)
-    corpus = lemmas.held(_captions(cooccurrence)) if cooccurrence else evidence.held_NV
-    terms = describe(lemmas, evidence, corpus, stair.similarity)
+    terms = describe(lemmas, evidence, evidence.held_NV if corpus is None else corpus, stair.similarity)
     result = {
         "model": model,
         "data": data,
