@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from datamodules.workers import ReadingLoader, begin
+from datamodules.workers import ReadingLoader, begin, start_server
 
-fork = mp.get_context("fork")
+# as in training: a fork of this process would also have threads of libraries that other tests loaded, which take SIGTERM
+server = mp.get_context("forkserver")
 
 
 def read(pipe):
@@ -23,8 +24,9 @@ def read(pipe):
 
 
 def start():
-    here, there = fork.Pipe()
-    worker = fork.Process(target=read, args=(there,), daemon=True)
+    start_server()
+    here, there = server.Pipe()
+    worker = server.Process(target=read, args=(there,), daemon=True)
     worker.start()
     return worker, here.recv()
 
@@ -60,8 +62,9 @@ def train(pipe):
 
 
 def test_a_reader_ends_when_the_training_process_is_killed():
-    here, there = fork.Pipe()
-    trainer = fork.Process(target=train, args=(there,))
+    start_server()
+    here, there = server.Pipe()
+    trainer = server.Process(target=train, args=(there,))
     trainer.start()
     pid = here.recv()
     os.kill(trainer.pid, signal.SIGKILL)
