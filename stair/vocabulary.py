@@ -110,6 +110,13 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def normalisation(self) -> dict[str, bool]:
+        """Whether texts are lower-cased, lose their accents, and have spaces put around Chinese characters."""
+        of = self._backend.normalizer
+        strip = of.lowercase if of.strip_accents is None else of.strip_accents
+        return {"lowercase": of.lowercase, "strip": strip, "chinese": of.handle_chinese_chars}
+
     def tokenize(self, captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
         """Token ids of captions, cut at `max_tokens`, padded to the longest of them.
 

@@ -160,10 +160,10 @@ def test_an_export_that_breaks_leaves_nothing_and_one_that_ends_is_not_overwritt
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}.keys() == after.keys()
 
 
+# tests/test_engines.py reads that of PostgreSQL from the server
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "postgres"], indirect=True)
 def test_a_users_column_replaces_no_field_of_an_engine(engine, tmp_path):
     name, export = engine
-    if name == "postgres":
-        pytest.skip("tests/test_engines.py reads it from the server")
     taken = {
         "id": "theirs",
         "terms": 1,

@@ -111,11 +111,12 @@ def gather(
     shape = size, len(model.vocabulary)
     pointed = [(n, v, inside) for n, (*_, found) in enumerate(rows) for v, inside in found.items()]
     row, column, inside = np.array(pointed, int).reshape(-1, 3).T
+    flat = [text for own in texts for text in own]
     evidence = Evidence(
         csr_matrix((np.concatenate([each.weights for _, each, _ in rows]), columns, ends), shape),
         csr_matrix((np.concatenate([each.positions + 1 for _, each, _ in rows]), columns, ends), shape),
         csr_matrix((inside, (row, column)), shape),
-        model.encode(texts=[text for own in texts for text in own], batch_size=batch_size),
+        model.encode(texts=tqdm(flat, "captions", unit="caption", disable=None), batch_size=batch_size),
         np.repeat(np.arange(size), [len(own) for own in texts]),
         lemmas.held(texts),
     )

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csc_matrix, csr_matrix
 from scipy.stats import binomtest
+from tqdm import tqdm
 
 from stair.errors import import_extra
 from stair.vocabulary import Vocabulary
@@ -213,7 +214,8 @@ def recall_effect(evidence: Evidence, similarity: str) -> NDArray[np.float64]:
     sides = evidence.image_NV, evidence.text_CV
     image_NV, text_CV = map(normalize, sides) if similarity == "cosine" else sides
     image_VN, lost_V = image_NV.T.tocsr(), np.zeros(image_NV.shape[1])
-    for text_1V, owner in zip(text_CV, evidence.owner_C.tolist(), strict=True):
+    pairs = zip(text_CV, evidence.owner_C.tolist(), strict=True)
+    for text_1V, owner in tqdm(pairs, "recall without terms", text_CV.shape[0], unit="caption", disable=None):
         part_KN = image_VN[text_1V.indices].toarray() * text_1V.data[:, None]
         score_N = part_KN.sum(0)
         without_KN = score_N - part_KN

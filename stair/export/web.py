@@ -54,6 +54,11 @@ def web(index: Path, out: Path, model: str | None = None, pictures: Path | None 
         model: folder or hub name of the index's model, to expand the tokens of queries; without it, tokens are weighted
             by their rarity.
         pictures: folder of the pictures, as for `stair serve`; without it, the page has none.
+
+    Raises:
+        FileNotFoundError: if there is no such folder of pictures.
+        FileError: if `out` exists.
+        SettingError: if the index is empty or of another model, or `pictures` has none of its images.
     """
     documents = opened(index, "the page")
     if pictures is not None and not pictures.is_dir():
@@ -68,13 +73,16 @@ def web(index: Path, out: Path, model: str | None = None, pictures: Path | None 
             _write_lookup(part / "lookup.bin", stair)
         _write_terms(part, documents)
         _write_documents(part, documents, pictures)
-        normaliser = vocabulary._backend.normalizer
-        facts = {"documents": len(documents), "similarity": documents.space.similarity, "layers": LAYERS}
-        facts |= {"expansion": EXPANSION if stair is not None else 0, "never": vocabulary.never_active}
-        facts |= {"lowercase": normaliser.lowercase, "chinese": normaliser.handle_chinese_chars}
-        strip = normaliser.strip_accents
-        facts |= {"strip": normaliser.lowercase if strip is None else strip, "first": FIRST}
-        facts |= {"max_tokens": stair.config.text.max_tokens if stair is not None else 512}
+        facts = {
+            "documents": len(documents),
+            "similarity": documents.space.similarity,
+            "first": FIRST,
+            "layers": LAYERS,
+            "expansion": EXPANSION if stair is not None else 0,
+            "max_tokens": stair.config.text.max_tokens if stair is not None else 512,
+            "never": vocabulary.never_active,
+            **vocabulary.normalisation,
+        }
         write_json(part / "about.json", facts)
         write_text(part / "index.html", search_page("static.js")[0])
 
