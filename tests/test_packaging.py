@@ -172,6 +172,13 @@ def test_lightning_without_another_owner_refuses_unknown_words():
     assert done.returncode == 1 and "unknown command 'login'" in done.stderr
 
 
+def test_an_index_is_read_and_the_dictionary_made_without_the_compiler_of_searches():
+    code = (
+        "import sys; sys.modules['numba'] = None; import stair.index.storage, stair.evaluate.dictionary; print('read')"
+    )
+    assert run(code).stdout == "read\n"
+
+
 def test_a_command_without_its_packages_names_the_extra_that_installs_them():
     result = run("sys.modules['starlette'] = None; " + STAIR, "serve", "index", "model")
     assert result.returncode == 1 and "starlette" in result.stderr and "[search]" in result.stderr

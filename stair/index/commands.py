@@ -135,8 +135,11 @@ def _read_queries(path: Path, opened: SparseIndex) -> tuple[Sequence[str], Any]:
         loaded = Embeddings.load(path)
         opened.space.check_same(loaded.space, f"{path}, queries for {opened.folder}")
         return loaded.ids, loaded.vectors
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if not lines:
+    try:
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise SettingError(f"{path} is not UTF-8 ({error}); save it as UTF-8", "queries") from error
+    if lines == [""]:
         raise SettingError(f"{path} is empty; write a query on each line", "queries")
     ready = []
     for number, line in enumerate(lines, 1):

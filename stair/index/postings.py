@@ -9,6 +9,7 @@ no document numbers. Adding a full run is plain arithmetic on neighbours, eight 
 N documents, V terms, U terms that occur, R = ceil(N / 65,536) blocks, P non-zeros, S bytes of all runs.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,9 @@ def invert(csr: sparse.csr_matrix) -> Arrays:
         `run_start` (U·R+1,): where the bytes of a term in a block begin in `bytes` (S,) uint8, `number_start` (U·R+1,): and
         its documents in `documents` uint16, counted within the block; a full run has none there.
     """
-    rows = csr.indptr.astype(np.int64), csr.indices, csr.data
+    rows, (count, fill) = (csr.indptr.astype(np.int64), csr.indices, csr.data), _compiled()
     size_R = np.diff(np.append(np.arange(0, max(1, csr.shape[0]), BLOCK), csr.shape[0]))
-    count_RV, scale_V = _count(*rows, csr.shape[1], len(size_R))
+    count_RV, scale_V = count(*rows, csr.shape[1], len(size_R))
     terms_U = np.flatnonzero(count_RV.any(0))
     count_UR = count_RV.T[terms_U]
     full_UR = count_UR * FULL > size_R
@@ -60,7 +61,7 @@ def invert(csr: sparse.csr_matrix) -> Arrays:
     documents, bytes_S = np.empty(number_start[-1], np.uint16), np.zeros(run_start[-1], np.uint8)
     begin_RU, number_RU = (starts[:-1].reshape(full_UR.shape).T.copy() for starts in (run_start, number_start))
     number_RU[full_UR.T] = -1
-    _fill(*rows, terms_U, scale_V, begin_RU, number_RU, documents, bytes_S)
+    fill(*rows, terms_U, scale_V, begin_RU, number_RU, documents, bytes_S)
     return {
         "row_start": rows[0],
         "row_terms": csr.indices.astype(np.uint16 if csr.shape[1] <= 1 << 16 else np.uint32),
@@ -115,5 +116,8 @@ def _fill(
                 number_U[rank] += 1
 
 
-for _function in (_count, _fill):
-    globals()[_function.__name__] = import_extra("numba", "numba", "search").njit(cache=True)(_function)
+@functools.cache
+def _compiled() -> tuple[Any, Any]:
+    """`_count` and `_fill`, by numba, which reading an index does not need."""
+    compiled = import_extra("numba", "numba", "search").njit(cache=True)
+    return compiled(_count), compiled(_fill)
