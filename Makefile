@@ -1,8 +1,9 @@
-# make setup | demo | test | test-gpu | check | docs.   Another Python or place: make demo PYTHON=python3.12 VENV=/tmp/venv
+# make setup | demo | test | test-slow | test-gpu | check | docs.   Another Python: make demo PYTHON=python3.12 VENV=/tmp/venv
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS := dev
+BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 
 # uv reads its own variable; pip separates places by spaces, uv by commas
 ifdef PIP_FIND_LINKS
@@ -14,7 +15,7 @@ endif
 # where this is set, each process compiles the sources of torch, transformers and timm anew, for 15 s and more
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-gpu check check-github docs
+.PHONY: setup demo test test-slow test-gpu check check-github docs
 setup: $(VENV)/.installed
 
 # uv resolves and unpacks in parallel, twice as fast as pip; without it, pip does the same
@@ -32,7 +33,10 @@ demo: setup
 	$(BIN)/python demo.py
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(BY_FILE)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow and not gpu" $(BY_FILE) --durations 30
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

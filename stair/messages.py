@@ -21,7 +21,8 @@ def reworded(parser: ArgumentParser, message: str) -> str:
         reason = f"give {' or '.join(dict.fromkeys(allowed))}"
         if "class_path" in message or not kinds:
             reason = re.sub(rf"{_NOISE}|Parser key .*|\s*- Expected a .*", "", message)
-        message = f"{_typed(found[1])} {found[2]}: {reason}"
+        entry = re.search(r"NestedArg\(key='(.+?)'", message)  # one entry of a dictionary was given
+        message = f"{_typed(found[1])}{f'.{entry[1]}' if entry else ''} {found[2]}: {reason}"
     elif found := re.match(r"unrecognized arguments: (--[^\s=]+)?(.*)", message):
         message = _unknown(found[1], parser) if found[1] else f"{found[2]}: one argument too many"
     elif found := re.match(r"Subcommand '(\w+)' does not accept option '(.+)'", message):

@@ -226,6 +226,7 @@ def test_a_mistake_is_one_line_with_what_was_given_and_what_is_allowed(args, exp
     [
         ("--data.val shards/*.tar", ["--data.val shards/*.tar", "{NAME: shards/*.tar}"]),
         ("--data.global_batch_size abc", ["--data.global_batch_size abc", "a whole number"]),
+        ("--data.val.photo []", ["--data.val.photo []", "text"]),
         ("--data.trian x", ["--data.trian", "did you mean --data.train?"]),
         ("--model.init_args.optimizer.name foo", ["--model.init_args.optimizer.name foo", "adamw", "lamb"]),
         ("--model.init_args.objectiv.flops_image 1", ["did you mean --model.init_args.objective.flops_image?"]),
