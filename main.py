@@ -20,8 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_module
 
 from datamodules.shards import ImageTextShards
 from lightning_modules.contrastive import ContrastiveModule
-from stair.cli import TRAINER
-from stair.launch import one_line_errors
+from stair.launch import TRAINER, one_line_errors
 from training.cli import Parser, StairCLI
 from training.settings import keep_names
 

@@ -11,9 +11,10 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from cyclopts import Parameter
 from scipy import sparse
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -30,7 +31,7 @@ from stair.plain import counted
 
 def embed(
     model: str,
-    source: str,
+    source: Annotated[str, Parameter(allow_leading_hyphen=True)],  # `-`
     out: Path,
     side: Literal["images", "texts"] = "images",
     column: str | None = None,

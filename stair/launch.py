@@ -19,6 +19,12 @@ from typing import NoReturn
 from stair.errors import StairError
 from stair.plain import plain
 
+TRAINER = {
+    "fit": "train a stage: stair fit --config configs/stage1.yaml --data.train 'shards/train-{0000..0099}.tar'",
+    "validate": "measure recall on the validation sets, as in training",
+    "test": "measure recall on the test sets",
+    "predict": "write embeddings of the test sets with the trainer",
+}
 _LOOP = "training_epoch_loop.py"  # of Lightning: every training step is inside it
 _PATIENCE = 30.0  # seconds in which the end of the first rank should end the others; nodes import at different speeds
 

@@ -194,14 +194,14 @@ def test_left_and_right_are_seen_where_the_runs_files_say_flip(tmp_path, vocab, 
         "text: {max_tokens: 5}, image: {image_size: 20}}}}\n"
     )
     report, _ = run_doctor(
-        capsys, str(tmp_path / "a.tar"), configs=str(recipe), global_batch_size=None, image_size=None, max_tokens=None
+        capsys, str(tmp_path / "a.tar"), configs=[str(recipe)], global_batch_size=None, image_size=None, max_tokens=None
     )
     assert "40 of 40 samples mention left or right, but data.flip mirrors images -> --data.flip false" in mends(
         report, "warns"
     )
     assert "longer than 5 tokens" in mends(report, "warns")
     recipe.write_text(recipe.read_text().replace("flip: true", "flip: false"))
-    report, _ = run_doctor(capsys, str(tmp_path / "a.tar"), configs=str(recipe), image_size=None, max_tokens=None)
+    report, _ = run_doctor(capsys, str(tmp_path / "a.tar"), configs=[str(recipe)], image_size=None, max_tokens=None)
     assert "left or right" not in mends(report, "warns")
 
 

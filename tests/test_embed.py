@@ -298,7 +298,7 @@ def test_embeddings_are_not_saved_with_metadata_that_strict_readers_refuse(tmp_p
     "setting, value",
     [
         *[("part_size", 0), ("part_size", -1), ("top", 0), ("top", -1), ("batch_size", 0), ("workers", -1)],
-        *[("threshold", -1), ("threshold", ".nan"), ("threshold", ".inf")],
+        *[("threshold", -1), ("threshold", "nan"), ("threshold", "inf")],
         *[("device", "foo"), ("device", "meta"), ("device", "cuda:99")],
     ],
 )

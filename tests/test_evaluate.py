@@ -71,7 +71,7 @@ def test_the_command_measures_shards_and_classes_and_writes_what_it_found(
     models, shards, monkeypatch, tmp_path, capsys
 ):
     sets = f"scenes={shards}/scenes/val-*.tar", shards / "pets"
-    command(monkeypatch, models / "stair", *sets, "--output", tmp_path / "out", "--ks", "[1, 3]")
+    command(monkeypatch, models / "stair", *sets, "--output", tmp_path / "out", "--ks", "1", "3")
     printed = capsys.readouterr().out
     assert "12 images with 5 captions each (60)" in " ".join(printed.split()) and "ties count against" in printed
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -485,11 +485,6 @@ def test_sentence_transformers_models_are_opened_as_what_they_are(monkeypatch, t
     monkeypatch.setattr(SentenceDouble, "similarity_fn_name", "euclidean")
     with pytest.raises(ValueError, match="only cosine and dot"):
         open_model(f"sentence_transformers:{tmp_path / 'SparseEncoder'}")
-
-
-def test_options_before_the_folders_are_refused_as_nobody_can_tell_whose_they_are(monkeypatch):
-    with pytest.raises(SystemExit, match=r"--limit is before MODEL DATA.*put MODEL DATA first"):
-        command(monkeypatch, "--limit", "2", "m", "a.tar")
 
 
 def test_a_name_of_two_classes_is_refused_as_a_class_and_a_number_is_taken(models, monkeypatch, tmp_path):

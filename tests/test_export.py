@@ -19,7 +19,7 @@ from stair import Stair
 from stair.cli import main
 from stair.embeddings import Embeddings, EmbeddingSpace
 from stair.errors import MissingPackageError, SettingError, StairError
-from stair.export import FORMATS, target
+from stair.export import sql, target, vectors
 from stair.index import SparseIndex
 from tests.support.files import encoded, members_of, write_tar
 from tests.support.models import WORDS, tiny_config
@@ -109,7 +109,9 @@ ENGINES = {
 
 
 #: exports of the command, and of examples/
-EXPORTS = {**FORMATS, **{name: partial(lucene.export, name) for name in ("elasticsearch", "opensearch")}}
+EXPORTS = {name: partial(lucene.export, name) for name in ("elasticsearch", "opensearch")}
+EXPORTS |= {"sqlite": sql.sqlite, "duckdb": sql.duckdb, "postgres": sql.postgres}
+EXPORTS |= {"qdrant": vectors.qdrant, "milvus": vectors.milvus}
 
 
 @pytest.fixture(params=ENGINES)
@@ -215,7 +217,7 @@ def test_errors_of_an_engine_are_one_line(tmp_path, monkeypatch, capfd):
 def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingPackageError) as error:
-        FORMATS[name](small(tmp_path / "i"), tmp_path / "x" if name == "duckdb" else str(tmp_path / "x"))
+        EXPORTS[name](small(tmp_path / "i"), tmp_path / "x" if name == "duckdb" else str(tmp_path / "x"))
     assert error.value.extra == "export" and not list(tmp_path.glob("*x*"))
 
 

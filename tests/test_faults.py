@@ -22,7 +22,8 @@ from datamodules.workers import ReadingLoader
 from lightning_modules.run_folder import AtomicCheckpoints, write_atomically
 from main import main
 from stair import Embeddings, SparseIndex, Stair
-from stair.data.prepare import folder as prepare_folder
+from stair.data.prepare.sources import folder as prepare_folder
+from stair.data.prepare.writer import ShardSettings
 from stair.files import removed_on_failure
 from tests.support.rows import SPACE, embeddings
 from tests.support.runs import Line, stage_args, weights
@@ -110,7 +111,12 @@ def test_a_shard_that_finds_no_room_is_not_there_and_the_finished_ones_are(full,
         Image.frombytes("RGB", (200, 200), noise).save(tmp_path / "pictures" / f"{n}.png")
     (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"{n}.png,a thing {n}\n" for n in range(24)))
     with pytest.raises(OSError, match=r"(No space left on device|File too large)(?s:.)*small/shards"):
-        prepare_folder(tmp_path / "t.csv", tmp_path / "pictures", full / "shards", shard_samples=4, workers=1)
+        prepare_folder(
+            tmp_path / "t.csv",
+            tmp_path / "pictures",
+            full / "shards",
+            settings=ShardSettings(shard_samples=4, workers=1),
+        )
     for shard in (full / "shards").glob("*.tar"):
         assert shard.read_bytes()[-1024:] == bytes(1024)
 

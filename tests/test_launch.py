@@ -159,12 +159,10 @@ def test_ranks_that_the_settings_contradict_are_refused_once(scenes, tmp_path):
 def test_a_text_that_yaml_reads_as_something_else_stays_as_typed(value, monkeypatch):
     given = []
 
-    def command(index: str, text: str | None = None, names: str = ""):
-        given.extend([index, text, names])
-
-    monkeypatch.setattr(cli, "typed_command", command, raising=False)
-    monkeypatch.setitem(cli._COMMANDS, "x", ("", "stair.cli", "typed_command", ""))
-    monkeypatch.setattr("sys.argv", ["stair", "x", value, "--text", value, "--names", value])
+    monkeypatch.setattr(
+        "stair.index.commands.search", lambda index, **options: given.extend([str(index), *options.values()])
+    )
+    monkeypatch.setattr("sys.argv", ["stair", "search", value, "--text", value, "--words", value])
     cli.main()
     assert given == [value] * 3
 

@@ -14,6 +14,7 @@ import tarfile
 import time
 import unicodedata
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,17 @@ from PIL import Image
 
 from stair.cli import main
 from stair.data.doctor import write_indices
-from stair.data.prepare import cc, classes, datasets, emoji, folder, karpathy
-from stair.data.prepare.writer import make_shard
+from stair.data.prepare.emoji import emoji
+from stair.data.prepare.img2dataset import cc
+from stair.data.prepare.sources import classes, datasets, folder, karpathy
+from stair.data.prepare.writer import ShardSettings, make_shard
 from stair.data.samples import captions, image_bytes
 from stair.data.tars import read_samples
 from stair.errors import FileError, SettingError, StairError
 from tests.support.files import members_of, plain_image, write_tar
 
 ROOT = Path(__file__).parents[1]
+ONE = ShardSettings(workers=1)
 
 
 def picture(colour: int, kind: str = "JPEG", size: tuple[int, int] = (20, 16), mode: str = "RGB") -> bytes:
@@ -94,7 +98,7 @@ def test_a_table_becomes_samples_with_the_original_bytes_and_an_index_that_is_tr
     images = write_images(tmp_path / "images", 7)
     rows = [(f"{i}.jpg", f"{word} {i}") for i in range(7) for word in ("first", "second, quoted")]
     out = tmp_path / "out"
-    folder(write_csv(tmp_path / "t.csv", rows), images, out, shard_samples=3, workers=1)
+    folder(write_csv(tmp_path / "t.csv", rows), images, out, settings=replace(ONE, shard_samples=3))
     found = by_file(out)
     assert {name: facts["captions"] for name, facts in found.items()} == {
         f"{i}.jpg": [f"first {i}", f"second, quoted {i}"] for i in range(7)
@@ -124,7 +128,7 @@ def test_a_table_becomes_samples_with_the_original_bytes_and_an_index_that_is_tr
 def test_every_kind_of_table_gives_what_csv_gives(tmp_path, kind):
     images = write_images(tmp_path / "images", 3)
     rows = [(f"{i}.jpg", text) for i in range(3) for text in (f'a "quote {i}', f"Übung {i}")]
-    folder(write_csv(tmp_path / "t.csv", rows), images, tmp_path / "csv", workers=1)
+    folder(write_csv(tmp_path / "t.csv", rows), images, tmp_path / "csv", settings=ONE)
     table = tmp_path / f"t.{kind}"
     if kind == "tsv":
         table.write_text("filepath\ttitle\n" + "".join(f"{name}\t{text}\n" for name, text in rows))
@@ -142,8 +146,8 @@ def test_every_kind_of_table_gives_what_csv_gives(tmp_path, kind):
             "image_name| comment_number| comment\n" + "".join(f"{n}| 0| {t}\n" for n, t in rows if '"' not in t)
         )
         rows = [row for row in rows if '"' not in row[1]]
-        folder(write_csv(tmp_path / "u.csv", rows), images, tmp_path / "csv2", workers=1)
-    folder(table, images, tmp_path / "out", workers=1, delimiter="|" if kind == "txt" else None)
+        folder(write_csv(tmp_path / "u.csv", rows), images, tmp_path / "csv2", settings=ONE)
+    folder(table, images, tmp_path / "out", delimiter="|" if kind == "txt" else None, settings=ONE)
     assert by_file(tmp_path / "out") == by_file(tmp_path / ("csv2" if kind == "txt" else "csv"))
 
 
@@ -161,12 +165,12 @@ def test_what_cannot_be_used_is_counted_by_cause_and_listed_and_too_much_of_it_s
     text = table.read_bytes().replace(b'"a,b,c"', b"a,b,c") + b"3.jpg,caf\xe9\n"
     table.write_bytes(text)
     with pytest.raises(StairError):
-        folder(table, images, tmp_path / "out", workers=1, max_pixels=10_000)
+        folder(table, images, tmp_path / "out", settings=replace(ONE, max_pixels=10_000))
     listed = json.loads((tmp_path / "out" / ".prepare" / "skipped.json").read_text())
     assert sum(entry["cause"] == "path outside" for entry in listed) == 2
     assert not list((tmp_path / "out").glob("index.json"))
 
-    folder(table, images, tmp_path / "out", workers=1, max_pixels=10_000, max_bad_share=0.5)
+    folder(table, images, tmp_path / "out", settings=replace(ONE, max_pixels=10_000, max_bad_share=0.5))
     summary = report(tmp_path / "out")
     assert summary["skipped"] == {
         "image undecodable": 1,
@@ -191,7 +195,7 @@ def test_a_quote_that_is_not_closed_costs_its_own_line_alone(tmp_path):
     images = write_images(tmp_path / "images", 9)
     lines = ["image,caption", *(f"{i}.jpg," + '"' * (i == 5) + f"number {i}" for i in range(9))]
     (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
-    folder(tmp_path / "t.csv", images, tmp_path / "out", workers=1, max_bad_share=0.9)
+    folder(tmp_path / "t.csv", images, tmp_path / "out", settings=replace(ONE, max_bad_share=0.9))
     assert report(tmp_path / "out")["skipped"] == {"line malformed": 1}
     assert len(by_file(tmp_path / "out")) == 8
 
@@ -200,15 +204,15 @@ def test_a_table_or_a_template_that_is_none_is_refused_by_name(tmp_path):
     images = write_images(tmp_path / "images" / "cat", 1).parent
     (tmp_path / "t.parquet").write_bytes(b"no parquet")
     with refused(tmp_path / "t.parquet"):
-        folder(tmp_path / "t.parquet", images, tmp_path / "out", workers=1)
+        folder(tmp_path / "t.parquet", images, tmp_path / "out", settings=ONE)
     with refused(tmp_path / "t.parquet"):
-        datasets(tmp_path, tmp_path / "out", workers=1)
+        datasets(tmp_path, tmp_path / "out", settings=ONE)
     for template in ("a photo", "{x}", "{", "{.x}"):
         with pytest.raises(SettingError) as wrong:
-            classes(images, tmp_path / "out", template=template, workers=1)
+            classes(images, tmp_path / "out", template=template, settings=ONE)
         assert wrong.value.setting == "template"
     with refused(tmp_path / "nowhere"):
-        classes(tmp_path / "nowhere", tmp_path / "out", workers=1)
+        classes(tmp_path / "nowhere", tmp_path / "out", settings=ONE)
 
 
 def test_ambiguous_columns_must_be_given(tmp_path):
@@ -217,7 +221,14 @@ def test_ambiguous_columns_must_be_given(tmp_path):
     with pytest.raises(SettingError) as missing:
         folder(tmp_path / "t.csv", images, tmp_path / "out")
     assert missing.value.setting == "image_column"
-    folder(tmp_path / "t.csv", images, tmp_path / "out", image_column="a", caption_column="b", workers=1)
+    folder(
+        tmp_path / "t.csv",
+        images,
+        tmp_path / "out",
+        image_column="a",
+        caption_column="b",
+        settings=ONE,
+    )
     assert by_file(tmp_path / "out")["0.jpg"]["captions"] == ["text"]
 
 
@@ -237,7 +248,7 @@ def test_images_that_training_reads_are_kept_others_are_converted_and_counted(tm
     (images / "big.jpg").write_bytes(picture(9, size=(300, 90)))
     (images / "cmyk.jpg").write_bytes(picture(9, mode="CMYK"))
     table = write_csv(tmp_path / "t.csv", [(path.name, "x") for path in images.iterdir()])
-    folder(table, images, tmp_path / "out", workers=1, max_side=100)
+    folder(table, images, tmp_path / "out", settings=replace(ONE, max_side=100))
     found = by_file(tmp_path / "out")
     for name in ("a.jpg", "png-inside.jpg", "c.webp", "cmyk.jpg"):
         assert found[name]["image"] == (images / name).read_bytes()
@@ -275,7 +286,7 @@ def test_a_killed_run_goes_on_keeps_what_is_finished_and_ends_as_one_that_was_no
     images = write_images(tmp_path / "images", 120)
     (images / "7.jpg").unlink()
     table = write_csv(tmp_path / "t.csv", [(f"{i}.jpg", f"number {i}") for i in range(120)])
-    folder(table, images, tmp_path / "calm", shard_samples=2, workers=1)
+    folder(table, images, tmp_path / "calm", settings=replace(ONE, shard_samples=2))
     out = tmp_path / "killed"
     args = ("prepare", "folder", table, images, out, "--shard_samples", 2, "--workers", 2)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -298,7 +309,7 @@ def test_a_killed_run_goes_on_keeps_what_is_finished_and_ends_as_one_that_was_no
     assert free
     # and a second time, while it goes on
     again = multiprocessing.get_context("fork").Process(
-        target=folder, args=(table, images, out), kwargs={"shard_samples": 2, "workers": 1}
+        target=folder, args=(table, images, out), kwargs={"settings": replace(ONE, shard_samples=2)}
     )
     again.start()
     while len(list(out.glob("*.tar"))) < len(before) + 12 and again.is_alive():
@@ -306,7 +317,7 @@ def test_a_killed_run_goes_on_keeps_what_is_finished_and_ends_as_one_that_was_no
     again.kill()
     again.join()
     assert again.exitcode == -signal.SIGKILL and not (out / "index.json").exists()
-    folder(table, images, out, shard_samples=2, workers=1)
+    folder(table, images, out, settings=replace(ONE, shard_samples=2))
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
     assert contents(out) == contents(tmp_path / "calm")
 
@@ -320,7 +331,7 @@ def test_processes_do_not_change_a_byte_and_the_seed_does(tmp_path):
         "other": {"seed": 1},
         "none": {"seed": None},
     }.items():
-        folder(table, images, tmp_path / name, shard_samples=4, **{"workers": 1, **settings})
+        folder(table, images, tmp_path / name, settings=ShardSettings(shard_samples=4, **{"workers": 1, **settings}))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     orders = {name: list(samples(*sorted((tmp_path / name).glob("*.tar")))) for name in ("one", "other", "none")}
     assert (
@@ -332,22 +343,22 @@ def test_the_same_again_does_nothing_and_something_else_in_its_place_is_refused(
     images = write_images(tmp_path / "images", 4)
     table = write_csv(tmp_path / "t.csv", [(f"{i}.jpg", f"number {i}") for i in range(4)])
     out = tmp_path / "out"
-    folder(table, images, out, workers=1)
+    folder(table, images, out, settings=ONE)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    folder(table, images, out, workers=1)
+    folder(table, images, out, settings=ONE)
     assert "nothing done" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     other = write_csv(tmp_path / "u.csv", [("1.jpg", "another")])
     with refused(out):
-        folder(other, images, out, workers=1)
+        folder(other, images, out, settings=ONE)
     # another split lies beside it, in the same index
-    folder(other, images, out, split="val", workers=1)
+    folder(other, images, out, split="val", settings=ONE)
     assert set(json.loads((out / "index.json").read_text())["shards"]) == {"train-00000.tar", "val-00000.tar"}
     assert report(out)["samples"] == 4 and report(out, "val")["samples"] == 1
     # a shard that was lost is made again
     lost = (out / "train-00000.tar").read_bytes()
     (out / "train-00000.tar").unlink()
-    folder(table, images, out, workers=1)
+    folder(table, images, out, settings=ONE)
     assert (out / "train-00000.tar").read_bytes() == lost
 
 
@@ -358,7 +369,7 @@ def test_two_at_a_time_in_one_folder_are_refused(tmp_path):
     with open(tmp_path / "out" / ".prepare" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with refused(tmp_path / "out" / ".prepare" / "lock"):
-            folder(table, images, tmp_path / "out", workers=1)
+            folder(table, images, tmp_path / "out", settings=ONE)
 
 
 def test_the_command_prepares_and_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys):
@@ -404,7 +415,7 @@ def test_karpathy_splits_are_kept_and_restval_joins_train(tmp_path):
         karpathy_entry("4.jpg", "test", ["D"]),  # Flickr has no filepath
     ]
     (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": entries, "dataset": "coco"}))
-    karpathy(tmp_path / "dataset_coco.json", images, tmp_path / "out", workers=1)
+    karpathy(tmp_path / "dataset_coco.json", images, tmp_path / "out", settings=ONE)
     found = {split: by_file(tmp_path / "out", f"{split}-*.tar") for split in ("train", "val", "test")}
     assert {split: sorted(facts["captions"][0] for facts in part.values()) for split, part in found.items()} == {
         "train": ["A cat .", "B"],
@@ -538,7 +549,7 @@ def test_hugging_face_data_on_disk_keep_their_rows_splits_and_classes(tmp_path):
     parquet.write_table(hub_table(2, 50), hub / "data" / "validation-00000-of-00001.parquet")
     for place in (disk, hub):
         out = tmp_path / f"{place.name}-out"
-        datasets(place, out, shard_samples=4, workers=1)
+        datasets(place, out, settings=replace(ONE, shard_samples=4))
         expected = [([f"text {i}", "more"], ["cat", "dog"][i % 2], i % 2, picture(i)) for i in range(7)]
         assert rows_of(out, "train") == expected
         assert [row[0][0] for row in rows_of(out, "validation")] == ["text 50", "text 51"]
@@ -551,7 +562,7 @@ def test_a_row_that_names_a_file_outside_the_data_set_is_skipped(tmp_path):
     inside = write_images(tmp_path / "data", 3)
     table = pyarrow.table({"image": ["0.jpg", "1.jpg", "../secret.jpg"], "text": ["a", "b", "c"]})
     parquet.write_table(table, inside / "train.parquet")
-    datasets(inside, tmp_path / "out", image_column="image", workers=1, max_bad_share=0.5)
+    datasets(inside, tmp_path / "out", image_column="image", settings=replace(ONE, max_bad_share=0.5))
     assert report(tmp_path / "out")["skipped"] == {"path outside": 1}
     with refused(tmp_path / "out"):
         datasets(tmp_path / "out", tmp_path / "out2")
@@ -564,7 +575,12 @@ def test_folders_of_classes_become_labels_and_names(tmp_path):
     for name, count in {"002.great_white": 2, "001.tench": 1, "003.cup": 1}.items():
         write_images(tmp_path / "images" / name, count)
     (tmp_path / "images" / "001.tench" / "readme.md").touch()
-    classes(tmp_path / "images", tmp_path / "out", workers=1, template="a photo of a {}.", max_bad_share=0.3)
+    classes(
+        tmp_path / "images",
+        tmp_path / "out",
+        template="a photo of a {}.",
+        settings=replace(ONE, max_bad_share=0.3),
+    )
     found = by_file(tmp_path / "out")
     assert found["002.great_white/1.jpg"]["captions"] == ["a photo of a great white."]
     assert {name: (facts["class"], facts["label"]) for name, facts in found.items()} == {
@@ -577,10 +593,15 @@ def test_folders_of_classes_become_labels_and_names(tmp_path):
     assert report(tmp_path / "out", "test")["skipped"] == {"not an image by its name": 1}
 
     (tmp_path / "names.txt").write_text("001.tench tench, Tinca tinca\n002.great_white shark\n003.cup cup\n")
-    classes(tmp_path / "images", tmp_path / "named", workers=1, names=tmp_path / "names.txt", max_bad_share=0.3)
+    classes(
+        tmp_path / "images",
+        tmp_path / "named",
+        names=tmp_path / "names.txt",
+        settings=replace(ONE, max_bad_share=0.3),
+    )
     assert json.loads((tmp_path / "named" / "classnames.json").read_text())["classes"] == ["tench", "shark", "cup"]
     with refused(tmp_path / "named" / "classnames.json"):
-        classes(tmp_path / "images", tmp_path / "named", split="val", workers=1, max_bad_share=0.3)
+        classes(tmp_path / "images", tmp_path / "named", split="val", settings=replace(ONE, max_bad_share=0.3))
     (tmp_path / "few.json").write_text('["a", "b"]')
     with refused(tmp_path / "few.json"):
         classes(tmp_path / "images", tmp_path / "x", names=tmp_path / "few.json")
@@ -604,10 +625,10 @@ def test_names_of_classes_are_taken_in_every_form_or_the_file_is_named(tmp_path,
     (tmp_path / name).write_text(content, encoding="utf-8")
     if named is None:
         with pytest.raises(FileError) as wrong:
-            classes(tmp_path / "images", tmp_path / "out", workers=1, names=tmp_path / name)
+            classes(tmp_path / "images", tmp_path / "out", names=tmp_path / name, settings=ONE)
         assert wrong.value.path == tmp_path / name
     else:
-        classes(tmp_path / "images", tmp_path / "out", workers=1, names=tmp_path / name)
+        classes(tmp_path / "images", tmp_path / "out", names=tmp_path / name, settings=ONE)
         assert json.loads((tmp_path / "out" / "classnames.json").read_text())["classes"] == named
 
 
@@ -624,7 +645,7 @@ def test_emoji_carry_their_unicode_names_and_validation_holds_each_once(tmp_path
     subsetter.subset(whole)
     font = tmp_path / "some.ttf"
     whole.save(font)
-    emoji(tmp_path / "out", font=font, views=2, image_size=32, workers=1)
+    emoji(tmp_path / "out", font=[font], views=2, image_size=32, settings=ONE)
     train = samples(*sorted((tmp_path / "out").glob("train-*.tar")))
     val = samples(*sorted((tmp_path / "out").glob("val-*.tar")))
     classnames = json.loads((tmp_path / "out" / "classnames.json").read_text())["classes"]
@@ -667,7 +688,7 @@ def test_colour_glyphs_keep_their_colours_and_blank_ones_are_reported(tmp_path):
     font.setupCOLR({"face": [("layer", 0)]})
     font.setupCPAL([[(1.0, 0.0, 0.0, 1.0)]])
     font.save(tmp_path / "test.ttf")
-    emoji(tmp_path / "out", font=tmp_path / "test.ttf", views=2, workers=1, max_bad_share=0.6)
+    emoji(tmp_path / "out", font=[tmp_path / "test.ttf"], views=2, settings=replace(ONE, max_bad_share=0.6))
     (sample,) = samples(tmp_path / "out" / "val-00000.tar").values()
     with Image.open(io.BytesIO(sample["png"])) as image:
         assert image.getpixel((32, 32)) == (255, 0, 0) and image.getpixel((0, 0)) == (255, 255, 255)
@@ -675,7 +696,7 @@ def test_colour_glyphs_keep_their_colours_and_blank_ones_are_reported(tmp_path):
     assert report(tmp_path / "out", "val")["skipped"] == {"glyph blank": 1}
     with refused(tmp_path / "no.ttf"):
         (tmp_path / "no.ttf").write_text("no font")
-        emoji(tmp_path / "out2", font=tmp_path / "no.ttf")
+        emoji(tmp_path / "out2", font=[tmp_path / "no.ttf"])
 
 
 @pytest.mark.parametrize("spelling", ["data", "disk"])
@@ -686,16 +707,21 @@ def test_absolute_paths_below_a_folder_that_is_a_link_are_found_in_either_spelli
     table = write_csv(
         tmp_path / "t.csv", [(str(tmp_path / spelling / "images" / f"{i}.jpg"), f"{i}") for i in range(5)]
     )
-    folder(table, tmp_path / "data" / "images", tmp_path / "out", workers=1, seed=None)
+    folder(table, tmp_path / "data" / "images", tmp_path / "out", settings=replace(ONE, seed=None))
     monkeypatch.chdir(tmp_path)
-    folder(table, Path("data/images"), tmp_path / "relative", workers=1, seed=None)
+    folder(table, Path("data/images"), tmp_path / "relative", settings=replace(ONE, seed=None))
     found = [samples(tmp_path / out / "train-00000.tar").values() for out in ("out", "relative")]
     assert [sample["jpg"] for sample in found[0]] == [picture(i) for i in range(5)] and [*found[0]] == [*found[1]]
     rows = [
         (str(tmp_path / name), "x") for name in ("data/images/../secret.jpg", "disk/secret.jpg", "data2/images/0.jpg")
     ]
     with pytest.raises(ValueError, match="3 path outside"):
-        folder(write_csv(tmp_path / "u.csv", rows), tmp_path / "data" / "images", tmp_path / "none", workers=1)
+        folder(
+            write_csv(tmp_path / "u.csv", rows),
+            tmp_path / "data" / "images",
+            tmp_path / "none",
+            settings=ONE,
+        )
 
 
 def test_the_doctor_writes_no_index_into_a_folder_that_is_not_finished_and_leaves_its_records(tmp_path, monkeypatch):
@@ -711,7 +737,7 @@ def test_the_doctor_writes_no_index_into_a_folder_that_is_not_finished_and_leave
 
     monkeypatch.setattr("stair.data.prepare.writer.make_shard", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        folder(table, images, tmp_path / "out", shard_samples=4, workers=1)
+        folder(table, images, tmp_path / "out", settings=replace(ONE, shard_samples=4))
     before = contents(tmp_path / "out")
     with refused(tmp_path / "out"):
         write_indices([str(path) for path in (tmp_path / "out").glob("*.tar")])
@@ -719,7 +745,7 @@ def test_the_doctor_writes_no_index_into_a_folder_that_is_not_finished_and_leave
     monkeypatch.setattr(
         "stair.data.prepare.writer.make_shard", lambda *all: made.append(all[0].name) or make_shard(*all)
     )
-    folder(table, images, tmp_path / "out", shard_samples=4, workers=1)
+    folder(table, images, tmp_path / "out", settings=replace(ONE, shard_samples=4))
     assert made == ["train-00000.tar", "train-00001.tar", "train-00002.tar"]
     write_indices([str(path) for path in (tmp_path / "out").glob("*.tar")])
 

@@ -3,8 +3,6 @@
 python docs/figures/reference.py      # prints both pages
 """
 
-import contextlib
-import io
 import os
 import re
 import sys
@@ -25,36 +23,15 @@ Entry = tuple[str, str, str, str]
 def pages() -> dict[str, str]:
     """Pages of the site by their path below docs/."""
     with mock.patch.dict(os.environ, {"COLUMNS": "100000"}), mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
-        return {"reference/commands.md": "\n".join(_commands()), "reference/settings.md": "\n".join(_settings())}
+        return {"reference/commands.md": _commands(), "reference/settings.md": "\n".join(_settings())}
 
 
-def _commands() -> Iterator[str]:
-    from stair.cli import main
+def _commands() -> str:
+    from stair.commands import reference
 
-    yield "# Commands\n\nGenerated from the parser. `stair WORD --help` prints the same.\n"
-    output = io.StringIO()
-    with mock.patch("sys.argv", ["stair", "--help"]), contextlib.redirect_stdout(output):
-        main()
-    for word in re.findall(r"^  (\w+) +\S", output.getvalue(), re.MULTILINE):
-        if word in ("fit", "validate", "test", "predict"):
-            continue
-        with mock.patch("sys.argv", ["stair", word]):
-            parser = capture_parser(main)
-        choices = _subcommands(parser)
-        for name, each in (choices or {"": parser}).items():
-            yield from _command(f"stair {word} {name}".strip(), each)
-
-
-def _command(title: str, parser: ArgumentParser) -> Iterator[str]:
-    text = parser.format_help()
-    arguments = [action.dest for action in parser._actions if not action.option_strings]
-    description = text.partition("\n\n")[2].partition("\n\n")[0]
-    yield f"## {title}\n"
-    yield f"`{' '.join([title, *(name.upper() for name in arguments), '[OPTIONS]'])}`\n\n{_escaped(description.strip())}\n"
-    entries = [entry for _, group in _groups(text) for entry in group]
-    for n, name in enumerate(arguments):
-        entries[n] = (name.upper(), *entries[n][1:])
-    yield from _table(entries)
+    return re.sub(
+        r"## stair fit\n.*?(?=## stair embed)", "", reference(), flags=re.DOTALL
+    )  # those of the trainer: _settings
 
 
 def _settings() -> Iterator[str]:

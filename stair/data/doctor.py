@@ -41,7 +41,7 @@ _OF_MODEL = {"vocabulary": "vocabulary", "max_tokens": "text.max_tokens", "image
 
 def doctor(
     data: list[str],
-    configs: str | list[str] | None = None,
+    configs: list[str] | None = None,
     vocabulary: str | None = None,
     max_tokens: int | None = None,
     image_size: int | None = None,
@@ -57,7 +57,7 @@ def doctor(
 
     Args:
         data: shards in the form of --data.train: paths, globs, brace patterns, URLs, or '{name: spec, ...}'.
-        configs: config files of the run, whose settings are used: '[configs/stage1.yaml, configs/data/flickr8k.yaml]'.
+        configs: config files of the run, whose settings are used, separated by spaces.
         vocabulary: a vocab.txt, a folder with one, or a name on the hub, to tokenize captions.
         max_tokens: maximum length of a caption in tokens; longer captions are truncated.
         image_size: side of the model's input images, in pixels.
@@ -74,7 +74,7 @@ def doctor(
     """
     given = {"vocabulary": vocabulary, "max_tokens": max_tokens, "image_size": image_size, "workers": workers}
     given |= {"global_batch_size": global_batch_size, "train_samples": train_samples}
-    settings = _settings([configs] if isinstance(configs, str) else configs or [])
+    settings = _settings(configs or [])
     settings |= {name: value for name, value in given.items() if value is not None}
     names = ("max_tokens", "image_size", "max_pixels", "max_bad_share", "flip")
     terms = Vocabulary(settings["vocabulary"]) if settings["vocabulary"] else None

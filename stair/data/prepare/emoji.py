@@ -11,11 +11,11 @@ import subprocess
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from stair.data.prepare.writer import Input, Source, write_shards
+from stair.data.prepare.writer import DEFAULTS, Input, ShardSettings, Source, write_shards
 from stair.errors import FileError, SettingError, import_extra, require
 from stair.files import sha256
 
@@ -89,7 +89,7 @@ def _glyph(font: Font, point: int) -> Image.Image:
 
 
 def emoji(
-    out: Path, font: Path | list[Path] | None = None, image_size: int = 64, views: int = 8, **settings: Any
+    out: Path, font: list[Path] | None = None, image_size: int = 64, views: int = 8, settings: ShardSettings = DEFAULTS
 ) -> None:
     """Emoji from fonts on this machine, with captions from their Unicode names: a data set that needs no download.
 
@@ -101,7 +101,7 @@ def emoji(
     """
     require(image_size >= 16, "image_size", image_size, "at least 16 pixels")
     require(views >= 2, "views", views, "at least 2: validation takes one")
-    files = [font] if isinstance(font, Path) else font or _installed()
+    files = font or _installed()
     glyphs = [(drawn, point) for drawn, points in map(_read, files) for point in points]
     if not glyphs:
         remedy = "install one (Debian: fonts-noto-color-emoji) or give --font FILE"
@@ -119,7 +119,7 @@ def emoji(
             fields = {"class": name, "label": labels[point], "unicode": code, "style": drawn.name}
             splits[split].append(Input(f"{drawn.path}:{code}:{number}", (drawn, point, number), captions, fields))
     fonts = ", ".join(dict.fromkeys(drawn.name for drawn, _ in glyphs))
-    write_shards(Source(fonts, splits, Drawings(image_size), classnames=list(names.values())), out, **settings)
+    write_shards(Source(fonts, splits, Drawings(image_size), classnames=list(names.values())), out, settings)
 
 
 def _installed() -> list[Path]:

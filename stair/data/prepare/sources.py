@@ -15,7 +15,7 @@ from typing import Any
 from pyarrow import types
 
 from stair.data.folders import class_files, class_names
-from stair.data.prepare.writer import Input, Source, known_json, write_shards
+from stair.data.prepare.writer import DEFAULTS, Input, ShardSettings, Source, known_json, write_shards
 from stair.data.samples import Skipped, check_caption, printable
 from stair.data.tables import arrow_schema, cell_text, open_table, read_group, rows_of_groups
 from stair.errors import FileError, SettingError
@@ -69,7 +69,7 @@ def folder(
     image_column: str | None = None,
     caption_column: str | None = None,
     delimiter: str | None = None,
-    **settings: Any,
+    settings: ShardSettings = DEFAULTS,
 ) -> None:
     """Images in a folder and a table of their captions.
 
@@ -98,7 +98,7 @@ def folder(
         except ValueError as error:
             skipped.append(Skipped(row.place, str(error)))
     inputs = [_input((name,), texts) for name, texts in captions_of.items() if texts]
-    write_shards(Source(str(captions), {split: inputs}, ImageFiles.of(images), {split: skipped}), out, **settings)
+    write_shards(Source(str(captions), {split: inputs}, ImageFiles.of(images), {split: skipped}), out, settings)
 
 
 def _column(columns: Iterable[str], usual: list[str], given: str | None, what: str) -> str:
@@ -121,7 +121,7 @@ def texts_of(cell: Any) -> list[str]:
     return [cell] if isinstance(cell, str) else []
 
 
-def karpathy(captions: Path, images: Path, out: Path, **settings: Any) -> None:
+def karpathy(captions: Path, images: Path, out: Path, settings: ShardSettings = DEFAULTS) -> None:
     """COCO, Flickr8k or Flickr30k with Karpathy's splits: train (with restval), val, test.
 
     Args:
@@ -142,11 +142,16 @@ def karpathy(captions: Path, images: Path, out: Path, **settings: Any) -> None:
         expected = "an object with `images`, each with `filename`, `split` and `sentences`, such as dataset_coco.json"
         reason = f"{type(error).__name__}: {error}"
         raise FileError(f"{captions} is not a Karpathy split file ({reason}); expected {expected}", captions) from error
-    write_shards(Source(str(captions), splits, ImageFiles.of(images)), out, **settings)
+    write_shards(Source(str(captions), splits, ImageFiles.of(images)), out, settings)
 
 
 def classes(
-    images: Path, out: Path, split: str = "test", names: Path | None = None, template: str = "{}", **settings: Any
+    images: Path,
+    out: Path,
+    split: str = "test",
+    names: Path | None = None,
+    template: str = "{}",
+    settings: ShardSettings = DEFAULTS,
 ) -> None:
     """One folder of images per class, for zero-shot evaluation. Also writes classnames.json.
 
@@ -174,7 +179,7 @@ def classes(
     for label in sorted({*range(len(folders))} - {label for _, label in files}):
         skipped.append(Skipped(printable(folders[label]), "class without images: nothing in its folder"))
     source = Source(str(images), {split: inputs}, ImageFiles.of(images), {split: skipped}, classnames=called)
-    write_shards(source, out, **settings)
+    write_shards(source, out, settings)
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,11 @@ class ImageCells:
 
 
 def datasets(
-    data: Path, out: Path, image_column: str | None = None, caption_column: str | None = None, **settings: Any
+    data: Path,
+    out: Path,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    settings: ShardSettings = DEFAULTS,
 ) -> None:
     """A Hugging Face dataset on disk: written by `save_to_disk`, or parquet files. The order of samples is kept.
 
@@ -244,7 +253,7 @@ def datasets(
                 fields["class"] = classnames[values[label]]
             texts = texts_of(values[caption]) if caption else [fields["class"]]
             inputs.append(Input(place, cell if in_cells else (str(values[image] or ""),), tuple(texts), fields))
-    write_shards(source, out, **settings)
+    write_shards(source, out, settings)
 
 
 def _holds_bytes(kind: Any) -> bool:

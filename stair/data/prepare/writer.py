@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+from cyclopts import Parameter
 from PIL import Image
 from tqdm import tqdm
 
@@ -67,22 +68,12 @@ class Source:
     classnames: list[str] | None = None  # in the order of `label`, for zero-shot evaluation
 
 
-def write_shards(
-    source: Source,
-    out: Path,
-    *,
-    shard_samples: int = 1000,
-    seed: int | None = 0,
-    max_side: int = 0,
-    max_pixels: int = MAX_PIXELS,
-    max_bad_share: float = 0.05,
-    workers: int = 0,
-) -> None:
-    """Writes shards, their index and a report; continues where a killed command stopped.
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ShardSettings:
+    """How shards are written.
 
     Args:
-        source: what is written.
-        out: folder of the shards, created if missing. It can hold several splits, also of several commands.
         shard_samples: maximum number of samples per shard.
         seed: seed of the shuffle over all shards; null keeps the order of the source.
         max_side: images whose longer side has more pixels are scaled down to it and rewritten; 0 keeps every size.
@@ -91,18 +82,44 @@ def write_shards(
         workers: processes; 0 is one for each core.
 
     Raises:
-        StairError: if a setting is out of its range, too many inputs are bad, or `out` holds the split of something else.
+        SettingError: if a setting is out of its range.
     """
-    require(shard_samples >= 1, "shard_samples", shard_samples, "at least 1")
-    require(max_side >= 0, "max_side", max_side, "0 or more")
-    require(max_pixels >= 1, "max_pixels", max_pixels, "at least 1")
-    require(0 <= max_bad_share < 1, "max_bad_share", max_bad_share, "0 or more and less than 1")
-    require(workers >= 0, "workers", workers, "0 or more")
+
+    shard_samples: int = 1000
+    seed: int | None = 0
+    max_side: int = 0
+    max_pixels: int = MAX_PIXELS
+    max_bad_share: float = 0.05
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.shard_samples >= 1, "shard_samples", self.shard_samples, "at least 1")
+        require(self.max_side >= 0, "max_side", self.max_side, "0 or more")
+        require(self.max_pixels >= 1, "max_pixels", self.max_pixels, "at least 1")
+        require(0 <= self.max_bad_share < 1, "max_bad_share", self.max_bad_share, "0 or more and less than 1")
+        require(self.workers >= 0, "workers", self.workers, "0 or more")
+
+
+DEFAULTS = ShardSettings()
+
+
+def write_shards(source: Source, out: Path, settings: ShardSettings = DEFAULTS) -> None:
+    """Writes shards, their index and a report; continues where a killed command stopped.
+
+    Args:
+        source: what is written.
+        out: folder of the shards, created if missing. It can hold several splits, also of several commands.
+        settings: how.
+
+    Raises:
+        StairError: if too many inputs are bad, or `out` holds the split of something else.
+    """
     for split in source.splits:
         require(_SPLIT.fullmatch(split) is not None, "split", split, "letters, digits, - and _: shards have its name")
     if not any([*source.splits.values(), *source.skipped.values()]):
         raise StairError(f"{source.name} contains no input")
-    settings = {"seed": seed if source.shuffled else None, "shard_samples": shard_samples, "max_side": max_side}
+    seed, size = settings.seed if source.shuffled else None, (settings.max_side, settings.max_pixels)
+    stated = {"seed": seed, "shard_samples": settings.shard_samples, "max_side": settings.max_side}
     with preparing(out) as state:
         _write_classnames(out / CLASSNAMES, source.classnames)
         for split, inputs in source.splits.items():
@@ -110,21 +127,21 @@ def write_shards(
             if not (inputs or skipped):
                 continue
             keyed = [(f"{split}-{number:08d}", each) for number, each in enumerate(inputs)]
-            if settings["seed"] is not None:
+            if seed is not None:
                 random.Random(seed).shuffle(keyed)
             digest = hashlib.sha256()  # of all that the bytes of the shards depend on
-            for part in ((shard_samples, max_side, max_pixels), source.read, *keyed):
+            for part in ((settings.shard_samples, *size), source.read, *keyed):
                 digest.update(repr(part).encode("utf-8", "surrogateescape"))
             if _is_done(out, state, split, digest.hexdigest()):
                 continue
-            shards = math.ceil(len(keyed) / shard_samples)
+            shards = math.ceil(len(keyed) / settings.shard_samples)
             cuts = [len(keyed) * i // max(shards, 1) for i in range(shards + 1)]
             jobs = {
-                out / f"{split}-{i:05d}.tar": (keyed[start:stop], source.read, max_side, max_pixels)
+                out / f"{split}-{i:05d}.tar": (keyed[start:stop], source.read, *size)
                 for i, (start, stop) in enumerate(itertools.pairwise(cuts))
             }
-            made = run(jobs, make_shard, state, digest.hexdigest(), workers, max_bad_share, skipped)
-            report = {"source": source.name, "fingerprint": digest.hexdigest(), "settings": settings}
+            made = run(jobs, make_shard, state, digest.hexdigest(), settings.workers, settings.max_bad_share, skipped)
+            report = {"source": source.name, "fingerprint": digest.hexdigest(), "settings": stated}
             _finish_split(out, state, split, report | {"inputs": len(inputs) + len(skipped)}, *made)
 
 
