@@ -797,13 +797,14 @@ def test_a_file_of_queries_is_searched_on_the_command_line(stair, tmp_path, tiny
     captions = [caption for caption in captions if caption != "zzz"]  # no token of the vocabulary
     tiny_stair.save_pretrained(tmp_path / "m")
     index = SparseIndex.build(tmp_path / "i", tiny_stair.encode(texts=captions), captions, model=tiny_stair)
-    (tmp_path / "words.txt").write_text("dog:2 bird\nred -dog\n")
+    (tmp_path / "words.txt").write_text("dog:2 bird\nred -dog\n-dog\n")
     (tmp_path / "texts.txt").write_text("\n".join(captions))
     Embeddings(tiny_stair.encode(texts=captions), captions, tiny_stair.space).save(tmp_path / "e.safetensors")
-    expected = [(words, index.search(words=words, k=3)) for words in ("dog:2 bird", "red -dog")]
+    expected = [(words, index.search(words=words, k=3)) for words in ("dog:2 bird", "red -dog", "-dog")]
     expected = [(words, [(hit.id, hit.score) for hit in hits]) for words, hits in expected]
     assert search("--queries", tmp_path / "words.txt", "--threads", "2") == expected
-    assert expected[0][0] in stair("search", tmp_path / "i", "--queries", tmp_path / "words.txt")
+    printed = stair("search", tmp_path / "i", "--queries", tmp_path / "words.txt").splitlines()
+    assert printed[0] == "dog:2 bird" and printed[-2:] == ["-dog", "no document scores above 0"]
     rows = search("--queries", tmp_path / "e.safetensors")
     many = index.search_many(tiny_stair.encode(texts=captions), 3)
     assert rows == [

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from stair.embeddings import SUFFIXES, Embeddings, part_files, read_header
 from stair.errors import SettingError
 from stair.images import decode_image
+from stair.index.hits import Hits
 from stair.index.query import parse_words
 from stair.index.sparse_index import SparseIndex
 from stair.index.storage import FILE, write_index
@@ -122,9 +123,15 @@ def search(
 
 def _search_file(path: Path, opened: SparseIndex, k: int, where: Any, threads: int) -> tuple[dict[str, Any], ...]:
     names, queries = _read_queries(path, opened)
+    found: list[Hits] = []
+    with tqdm(total=len(names), desc="searching", unit="query", delay=2, disable=None) as bar:
+        for n in range(0, len(names), 256):
+            found += opened.search_many(queries[n : n + 256], k, where=where, threads=threads)
+            bar.update(len(found) - n)
     lines = []
-    for name, hits in zip(names, opened.search_many(queries, k, where=where, threads=threads), strict=True):
-        print("\n".join([one_line(name), *(f"{hit.score:9.4f}  {one_line(hit.id)}" for hit in hits)]))
+    for name, hits in zip(names, found, strict=True):
+        shown = [f"{hit.score:9.4f}  {one_line(hit.id)}" for hit in hits] or ["no document scores above 0"]
+        print("\n".join([one_line(name), *shown]))
         lines.append({"query": name, "hits": [{"id": hit.id, "score": hit.score} for hit in hits]})
     return tuple(lines)
 
