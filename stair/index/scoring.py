@@ -45,7 +45,7 @@ def search_segment(arrays: Arrays, queries: Arrays3, num_terms: int, allowed: Ar
         best: grows in place.
     """
     if not hasattr(_own, "bound"):  # one for each thread: fresh zeros would cost more than a small search
-        _own.bound = np.zeros(BLOCK + _CHUNK, np.int16)
+        _own.bound = np.zeros((BLOCK // _CHUNK, _CHUNK), np.int16), np.empty((BLOCK // _CHUNK, _CHUNK), np.int16)
     if len(getattr(_own, "dense_V", ())) != num_terms:
         _own.dense_V = np.zeros(num_terms, np.float32)
     _search(
@@ -129,35 +129,43 @@ def _search_blocks(
     scores, documents, count = best
     total, k = len(rows[0]) - 1, len(scores)
     blocks = (total + BLOCK - 1) // BLOCK
-    peaks = np.empty(BLOCK // _CHUNK, np.int16)
+    bound_CC, kept_CC = bound
+    bound_B = bound_CC.ravel()
+    peak_C, place_C = np.empty(len(bound_CC), np.int16), np.empty(len(bound_CC), np.int64)
     worst = scores[k - 1] if count[0] == k else 0.0
     floor = _floor(worst, unit, rest)
     for block in range(blocks):
         begin, size = block * BLOCK, min(BLOCK, total - block * BLOCK)
+        ahead = 0
+        for q in range(len(rank_Q)):  # so that the runs come into the cache at the same time, not one after the other
+            ahead += _read(_run(postings, rank_Q[q] * blocks + block))
         for q in range(len(rank_Q)):
-            _add(bound, _run(postings, rank_Q[q] * blocks + block), factor_Q[q])
+            _add(bound_B, _run(postings, rank_Q[q] * blocks + block), factor_Q[q])
         for i in range(len(allowed[begin : begin + size])):
-            bound[i] *= allowed[begin + i]
-        chunks, high = (size + _CHUNK - 1) // _CHUNK, 0
-        for chunk in range(chunks):
+            bound_B[i] *= allowed[begin + i]
+        chunks = min(ahead, 0)  # 0, and the compiler must read
+        for chunk in range((size + _CHUNK - 1) // _CHUNK):
             peak = np.int16(0)
-            for i in range(chunk * _CHUNK, chunk * _CHUNK + _CHUNK):
-                peak = max(peak, bound[i])
-            peaks[chunk] = peak
-            high += peak > floor
-        if high > k:  # the k highest chunks hold k documents that score at least this
-            floor = max(floor, int(np.partition(peaks[:chunks], chunks - k)[chunks - k] - slack - rest) - 2)
-        for chunk in range(chunks if high else 0):
-            if peaks[chunk] <= floor:
-                continue
-            for i in range(chunk * _CHUNK, min(chunk * _CHUNK + _CHUNK, size)):
-                if bound[i] > floor and (len(allowed) == 0 or allowed[begin + i]):
-                    score = _exact(begin + i, rows, dense_V)
+            for i in range(_CHUNK):
+                peak = max(peak, bound_CC[chunk, i])
+            if peak > floor:
+                for i in range(_CHUNK):
+                    kept_CC[chunks, i] = bound_CC[chunk, i]
+                peak_C[chunks], place_C[chunks] = peak, begin + chunk * _CHUNK
+                chunks += 1
+            for i in range(_CHUNK):  # loops: slices of so few cost more
+                bound_CC[chunk, i] = 0
+        if chunks > k:  # the k highest chunks hold k documents that score at least this
+            floor = max(floor, int(np.partition(peak_C[:chunks], chunks - k)[chunks - k] - slack - rest) - 2)
+        for chunk in range(chunks):
+            for i in range(_CHUNK if peak_C[chunk] > floor else 0):
+                n = place_C[chunk] + i
+                if kept_CC[chunk, i] > floor and n < total and (len(allowed) == 0 or allowed[n]):
+                    score = _exact(n, rows, dense_V)
                     if score > worst:
-                        _insert(score, first + begin + i, scores, documents, count)
+                        _insert(score, first + n, scores, documents, count)
                         worst = scores[k - 1] if count[0] == k else 0.0
                         floor = max(floor, _floor(worst, unit, rest))
-        bound[:size] = 0
 
 
 def _floor(worst: float, unit: float, rest: float) -> int:
@@ -193,18 +201,30 @@ def _add(bound: Array, run: Arrays2, factor: int) -> None:
     numbers, held = run
     # of a negative factor only byte - 1 is certain, and of a byte of 0, which is no posting, nothing at all
     down = np.int32(1) if factor < 0 else np.int32(0)
+    up = np.int32(255 - factor * down)
     if len(numbers):
         for i in range(min(len(numbers), len(held))):
-            bound[numbers[i]] += (factor * (np.int32(held[i]) - down) + 255) >> 8
+            bound[numbers[i]] += (factor * np.int32(held[i]) + up) >> 8
     else:
         for i in range(min(len(held), BLOCK)):
-            bound[i] += np.int32(np.int32(factor * (max(np.int32(held[i]), down) - down)) + np.int32(255)) >> 8
+            bound[i] += np.int32(np.int32(factor * max(np.int32(held[i]), down)) + up) >> 8
+
+
+def _read(run: Arrays2) -> int:
+    """Reads something of each cache line of a run."""
+    numbers, held = run
+    total = 0
+    for i in range(0, len(numbers), 32):
+        total += numbers[i]
+    for i in range(0, len(held), 64):
+        total += held[i]
+    return total
 
 
 _CHUNK = 128
 _RANGE, _TERMS = 30_000, 512  # sum of all terms at most, and the most terms, so that a bound stays within 16 bits
 _own = threading.local()
 _njit = import_extra("numba", "numba", "search").njit
-for _function in (_factors, _floor, _insert, _exact, _run, _add, _search_blocks):
+for _function in (_factors, _floor, _insert, _exact, _run, _add, _read, _search_blocks):
     globals()[_function.__name__] = _njit(cache=True)(_function)
 _search: Any = _njit(cache=True, nogil=True)(_search_all)
