@@ -47,6 +47,11 @@ COMMANDS: dict[str, tuple[str, str | dict[str, str], str]] = {
         "stair.evaluate.open_set:evaluate",
         "evaluate",
     ),
+    "calibrate": (
+        "find the score below which no image matches a text",
+        "stair.evaluate.calibrate:calibrate",
+        "evaluate",
+    ),
     "dictionary": ("show what each term of a model means", "stair.evaluate.dictionary:dictionary", "evaluate"),
     "consolidate": ("convert a checkpoint to a model folder", "lightning_modules.consolidate:consolidate", "train"),
     "doctor": ("report problems in shards, with their remedies", "stair.data.doctor:doctor", "train"),

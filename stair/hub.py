@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stair.files import read_json
+from stair.index.calibration import FILE as CALIBRATION
 from stair.pages import render
 from stair.report.tables import Table, dictionary_table, protocol, tables
 from stair.towers import FILES, folder_of, read_description
@@ -91,7 +92,7 @@ def push(
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary)
         (staged / "README.md").write_text(model_card(folder, licence, name, data, *measured), encoding="utf-8")
-        for file in FILES:
+        for file in (*FILES, CALIBRATION):
             if (folder / file).is_file():
                 shutil.copyfile(folder / file, staged / file)
         api = HfApi()

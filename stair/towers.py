@@ -57,6 +57,7 @@ class TwoTowers(nn.Module):
         family: the kind of model in `config.json`; also the folder of a run's exported model.
         config_class: settings of the model.
         log_scale: (1,), logarithm of the similarity's scale (inverse temperature). No scalar: FSDP2 rejects those.
+        folder: the folder that it was loaded from; None if it was not.
         recorded: facts about a loaded model's training; saved with it again.
     """
 
@@ -68,6 +69,7 @@ class TwoTowers(nn.Module):
     text_encoder: TextEncoder
     log_scale: nn.Parameter
     recorded: dict[str, Any]
+    folder: Path | None = None
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -212,7 +214,7 @@ class TwoTowers(nn.Module):
         if model.vocabulary.fingerprint != content["vocabulary_fingerprint"]:
             raise ValueError(f"{folder}: vocab.txt is not the vocabulary the model was saved with")
         load_weights(model, folder)
-        model.recorded = content["training"]
+        model.recorded, model.folder = content["training"], folder
         return model.eval()
 
 

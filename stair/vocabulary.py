@@ -7,6 +7,7 @@ import copy
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from stair.errors import SettingError
 from stair.files import folder_or_hub_name, read_json
 from stair.plain import one_line
 
-_UNUSED = re.compile(r"\[unused\d+\]")
+#: function words of English: the list of scikit-learn 1.9
+STOP_WORDS = frozenset((files("stair") / "stop_words.yaml").read_text(encoding="utf-8").split())
+_UNUSED, _LETTER = re.compile(r"\[unused\d+\]"), re.compile(r"[^\W\d_]")
 _FILE, _TOKENIZER, _SETTINGS = "vocab.txt", "tokenizer.json", "tokenizer_config.json"
 _MAX_BYTES = 64 << 20  # of a JSON file; that of 120,000 tokens has 3 MB
 # name in tokenizer_config.json: name in tokenizer.json, default
@@ -41,6 +44,11 @@ def check_surrogates(texts: Iterable[str]) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{one_line(text[:80])!r} holds half of a character; give text in valid UTF-8") from error
+
+
+def is_stop_word(token: str) -> bool:
+    """Whether a token is a function word of English, or has no letter."""
+    return token in STOP_WORDS or not _LETTER.search(token)
 
 
 class Vocabulary:
@@ -154,6 +162,15 @@ class Vocabulary:
         check_surrogates([text])
         never = set(self.never_active)
         return [i for i in self._backend.encode(text, add_special_tokens=False).ids if i not in never]
+
+    def words(self, text: str) -> dict[str, list[int]]:
+        """The words of a text as typed, with the `token_ids` of each; ValueError as in `tokenize`."""
+        check_surrogates([text])
+        encoding, never = self._backend.encode(text, add_special_tokens=False), set(self.never_active)
+        words: dict[int, list[int]] = {}
+        for v, word in zip(encoding.ids, encoding.word_ids, strict=True):
+            words.setdefault(word, []).extend([v] if v not in never else [])
+        return {text[slice(*encoding.word_to_chars(word))]: ids for word, ids in words.items()}
 
     def tokens_of(self, ids: Iterable[int]) -> list[str]:
         """The tokens with these ids."""

@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 from stair.embeddings import Embeddings
+from stair.errors import SettingError
 from stair.explain import read_image
 from stair.index import SparseIndex
+from stair.index.calibration import Calibration
 from stair.model import Stair
 
 pytest.importorskip("starlette")
@@ -78,6 +80,31 @@ def test_a_text_becomes_words_and_words_become_the_hits_of_the_index(client, tin
     assert [(hit["id"], hit["score"]) for hit in hits] == [(hit.id, pytest.approx(hit.score)) for hit in expected]
     assert sum(share for _, share in hits[0]["words"]) == pytest.approx(hits[0]["score"])
     assert client.post("/api/search", json={"words": {}}).json() == {"hits": []}
+
+
+def test_a_text_comes_with_its_own_tokens_and_the_words_that_no_document_has(client, tmp_path):
+    answer = client.post("/api/text", json={"text": "a red zzz"}).json()
+    assert answer["own"] == ["a", "red"] and "zzz" in answer["missing"]
+    refused = client.post("/api/text", json={"text": "zzz"})
+    assert refused.status_code == 400 and "zzz" in refused.json()["detail"]
+
+
+def test_a_calibrated_page_leaves_out_hits_below_the_threshold(tiny_stair, pictures, tmp_path):
+    index = SparseIndex.build(tmp_path / "c", tiny_stair.encode(images=pictures), model=tiny_stair)
+    tiny_stair.save_pretrained(tmp_path / "m")
+    model = Stair.from_pretrained(tmp_path / "m")
+    with pytest.raises(SettingError):  # not calibrated
+        serving.application(index, model, None, ["localhost"], 0.5)
+    scores = [hit.score for hit in index.search("a red ball")]
+    Calibration(model.fingerprint, "d", 1, 1, [scores[2]]).save(tmp_path / "m")
+    client = TestClient(serving.application(index, model, None, ["localhost"], 0.5), base_url="http://localhost")
+    assert client.get("/api/about").json()["max_error"] == 0.5
+    words = client.post("/api/text", json={"text": "a red ball"}).json()["words"]
+    answer = client.post("/api/search", json={"words": words, "max_error": 0.5}).json()
+    assert len(answer["hits"]) == 3 and answer["threshold"] == scores[2]
+    assert len(client.post("/api/search", json={"words": words}).json()["hits"]) == len(scores) > 3
+    for wrong in (0, 1, "x", 0.1):
+        assert client.post("/api/search", json={"words": words, "max_error": wrong}).status_code == 400
 
 
 def test_steering_down_a_word_lowers_what_has_it(client):

@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from stair.errors import import_extra
-from stair.vocabulary import Vocabulary
+from stair.vocabulary import Vocabulary, is_stop_word
 
 CLASSES = {
     "grounded": "where it is active, captions contain its word",
@@ -95,12 +95,6 @@ def neighbours(held_NV: csr_matrix, stop_V: NDArray[np.bool_], lemmas: Lemmas) -
     return found
 
 
-def stop_words(vocabulary: Vocabulary) -> NDArray[np.bool_]:
-    """(V,): function words by scikit-learn's list, and tokens without a letter."""
-    words = import_extra("sklearn.feature_extraction.text", "scikit-learn", "evaluate").ENGLISH_STOP_WORDS
-    return np.array([token in words or not _WORD.search(token) for token in vocabulary.tokens])
-
-
 class Share(NamedTuple):
     """Of the rows in which each term is active, how many have what is looked for, and how many of all rows."""
 
@@ -157,7 +151,7 @@ def describe(lemmas: Lemmas, evidence: Evidence, corpus_MV: csr_matrix, similari
         the word; `near`, words that co-occur with it; `top`, rows of the images with the greatest weights.
     """
     vocabulary, V = lemmas.vocabulary, evidence.image_NV.shape[1]
-    stop_V = stop_words(vocabulary)
+    stop_V = np.array([is_stop_word(token) for token in vocabulary.tokens])
     near = neighbours(corpus_MV, stop_V, lemmas)
     ends = np.cumsum([0, *map(len, near)])
     near_VV = csr_matrix((np.ones(ends[-1]), np.concatenate([*near, []]).astype(int), ends), (V, V))

@@ -17,22 +17,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from stair.errors import import_extra
 from stair.evaluate.models import EvaluatedModel
 from stair.ranking import QUERIES, SparseRows
-from stair.vocabulary import Vocabulary
+from stair.vocabulary import STOP_WORDS, Vocabulary
 
 _LETTERS = re.compile(r"[^\W\d_]{3,}")
 
 
 def correct_terms(vocabulary: Vocabulary, texts: Sequence[str]) -> list[int]:
     """Sorted ids of the whole words of these texts that name something."""
-    stop_words = import_extra("sklearn.feature_extraction.text", "scikit-learn", "evaluate").ENGLISH_STOP_WORDS
     terms = set()
     for text in texts:
         ids = vocabulary.token_ids(text)
         for v, (token, following) in zip(ids, pairwise([*vocabulary.tokens_of(ids), ""]), strict=True):
-            if _LETTERS.fullmatch(token) and not following.startswith("##") and token not in stop_words:
+            if _LETTERS.fullmatch(token) and not following.startswith("##") and token not in STOP_WORDS:
                 terms.add(v)
     return sorted(terms)
 

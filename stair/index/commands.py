@@ -11,7 +11,7 @@ from stair.embeddings import SUFFIXES, Embeddings, part_files, read_header
 from stair.errors import SettingError
 from stair.images import decode_image
 from stair.index.hits import Hits
-from stair.index.query import parse_words
+from stair.index.query import parse_words, problem_of
 from stair.index.sparse_index import SparseIndex
 from stair.index.storage import FILE, write_index
 from stair.plain import one_line
@@ -69,11 +69,14 @@ def search(
     like: str | None = None,
     queries: Path | None = None,
     where: str | None = None,
+    max_error: float | None = None,
     k: int = 10,
     shown: int = 5,
     threads: int = 1,
 ) -> list[dict[str, Any]] | tuple[dict[str, Any], ...]:
     """Finds the documents with the highest scores (exact dot products) and shows the terms that contribute.
+
+    A term marked with + is an expansion: no token of the text.
 
     Args:
         index: folder of the index.
@@ -87,6 +90,8 @@ def search(
         where: conditions on metadata, joined by ` and `, such as 'split=test and year>=2010'; `stair:file` and
             `stair:id` are the source file and the id. Put names and values that contain operators or ` and ` in double
             quotes.
+        max_error: leave out hits below a score from `stair calibrate`, so that at most this share of texts, such as 0.05,
+            lose their right document by it.
         k: number of hits.
         shown: number of shared terms shown per hit.
         threads: how many search a file of queries at the same time.
@@ -98,10 +103,12 @@ def search(
         from stair.model import Stair
 
         opened.use(Stair.from_pretrained(model))
+    if max_error is not None and text is None:
+        raise SettingError("max_error is calibrated on texts; give --text, or leave it out", "max_error")
     if queries is not None:
         return _search_file(queries, opened, k, where or (), threads)
     query = decode_image(image.read_bytes()) if image is not None else text
-    hits = opened.search(query, k, words=words, like=like, where=where or ())
+    hits = opened.search(query, k, words=words, like=like, where=where or (), max_error=max_error)
     for word in parse_words(words) if words is not None else ():
         if len(split := opened.query(words={word: 1.0}).terms) > 1:
             tokens = ", ".join(opened.space.tokens[v] for v in split)
@@ -109,15 +116,18 @@ def search(
     rows = []
     for hit in hits:
         terms = {term.token: term.contribution for term in hit.terms[:shown]}
-        rows.append({"id": hit.id, "score": hit.score, "terms": terms, "metadata": hit.metadata, "source": hit.source})
-        shared = " ".join(f"{term}:{contribution:.3f}" for term, contribution in terms.items())
+        expansions = [term.token for term in hit.terms[:shown] if term.expansion]
+        row = {"id": hit.id, "score": hit.score, "terms": terms, "expansions": expansions, "missing": hits.missing}
+        rows.append({**row, "metadata": hit.metadata, "source": hit.source})
+        shared = " ".join(f"{'+' * (term in expansions)}{term}:{weight:.3f}" for term, weight in terms.items())
         print(f"{hit.score:9.4f}  {one_line(hit.id)}  {one_line(shared)}")
     for condition, count in hits.not_comparable.items():
         rest = f"have no value that compares with {one_line(condition)}; they do not match"
         print(f"{count} of {len(opened)} documents {rest}", file=sys.stderr)
+    if hits.missing:
+        print(f"no document has: {one_line(', '.join(hits.missing))}", file=sys.stderr)
     if not hits:
-        restricted = f" where {one_line(where)}" if where else ""
-        print(f"no document scores above 0{restricted}: none shares a term with the query that counts for it")
+        print(one_line(hits.message + (f", where {where}" if where else "")))
     return rows
 
 
@@ -153,8 +163,8 @@ def _read_queries(path: Path, opened: SparseIndex) -> tuple[Sequence[str], Any]:
         try:
             if opened.model is None:
                 ready.append(opened.query(words=line))
-            elif not opened.vocabulary.token_ids(line):
-                raise SettingError(f"the vocabulary has no token of {line!r:.80}", "queries")
+            elif problem := problem_of(line, opened.vocabulary.words(line), opened.space.tokens):
+                raise SettingError(problem, "queries")
         except ValueError as error:
             raise SettingError(f"{path}, line {number}: {error}", "queries") from error
     return lines, ready or lines

@@ -1,21 +1,26 @@
 """What a search returns: documents, and the terms that explain each score."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from stair.index.query import Query
+from stair.index.query import Query, is_known
 from stair.index.storage import State
+from stair.vocabulary import is_stop_word
 
 
 @dataclass(frozen=True)
 class SharedTerm:
-    """What one term adds to a score: its token, and its weights in query and document."""
+    """What one term adds to a score: its token, and its weights in query and document.
+
+    `expansion`: the term is no token of the typed words.
+    """
 
     token: str
     query: float
     document: float
+    expansion: bool = False
 
     @property
     def contribution(self) -> float:
@@ -49,9 +54,13 @@ class Hit:
     @cached_property
     def terms(self) -> list[SharedTerm]:
         """The terms that query and document share, largest contribution first, equal ones in the vocabulary's order."""
-        dense_V, tokens = self._query.dense(), self._state.space.tokens
+        dense_V, tokens, own = self._query.dense(), self._state.space.tokens, self._query.own
         row = zip(*self._state.row(self._number), strict=True)
-        shared = [SharedTerm(tokens[v], float(dense_V[v]), float(weight)) for v, weight in row if dense_V[v] != 0]
+        shared = [
+            SharedTerm(tokens[v], float(dense_V[v]), float(weight), bool(own) and v not in own)
+            for v, weight in row
+            if dense_V[v] != 0
+        ]
         return sorted(shared, key=lambda term: -term.contribution)
 
 
@@ -59,9 +68,47 @@ class Hits(list[Hit]):
     """Hits, best first.
 
     `not_comparable`: for each condition of the filter with `<`, `<=`, `>` or `>=`, how many documents have no value that
-    compares with it, if there are any. These do not match.
+    compares with it, if there are any. These do not match. `threshold`: the score that `max_error` asked for, else 0.
     """
 
-    def __init__(self, hits: Iterable[Hit] = (), not_comparable: dict[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        hits: Iterable[Hit] = (),
+        not_comparable: dict[str, int] | None = None,
+        query: Query | None = None,
+        state: State | None = None,
+        threshold: float = 0.0,
+    ) -> None:
         super().__init__(hits)
         self.not_comparable = not_comparable or {}
+        self.threshold, self._query, self._state = threshold, query, state
+
+    def only(self, keep: Callable[[Hit], bool], k: int | None = None, threshold: float = 0.0) -> "Hits":
+        """The first k of those that a function is true for."""
+        return Hits([hit for hit in self if keep(hit)][:k], self.not_comparable, self._query, self._state, threshold)
+
+    @property
+    def message(self) -> str:
+        """Why there are no hits; "" if there are any."""
+        if self or self._query is None:
+            return ""
+        least = f"no match: no document scores {self.threshold:.4g} or more" if self.threshold else ""
+        return (
+            self._query.problem
+            or least
+            or "no document scores above 0: none shares a term with the query that counts for it"
+        )
+
+    @cached_property
+    def missing(self) -> list[str]:
+        """The typed words that no document has: a token of them is in none. Function words and numbers are left out."""
+        return missing(self._query.typed, self._state) if self._query and self._state else []
+
+
+def missing(typed: Mapping[str, Sequence[int]], state: State) -> list[str]:
+    """See `Hits.missing`; words with the ids of their tokens."""
+    return [
+        word
+        for word, ids in typed.items()
+        if not is_stop_word(word.lower()) and not (is_known(ids, state.space.tokens) and state.frequency(ids).all())
+    ]

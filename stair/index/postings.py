@@ -75,6 +75,16 @@ def invert(csr: sparse.csr_matrix) -> Arrays:
     }
 
 
+def frequency(arrays: Arrays, terms: Array) -> Array:
+    """How many documents of a segment have each of some terms."""
+    known, start, counts = arrays["terms"], arrays["run_start"], []
+    blocks = (len(start) - 1) // max(1, len(known))
+    for rank, v in zip(np.searchsorted(known, terms), terms, strict=True):
+        first, end = (rank, rank + 1) if v in known[rank : rank + 1] else (0, 0)
+        counts.append(np.count_nonzero(arrays["bytes"][start[first * blocks] : start[end * blocks]]))
+    return np.array(counts, np.int64)
+
+
 def _starts(lengths: Array) -> Array:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 

@@ -1,7 +1,8 @@
 """Queries: weighted words as people type them (`dog:2 beach -people`), or a vector, ready for the dot product."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -18,17 +19,39 @@ _LARGEST = 1e30  # products with weights of documents stay within float32
 
 @dataclass(frozen=True)
 class Query:
-    """Term ids (Q,) int64, ascending; their weights (Q,) float32, negative ones keep documents away; V."""
+    """Term ids (Q,) int64, ascending; their weights (Q,) float32, negative ones keep documents away; V.
+
+    `typed`: words as typed, with the ids of their tokens; empty for an image or a vector. `problem`: why a text has none.
+    """
 
     terms: NDArray[Any]
     weights: NDArray[Any]
     size: int
+    typed: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    problem: str = ""
+
+    @cached_property
+    def own(self) -> frozenset[int]:
+        """The tokens of the typed words; all other terms are expansions."""
+        return frozenset(v for ids in self.typed.values() for v in ids)
 
     def dense(self) -> NDArray[Any]:
         """(V,) float32."""
         dense_V = np.zeros(self.size, np.float32)
         dense_V[self.terms] = self.weights
         return dense_V
+
+
+def is_known(ids: Sequence[int], tokens: Sequence[str]) -> bool:
+    """Whether the tokens of a word can mean it: it is one token, or a part of it has three letters or more."""
+    return len(ids) == 1 or any(len(tokens[v].removeprefix("##")) >= 3 for v in ids)
+
+
+def problem_of(text: str, typed: Mapping[str, Sequence[int]], tokens: Sequence[str]) -> str:
+    """Why a text finds nothing: it is empty, or the vocabulary knows none of its words; "" if neither."""
+    if any(is_known(ids, tokens) for ids in typed.values()):
+        return ""
+    return f"the vocabulary has no word of {text!r:.80}" if text.strip() else "the query is empty; write some words"
 
 
 def parse_words(text: str) -> dict[str, float]:
@@ -62,16 +85,19 @@ def query_of_words(
         SettingError: if a word has no token that can be active, or a weight is not finite.
     """
     weights: dict[int, float] = {}
+    typed: dict[str, list[int]] = {}
     for word, weight in (parse_words(words) if isinstance(words, str) else words).items():
         if not abs(weight) <= _LARGEST:
             raise SettingError(f"weight {weight} of {word!r} is not a number up to {_LARGEST:g}", "words")
         ids = [space.term_ids[word]] if word in space.term_ids else tokenize(word)
         if not ids:
             raise SettingError(f"the vocabulary has no token of {word!r}", "words")
+        typed[word] = ids
         for v in ids:
             weights[v] = weights.get(v, 0.0) + weight
     terms = sorted(v for v, weight in weights.items() if np.float32(weight) != 0)
-    return _query(np.asarray(terms, np.int64), np.asarray([weights[v] for v in terms], np.float32), space)
+    found = _query(np.asarray(terms, np.int64), np.asarray([weights[v] for v in terms], np.float32), space)
+    return replace(found, typed=typed)
 
 
 def queries_of_rows(rows: Any, space: EmbeddingSpace) -> list[Query]:

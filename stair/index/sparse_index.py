@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -14,8 +15,9 @@ from scipy import sparse
 
 from stair.embeddings import Embeddings, EmbeddingSpace
 from stair.errors import SettingError
-from stair.index.hits import Hit, Hits
-from stair.index.query import Query, queries_of_rows, query_of_words
+from stair.index.calibration import Calibration
+from stair.index.hits import Hit, Hits, missing
+from stair.index.query import Query, problem_of, queries_of_rows, query_of_words
 from stair.index.storage import State, write_index
 
 if TYPE_CHECKING:
@@ -152,6 +154,7 @@ class SparseIndex:
         words: str | Mapping[str, float] | None = None,
         like: str | None = None,
         where: str | Sequence[str] = (),
+        max_error: float | None = None,
     ) -> Hits:
         """The k documents of highest dot product with a query, exactly.
 
@@ -161,12 +164,23 @@ class SparseIndex:
             words: weighted words, such as `dog:2 beach -people`, or weights by word.
             like: id of a document whose vector is the query; it is left out of the hits.
             where: conditions on metadata, such as `split=test and year>=2010`, or a list of them (docs/guides/search.md).
+            max_error: leave out hits below the threshold of `Calibration`, for a text and a model with a calibration.
 
         Raises:
             SettingError: if not exactly one of query, words and like is given, or one of the arguments cannot be used.
         """
+        threshold = 0.0
+        if max_error is not None:
+            if not isinstance(query, str):
+                raise SettingError("max_error is calibrated on texts; give a text, or leave it out", "max_error")
+            threshold = self.calibration.threshold(max_error)
         hits = self.top(self.query(query, words=words, like=like), k + (like is not None and k > 0), where)
-        return Hits([hit for hit in hits if hit.id != like][:k], hits.not_comparable)
+        return hits.only(lambda hit: hit.id != like and hit.score >= threshold, k, threshold)
+
+    @property
+    def calibration(self) -> Calibration:
+        """That of the index's model; SettingError if there is none."""
+        return Calibration.load(self.model.folder if self.model is not None else None, self.space.model)
 
     def search_many(
         self, queries: Any, k: int = 10, *, where: str | Sequence[str] = (), threads: int = 1
@@ -187,7 +201,7 @@ class SparseIndex:
             raise SettingError("queries is one text; give a list, also for one", "query")
         rows = queries if hasattr(queries, "shape") else list(queries)
         if not isinstance(rows, list) or any(not isinstance(row, Query) for row in rows):
-            rows = queries_of_rows(self._encode(rows) if isinstance(rows, list) else rows, self.space)
+            rows = self._encoded(rows) if isinstance(rows, list) else queries_of_rows(rows, self.space)
         size = max(1, min(_BATCH, -(-len(rows) // max(1, threads))))
         parts = [rows[n : n + size] for n in range(0, len(rows), size)]
         with ThreadPoolExecutor(max(1, threads)) as pool:
@@ -203,12 +217,14 @@ class SparseIndex:
             return Query(*self._state.row(self._number(like)), len(self.space.tokens))
         if words is not None:
             return query_of_words(words, self.space, self.vocabulary.token_ids)
-        found = queries_of_rows(self._encode([query]) if isinstance(query, (str, Image)) else query, self.space)
+        if isinstance(query, (str, Image)):
+            return self._encoded([query])[0]
+        found = queries_of_rows(query, self.space)
         if len(found) != 1:
             raise SettingError(f"{len(found)} rows are no single query; use search_many", "query")
         return found[0]
 
-    def _encode(self, items: list[Any]) -> sparse.csr_matrix:
+    def _encoded(self, items: list[Any]) -> list[Query]:
         texts = all(isinstance(item, str) for item in items)
         if other := [item for item in items if not isinstance(item, (str, Image))]:
             given = f"query is a {type(other[0]).__name__}"
@@ -221,7 +237,23 @@ class SparseIndex:
                 "words need none: --words 'dog:2 beach'",
                 "model",
             )
-        return self.model.encode(texts=items) if texts else self.model.encode(images=items)
+        if not texts:
+            return queries_of_rows(self.model.encode(images=items), self.space)
+        typed = [self.vocabulary.words(text) for text in items]
+        problems = [problem_of(text, words, self.space.tokens) for text, words in zip(items, typed, strict=True)]
+        found = queries_of_rows(self.model.encode(texts=items), self.space)
+        nothing = np.empty(0, np.int64), np.empty(0, np.float32), len(self.space.tokens)
+        return [
+            Query(*nothing, words, problem) if problem else replace(query, typed=words)
+            for query, words, problem in zip(found, typed, problems, strict=True)
+        ]
+
+    def typed(self, text: str) -> tuple[list[str], list[str]]:
+        """The tokens of a text's words, and `Hits.missing`; SettingError if it has no word of the vocabulary."""
+        words = self.vocabulary.words(text)
+        if problem := problem_of(text, words, self.space.tokens):
+            raise SettingError(problem, "text")
+        return [self.space.tokens[v] for ids in words.values() for v in ids], missing(words, self._state)
 
     def top(self, query: Query, k: int, where: str | Sequence[str] = ()) -> Hits:
         """As `search`, for a query that is ready."""
@@ -249,7 +281,8 @@ class SparseIndex:
             Hit(name, score, n, queries[b], state)
             for name, score, n, b in zip(names, scores, numbers.tolist(), which.tolist(), strict=True)
         ]
-        return [Hits(hits[a:b], not_comparable) for a, b in pairwise([0, *accumulate(best.count.tolist())])]
+        ends = pairwise([0, *accumulate(best.count.tolist())])
+        return [Hits(hits[a:b], not_comparable, query, state) for query, (a, b) in zip(queries, ends, strict=True)]
 
     @property
     def vocabulary(self) -> "Vocabulary":

@@ -24,7 +24,7 @@ from stair.embeddings import Embeddings, EmbeddingSpace
 from stair.errors import FileError, SettingError
 from stair.files import atomic_write, lock, sha256
 from stair.index.metadata import Documents, to_table
-from stair.index.postings import canonical, invert
+from stair.index.postings import canonical, frequency, invert
 from stair.plain import plain
 
 FILE, FORMAT = "index.arrow", "stair-index-5"
@@ -102,6 +102,11 @@ class State:
         arrays, n = self.segments[segment], number - self.first[segment]
         row = slice(arrays["row_start"][n], arrays["row_start"][n + 1])
         return arrays["row_terms"][row].astype(np.int64), arrays["row_weights"][row]
+
+    def frequency(self, terms: Sequence[int]) -> NDArray[Any]:
+        """How many documents have each of some terms."""
+        counts: NDArray[Any] = np.sum([frequency(each, np.asarray(terms, np.int64)) for each in self.segments], axis=0)
+        return counts
 
     def vectors(self, segment: int) -> sparse.csr_matrix:
         """The rows of a segment, ready for the dot product."""

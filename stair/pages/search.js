@@ -1,6 +1,6 @@
 // The search page. `backend`, of server.js or static.js, answers it.
 const $ = id => document.getElementById(id);
-let words = {}, hits = [], pictures = true, turn = 0;
+let words = {}, own = new Set(), typed = false, hits = [], pictures = true, turn = 0;
 const UP = 1.5, STEP = 0.1, shown = 40;  // all words of a query count, the heaviest are shown
 
 // controls, and above all those of direction, spelled out; as stair/plain.py
@@ -20,7 +20,16 @@ async function guarded(work) {
   document.body.classList.remove('busy');
 }
 
+// takes the terms of a query; those of a text come with the tokens of its own words
+function take(query) {
+  words = query.words;
+  own = new Set(query.own || []);
+  typed = Boolean(query.own);
+  $('missing').textContent = plain(query.missing?.length ? 'No document has: ' + query.missing.join(', ') : '');
+}
+const kind = word => own.size && !own.has(word) ? ' expansion' : '';
 function steer(word, how) {
+  typed = false;
   const now = words[word] || 0;
   if (how === 'off') delete words[word];
   else words[word] = how === 'up' ? (now > 0 ? now * UP : now + 0.5) : (now > STEP ? now / UP : now - 0.5);
@@ -38,7 +47,7 @@ function chip(word, weight, most) {
   };
   return make('li', {className: 'chip' + (weight < 0 ? ' against' : '')},
     button('−', 'lower the weight of', 'down'),
-    make('span', {className: 'word'}, word, make('small', {textContent: ' ' + weight.toFixed(2)}), bar),
+    make('span', {className: 'word' + kind(word)}, word, make('small', {textContent: ' ' + weight.toFixed(2)}), bar),
     button('+', 'raise the weight of', 'up'), button('×', 'remove', 'off'));
 }
 function lighter(count) {
@@ -72,7 +81,8 @@ function card(hit) {
   item.append(make('p', {className: 'caption', textContent: caption(hit)}),
     make('p', {className: 'score', textContent: 'score ' + hit.score.toFixed(3)}));
   const shared = hit.words.slice(0, 6).map(([word, share]) => {
-    const one = make('button', {type: 'button', textContent: word + ' ' + share.toFixed(2), title: 'raise the weight of ' + word});
+    const one = make('button', {type: 'button', className: kind(word), textContent: word + ' ' + share.toFixed(2),
+      title: 'raise the weight of ' + word});
     one.onclick = event => steer(word, event.shiftKey ? 'off' : event.altKey ? 'down' : 'up');
     return make('li', {}, one);
   });
@@ -84,11 +94,14 @@ async function search() {
   showQuery();
   if (focused) document.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
   await guarded(async () => {
-    const found = await backend.search(words, $('where')?.value);
+    const max_error = Number($('error')?.value) || null;
+    const found = await backend.search(words, {where: $('where')?.value, max_error: typed ? max_error : null});
     if (mine !== turn) return;
-    hits = found;
+    hits = found.hits;
     $('hits').replaceChildren(...hits.map(card));
-    say(hits.length ? hits.length + ' hits' : Object.keys(words).length ? 'no document shares a term with the query' : '');
+    const none = found.threshold ? 'no match: no document scores ' + found.threshold.toFixed(3) + ' or more'
+      : Object.keys(words).length ? 'no document shares a term with the query' : '';
+    say((hits.length ? hits.length + ' hits' : none) + (max_error && !typed ? ' (max error is for texts as typed)' : ''));
   });
 }
 async function showWords(hit) {
@@ -103,7 +116,7 @@ async function showWords(hit) {
       const number = make('small', {textContent: ' ' + weight.toFixed(3)});
       return make('li', {}, make('span', {className: 'word'}, word, number, bar));
     }), ...lighter(all.length));
-    $('like').onclick = () => { words = found; $('words').close(); search(); };
+    $('like').onclick = () => { take({words: found}); $('words').close(); search(); };
     $('words').showModal();
   });
 }
@@ -111,7 +124,7 @@ function upload(file) {
   if (!file) return;
   guarded(async () => {
     say('reading ' + file.name);
-    words = await backend.image(file);
+    take(await backend.image(file));
     $('text').value = '';
     await search();
   });
@@ -119,13 +132,13 @@ function upload(file) {
 $('form').onsubmit = event => {
   event.preventDefault();
   guarded(async () => {
-    words = await backend.text($('text').value);
-    await search();
+    take({words: {}});
+    try { take(await backend.text($('text').value)); } finally { await search(); }
   });
 };
 if (backend.image) {
   $('file').onchange = event => { upload(event.target.files[0]); event.target.value = ''; };
-  $('where').onchange = () => search();
+  $('where').onchange = $('error').onchange = () => search();
   document.ondragover = event => { event.preventDefault(); document.body.classList.add('over'); };
   document.ondragleave = () => document.body.classList.remove('over');
   document.ondrop = event => {
@@ -142,5 +155,9 @@ document.onkeydown = event => {
 backend.about().then(about => {
   pictures = about.pictures;
   say(about.documents + ' documents');
+  if (about.calibrated_on) {
+    $('setting').hidden = false;
+    $('error').value = about.max_error ?? '';
+  }
   if (about.keys) $('where').placeholder = about.keys.length ? 'filter, such as ' + about.keys[0] + '=…' : 'filter';
 }).catch(error => say(error.message, true));

@@ -11,9 +11,9 @@ const post = (path, body) => ask(path, {method: 'POST', body: JSON.stringify(bod
 const address = (path, id, more = {}) => path + '?' + new URLSearchParams({id, ...more});
 const backend = {
   about: () => ask('/api/about'),
-  text: async text => (await post('/api/text', {text})).words,
-  image: async file => (await ask('/api/image', {method: 'POST', body: file})).words,
-  search: async (words, where) => (await post('/api/search', {words, k: 24, where})).hits,
+  text: text => post('/api/text', {text}),
+  image: file => ask('/api/image', {method: 'POST', body: file}),
+  search: (words, options) => post('/api/search', {words, k: 24, ...options}),
   words: async hit => (await ask(address('/api/words', hit.id))).words,
   picture: async hit => address('/picture', hit.id),
   heat: async (hit, words) => address('/heat', hit.id, {words: JSON.stringify(words)}),

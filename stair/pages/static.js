@@ -243,8 +243,8 @@ async function opened() {
 const index = typeof location === 'undefined' ? null : opened(), thumbnails = new Map();
 const backend = {
   about: async () => (await index).about,
-  text: async text => weighted(text) || (await index).expand(text),
-  search: async words => (await index).search(words, 10),
+  text: async text => ({words: weighted(text) || await (await index).expand(text)}),
+  search: async words => ({hits: await (await index).search(words, 10)}),
   words: async hit => {
     const terms = [...hit.terms].map((v, i) => [v, hit.weights[i]]).sort((a, b) => b[1] - a[1]), {tokens} = await index;
     return Object.fromEntries(terms.map(([v, weight]) => [tokens[v], weight]));

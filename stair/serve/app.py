@@ -6,6 +6,7 @@ Pictures are decoded and encoded again, so that no file is sent as it is; their 
 import io
 import json
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from starlette.routing import Route
 
 from stair.data.items import picture_bytes
 from stair.embeddings import to_csr
+from stair.errors import SettingError
 from stair.explain import read_image
 from stair.explain_page import overlay
 from stair.images import decode_image
@@ -40,9 +42,11 @@ POLICY = f"{_POLICY}; frame-ancestors 'none'"
 
 
 class _SearchPage:
-    def __init__(self, index: SparseIndex, model: Stair, pictures: Path | None) -> None:
+    def __init__(self, index: SparseIndex, model: Stair, pictures: Path | None, max_error: float | None) -> None:
         index.use(model)
-        self.index, self.model = index, model
+        self.index, self.model, self.max_error = index, model, max_error
+        if max_error is not None:
+            index.calibration.threshold(max_error)
         self.root = pictures.resolve() if pictures is not None else None
         self._one_at_a_time = threading.Lock()  # more threads in one model are slower, not faster
 
@@ -51,14 +55,19 @@ class _SearchPage:
 
     def about(self, request: Request) -> Response:
         facts = {"documents": len(self.index), "similarity": self.index.space.similarity}
-        return JSONResponse({**facts, "keys": self.index.keys, "pictures": self.root is not None})
+        facts |= {"keys": self.index.keys, "pictures": self.root is not None}
+        with suppress(SettingError):
+            facts["calibrated_on"] = self.index.calibration.data
+            facts["max_error"] = self.max_error
+        return JSONResponse(facts)
 
     async def text(self, request: Request) -> Response:
-        """The terms of a text: `{"text": ...}`."""
+        """The terms of a text, `{"text": ...}`, the tokens of its own words, and the words that no document has."""
         text = (await _json(request)).get("text")
         if not isinstance(text, str) or not text.strip():
             raise HTTPException(400, "text is empty; write some words")
-        return JSONResponse({"words": await run_in_threadpool(self._terms, text)})
+        own, missing = self.index.typed(text)
+        return JSONResponse({"words": await run_in_threadpool(self._terms, text), "own": own, "missing": missing})
 
     async def image(self, request: Request) -> Response:
         """The terms of a picture, whose file is the body."""
@@ -76,20 +85,29 @@ class _SearchPage:
         return dict(sorted(weights.items(), key=lambda item: -item[1]))
 
     async def search(self, request: Request) -> Response:
-        """Hits of weighted terms: `{"words": {term: weight}, "k": 24, "where": ["split=test"]}`."""
+        """Hits of weighted terms: `{"words": {term: weight}, "k": 24, "where": ["split=test"], "max_error": 0.05}`.
+
+        `max_error` holds for terms as `text` answers them.
+        """
         body = await _json(request)
         weights, k, where = _weights(body.get("words")), body.get("k", 24), body.get("where", [])
         if not isinstance(k, int) or not 1 <= k <= _MAX_HITS:
             raise HTTPException(400, f"k must be a whole number from 1 to {_MAX_HITS}")
         if not isinstance(where, str) and not (isinstance(where, list) and all(isinstance(one, str) for one in where)):
             raise HTTPException(400, "where must be a text or a list of conditions")
-        return JSONResponse({"hits": await run_in_threadpool(self._hits, weights, k, where) if weights else []})
+        max_error = body.get("max_error")
+        if max_error is not None and not isinstance(max_error, (int, float)):
+            raise HTTPException(400, "max_error must be a number between 0 and 1")
+        threshold = 0.0 if max_error is None else self.index.calibration.threshold(max_error)
+        found = await run_in_threadpool(self._hits, weights, k, where, threshold) if weights else []
+        return JSONResponse({"hits": found} | ({"threshold": threshold} if threshold else {}))
 
-    def _hits(self, weights: dict[str, float], k: int, where: str | list[str]) -> list[dict[str, Any]]:
+    def _hits(self, weights: dict[str, float], k: int, where: str | list[str], least: float) -> list[dict[str, Any]]:
         return [
             {"id": hit.id, "score": hit.score, "metadata": hit.metadata, "source": hit.source}
             | {"words": [[term.token, term.contribution] for term in hit.terms[:_SHOWN_TERMS]]}
             for hit in self.index.search(words=weights, k=k, where=where)
+            if hit.score >= least
         ]
 
     def document(self, request: Request) -> Response:
@@ -176,12 +194,14 @@ async def _problem(request: Request, error: Exception) -> Response:
     return JSONResponse(content, status, media_type="application/problem+json")
 
 
-def application(index: SparseIndex, model: Stair, pictures: Path | None, hosts: list[str]) -> Starlette:
+def application(
+    index: SparseIndex, model: Stair, pictures: Path | None, hosts: list[str], max_error: float | None = None
+) -> Starlette:
     """The server of an index, its model, and the folder that the `file` of documents is relative to, if there is one.
 
     It answers under the names in `hosts` only, so that no web site can reach it by a name that points to this machine.
     """
-    page = _SearchPage(index, model, pictures)
+    page = _SearchPage(index, model, pictures, max_error)
     posts = {"/api/text": page.text, "/api/image": page.image, "/api/search": page.search}
     gets = {"/": page.page, "/api/about": page.about, "/api/words": page.document}
     gets |= {"/picture": page.picture, "/heat": page.heat}
@@ -194,7 +214,14 @@ def application(index: SparseIndex, model: Stair, pictures: Path | None, hosts: 
     )
 
 
-def serve(index: Path, model: str, pictures: Path | None = None, host: str = "127.0.0.1", port: int = 8080) -> None:
+def serve(
+    index: Path,
+    model: str,
+    pictures: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    max_error: float | None = None,
+) -> None:
     """Serves the search page, by default only on this machine.
 
     Args:
@@ -203,10 +230,11 @@ def serve(index: Path, model: str, pictures: Path | None = None, host: str = "12
         pictures: folder of the images: the one passed to `stair embed`, or the folder of its tars.
         host: address to listen on. There is no authentication: anyone who can reach it can search and see all images.
         port: port to listen on.
+        max_error: start value of the page's setting, as in `stair search`.
     """
     if pictures is not None and not pictures.is_dir():
         raise FileNotFoundError(f"{pictures}: no such folder of images")
     hosts = ["127.0.0.1", "localhost", "[::1]"] if host in ("127.0.0.1", "localhost", "::1") else ["*"]
-    app = application(SparseIndex.open(index), Stair.from_pretrained(model), pictures, hosts)
+    app = application(SparseIndex.open(index), Stair.from_pretrained(model), pictures, hosts, max_error)
     print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
     uvicorn.run(app, host=host, port=port, log_level="warning")
