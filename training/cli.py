@@ -38,7 +38,7 @@ from lightning_modules.run_folder import (
 from stair.errors import FileError, SettingError, StairError, require
 from stair.files import lock
 from stair.launch import fail
-from stair.messages import reworded
+from training.messages import reworded
 from training.settings import check_data, expand_paths, listed, match_launcher, place_loggers, stage_folder
 
 ALWAYS_ON = {

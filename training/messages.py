@@ -1,11 +1,10 @@
-"""Errors of command lines as one line: what was given, what is allowed, what to do."""
+"""Errors of the command line of training as one line: what was given, what is allowed, what to do."""
 
 import difflib
 import re
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable
-from typing import Any
 
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 _KINDS |= {"list": "a list such as [A, B]", "dict": "names and values, such as '{{NAME: {value}}}'"}
@@ -13,8 +12,7 @@ _NOISE = r"Does not validate against any of the Union subtypes|(Subtypes|Given v
 
 
 def reworded(parser: ArgumentParser, message: str) -> str:
-    """The message of a parser of argparse or jsonargparse, without its keys and names of Python types."""
-    choices: Any = next((each.choices for each in parser._actions if hasattr(each, "_name_parser_map")), None) or {}
+    """The message of a parser of jsonargparse, without its keys and names of Python types."""
     if found := re.match(r'Parser key "([^"]+)".*?(?:Got value|Given value): ?([^\n]*)', message, re.DOTALL):
         kinds = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\](?=\.|\n))", message)
         allowed = [_KINDS.get(kind, kind).format(value=found[2]) or f"one of {literals}" for kind, literals in kinds]
@@ -26,17 +24,10 @@ def reworded(parser: ArgumentParser, message: str) -> str:
     elif found := re.match(r"unrecognized arguments: (--[^\s=]+)?(.*)", message):
         message = _unknown(found[1], parser) if found[1] else f"{found[2]}: one argument too many"
     elif found := re.match(r"Subcommand '(\w+)' does not accept option '(.+)'", message):
-        message = _unknown(f"--{found[2]}", choices[found[1]])
-    elif found := re.match(r"the following arguments are required: ([^,]+)", message):
-        command, _, name = found[1].rpartition(".")
-        actions = choices[command]._actions if command else parser._actions
-        about = next(action.help or "" for action in actions if action.dest == name)
-        message = f"{name.upper()} is missing: {about.rstrip('.')}"
+        commands = next(each.choices for each in parser._actions if hasattr(each, "_name_parser_map"))
+        message = _unknown(f"--{found[2]}", commands[found[1]])  # type: ignore[index]
     elif found := re.match(r"argument (--[^\s/:]+)\S*: expected one argument", message):
         message = f"{found[1]}: give a value after it"
-    elif choices and (found := re.match(r"argument subcommand: invalid choice: '(.*?)' \(|expected \"sub", message)):
-        given, close = found[1], _close(found[1] or "", choices)
-        message = f"{'no subcommand' if given is None else given}: give one of {', '.join(choices)}{close}"
     return " ".join(re.sub(r'Parser key "(.*?)":', r"--\1:", message).split())
 
 
