@@ -11,6 +11,7 @@ from scipy import sparse
 from datamodules.synthetic import write_scenes
 from stair import Embeddings, SparseIndex, Stair
 from stair.data.tars import read_samples
+from stair.embeddings import EmbeddingSpace
 from stair.errors import FileError, SettingError
 from stair.images import decode_image
 from stair.index.calibration import Calibration
@@ -192,3 +193,52 @@ def test_the_stop_words_are_those_of_scikit_learn():
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     assert STOP_WORDS == ENGLISH_STOP_WORDS
+
+
+def test_refining_terms_are_those_of_counting_by_hand(tmp_path):
+    generator = np.random.default_rng(3)
+    weights = sparse.csr_matrix((generator.random((60, V)) < generator.random(V) ** 3).astype(np.float32))
+    index = SparseIndex.build(tmp_path / "i", Embeddings(weights, [f"d{n}" for n in range(60)], SPACE))
+    hits = index.search(words="dog beach people w20 w21 w22", k=9)
+    among = [index.vector(hit.id).keys() for hit in hits]
+    everywhere = [index.vector(name).keys() for name in index.ids]
+    values = {}
+    for token in set().union(*among):
+        count = sum(token in vector for vector in among)
+        lift = (count / 9) / (sum(token in vector for vector in everywhere) / 60)
+        if count < 9 and not token.startswith("##"):
+            values[token] = (count > 1, count / 9 * (1 - count / 9) * math.log(1 + lift)), count, lift
+    best = sorted(values, key=lambda token: (values[token][0], -SPACE.term_ids[token]), reverse=True)
+    groups = [tuple(token in vector for vector in among) for token in best]
+    best = [token for n, token in enumerate(best) if groups[n] not in groups[:n]]
+    found = hits.refine(12)
+    assert [part.token for part in found] == best[:12]
+    assert [(part.hits, pytest.approx(part.lift)) for part in found] == [values[token][1:] for token in best[:12]]
+    kept = hits.having([best[0], best[1]])
+    assert [hit.id for hit in kept] == [hit.id for hit, has in zip(hits, among, strict=True) if {*best[:2]} <= has]
+    assert index.search(words="dog", k=1).refine() == [] == index.search(words="-dog").refine()
+    with pytest.raises(SettingError):
+        hits.having(["nothing"])
+
+
+def test_function_words_and_terms_of_all_hits_are_not_offered(tmp_path):
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "dog", "the", "##s", "snow", "2"]
+    space = EmbeddingSpace("m" * 64, "dot", tuple(tokens))
+    rows = np.zeros((4, 9), np.float32)
+    rows[:, 4] = 1
+    rows[:2, 5:] = 1
+    rows[2, 5] = 1
+    index = SparseIndex.build(tmp_path / "i", Embeddings(sparse.csr_matrix(rows), ["a", "b", "c", "d"], space))
+    assert [(part.token, part.hits, part.lift) for part in index.search(words="dog").refine()] == [("snow", 2, 1.0)]
+
+
+def test_refining_terms_are_printed_and_in_the_json(made, stair):
+    folder, _ = made
+    options = (folder / "index", "--words", "red circle", "--k", "2")
+    hits = SparseIndex.open(folder / "index").search(words="red circle", k=100)
+    result = json.loads(stair("search", *options, "--refine", "3", "--json"))
+    assert result["refine"] == [vars(part) for part in hits.refine(3)] and len(result["hits"]) == 2
+    assert result["hits"] == json.loads(stair("search", *options, "--json"))
+    assert [line.split()[1] for line in stair("search", *options, "--refine", "3").splitlines()[2:]] == [
+        f"{part.token}," for part in hits.refine(3)
+    ]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import sparse
 
 from stair.embeddings import Embeddings
 from stair.errors import SettingError
@@ -105,6 +106,23 @@ def test_a_calibrated_page_leaves_out_hits_below_the_threshold(tiny_stair, pictu
     assert len(client.post("/api/search", json={"words": words}).json()["hits"]) == len(scores) > 3
     for wrong in (0, 1, "x", 0.1):
         assert client.post("/api/search", json={"words": words, "max_error": wrong}).status_code == 400
+
+
+def test_a_chip_keeps_the_hits_that_have_its_term(tiny_stair, tmp_path):
+    weights = np.random.default_rng(0).random((30, len(tiny_stair.vocabulary)))
+    rows = sparse.csr_matrix(np.where(weights > 0.5, weights, 0).astype(np.float32))
+    index = SparseIndex.build(tmp_path / "r", rows, None, (), tiny_stair)
+    client = TestClient(serving.application(index, tiny_stair, None, ["localhost"]), base_url="http://localhost")
+    words = {"red": 1.0, "dog": 0.5}
+    answer = client.post("/api/search", json={"words": words, "refine": 2}).json()
+    hits = index.search(words=words, k=100)
+    assert answer["refine"] == [vars(part) for part in hits.refine(2)]
+    token = answer["refine"][0]["token"]
+    kept = client.post("/api/search", json={"words": words, "having": [token], "refine": 8}).json()
+    assert [hit["id"] for hit in kept["hits"]] == [hit.id for hit in hits.having([token])]
+    assert token not in [part["token"] for part in kept["refine"]]
+    for wrong in ({"having": ["qqqq"]}, {"having": "dog"}, {"refine": "x"}):
+        assert client.post("/api/search", json={"words": words, **wrong}).status_code == 400
 
 
 def test_steering_down_a_word_lowers_what_has_it(client):

@@ -8,13 +8,15 @@ from typing import Any
 from tqdm import tqdm
 
 from stair.embeddings import SUFFIXES, Embeddings, part_files, read_header
-from stair.errors import SettingError
+from stair.errors import SettingError, require
 from stair.images import decode_image
 from stair.index.hits import Hits
 from stair.index.query import parse_words, problem_of
 from stair.index.sparse_index import SparseIndex
 from stair.index.storage import FILE, write_index
 from stair.plain import one_line
+
+_REFINED = 100  # hits of which `refine` counts terms
 
 
 def index(
@@ -70,10 +72,11 @@ def search(
     queries: Path | None = None,
     where: str | None = None,
     max_error: float | None = None,
+    refine: int = 0,
     k: int = 10,
     shown: int = 5,
     threads: int = 1,
-) -> list[dict[str, Any]] | tuple[dict[str, Any], ...]:
+) -> list[dict[str, Any]] | dict[str, Any] | tuple[dict[str, Any], ...]:
     """Finds the documents with the highest scores (exact dot products) and shows the terms that contribute.
 
     A term marked with + is an expansion: no token of the text.
@@ -92,10 +95,13 @@ def search(
             quotes.
         max_error: leave out hits below a score from `stair calibrate`, so that at most this share of texts, such as 0.05,
             lose their right document by it.
+        refine: also show this number of terms that divide the best 100 hits best. With --json, an object of `hits` and
+            `refine`.
         k: number of hits.
         shown: number of shared terms shown per hit.
         threads: how many search a file of queries at the same time.
     """
+    require(refine >= 0, "refine", refine, "a number of terms, 0 for none")
     if sum(given is not None for given in (text, image, words, like, queries)) != 1:
         raise SettingError("give one of --text, --image, --words, --like, --queries", "text")
     opened = SparseIndex.open(index)
@@ -108,11 +114,32 @@ def search(
     if queries is not None:
         return _search_file(queries, opened, k, where or (), threads)
     query = decode_image(image.read_bytes()) if image is not None else text
-    hits = opened.search(query, k, words=words, like=like, where=where or (), max_error=max_error)
+    most = max(k, _REFINED) if refine else k
+    found = opened.search(query, most, words=words, like=like, where=where or (), max_error=max_error)
+    hits = found.first(k)
     for word in parse_words(words) if words is not None else ():
         if len(split := opened.query(words={word: 1.0}).terms) > 1:
             tokens = ", ".join(opened.space.tokens[v] for v in split)
             print(one_line(f"{word} is no word of the vocabulary; searched as {tokens}"), file=sys.stderr)
+    rows = _show(hits, shown)
+    for condition, count in hits.not_comparable.items():
+        rest = f"have no value that compares with {one_line(condition)}; they do not match"
+        print(f"{count} of {len(opened)} documents {rest}", file=sys.stderr)
+    if hits.missing:
+        print(f"no document has: {one_line(', '.join(hits.missing))}", file=sys.stderr)
+    if not hits:
+        print(one_line(hits.message + (f", where {where}" if where else "")))
+    if not refine:
+        return rows
+    parts, of = [vars(part) for part in found.refine(refine)], f"of {len(found)} hits"
+    for part in parts:
+        print(
+            one_line(f"refine: {part['token']}, {part['hits']} {of}, {part['lift']:.1f} x as often as in all documents")
+        )
+    return {"hits": rows, "refine": parts}
+
+
+def _show(hits: Hits, shown: int) -> list[dict[str, Any]]:
     rows = []
     for hit in hits:
         terms = {term.token: term.contribution for term in hit.terms[:shown]}
@@ -121,13 +148,6 @@ def search(
         rows.append({**row, "metadata": hit.metadata, "source": hit.source})
         shared = " ".join(f"{'+' * (term in expansions)}{term}:{weight:.3f}" for term, weight in terms.items())
         print(f"{hit.score:9.4f}  {one_line(hit.id)}  {one_line(shared)}")
-    for condition, count in hits.not_comparable.items():
-        rest = f"have no value that compares with {one_line(condition)}; they do not match"
-        print(f"{count} of {len(opened)} documents {rest}", file=sys.stderr)
-    if hits.missing:
-        print(f"no document has: {one_line(', '.join(hits.missing))}", file=sys.stderr)
-    if not hits:
-        print(one_line(hits.message + (f", where {where}" if where else "")))
     return rows
 
 

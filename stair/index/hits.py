@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from stair.errors import SettingError
 from stair.index.query import Query, is_known
 from stair.index.storage import State
 from stair.vocabulary import is_stop_word
@@ -26,6 +30,15 @@ class SharedTerm:
     def contribution(self) -> float:
         """The product of both weights; exact, as both are float32."""
         return self.query * self.document
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """A term that divides hits: how many of them have it, and how many times as often as all documents."""
+
+    token: str
+    hits: int
+    lift: float
 
 
 @dataclass(repr=False, eq=False)  # not frozen: that makes ten hits cost as much as the search
@@ -50,6 +63,11 @@ class Hit:
     def source(self) -> dict[str, Any]:
         """Where it came from, as `Embeddings.source`."""
         return self._state.documents.rows("stair", self._number, 1)[0]
+
+    @property
+    def term_ids(self) -> NDArray[Any]:
+        """The terms of the document, ascending."""
+        return self._state.row(self._number)[0]
 
     @cached_property
     def terms(self) -> list[SharedTerm]:
@@ -83,9 +101,14 @@ class Hits(list[Hit]):
         self.not_comparable = not_comparable or {}
         self.threshold, self._query, self._state = threshold, query, state
 
-    def only(self, keep: Callable[[Hit], bool], k: int | None = None, threshold: float = 0.0) -> "Hits":
-        """The first k of those that a function is true for."""
-        return Hits([hit for hit in self if keep(hit)][:k], self.not_comparable, self._query, self._state, threshold)
+    def first(self, k: int) -> "Hits":
+        """The k best."""
+        return Hits(self[:k], self.not_comparable, self._query, self._state, self.threshold)
+
+    def only(self, keep: Callable[[Hit], bool], threshold: float = 0.0) -> "Hits":
+        """Those that a function is true for and that reach a score."""
+        found = [hit for hit in self if hit.score >= threshold and keep(hit)]
+        return Hits(found, self.not_comparable, self._query, self._state, threshold or self.threshold)
 
     @property
     def message(self) -> str:
@@ -98,6 +121,38 @@ class Hits(list[Hit]):
             or least
             or "no document scores above 0: none shares a term with the query that counts for it"
         )
+
+    def having(self, tokens: Sequence[str]) -> "Hits":
+        """Those that have all of some terms; SettingError if one is no term."""
+        if self._state is None:
+            return self
+        ids = self._state.space.term_ids
+        if wrong := [token for token in tokens if token not in ids]:
+            raise SettingError(f"{wrong[0]!r} is no term of the index", "having")
+        wanted = {ids[token] for token in tokens}
+        return self.only(lambda hit: wanted <= set(hit.term_ids.tolist()))
+
+    def refine(self, n: int = 8) -> list[Refinement]:
+        """The n terms that divide these hits best, without those that all have, function words and parts of words.
+
+        A share p of the hits has a term. The best have the greatest p · (1 - p) · log(1 + lift): half of the hits have
+        them, and few of all documents. Of terms that the same hits have, the best is offered. Terms of one hit come last.
+        """
+        if self._state is None or len(self) < 2:
+            return []
+        state, tokens, rows = self._state, self._state.space.tokens, [hit.term_ids for hit in self]
+        ids_U = np.unique(np.concatenate(rows))
+        held_HU = np.array([np.isin(ids_U, row, assume_unique=True) for row in rows])
+        readable_U = [not (is_stop_word(tokens[v]) or tokens[v].startswith("##")) for v in ids_U.tolist()]
+        offered_U = np.array(readable_U, bool) & ~held_HU.all(0)
+        ids_U, held_HU = ids_U[offered_U], held_HU[:, offered_U]
+        count_U = held_HU.sum(0)
+        share_U = count_U / len(self)
+        lift_U = share_U * len(state.documents) / state.frequency(ids_U)
+        order = np.lexsort((-share_U * (1 - share_U) * np.log1p(lift_U), count_U == 1))
+        best = {held_HU[:, i].tobytes(): i for i in order[::-1]}  # of equal columns the first in the order
+        chosen = [i for i in order if best[held_HU[:, i].tobytes()] == i][:n]
+        return [Refinement(tokens[ids_U[i]], int(count_U[i]), float(lift_U[i])) for i in chosen]
 
     @cached_property
     def missing(self) -> list[str]:

@@ -175,7 +175,7 @@ class SparseIndex:
                 raise SettingError("max_error is calibrated on texts; give a text, or leave it out", "max_error")
             threshold = self.calibration.threshold(max_error)
         hits = self.top(self.query(query, words=words, like=like), k + (like is not None and k > 0), where)
-        return hits.only(lambda hit: hit.id != like and hit.score >= threshold, k, threshold)
+        return hits.only(lambda hit: hit.id != like, threshold).first(k)
 
     @property
     def calibration(self) -> Calibration:

@@ -103,7 +103,7 @@ class State:
         row = slice(arrays["row_start"][n], arrays["row_start"][n + 1])
         return arrays["row_terms"][row].astype(np.int64), arrays["row_weights"][row]
 
-    def frequency(self, terms: Sequence[int]) -> NDArray[Any]:
+    def frequency(self, terms: Sequence[int] | NDArray[Any]) -> NDArray[Any]:
         """How many documents have each of some terms."""
         counts: NDArray[Any] = np.sum([frequency(each, np.asarray(terms, np.int64)) for each in self.segments], axis=0)
         return counts

@@ -1,6 +1,6 @@
 // The search page. `backend`, of server.js or static.js, answers it.
 const $ = id => document.getElementById(id);
-let words = {}, own = new Set(), typed = false, hits = [], pictures = true, turn = 0;
+let words = {}, own = new Set(), typed = false, having = [], hits = [], pictures = true, turn = 0;
 const UP = 1.5, STEP = 0.1, shown = 40;  // all words of a query count, the heaviest are shown
 
 // controls, and above all those of direction, spelled out; as stair/plain.py
@@ -23,6 +23,7 @@ async function guarded(work) {
 // takes the terms of a query; those of a text come with the tokens of its own words
 function take(query) {
   words = query.words;
+  having = [];
   own = new Set(query.own || []);
   typed = Boolean(query.own);
   $('missing').textContent = plain(query.missing?.length ? 'No document has: ' + query.missing.join(', ') : '');
@@ -58,6 +59,18 @@ function showQuery() {
   const heavy = Object.entries(words).sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, shown);
   $('query').replaceChildren(...heavy.sort((a, b) => b[1] - a[1]).map(([word, weight]) => chip(word, weight, most)),
     ...lighter(Object.keys(words).length));
+}
+// chips that keep the hits with a term, and those in force, which a click removes
+function showRefine(found) {
+  const chosen = having.map(token => [token, '×', 'stop asking for', having.filter(other => other !== token)]);
+  const offered = (found.refine || []).map(part => [part.token, part.hits, 'keep hits with', [...having, part.token]]);
+  $('refine').replaceChildren(...[...chosen, ...offered].map(([token, text, label, next]) => {
+    const one = make('button', {type: 'button', textContent: token + ' ' + text, title: label + ' ' + token,
+      className: having.includes(token) ? 'chosen' : ''});
+    one.setAttribute('aria-label', label + ' ' + token);
+    one.onclick = () => { having = next; search(); };
+    return make('li', {}, one);
+  }));
 }
 function caption(hit) {
   const known = hit.source;
@@ -95,10 +108,12 @@ async function search() {
   if (focused) document.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
   await guarded(async () => {
     const max_error = Number($('error')?.value) || null;
-    const found = await backend.search(words, {where: $('where')?.value, max_error: typed ? max_error : null});
+    const found = await backend.search(words, {where: $('where')?.value, having,
+      max_error: typed ? max_error : null});
     if (mine !== turn) return;
     hits = found.hits;
     $('hits').replaceChildren(...hits.map(card));
+    showRefine(found);
     const none = found.threshold ? 'no match: no document scores ' + found.threshold.toFixed(3) + ' or more'
       : Object.keys(words).length ? 'no document shares a term with the query' : '';
     say((hits.length ? hits.length + ' hits' : none) + (max_error && !typed ? ' (max error is for texts as typed)' : ''));

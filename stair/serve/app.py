@@ -87,7 +87,8 @@ class _SearchPage:
     async def search(self, request: Request) -> Response:
         """Hits of weighted terms: `{"words": {term: weight}, "k": 24, "where": ["split=test"], "max_error": 0.05}`.
 
-        `max_error` holds for terms as `text` answers them.
+        `max_error` holds for terms as `text` answers them. `"having": ["snow"]` keeps those of the best 1000 hits that have
+        these terms. `"refine": 8` adds that number of `Hits.refine`.
         """
         body = await _json(request)
         weights, k, where = _weights(body.get("words")), body.get("k", 24), body.get("where", [])
@@ -98,17 +99,34 @@ class _SearchPage:
         max_error = body.get("max_error")
         if max_error is not None and not isinstance(max_error, (int, float)):
             raise HTTPException(400, "max_error must be a number between 0 and 1")
+        having = body.get("having", [])
+        if not isinstance(having, list) or not all(isinstance(one, str) for one in having):
+            raise HTTPException(400, "having must be a list of terms")
+        refine = body.get("refine", 0)
+        if not isinstance(refine, int) or not 0 <= refine <= _MAX_HITS:
+            raise HTTPException(400, f"refine must be a whole number from 0 to {_MAX_HITS}")
         threshold = 0.0 if max_error is None else self.index.calibration.threshold(max_error)
-        found = await run_in_threadpool(self._hits, weights, k, where, threshold) if weights else []
-        return JSONResponse({"hits": found} | ({"threshold": threshold} if threshold else {}))
+        options = weights, k, where, threshold, having, refine
+        found = await run_in_threadpool(self._hits, *options) if weights else {"hits": []}
+        return JSONResponse(found | ({"threshold": threshold} if threshold else {}))
 
-    def _hits(self, weights: dict[str, float], k: int, where: str | list[str], least: float) -> list[dict[str, Any]]:
-        return [
+    def _hits(
+        self,
+        weights: dict[str, float],
+        k: int,
+        where: str | list[str],
+        threshold: float,
+        having: list[str],
+        refine: int,
+    ) -> dict[str, Any]:
+        most = 1000 if having else max(k, 100 if refine else 0)
+        found = self.index.search(words=weights, k=most, where=where).only(lambda _: True, threshold).having(having)
+        hits = [
             {"id": hit.id, "score": hit.score, "metadata": hit.metadata, "source": hit.source}
             | {"words": [[term.token, term.contribution] for term in hit.terms[:_SHOWN_TERMS]]}
-            for hit in self.index.search(words=weights, k=k, where=where)
-            if hit.score >= least
+            for hit in found.first(k)
         ]
+        return {"hits": hits} | ({"refine": [vars(part) for part in found.first(100).refine(refine)]} if refine else {})
 
     def document(self, request: Request) -> Response:
         """The terms of a document: `?id=`."""
