@@ -260,6 +260,6 @@ def folder_or_hub_name(source: str | Path) -> Iterator[None]:
             raise
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         missing = (
-            f"{source}: no such folder or file, and it could not be fetched from the hub ({why}). Give a local path"
+            f"{source}: no such folder or file, and it could not be fetched from the hub ({why}). Pass a local path"
         )
         raise FileError(missing, source) from error

@@ -197,6 +197,10 @@ def test_a_settings_file_opens_with_its_command_and_what_was_measured(path: Path
     opening = " ".join(itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines()))
     assert re.search("lightning fit|make demo|small_runs.sh|Command", opening)
     assert path.stem == "base" or re.search(r"not measured|R@1|[Rr]ecall", opening)
+    figures = re.findall(r"\d+ min(?:utes)?(?: \d+ s)?|\d+\.\d+(?= %)", opening)
+    record = re.search(r"benchmarks/results/[\w-]+\.md", opening)
+    measured = (CONFIGS.parent / record[0]).read_text() if record else ""
+    assert [figure for figure in figures if not re.search(rf"(?<![\d.]){figure}(?![\d.])", measured)] == []
 
 
 @pytest.mark.parametrize("stage", STAGES)

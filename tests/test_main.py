@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main
 from callbacks.checkpoints import LastCheckpoint
-from stair.errors import FileError
+from stair.errors import FileError, SettingError
 from tests.support.runs import stage_args, start, weights
 
 
@@ -157,3 +157,18 @@ def test_help_of_training_shows_our_settings_before_those_of_the_trainer(capsys)
     places = [text.index(f"\n  {name} ") for name in ("--run", "--data.train", "--transition.init_from")]
     assert ended.value.code == 0 and text.startswith("usage: ") and "--trainer.max_steps" not in text[: max(places)]
     assert text.index("--trainer.max_steps") > max(places)
+
+
+def test_options_that_replace_those_of_an_earlier_file_are_named_where_some_are_left_out(scenes, tmp_path, caplog):
+    (tmp_path / "mine.yaml").write_text("model: {init_args: {stair: {text: {options: {num_hidden_layers: 2}}}}}")
+    (tmp_path / "all.yaml").write_text(
+        "model: {init_args: {stair: {image: {name: vit_tiny_patch16_224, options: {}}}}}"
+    )
+    overlays = ("--config", str(tmp_path / "mine.yaml"), "--config", str(tmp_path / "all.yaml"))
+    args = stage_args(scenes, 1, tmp_path / "r", *overlays, "--trainer.limit_train_batches=0")
+    with pytest.raises(SettingError):  # no batch: ends before the first step
+        main.main(args)
+    named = [each for each in caplog.messages if ".options is" in each]
+    assert (
+        len(named) == 1 and "stair.text.options" in named[0] and "hidden_size" in named[0] and "tiny.yaml" in named[0]
+    )

@@ -39,7 +39,15 @@ from stair.errors import FileError, SettingError, StairError, require
 from stair.files import lock
 from stair.launch import fail
 from training.messages import reworded
-from training.settings import check_data, expand_paths, listed, match_launcher, place_loggers, stage_folder
+from training.settings import (
+    check_data,
+    expand_paths,
+    listed,
+    match_launcher,
+    place_loggers,
+    report_defaults,
+    stage_folder,
+)
 
 ALWAYS_ON = {
     "transition": StageTransition,
@@ -139,6 +147,7 @@ class StairCLI(LightningCLI):
         place_loggers(config.trainer, self._home, command)
         export = Path(config.transition.export_to or self._home / family.export_name)
         if command == "fit":
+            report_defaults(config)
             check_data(command, config)
             synced = config.trainer.sync_batchnorm
             require(

@@ -89,7 +89,7 @@ def _groups(text: str) -> Iterator[tuple[str, list[Entry]]]:
             option = name.split(", --")[-1] if name.startswith("-") and ", --" in name and "+" not in name else name
             option = option.split()[0].rstrip(",") if name.startswith("-") else name
             option = option if option.startswith("-") or not name.startswith("-") else f"--{option}"
-            if option in _SAME or option.endswith(".help") or meaning == "Path to a configuration file.":
+            if meaning == "Path to a configuration file." or option in _SAME or re.search(r"\.help$| --> ", option):
                 continue
             facts = re.search(r" ?\((required, )?(?:type: (.*?))?(?:, )?(?:default: (.*))?\)$", meaning)
             required, kind, default = facts.groups() if facts else (None, "", "")

@@ -56,13 +56,13 @@ def web(index: Path, out: Path, model: str | None = None, pictures: Path | None 
         pictures: folder of the pictures, as for `stair serve`; without it, the page has none.
 
     Raises:
-        FileNotFoundError: if there is no such folder of pictures.
+        FileNotFoundError: if there is no such folder of images.
         FileError: if `out` exists.
         SettingError: if the index is empty or of another model, or `pictures` has none of its images.
     """
     documents = opened(index, "the page")
     if pictures is not None and not pictures.is_dir():
-        raise FileNotFoundError(f"{pictures}: no such folder of pictures")
+        raise FileNotFoundError(f"{pictures}: no such folder of images")
     stair = Stair.from_pretrained(model) if model is not None else None
     if stair is not None:
         documents.use(stair)
@@ -145,7 +145,7 @@ def _write_documents(part: Path, index: SparseIndex, root: Path | None) -> None:
     places.tofile(part / "places.bin")
     if root is not None and not pictures:
         raise SettingError(
-            f"{root} has none of the pictures; give the folder that was passed to `stair embed`", "pictures"
+            f"{root} has none of the images; give the folder that was passed to `stair embed`", "pictures"
         )
     if root is not None and pictures < len(index):
         print(f"{len(index) - pictures} of {len(index)} documents have no picture in {root}")

@@ -84,8 +84,8 @@ def search(
     Args:
         index: folder of the index.
         text: query text; needs the model.
-        model: folder or hub name of the model of the index, for texts and pictures.
-        image: query picture; needs the model.
+        model: folder or hub name of the model of the index, for texts and images.
+        image: query image; needs the model.
         words: weighted words instead of a text, such as 'dog:2 beach -people'; no model needed.
         like: id of a document whose neighbours are searched.
         queries: file with a query per line, searched together: texts with a model, otherwise weighted words. Or
@@ -99,7 +99,7 @@ def search(
             `refine`.
         k: number of hits.
         shown: number of shared terms shown per hit.
-        threads: how many search a file of queries at the same time.
+        threads: number of threads for a file of queries.
     """
     require(refine >= 0, "refine", refine, "a number of terms, 0 for none")
     if sum(given is not None for given in (text, image, words, like, queries)) != 1:

@@ -188,7 +188,7 @@ class SparseIndex:
         """The hits of many queries, those of `search` for each, without the cost of a call for each.
 
         Args:
-            queries: texts or pictures (PIL), encoded in batches; weights (B, V): CSR, a tensor or an array; or a list of
+            queries: texts or images (PIL), encoded in batches; weights (B, V): CSR, a tensor or an array; or a list of
                 results of `query`.
             k: hits of a query at most.
             where: conditions on metadata, the same for all queries.
@@ -228,9 +228,9 @@ class SparseIndex:
         texts = all(isinstance(item, str) for item in items)
         if other := [item for item in items if not isinstance(item, (str, Image))]:
             given = f"query is a {type(other[0]).__name__}"
-            raise SettingError(f"{given}; give texts, pictures (PIL.Image.open(path)), or rows of weights", "query")
+            raise SettingError(f"{given}; give texts, images (PIL.Image.open(path)), or rows of weights", "query")
         if not texts and any(isinstance(item, str) for item in items):
-            raise SettingError("queries are texts and pictures; give one of both", "query")
+            raise SettingError("queries mix texts and images; give only one kind", "query")
         if self.model is None:
             raise SettingError(
                 "a text or a picture needs the model: --model MODEL, or SparseIndex.open(folder, model=...); weighted "

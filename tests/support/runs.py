@@ -20,7 +20,7 @@ model:
   init_args:
     stair:
       image: {image_size: 32, options: {patch_size: 16, embed_dim: 16, depth: 1, num_heads: 2}}
-      text: {options: {hidden_size: 16, num_attention_heads: 2, intermediate_size: 32}}
+      text: {options: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}}
     optimizer: {warmup_steps: 1}
     objective: {flops_ramp_steps: 2}
 data: {global_batch_size: 16, workers: 0, eval_batch_size: 8}
