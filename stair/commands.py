@@ -9,6 +9,7 @@ import inspect
 import io
 import json as json_format
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +23,36 @@ from stair.plain import plain
 
 # description, module:function or a table of these by a second word, extra that installs the packages it imports
 COMMANDS: dict[str, tuple[str, str | dict[str, str], str]] = {
+    "prepare": (
+        "create shards from folders, tables, COCO, Flickr, Hugging Face data sets and others",
+        {
+            "folder": "stair.data.prepare.sources:folder",
+            "coco": "stair.data.prepare.sources:karpathy",
+            "flickr": "stair.data.prepare.sources:karpathy",
+            "cc": "stair.data.prepare.img2dataset:cc",
+            "datasets": "stair.data.prepare.sources:datasets",
+            "classes": "stair.data.prepare.sources:classes",
+            "emoji": "stair.data.prepare.emoji:emoji",
+        },
+        "prepare",
+    ),
+    "doctor": ("report problems in shards, with their remedies", "stair.data.doctor:doctor", "train"),
     "embed": ("write sparse embeddings of images or texts", "stair.embed:embed", "search"),
     "index": ("create or change a search index", "stair.index.commands:index", "search"),
     "search": ("find documents by text, image or weighted words", "stair.index.commands:search", "search"),
     "explain": ("show why two items match: terms and heat maps", "stair.explain_page:explain_command", "search"),
     "serve": ("serve a search page for the browser", "stair.serve.app:serve", "search"),
+    "evaluate": (
+        "measure retrieval, classification, sparsity and search cost",
+        "stair.evaluate.open_set:evaluate",
+        "evaluate",
+    ),
+    "calibrate": (
+        "find the score below which no image matches a text",
+        "stair.evaluate.calibrate:calibrate",
+        "evaluate",
+    ),
+    "dictionary": ("show what each term of a model means", "stair.evaluate.dictionary:dictionary", "evaluate"),
     "export": (
         "export to SQLite, DuckDB, PostgreSQL, Qdrant, Milvus, a web page, ONNX, ...",
         {
@@ -42,32 +68,7 @@ COMMANDS: dict[str, tuple[str, str | dict[str, str], str]] = {
         "export",
     ),
     "push": ("upload a model with its card to the Hugging Face Hub", "stair.hub:push", "search"),
-    "evaluate": (
-        "measure retrieval, classification, sparsity and search cost",
-        "stair.evaluate.open_set:evaluate",
-        "evaluate",
-    ),
-    "calibrate": (
-        "find the score below which no image matches a text",
-        "stair.evaluate.calibrate:calibrate",
-        "evaluate",
-    ),
-    "dictionary": ("show what each term of a model means", "stair.evaluate.dictionary:dictionary", "evaluate"),
     "consolidate": ("convert a checkpoint to a model folder", "lightning_modules.consolidate:consolidate", "train"),
-    "doctor": ("report problems in shards, with their remedies", "stair.data.doctor:doctor", "train"),
-    "prepare": (
-        "create shards from folders, tables, COCO, Flickr, Hugging Face data sets and others",
-        {
-            "folder": "stair.data.prepare.sources:folder",
-            "coco": "stair.data.prepare.sources:karpathy",
-            "flickr": "stair.data.prepare.sources:karpathy",
-            "cc": "stair.data.prepare.img2dataset:cc",
-            "datasets": "stair.data.prepare.sources:datasets",
-            "classes": "stair.data.prepare.sources:classes",
-            "emoji": "stair.data.prepare.emoji:emoji",
-        },
-        "prepare",
-    ),
 }
 _EPILOGUE = "Exit codes: 0 success, 1 error (doctor: training would stop), 2 invalid option, 70 watchdog, 128 + signal."
 
@@ -101,29 +102,30 @@ def reference() -> str:
 
 def _command_line(chosen: str) -> App:
     """The command line, with the settings of the chosen command, or of all. `--quiet` and `--json` belong to every one."""
+    typed = Parameter(negative=(), consume_multiple=1, name_transform=str)
     app = App(
         "stair",
         help="STAIR: sparse, readable image and text embeddings.",
         help_format="plaintext",
         help_epilogue=_EPILOGUE,
         version=__version__,
-        default_parameter=Parameter(negative=(), consume_multiple=1, name_transform=str),
+        default_parameter=typed,
         result_action="return_value",
     )
     if is_there("main"):  # a wheel has no trainer
-        for name, about in TRAINER.items():
-            app.command(App(name, help=about, group="Training"))
-    for name, (about, target, _) in COMMANDS.items():
+        for place, (name, about) in enumerate(TRAINER.items()):
+            app.command(App(name, help=about, group="Training", sort_key=place))
+    for place, (name, (about, target, _)) in enumerate(COMMANDS.items()):
         if isinstance(target, str) and not is_there(target):
             continue
         if chosen not in (name, ""):
-            app.command(App(name, help=about))
+            app.command(App(name, help=about, sort_key=place))
         elif isinstance(target, dict):
-            app.command(table := App(name, help=about))
-            for word, function in target.items():
-                table.command(_command(function), name=word)
+            app.command(table := App(name, help=about, sort_key=place, default_parameter=typed))
+            for number, (word, function) in enumerate(target.items()):
+                table.command(_command(function), name=word, sort_key=number)
         else:
-            app.command(_command(target), name=name)
+            app.command(_command(target), name=name, sort_key=place)
 
     @app.meta.default
     def run(
@@ -173,6 +175,8 @@ def _command(target: str) -> Callable[..., Any]:
         for each in signature.parameters.values()
     ]
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    # without the line breaks of paragraphs and arguments, as the help has lines of its own
+    call.__doc__ = re.sub(r"(?<![\n:])\n( {8,})?(?=[^\s-])", " ", inspect.cleandoc(described.__doc__ or ""))
     return call
 
 

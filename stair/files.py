@@ -247,7 +247,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def folder_or_hub_name(source: str | Path) -> Iterator[None]:
+def folder_or_hub_name(source: str | Path, local: str = "a local path") -> Iterator[None]:
     """Around a call that takes a folder or a name on the hub: a FileError if there is neither."""
     text = str(source)
     if not Path(text).exists() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
@@ -259,7 +259,5 @@ def folder_or_hub_name(source: str | Path) -> Iterator[None]:
         if Path(text).exists():
             raise
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        missing = (
-            f"{source}: no such folder or file, and it could not be fetched from the hub ({why}). Pass a local path"
-        )
+        missing = f"{source}: no such folder or file, and it could not be fetched from the hub ({why}). Pass {local}"
         raise FileError(missing, source) from error

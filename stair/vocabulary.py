@@ -86,7 +86,7 @@ class Vocabulary:
             raise FileNotFoundError(f"{source} does not exist; give a BERT vocab.txt, a folder with one, or a hub name")
         else:
             # transformers makes an empty tokenizer where it cannot download
-            with folder_or_hub_name(source):
+            with folder_or_hub_name(source, "the path of its vocab.txt as the vocabulary"):
                 from huggingface_hub import snapshot_download
 
                 path = Path(snapshot_download(str(source), allow_patterns=[_FILE, _TOKENIZER, _SETTINGS]))

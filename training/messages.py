@@ -26,6 +26,8 @@ def reworded(parser: ArgumentParser, message: str) -> str:
     elif found := re.match(r"Subcommand '(\w+)' does not accept option '(.+)'", message):
         commands = next(each.choices for each in parser._actions if hasattr(each, "_name_parser_map"))
         message = _unknown(f"--{found[2]}", commands[found[1]])  # type: ignore[index]
+    elif found := re.match(r"Group '(\w+)' does not accept option '(.+)'", message):
+        message = f"{found[1]}.{found[2]} is not a setting; `--print_config` lists all"
     elif found := re.match(r"argument (--[^\s/:]+)\S*: expected one argument", message):
         message = f"{found[1]}: give a value after it"
     return " ".join(re.sub(r'Parser key "(.*?)":', r"--\1:", message).split())

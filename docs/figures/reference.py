@@ -29,9 +29,9 @@ def pages() -> dict[str, str]:
 def _commands() -> str:
     from stair.commands import reference
 
-    return re.sub(
-        r"## stair fit\n.*?(?=## stair embed)", "", reference(), flags=re.DOTALL
-    )  # those of the trainer: _settings
+    text = re.sub(r"## Table of Contents\n.*?(?=\*\*Commands)", "", reference(), flags=re.DOTALL)
+    text = re.sub(r"\*\*Training\*\*.*?(?=## stair prepare)", "", text, flags=re.DOTALL)  # see _settings
+    return text.replace("# stair\n", "# Commands\n", 1)
 
 
 def _settings() -> Iterator[str]:

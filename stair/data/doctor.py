@@ -294,8 +294,8 @@ def _print(reports: dict[str, dict[str, Any]], findings: list[Diagnostic]) -> No
             if one.source == name:
                 print(f"  {one.severity.upper():5}  {one_line(one.what)}\n         -> {one.mend}")
     severities = Counter(one.severity for one in findings)
-    names = {"stops": "errors: a run would stop", "warns": "warnings", "notes": "notes"}
-    counts = [f"{severities[kind]} {name}" for kind, name in names.items() if severities[kind]]
+    names = {"stops": "errors (a run would stop)", "warns": "warnings", "notes": "notes"}
+    counts = [f"{name}: {severities[kind]}" for kind, name in names.items() if severities[kind]]
     print(", ".join(counts) or "no problems: a run with these settings would start")
 
 

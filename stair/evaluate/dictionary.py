@@ -48,10 +48,10 @@ def dictionary(
     Args:
         model: the folder of an exported model, or its name on the hub.
         data: images with captions: tars (a path, a glob, a brace pattern), or a folder of tars.
-        output: folder for the results; if null, `MODEL-dictionary` next to the model, or in the working directory.
+        output: folder for the results; by default `MODEL-dictionary` next to the model, or in the working directory.
         split: the part of a folder to use; by default the first of test, val, train that exists, else all.
-        cooccurrence: shards whose captions state which words co-occur, such as those of training; if null, `data`.
-        limit: use the first N images of `data`; all if null.
+        cooccurrence: shards whose captions state which words co-occur, such as those of training; by default `data`.
+        limit: use the first N images of `data`; by default all.
         batch_size: number of captions encoded at a time.
 
     Raises:
@@ -133,7 +133,7 @@ def _captions(spec: str) -> list[list[str]]:
                 found.append(captions(sample.members, lines))
             except ValueError:
                 unusable += 1
-    print(f"co-occurrence: captions of {counted(len(found), 'image')}, {unusable} samples without one")
+    print(f"co-occurrence: captions of {counted(len(found), 'image')}, without captions: {unusable}")
     return found
 
 

@@ -48,14 +48,14 @@ def evaluate(
     Args:
         model: an exported model's folder, `open_clip:ARCHITECTURE:CHECKPOINT`, or `sentence_transformers:FOLDER`.
         data: sets to measure, separated by spaces: each PATH or NAME=PATH, such as mine='shards/val-*.tar'.
-        output: folder for the results; if null, `MODEL-evaluation` next to the model, or in the working directory.
+        output: folder for the results; by default `MODEL-evaluation` next to the model, or in the working directory.
         split: the part of a folder to measure; by default the first of test, val, train that exists, else all.
         classnames: file with class names for sets without their own: a JSON list, a JSON object with `classes`
             (`FILE:KEY` selects another key), or a `.txt` with one name per line.
         ks: values of K in recall@K.
         vocabulary: a BERT vocab.txt with the terms of the vocabulary probe, for models without a vocabulary.
-        captions: use the first N captions of each image; all if null. The usual protocol of COCO-5k uses 5.
-        limit: use the first N images of each set; all if null.
+        captions: use the first N captions of each image; by default all. The usual protocol of COCO-5k uses 5.
+        limit: use the first N images of each set; by default all.
         no_probe: do not train the linear probe, which is slow for many classes.
         batch_size: number of images encoded at a time.
 

@@ -22,7 +22,7 @@ from stair.vocabulary import Vocabulary, is_stop_word
 CLASSES = {
     "grounded": "where it is active, captions contain its word",
     "related": "where it is active, captions contain a word that co-occurs with it",
-    "code": "neither: nothing shows that it means its word",
+    "code": "none of these: nothing shows that it means its word",
     "stop word": "a function word of English, or without a letter",
     "dead": "never active in this set",
 }

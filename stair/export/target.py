@@ -86,6 +86,7 @@ def new_target(out: Path, folder: bool = False) -> Iterator[Path]:
             if path.is_file():
                 path.chmod(mode)
         part.rename(out)
+    print(f"{out} is written")
 
 
 @contextmanager

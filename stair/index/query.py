@@ -106,7 +106,7 @@ def queries_of_rows(rows: Any, space: EmbeddingSpace) -> list[Query]:
         rows = rows.detach().float().cpu().to_dense().numpy()
     if not (sparse.issparse(rows) or isinstance(rows, np.ndarray)):
         given = f"query is a {type(rows).__name__}"
-        raise SettingError(f"{given}; give a text, a picture (PIL.Image.open(path)), or rows of weights", "query")
+        raise SettingError(f"{given}; give a text, an image (PIL.Image.open(path)), or rows of weights", "query")
     csr = sparse.csr_matrix(rows, dtype=np.float32)
     if csr.shape[1] != len(space.tokens):
         raise SettingError(f"query of shape {csr.shape}; give rows of {len(space.tokens)} weights", "query")

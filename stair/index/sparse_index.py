@@ -233,7 +233,7 @@ class SparseIndex:
             raise SettingError("queries mix texts and images; give only one kind", "query")
         if self.model is None:
             raise SettingError(
-                "a text or a picture needs the model: --model MODEL, or SparseIndex.open(folder, model=...); weighted "
+                "a text or an image needs the model: --model MODEL, or SparseIndex.open(folder, model=...); weighted "
                 "words need none: --words 'dog:2 beach'",
                 "model",
             )

@@ -37,7 +37,7 @@ class ImageFiles:
     def of(cls, folder: Path) -> "ImageFiles":
         """The images of a folder."""
         if not folder.is_dir():
-            raise FileError(f"no folder {folder}; give the one in which the images are found", folder)
+            raise FileError(f"no folder {folder}; give the folder of the images", folder)
         return cls(folder.resolve(), os.path.abspath(folder))
 
     def __call__(self, names: tuple[str, ...]) -> bytes:
