@@ -242,3 +242,36 @@ def test_refining_terms_are_printed_and_in_the_json(made, stair):
     assert [line.split()[1] for line in stair("search", *options, "--refine", "3").splitlines()[2:]] == [
         f"{part.token}," for part in hits.refine(3)
     ]
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_idf_weighs_the_terms_of_a_query_by_their_rarity(tmp_path, similarity, stair):
+    generator = np.random.default_rng(1)
+    space = EmbeddingSpace("m" * 64, similarity, SPACE.tokens)
+    weights = sparse.csr_matrix(generator.random((70, V)) * (generator.random((70, V)) < generator.random(V) ** 2))
+    index = SparseIndex.build(
+        tmp_path / "i", Embeddings(weights.astype(np.float32), [f"d{n}" for n in range(70)], space)
+    )
+    index.delete(["d3", "d9"])
+    rows = sparse.csr_matrix(weights[[n for n in range(70) if n not in (3, 9)]])
+    query = np.zeros(V)
+    query[[space.term_ids[token] for token in ("dog", "beach", "w20", "w200")]] = 1, 2, 0.5, -1
+    factors = np.log((68 + 1) / (rows.getnnz(0) + 0.5))
+    unit = [rows.toarray(), query * factors]
+    if similarity == "cosine":
+        unit = [each / np.linalg.norm(each, axis=-1, keepdims=True).clip(1e-12) for each in unit]
+    scores = unit[0] @ unit[1]
+    names = [f"d{n}" for n in range(70) if n not in (3, 9)]
+    expected = [
+        (names[n], pytest.approx(scores[n], rel=1e-5)) for n in np.argsort(-scores, kind="stable") if scores[n] > 0
+    ]
+    words = "dog beach:2 w20:.5 -w200"
+    hits = index.search(words=words, k=68, weighting="idf")
+    assert [(hit.id, hit.score) for hit in hits] == expected
+    assert [hit.id for hit in hits] != [hit.id for hit in index.search(words=words, k=68)]
+    assert index.search(query=sparse.csr_matrix(query), k=68, weighting="idf")[0].id == hits[0].id
+    options = (tmp_path / "i", "--words", words, "--k", "1", "--weighting", "idf", "--json")
+    assert json.loads(stair("search", *options))[0]["id"] == hits[0].id
+    for wrong in ({"words": "dog", "weighting": "tf"}, {"query": "dog", "weighting": "idf", "max_error": 0.1}):
+        with pytest.raises(SettingError):
+            index.search(**wrong)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -72,6 +72,7 @@ def search(
     queries: Path | None = None,
     where: str | None = None,
     max_error: float | None = None,
+    weighting: Literal["plain", "idf"] = "plain",
     refine: int = 0,
     k: int = 10,
     shown: int = 5,
@@ -95,6 +96,7 @@ def search(
             quotes.
         max_error: leave out hits below a score from `stair calibrate`, so that at most this share of texts, such as 0.05,
             lose their right document by it.
+        weighting: `idf` lets rare terms of the index count more.
         refine: also show this number of terms that divide the best 100 hits best. With --json, an object of `hits` and
             `refine`.
         k: number of hits.
@@ -111,11 +113,15 @@ def search(
         opened.use(Stair.from_pretrained(model))
     if max_error is not None and text is None:
         raise SettingError("max_error is calibrated on texts; give --text, or leave it out", "max_error")
+    if queries is not None and weighting != "plain":
+        raise SettingError("weighting is for a single query; leave it out with --queries", "weighting")
     if queries is not None:
         return _search_file(queries, opened, k, where or (), threads)
     query = decode_image(image.read_bytes()) if image is not None else text
     most = max(k, _REFINED) if refine else k
-    found = opened.search(query, most, words=words, like=like, where=where or (), max_error=max_error)
+    found = opened.search(
+        query, most, words=words, like=like, where=where or (), max_error=max_error, weighting=weighting
+    )
     hits = found.first(k)
     for word in parse_words(words) if words is not None else ():
         if len(split := opened.query(words={word: 1.0}).terms) > 1:

@@ -54,6 +54,16 @@ def problem_of(text: str, typed: Mapping[str, Sequence[int]], tokens: Sequence[s
     return f"the vocabulary has no word of {text!r:.80}" if text.strip() else "the query is empty; write some words"
 
 
+def idf(query: Query, counts_Q: NDArray[Any], documents: int, space: EmbeddingSpace) -> Query:
+    """The query with weights multiplied by log((N + 1) / (n + 0.5)), where n of N documents have the term.
+
+    This is the factor of BM25 in Lucene (recalled): above 0 for each term, also for one that all documents have.
+    """
+    factor_Q = np.log((documents + 1) / (counts_Q + 0.5)).astype(np.float32)
+    weighted = _query(query.terms, query.weights * factor_Q, space)
+    return replace(weighted, typed=query.typed, problem=query.problem)
+
+
 def parse_words(text: str) -> dict[str, float]:
     """Reads weighted words: `word:2` weighs 2, `word` 1, `-word` -1, `-word:0.5` -0.5; weights of one word add up.
 

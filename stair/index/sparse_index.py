@@ -7,17 +7,17 @@ from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL.Image import Image
 from scipy import sparse
 
 from stair.embeddings import Embeddings, EmbeddingSpace
-from stair.errors import SettingError
+from stair.errors import SettingError, require
 from stair.index.calibration import Calibration
 from stair.index.hits import Hit, Hits, missing
-from stair.index.query import Query, problem_of, queries_of_rows, query_of_words
+from stair.index.query import Query, idf, problem_of, queries_of_rows, query_of_words
 from stair.index.storage import State, write_index
 
 if TYPE_CHECKING:
@@ -155,6 +155,7 @@ class SparseIndex:
         like: str | None = None,
         where: str | Sequence[str] = (),
         max_error: float | None = None,
+        weighting: Literal["plain", "idf"] = "plain",
     ) -> Hits:
         """The k documents of highest dot product with a query, exactly.
 
@@ -165,16 +166,25 @@ class SparseIndex:
             like: id of a document whose vector is the query; it is left out of the hits.
             where: conditions on metadata, such as `split=test and year>=2010`, or a list of them (docs/guides/search.md).
             max_error: leave out hits below the threshold of `Calibration`, for a text and a model with a calibration.
+            weighting: `idf` multiplies the query's weights by `stair.index.query.idf`, so that rare terms count more.
 
         Raises:
             SettingError: if not exactly one of query, words and like is given, or one of the arguments cannot be used.
         """
+        require(weighting in ("plain", "idf"), "weighting", weighting, "plain or idf")
         threshold = 0.0
         if max_error is not None:
             if not isinstance(query, str):
                 raise SettingError("max_error is calibrated on texts; give a text, or leave it out", "max_error")
+            if weighting != "plain":
+                raise SettingError(
+                    f"max_error is calibrated without weighting {weighting!r}; leave one out", "max_error"
+                )
             threshold = self.calibration.threshold(max_error)
-        hits = self.top(self.query(query, words=words, like=like), k + (like is not None and k > 0), where)
+        asked = self.query(query, words=words, like=like)
+        if weighting == "idf":
+            asked = idf(asked, self._state.frequency(asked.terms), len(self), self.space)
+        hits = self.top(asked, k + (like is not None and k > 0), where)
         return hits.only(lambda hit: hit.id != like, threshold).first(k)
 
     @property

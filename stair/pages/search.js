@@ -107,16 +107,16 @@ async function search() {
   showQuery();
   if (focused) document.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
   await guarded(async () => {
-    const max_error = Number($('error')?.value) || null;
-    const found = await backend.search(words, {where: $('where')?.value, having,
-      max_error: typed ? max_error : null});
+    const max_error = Number($('error')?.value) || null, weighting = $('idf')?.checked ? 'idf' : 'plain';
+    const kept = typed && weighting === 'plain' ? max_error : null;
+    const found = await backend.search(words, {where: $('where')?.value, having, weighting, max_error: kept});
     if (mine !== turn) return;
     hits = found.hits;
     $('hits').replaceChildren(...hits.map(card));
     showRefine(found);
     const none = found.threshold ? 'no match: no document scores ' + found.threshold.toFixed(3) + ' or more'
       : Object.keys(words).length ? 'no document shares a term with the query' : '';
-    say((hits.length ? hits.length + ' hits' : none) + (max_error && !typed ? ' (max error is for texts as typed)' : ''));
+    say((hits.length ? hits.length + ' hits' : none) + (max_error && !kept ? ' (max error is for texts as typed)' : ''));
   });
 }
 async function showWords(hit) {
@@ -153,7 +153,7 @@ $('form').onsubmit = event => {
 };
 if (backend.image) {
   $('file').onchange = event => { upload(event.target.files[0]); event.target.value = ''; };
-  $('where').onchange = $('error').onchange = () => search();
+  $('where').onchange = $('error').onchange = $('idf').onchange = () => search();
   document.ondragover = event => { event.preventDefault(); document.body.classList.add('over'); };
   document.ondragleave = () => document.body.classList.remove('over');
   document.ondrop = event => {

@@ -88,7 +88,7 @@ class _SearchPage:
         """Hits of weighted terms: `{"words": {term: weight}, "k": 24, "where": ["split=test"], "max_error": 0.05}`.
 
         `max_error` holds for terms as `text` answers them. `"having": ["snow"]` keeps those of the best 1000 hits that have
-        these terms. `"refine": 8` adds that number of `Hits.refine`.
+        these terms. `"refine": 8` adds that number of `Hits.refine`. `"weighting"` is as in `SparseIndex.search`.
         """
         body = await _json(request)
         weights, k, where = _weights(body.get("words")), body.get("k", 24), body.get("where", [])
@@ -102,11 +102,14 @@ class _SearchPage:
         having = body.get("having", [])
         if not isinstance(having, list) or not all(isinstance(one, str) for one in having):
             raise HTTPException(400, "having must be a list of terms")
+        weighting = body.get("weighting", "plain")
+        if max_error is not None and weighting != "plain":
+            raise HTTPException(400, "max_error is calibrated without weighting; leave one out")
         refine = body.get("refine", 0)
         if not isinstance(refine, int) or not 0 <= refine <= _MAX_HITS:
             raise HTTPException(400, f"refine must be a whole number from 0 to {_MAX_HITS}")
         threshold = 0.0 if max_error is None else self.index.calibration.threshold(max_error)
-        options = weights, k, where, threshold, having, refine
+        options = weights, k, where, threshold, having, refine, weighting
         found = await run_in_threadpool(self._hits, *options) if weights else {"hits": []}
         return JSONResponse(found | ({"threshold": threshold} if threshold else {}))
 
@@ -118,9 +121,11 @@ class _SearchPage:
         threshold: float,
         having: list[str],
         refine: int,
+        weighting: Any,
     ) -> dict[str, Any]:
         most = 1000 if having else max(k, 100 if refine else 0)
-        found = self.index.search(words=weights, k=most, where=where).only(lambda _: True, threshold).having(having)
+        found = self.index.search(words=weights, k=most, where=where, weighting=weighting)
+        found = found.only(lambda _: True, threshold).having(having)
         hits = [
             {"id": hit.id, "score": hit.score, "metadata": hit.metadata, "source": hit.source}
             | {"words": [[term.token, term.contribution] for term in hit.terms[:_SHOWN_TERMS]]}
