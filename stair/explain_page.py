@@ -56,8 +56,10 @@ def explain_command(
         else:
             part.write_text(page(subject, num_terms), encoding="utf-8")
     if isinstance(subject, Explanation):
+        first, second = _kinds(subject)
         for term in subject.shared[:num_terms]:
-            print(f"{term.contribution:9.4f}  {one_line(term.token)}  ({term.query:.4f} x {term.document:.4f})")
+            factors = f"{first} {term.query:.4f} x {second} {term.document:.4f}"
+            print(f"{term.contribution:9.4f}  {one_line(term.token)}  ({factors})")
         print(f"{subject.score:9.4f}  score, of {counted(len(subject.shared), 'shared term')}")
     print(out)
 
@@ -81,6 +83,10 @@ def overlay(
 
 def _readings(subject: Explanation | Reading) -> list[Reading]:
     return [subject.query, subject.document] if isinstance(subject, Explanation) else [subject]
+
+
+def _kinds(subject: Explanation | Reading) -> list[str]:
+    return ["image" if isinstance(side, ImageReading) else "text" for side in _readings(subject)]
 
 
 def _values(subject: Explanation | Reading) -> list[tuple[str, float]]:
@@ -150,11 +156,12 @@ def page(subject: Explanation | Reading, num_terms: int = 12) -> str:
         "explanation.html",
         match=match,
         num_terms=num_terms,
+        kinds=_kinds(subject),
         rest=sum(term.contribution for term in match.shared[num_terms:]) if match else 0.0,
         tiles=[(title, encode_png(tile)) for title, tile in _tiles(subject, num_terms)],
         texts=[_by_token(side, num_terms) for side in _readings(subject) if isinstance(side, TextReading)],
     )
-    return document("Why these match" if match else "What this says", [], [content])
+    return document("Why these match" if match else "Terms of this item", [], [content])
 
 
 def _by_token(side: TextReading, num_terms: int) -> list[tuple[str, list[tuple[bool, str, float]]]]:

@@ -83,8 +83,10 @@ class Stair(TwoTowers):
 
     Attributes:
         vocabulary: V terms.
-        image_encoder, image_head: the image side; its head has its own word embeddings, a copy of the text side's.
-        text_encoder, text_head: the text side; its head is tied to the tower's input embeddings.
+        image_encoder: hidden states of images.
+        image_head: terms of images; its word embeddings begin as a copy of the text side's.
+        text_encoder: hidden states of texts.
+        text_head: terms of texts; tied to the encoder's input embeddings.
 
     Raises:
         ValueError: if a tower cannot be built or does not fit the vocabulary.

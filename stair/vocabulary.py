@@ -62,7 +62,8 @@ class Vocabulary:
 
     Attributes:
         tokens: V strings, `tokens[v]` is the token of dimension v; tokens that continue a word begin with `##`.
-        pad_id, unknown_id: ids of [PAD] and [UNK].
+        pad_id: id of [PAD].
+        unknown_id: id of [UNK].
         never_active: sorted ids of the tokens that are excluded from every embedding.
         fingerprint: sha256 of the tokens in order, and of the normalisation unless it is lower-casing; two models are
             comparable only if theirs agree.
