@@ -303,5 +303,10 @@ def planned_steps(trainer: Trainer) -> int:
     """Optimiser steps the run is planned for; SettingError if nothing bounds it."""
     steps = trainer.estimated_stepping_batches
     bounded = not math.isinf(steps)
-    require(bounded, "trainer.max_steps", trainer.max_steps, "an end of the run, which schedules and λ follow")
+    require(
+        bounded,
+        "trainer.max_steps",
+        trainer.max_steps,
+        "a number of steps: the schedules of learning rate and λ depend on it",
+    )
     return int(steps)

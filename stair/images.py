@@ -48,7 +48,7 @@ def decode_image(
             width, height = image.size
             if width * height <= max_pixels:
                 if image.mode in ("F", "I") and image.format == "TIFF":
-                    raise ValueError("its pixels are 32-bit numbers, and nothing says which of them is white")
+                    raise ValueError("its pixels are 32-bit numbers without a defined white")
                 if (scale := reduction(width, height, enough)) > 1:
                     # rounded down: rounded up, Pillow would decode odd sizes in full. Other formats ignore it
                     image.draft(None, (width // scale, height // scale))

@@ -20,7 +20,7 @@ from stair.errors import StairError
 from stair.plain import plain
 
 TRAINER = {
-    "fit": "train a stage, like `lightning fit`: stair fit --config configs/stage1.yaml --data.train 'shards/*.tar'",
+    "fit": "train a stage; `stair fit` and `lightning fit` are the same command",
     "validate": "measure recall on the validation sets, as in training",
     "test": "measure recall on the test sets",
     "predict": "write embeddings of the test sets with the trainer",

@@ -218,7 +218,7 @@ def info_nces(image: Tensor, texts: Sequence[Tensor], scale: Tensor, cosine: boo
     """
     for text in texts:
         if image.shape != text.shape:
-            raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} must have one shape (B, V)")
+            raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} must have the same shape (B, V)")
     device = image.device.type
     rounded = torch.is_autocast_enabled(device) and image.dtype != torch.float64
     wire = torch.get_autocast_dtype(device) if rounded else image.dtype

@@ -195,7 +195,7 @@ class Stair(TwoTowers):
         if (images is None) == (texts is None):
             raise ValueError("give images or texts, one of both")
         if isinstance(texts, str) or isinstance(images, (str, Path, Image)):
-            raise ValueError("give a list, also for one: encode(texts=[text])")
+            raise ValueError("give a list, also for a single item: encode(texts=[text])")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; give a number from 1 up")
         if output not in ("scipy", "torch"):

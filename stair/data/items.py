@@ -251,7 +251,7 @@ def _id(row: Row, column: str | None, number: int) -> str:
     if value is None or value == "" or value != value:  # NaN means that there is no value
         raise ValueError(f"id empty: nothing in column {column!r}")
     if isinstance(value, (list, dict, tuple)):
-        raise ValueError(f"id of a type that is none: column {column!r} holds a {type(value).__name__}")
+        raise ValueError(f"id not usable: column {column!r} holds a {type(value).__name__}")
     if isinstance(value, bool):
         return json.dumps(value)
     return printable(value.isoformat() if isinstance(value, (date, time)) else str(value))

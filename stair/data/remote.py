@@ -194,7 +194,7 @@ async def _check_redirect(session: Any, context: Any, answer: Any) -> None:
     if target.authority != answer.url.authority and (address := _local_address(target.host or "")):
         raise LastingError(
             f"{answer.url} redirects to {location!r}, which is the local address {address}: not followed. "
-            "Give that URL itself if it is meant"
+            "To read it, give that URL itself"
         )
 
 

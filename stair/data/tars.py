@@ -50,7 +50,7 @@ def expand(spec: str | list[str]) -> list[str]:
 def _matches(pattern: str, spec: str) -> list[str]:
     if pattern.startswith(("http://", "https://")) and "@" in (url := urlsplit(pattern)).netloc:
         raise ValueError(
-            f"a shard on {url.hostname} has a name or password in its URL, which would stand in logs and checkpoints: "
+            f"a shard on {url.hostname} has a name or password in its URL, which would appear in logs and checkpoints: "
             f"put `machine {url.hostname} login NAME password WORD` into ~/.netrc"
         )
     if "*" in pattern and is_remote(pattern) and not pattern.startswith("pipe:"):

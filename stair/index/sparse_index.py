@@ -208,7 +208,7 @@ class SparseIndex:
             SettingError: as in `search`.
         """
         if isinstance(queries, str):
-            raise SettingError("queries is one text; give a list, also for one", "query")
+            raise SettingError("queries is one text; give a list, also for a single query", "query")
         rows = queries if hasattr(queries, "shape") else list(queries)
         if not isinstance(rows, list) or any(not isinstance(row, Query) for row in rows):
             rows = self._encoded(rows) if isinstance(rows, list) else queries_of_rows(rows, self.space)
@@ -231,7 +231,7 @@ class SparseIndex:
             return self._encoded([query])[0]
         found = queries_of_rows(query, self.space)
         if len(found) != 1:
-            raise SettingError(f"{len(found)} rows are no single query; use search_many", "query")
+            raise SettingError(f"query has {len(found)} rows; use search_many", "query")
         return found[0]
 
     def _encoded(self, items: list[Any]) -> list[Query]:
@@ -334,7 +334,7 @@ def _parts(vectors: Any, ids: Sequence[str] | None, metadata: Metadata, model: "
         parts: Iterable[Embeddings] = vectors
         return parts
     if model is None:
-        raise SettingError("whose vectors are these? Give Embeddings, or the model that made them", "model")
+        raise SettingError("the model of the vectors is unknown; give Embeddings, or the model that made them", "model")
     if not sparse.issparse(vectors):
         given = type(vectors).__name__
         raise SettingError(f"vectors are a {given}; give scipy's CSR, as `model.encode(...)` returns it", "vectors")

@@ -139,7 +139,7 @@ def refuse_second_derivative() -> None:
     torch's `once_differentiable` stays silent unless the incoming gradient requires a gradient, and then drops terms.
     """
     if torch.is_grad_enabled():
-        raise RuntimeError("a second derivative was asked of the vocabulary head or the loss, which have only a first")
+        raise RuntimeError("the vocabulary head and the loss have no second derivative")
 
 
 # Operators of torch, so that a compiled model is one graph: what is active is known from the numbers only

@@ -33,7 +33,7 @@ def cc(folder: Path, mend: bool = False, max_bad_share: float = 0.05, workers: i
         what = (
             f"{folder} holds {len(shards)} tars and no NNNNN_stats.json, which img2dataset writes (webdataset format)"
         )
-        raise FileError(f"{what}. Shards of other origin: `stair doctor --write_index`", folder)
+        raise FileError(f"{what}. For other shards, run `stair doctor SHARDS --write_index`", folder)
     with writer.preparing(folder) as state:
         jobs = {shard: (mend,) for shard in shards}
         records, skipped = writer.run(jobs, check_shard, state, f"cc, mend={mend}", workers, max_bad_share)
