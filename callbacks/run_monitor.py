@@ -43,6 +43,13 @@ class RunMonitor(Callback):
 
         self._is_first = True
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        parameters = list(pl_module.parameters())
+        trained = sum(each.numel() for each in parameters if each.requires_grad)
+        rank_zero_info(
+            f"{sum(each.numel() for each in parameters) / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
+        )
+
     def on_train_start(self, *args: Any) -> None:
         self._last = time.perf_counter()
 

@@ -91,7 +91,9 @@ class SparsityMonitor(Callback):
             figures = {f"sparsity/{key}": value for key, value in stats.compute().items()} | grounding.compute()
             figures |= {f"expansion/{key}": value for key, value in expansion.compute().items()}
             if not figures["sparsity/image/active_terms"].isnan():  # NaN: no rank had an embedding made of terms
-                pl_module.log_dict({f"{prefix}/{name}/{key}": value for key, value in figures.items()}, batch_size=1)
+                # NaN too: what needs several captions an image
+                known = {f"{prefix}/{name}/{key}": value for key, value in figures.items() if not value.isnan()}
+                pl_module.log_dict(known, batch_size=1)
         self._sets = {}
 
     on_test_epoch_end = on_validation_epoch_end

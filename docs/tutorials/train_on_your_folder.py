@@ -87,7 +87,7 @@ data:
   train: runs/tutorial/shards/train-*.tar
   val: {mine: runs/tutorial/shards/val-*.tar}   # the first validation set decides which checkpoint is best
   global_batch_size: 64
-trainer: {enable_progress_bar: false, enable_model_summary: false}
+trainer: {enable_progress_bar: false}
 """)
 
 # %% [markdown]
