@@ -1,8 +1,8 @@
 """Whether a search can say that nothing matches, and what IDF at search time changes. Prints Markdown.
 
-    python -m benchmarks.no_match demo=runs/demo/stage3/stair,runs/demo/clip/clip,runs/demo/data/val-0000.tar ...
+    python -m benchmarks.no_match 'demo=runs/demo/stage3/stair;runs/demo/clip/clip;runs/demo/data/val-0000.tar' ...
 
-Each set is NAME=SPARSE,DENSE,DATA: two exported models, and images with captions that neither has seen. A model can also be
+Each set is NAME=SPARSE;DENSE;DATA: two exported models, and images with captions that neither has seen. A model can also be
 PLAN:OUT:VARIANT of benchmarks/real_encoders, with a split of the plan as DATA; it is trained if OUT has no embeddings.
 
 AUROC: half of the images are removed; does the best score tell captions whose image is left from the others? The same 20
@@ -108,18 +108,18 @@ def recall(rows: Rows, idf: bool) -> dict[str, float]:
 
 def main(sets: list[str]) -> None:
     print(header("No match", torch.device("cpu")))
-    print(f"## AUROC of the best score, %, mean of {_HALVES} halves\n")
+    print(f"## AUROC\n\nOf the best score as a sign that there is an answer; %, mean of {_HALVES} halves.\n")
     print("| set | images | captions | sparse | dense CLIP | difference |\n|---|---|---|---|---|---|")
     sparse = {}
     for each in sets:
         name, _, rest = each.partition("=")
-        ours, theirs, data = rest.split(",")
+        ours, theirs, data = rest.split(";")
         sparse[name] = rows_of(ours, data)
         found = auroc(sparse[name]), auroc(rows_of(theirs, data))
         sizes = f"{len(sparse[name].image_NV)} | {len(sparse[name].text_CV)}"
         more = found[0] - found[1]
         print(f"| {name} | {sizes} | {found[0].mean():.1f} | {found[1].mean():.1f} | {more.mean():+.1f} |", flush=True)
-    print(f'\n## "No match" of the sparse model, %, mean (5th to 95th percentile) of {_SPLITS} halves\n')
+    print(f"\n## No match\n\nThe sparse model; %, mean (5th to 95th percentile) of {_SPLITS} halves.\n")
     print("| set | max_error | false | true | halves in which the rate can be kept |\n|---|---|---|---|---|")
     for name, rows in sparse.items():
         for rate in _RATES:
@@ -127,7 +127,7 @@ def main(sets: list[str]) -> None:
             print(
                 f"| {name} | {rate:.0%} | {_spread(false)} | {_spread(true)} | {len(false)} of {_SPLITS} |", flush=True
             )
-    print("\n## Recall text → image of the sparse model, %\n")
+    print("\n## IDF\n\nRecall text → image of the sparse model, %.\n")
     print("| set | R@1 | with IDF | R@10 | with IDF |\n|---|---|---|---|---|")
     for name, rows in sparse.items():
         cells = [f"{recall(rows, idf)[at]:.1f}" for at in ("R@1", "R@10") for idf in (False, True)]
@@ -141,6 +141,6 @@ def _spread(shares: np.ndarray) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or not all(each.count(",") == 2 and "=" in each for each in sys.argv[1:]):
+    if len(sys.argv) < 2 or not all(each.count(";") == 2 and "=" in each for each in sys.argv[1:]):
         sys.exit(__doc__)
     main(sys.argv[1:])

@@ -289,6 +289,15 @@ def test_a_person_searches_steers_explains_and_uploads_in_a_browser(address, pic
         page.keyboard.press("Enter")
         page.wait_for_selector("dialog[open] #list li")
         page.keyboard.press("Escape")
+        # words that the vocabulary, or no document, has
+        page.fill("#text", "zzz")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#status.bad")
+        assert "no word of 'zzz'" in page.locator("#status").inner_text() and not page.locator(".hit").count()
+        page.fill("#text", "a red zzz")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".hit")
+        assert page.locator("#missing").inner_text() == "No document has: zzz"
         # a bad upload, then a good one
         page.set_input_files("#file", tmp_path / "bad.png")
         page.wait_for_selector("#status.bad")
