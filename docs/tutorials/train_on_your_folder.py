@@ -2,7 +2,7 @@
 # # Train on your own captioned folder
 #
 # This tutorial trains a searchable model from a folder of images and a table of captions. The images are generated, so
-# that the tutorial runs offline, on two CPU cores in minutes. Install with
+# that the tutorial runs offline on two CPU cores. Install with
 # `pip install -e '.[train,search,evaluate]'`. Run it from the root of the clone:
 # `python docs/tutorials/train_on_your_folder.py`. With your own data, start at step 2.
 

@@ -2,8 +2,7 @@
 # # Find out why an image matched
 #
 # A dense model returns a number. A STAIR score is a sum over shared terms, and each term comes from one patch of the
-# image and one token of the text. This tutorial explains one hit, from its score to the image patch. It runs in under a
-# minute.
+# image and one token of the text. This tutorial explains one hit, from its score to the image patch.
 #
 # It uses the model and the images of [the other tutorial](train_on_your_folder.py); run that tutorial first. For your
 # own model, change `HOME` and the query. Run it from the root of the clone: `python docs/tutorials/why_it_matched.py`.
