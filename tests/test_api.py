@@ -9,7 +9,9 @@ from PIL import Image
 
 from stair import Stair
 from stair.evaluate import EvaluationSet, Sample, evaluate, open_model
+from stair.hub import push
 from stair.images import decode_image
+from stair.index.calibration import Calibration
 
 
 def test_encode_gives_the_rows_of_the_encoders(tiny_stair, photos, captions):
@@ -99,6 +101,14 @@ def test_a_model_comes_back_from_the_hub_with_a_card(tiny_stair, hub, tmp_path):
     assert "Drawn scenes." in card and "cut at 12 word pieces" in card and "Nothing was measured" not in card
     with pytest.raises(ValueError, match="USER/MODEL"):
         tiny_stair.push_to_hub("tiny", "mit")
+
+
+def test_a_calibration_goes_to_the_hub_with_its_model(model, hub):
+    calibration = Calibration(Stair.from_pretrained(model).fingerprint, "d", 1, 1, [0.5])
+    calibration.save(model)
+    push(str(model), "me/tiny", "mit")
+    loaded = Stair.from_pretrained("me/tiny")
+    assert Calibration.load(loaded.folder, loaded.fingerprint) == calibration
 
 
 def test_a_card_takes_what_was_evaluated_and_refuses_what_it_cannot_show(tiny_stair, hub, tmp_path):

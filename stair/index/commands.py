@@ -113,28 +113,29 @@ def search(
         opened.use(Stair.from_pretrained(model))
     if max_error is not None and text is None:
         raise SettingError("max_error is calibrated on texts; give --text, or leave it out", "max_error")
-    if queries is not None and weighting != "plain":
-        raise SettingError("weighting is for a single query; leave it out with --queries", "weighting")
     if queries is not None:
+        if weighting != "plain" or refine:
+            raise SettingError("weighting and refine are for a single query; leave them out with --queries", "queries")
         return _search_file(queries, opened, k, where or (), threads)
     query = decode_image(image.read_bytes()) if image is not None else text
-    most = max(k, _REFINED) if refine else k
-    found = opened.search(
-        query, most, words=words, like=like, where=where or (), max_error=max_error, weighting=weighting
-    )
-    hits = found.first(k)
+    asked: dict[str, Any] = {
+        "words": words,
+        "like": like,
+        "where": where or (),
+        "max_error": max_error,
+        "weighting": weighting,
+    }
+    found = opened.search(query, max(k, _REFINED) if refine else k, **asked)
     for word in parse_words(words) if words is not None else ():
         if len(split := opened.query(words={word: 1.0}).terms) > 1:
             tokens = ", ".join(opened.space.tokens[v] for v in split)
             print(one_line(f"{word} is no word of the vocabulary; searched as {tokens}"), file=sys.stderr)
-    rows = _show(hits, shown)
-    for condition, count in hits.not_comparable.items():
+    rows = _show(found.first(k), shown)
+    for condition, count in found.not_comparable.items():
         rest = f"have no value that compares with {one_line(condition)}; they do not match"
         print(f"{count} of {len(opened)} documents {rest}", file=sys.stderr)
-    if hits.missing:
-        print(f"no document has: {one_line(', '.join(hits.missing))}", file=sys.stderr)
-    if not hits:
-        print(one_line(hits.message + (f", where {where}" if where else "")))
+    if not rows:
+        print(one_line(found.message + (f", where {where}" if where else "")))
     if not refine:
         return rows
     parts, of = [vars(part) for part in found.refine(refine)], f"of {len(found)} hits"
@@ -154,6 +155,8 @@ def _show(hits: Hits, shown: int) -> list[dict[str, Any]]:
         rows.append({**row, "metadata": hit.metadata, "source": hit.source})
         shared = " ".join(f"{'+' * (term in expansions)}{term}:{weight:.3f}" for term, weight in terms.items())
         print(f"{hit.score:9.4f}  {one_line(hit.id)}  {one_line(shared)}")
+    if hits.missing:
+        print(f"no document has: {one_line(', '.join(hits.missing))}", file=sys.stderr)
     return rows
 
 
