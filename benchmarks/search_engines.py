@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from examples import lucene
 from stair.embeddings import Embeddings
 from stair.index import SparseIndex
+from stair.index.query import Query
 
 V, K = 30_522, 10
 STEPS = 255  # of whole-number engines: the heaviest weight of all documents
@@ -212,12 +214,39 @@ def milvus_open(out: Path, data: Path) -> Search:
     return search
 
 
-ENGINES: dict[str, tuple[str, Callable[[Path, Path], None], Callable[[Path, Path], Search]]] = {
+def _jar() -> Path:
+    return next(Path("build/lucene/usr/share/java").glob("lucene-core-*.jar"))
+
+
+def lucene_build(data: Path, out: Path) -> None:
+    with (out / "bulk.ndjson").open("w", encoding="utf-8") as file:
+        for part in read_parts(data):
+            for row in part.vectors:
+                weights = lucene.lucene_weights(row.data).tolist()
+                features = {str(v): weight for v, weight in zip(row.indices.tolist(), weights, strict=True)}
+                file.write("{}\n" + json.dumps({"terms": features}) + "\n")
+    lucene.lucene_build(_jar(), out / "bulk.ndjson", out / "i")
+    (out / "bulk.ndjson").unlink()
+
+
+def lucene_open(out: Path, data: Path) -> Callable[[Any], tuple[list[list[int]], list[float]]]:
+    """Asks all queries at once: Java measures them, after three rounds."""
+
+    def search(rows: Any) -> tuple[list[list[int]], list[float]]:
+        queries = [Query(row.indices.astype(np.int64), row.data, V) for row in rows]
+        found = lucene.lucene_search(_jar(), out / "i", queries, K)
+        return [[number for number, _ in hits] for _, hits in found], [seconds for seconds, _ in found]
+
+    return search
+
+
+ENGINES: dict[str, tuple[str, Callable[[Path, Path], None], Callable[[Path, Path], Any]]] = {
     "stair": ("exact", stair_build, stair_open),
     "pisa": ("exact for weights of 8 bits, block-max WAND", pisa_build, pisa_open),
     "pisa-maxscore": ("exact for weights of 8 bits, MaxScore", pisa_build, pisa_maxscore_open),
     "bmp": ("exact for weights of 8 bits", bmp_build, bmp_open),
     "qdrant": ("exact", qdrant_build, qdrant_open),
     "milvus": ("exact", milvus_build, milvus_open),
+    "lucene": ("exact for the upper 17 bits of weights", lucene_build, lucene_open),
     "seismic": ("approximate", seismic_build, seismic_open),
 }
