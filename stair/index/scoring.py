@@ -1,10 +1,10 @@
 """The k best documents of a segment for each query of a batch, exactly, by loops that numba compiles.
 
 Block by block, every posting of a query's terms adds its rounded weight to an integer bound of its document. The bound is
-never below the true score, so a document whose bound does not reach the k-th best score so far is excluded. Each other
-document is scored exactly from its row, in float64, in the order of the vocabulary (the product of two float32 is exact in
-float64). Terms of negative weight are rounded down, so that the bound stays an upper one. Equal scores rank by the order
-of addition, which is the order of the search.
+never below the true score, and above it by a known `slack` at most. So a document is excluded if its bound does not reach
+the k-th best score, or the k-th highest bound less the slack. The others, highest bounds first, are scored exactly from
+their rows, in float64, in the order of the vocabulary (the product of two float32 is exact in float64). Terms of negative
+weight are rounded down, so that the bound stays an upper one. Equal scores rank by the order of addition.
 
 Q terms of a query, P of all queries, U terms of the segment, R blocks.
 """
@@ -45,7 +45,8 @@ def search_segment(arrays: Arrays, queries: Arrays3, num_terms: int, allowed: Ar
         best: grows in place.
     """
     if not hasattr(_own, "bound"):  # one for each thread: fresh zeros would cost more than a small search
-        _own.bound = np.zeros((BLOCK // _CHUNK, _CHUNK), np.int16), np.empty((BLOCK // _CHUNK, _CHUNK), np.int16)
+        _own.bound = np.zeros((BLOCK // _CHUNK, _CHUNK), np.int16)
+        _own.found = np.empty(2 * BLOCK, np.int16), np.empty(2 * BLOCK, np.int64)
     if len(getattr(_own, "dense_V", ())) != num_terms:
         _own.dense_V = np.zeros(num_terms, np.float32)
     _search(
@@ -58,6 +59,7 @@ def search_segment(arrays: Arrays, queries: Arrays3, num_terms: int, allowed: Ar
         first,
         (best.scores, best.documents, best.count),
         _own.bound,
+        _own.found,
     )
 
 
@@ -71,6 +73,7 @@ def _search_all(
     first: int,
     best: Arrays3,
     bound: Array,
+    found: Arrays2,
 ) -> None:
     start, terms_P, weights_P = queries
     scores, documents, count = best
@@ -79,8 +82,10 @@ def _search_all(
         rank_Q, factor_Q, unit, rest, slack = _factors(known, len(dense_V) - len(known[0]), terms, weights)
         if len(rank_Q):
             dense_V[terms] = weights
-            found = scores[b], documents[b], count[b : b + 1]
-            _search_blocks(rank_Q, factor_Q, unit, rest, slack, postings, rows, dense_V, allowed, first, found, bound)
+            own = scores[b], documents[b], count[b : b + 1]
+            _search_blocks(
+                rank_Q, factor_Q, unit, rest, slack, postings, rows, dense_V, allowed, first, own, bound, found
+            )
             dense_V[terms] = 0
 
 
@@ -124,16 +129,13 @@ def _search_blocks(
     allowed: Array,
     first: int,
     best: Arrays3,
-    bound: Array,
+    bound_CC: Array,
+    found: Arrays2,
 ) -> None:
-    scores, documents, count = best
-    total, k = len(rows[0]) - 1, len(scores)
+    total, k = len(rows[0]) - 1, len(best[0])
     blocks = (total + BLOCK - 1) // BLOCK
-    bound_CC, kept_CC = bound
-    bound_B = bound_CC.ravel()
-    peak_C, place_C = np.empty(len(bound_CC), np.int16), np.empty(len(bound_CC), np.int64)
-    worst = scores[k - 1] if count[0] == k else 0.0
-    floor = _floor(worst, unit, rest)
+    bound_B, (bounds, numbers), held = bound_CC.ravel(), found, 0
+    floor = _floor(best, unit, rest)
     for block in range(blocks):
         begin, size = block * BLOCK, min(BLOCK, total - block * BLOCK)
         ahead = 0
@@ -143,44 +145,72 @@ def _search_blocks(
             _add(bound_B, _run(postings, rank_Q[q] * blocks + block), factor_Q[q])
         for i in range(len(allowed[begin : begin + size])):
             bound_B[i] *= allowed[begin + i]
-        chunks = min(ahead, 0)  # 0, and the compiler must read
-        for chunk in range((size + _CHUNK - 1) // _CHUNK):
-            peak = np.int16(0)
-            for i in range(_CHUNK):
-                peak = max(peak, bound_CC[chunk, i])
-            if peak > floor:
-                for i in range(_CHUNK):
-                    kept_CC[chunks, i] = bound_CC[chunk, i]
-                peak_C[chunks], place_C[chunks] = peak, begin + chunk * _CHUNK
-                chunks += 1
+        held += min(ahead, 0)  # 0, but the compiler cannot leave out the reads
+        chunks = (size + _CHUNK - 1) // _CHUNK
+        if block == 0 and best[2][0] < k < chunks:  # the k highest chunks hold k documents
+            floor = max(floor, _lower(np.array([_peak(bound_CC, chunk) for chunk in range(chunks)]), k, slack + rest))
+        for chunk in range(chunks):
+            for i in range(_CHUNK if _peak(bound_CC, chunk) > floor else 0):
+                n = begin + chunk * _CHUNK + i
+                if bound_CC[chunk, i] > floor and n < total and (len(allowed) == 0 or allowed[n]):
+                    bounds[held], numbers[held] = bound_CC[chunk, i], n
+                    held += 1
             for i in range(_CHUNK):  # loops: slices of so few cost more
                 bound_CC[chunk, i] = 0
-        if chunks > k:  # the k highest chunks hold k documents that score at least this
-            floor = max(floor, int(np.partition(peak_C[:chunks], chunks - k)[chunks - k] - slack - rest) - 2)
-        for chunk in range(chunks):
-            for i in range(_CHUNK if peak_C[chunk] > floor else 0):
-                n = place_C[chunk] + i
-                if kept_CC[chunk, i] > floor and n < total and (len(allowed) == 0 or allowed[n]):
-                    score = _exact(n, rows, dense_V)
-                    if score > worst:
-                        _insert(score, first + n, scores, documents, count)
-                        worst = scores[k - 1] if count[0] == k else 0.0
-                        floor = max(floor, _floor(worst, unit, rest))
+        if held > k:
+            floor = max(floor, _lower(bounds[:held], k, slack + rest))
+            held = _drop(bounds, numbers, held, floor)
+        if held > BLOCK or block == blocks - 1:
+            high = _lower(bounds[:held], k, 0.0) if held > k else 0
+            for highest in (True, False):  # first, since what these score excludes most of the others
+                for i in range(held):
+                    if bounds[i] > floor and (bounds[i] > high) == highest:
+                        _insert(_exact(numbers[i], rows, dense_V), first + numbers[i], best)
+                        floor = max(floor, _floor(best, unit, rest))
+            held = 0
 
 
-def _floor(worst: float, unit: float, rest: float) -> int:
-    """The highest bound that cannot belong to a score above the worst, float rounding of unit and factors included."""
+def _peak(bound_CC: Array, chunk: int) -> int:
+    peak = np.int16(0)
+    for i in range(_CHUNK):
+        peak = max(peak, bound_CC[chunk, i])
+    return int(peak)
+
+
+def _lower(bounds: Array, k: int, slack: float) -> int:
+    """What k documents score at least: the k-th highest bound less what a bound is too high at most."""
+    return int(np.partition(bounds, len(bounds) - k)[len(bounds) - k] - slack) - 2
+
+
+def _drop(bounds: Array, numbers: Array, held: int, floor: int) -> int:
+    """Keeps what is above the floor; how many these are."""
+    kept = 0
+    for i in range(held):
+        if bounds[i] > floor:
+            bounds[kept], numbers[kept] = bounds[i], numbers[i]
+            kept += 1
+    return kept
+
+
+def _floor(best: Arrays3, unit: float, rest: float) -> int:
+    """The highest bound that cannot belong to one of the best, float rounding of unit and factors included."""
+    scores, _, count = best
+    worst = scores[-1] if count[0] == len(scores) else 0.0
     return int(worst / unit * (1 - 1e-9) - rest * (1 + 1e-9)) - 1 if worst > 0 or rest > 0 else 0
 
 
-def _insert(score: float, document: int, scores: Array, documents: Array, count: Array) -> None:
-    """Puts a document behind all that are as good; the worst falls out when there are more than k."""
-    i = min(count[0], len(scores) - 1)
-    while i > 0 and scores[i - 1] < score:
+def _insert(score: float, document: int, best: Arrays3) -> None:
+    """Puts a document of a score above 0 in its place; the worst falls out when there are more than k."""
+    scores, documents, count = best
+    i = last = min(count[0], len(scores) - 1)
+    full = count[0] > last
+    if score <= 0 or (full and (scores[last] > score or (scores[last] == score and documents[last] < document))):
+        return
+    while i > 0 and (scores[i - 1] < score or (scores[i - 1] == score and documents[i - 1] > document)):
         scores[i], documents[i] = scores[i - 1], documents[i - 1]
         i -= 1
     scores[i], documents[i] = score, document
-    count[0] = min(count[0] + 1, len(scores))
+    count[0] = last + 1
 
 
 def _exact(document: int, rows: Arrays3, dense_V: Array) -> float:
@@ -225,6 +255,6 @@ _CHUNK = 128
 _RANGE, _TERMS = 30_000, 512  # sum of all terms at most, and the most terms, so that a bound stays within 16 bits
 _own = threading.local()
 _njit = import_extra("numba", "numba", "search").njit
-for _function in (_factors, _floor, _insert, _exact, _run, _add, _read, _search_blocks):
+for _function in (_factors, _peak, _lower, _drop, _floor, _insert, _exact, _run, _add, _read, _search_blocks):
     globals()[_function.__name__] = _njit(cache=True)(_function)
 _search: Any = _njit(cache=True, nogil=True)(_search_all)
