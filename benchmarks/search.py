@@ -7,8 +7,8 @@
 Needs the extra `engines`, `pip install bmp`, and for Lucene Java and `.ci/lucene`. Recall counts a hit as right if its
 true score reaches the true tenth one, since ties make ids differ; true scores are those of scipy in float64, of the first
 queries. Every query is searched once before it is measured. Times are CPU times of the process, but wall-clock times of
-Lucene and Milvus; those of all are in the results. On a busy machine caches are cold and both are longer: compare engines of
-one run. Peak memory is `ru_maxrss`, which counts the pages of mapped files.
+Lucene and Milvus; those of all are in the results. On a busy machine caches are cold and both are longer: compare engines
+of one run. Peak memory is `ru_maxrss`, which counts the pages of mapped files.
 """
 
 import argparse
