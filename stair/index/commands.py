@@ -118,35 +118,25 @@ def search(
             raise SettingError("weighting and refine are for a single query; leave them out with --queries", "queries")
         return _search_file(queries, opened, k, where or (), threads)
     query = decode_image(image.read_bytes()) if image is not None else text
-    asked: dict[str, Any] = {
-        "words": words,
-        "like": like,
-        "where": where or (),
-        "max_error": max_error,
-        "weighting": weighting,
-    }
-    found = opened.search(query, max(k, _REFINED) if refine else k, **asked)
+    asked: dict[str, Any] = {"words": words, "like": like, "where": where or (), "max_error": max_error}
+    found = opened.search(query, max(k, _REFINED) if refine else k, weighting=weighting, **asked)
+    _show_notes(found, opened, words)
+    rows = _show(found.first(k), shown, where)
+    return {"hits": rows, "refine": _show_refinements(found, refine)} if refine else rows
+
+
+def _show_notes(found: Hits, opened: SparseIndex, words: str | None) -> None:
+    """Prints what was searched or compared otherwise than was typed."""
     for word in parse_words(words) if words is not None else ():
         if len(split := opened.query(words={word: 1.0}).terms) > 1:
             tokens = ", ".join(opened.space.tokens[v] for v in split)
             print(one_line(f"{word} is no word of the vocabulary; searched as {tokens}"), file=sys.stderr)
-    rows = _show(found.first(k), shown)
     for condition, count in found.not_comparable.items():
         rest = f"have no value that compares with {one_line(condition)}; they do not match"
         print(f"{count} of {len(opened)} documents {rest}", file=sys.stderr)
-    if not rows:
-        print(one_line(found.message + (f", where {where}" if where else "")))
-    if not refine:
-        return rows
-    parts, of = [vars(part) for part in found.refine(refine)], f"of {len(found)} hits"
-    for part in parts:
-        print(
-            one_line(f"refine: {part['token']}, {part['hits']} {of}, {part['lift']:.1f} x as often as in all documents")
-        )
-    return {"hits": rows, "refine": parts}
 
 
-def _show(hits: Hits, shown: int) -> list[dict[str, Any]]:
+def _show(hits: Hits, shown: int, where: str | None) -> list[dict[str, Any]]:
     rows = []
     for hit in hits:
         terms = {term.token: term.contribution for term in hit.terms[:shown]}
@@ -157,7 +147,17 @@ def _show(hits: Hits, shown: int) -> list[dict[str, Any]]:
         print(f"{hit.score:9.4f}  {one_line(hit.id)}  {one_line(shared)}")
     if hits.missing:
         print(f"no document has: {one_line(', '.join(hits.missing))}", file=sys.stderr)
+    if not rows:
+        print(one_line(hits.message + (f", where {where}" if where else "")))
     return rows
+
+
+def _show_refinements(found: Hits, number: int) -> list[dict[str, Any]]:
+    parts = [vars(part) for part in found.refine(number)]
+    for part in parts:
+        counts = f"{part['hits']} of {len(found)} hits, {part['lift']:.1f} x as often as in all documents"
+        print(one_line(f"refine: {part['token']}, {counts}"))
+    return parts
 
 
 def _search_file(path: Path, opened: SparseIndex, k: int, where: Any, threads: int) -> tuple[dict[str, Any], ...]:
