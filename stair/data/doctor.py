@@ -67,7 +67,7 @@ def doctor(
         ranks: number of training processes.
         samples: number of samples that are read and decoded from each source.
         seconds: time limit for counting samples of shards without an index.
-        write_index: read all local shards and write index.json next to them.
+        write_index: read all local shards, and write NAME.tar.idx and index.json next to them.
 
     Returns:
         The facts about each source, the findings, and `stops`: whether a finding would stop a run (exit status 1).

@@ -27,16 +27,16 @@ def calibrate(
 ) -> dict[str, Any]:
     """Measures the scores of captions with their own images, and writes calibration.json into the model's folder.
 
-    With it, `stair search --max_error 0.05` leaves out hits below a threshold. At most 5 % of texts lose their right image
-    by it, for texts and images like those of DATA. Use images that training has not seen.
+    `stair search --max_error 0.05` then leaves out hits below a threshold. At most 5 % of texts lose their right image,
+    if texts and images are like those of DATA. Use images that training has not seen.
 
     Args:
         model: the folder of an exported model.
         data: images with captions: tars (a path, a glob, a brace pattern), or a folder of tars.
         split: the part of a folder to use; by default the first of test, val, train that exists, else all.
-        top: terms kept of each image, as in the `stair embed --top` of the index.
-        threshold: weights kept of each image are above it, as in `stair embed --threshold`.
-        limit: use the first N images; all if null.
+        top: maximum number of terms per image: the `--top` of `stair embed` for the index.
+        threshold: keep only weights above this value: the `--threshold` of `stair embed` for the index.
+        limit: use the first N images; by default all.
         batch_size: number of images encoded at a time.
 
     Raises:

@@ -53,7 +53,7 @@ def web(index: Path, out: Path, model: str | None = None, pictures: Path | None 
         out: a new folder.
         model: folder or hub name of the index's model, to expand the tokens of queries; without it, tokens are weighted
             by their rarity.
-        pictures: folder of the images, as for `stair serve`; without it, the page has none.
+        pictures: folder of the images, as for `stair serve`; without it, the page shows no images.
 
     Raises:
         FileNotFoundError: if there is no such folder of images.

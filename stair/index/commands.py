@@ -80,7 +80,7 @@ def search(
 ) -> list[dict[str, Any]] | dict[str, Any] | tuple[dict[str, Any], ...]:
     """Finds the documents with the highest scores (exact dot products) and shows the terms that contribute.
 
-    A term marked with + is an expansion: no token of the text.
+    A term marked with + is an expansion: the text does not contain it.
 
     Args:
         index: folder of the index.
@@ -89,16 +89,16 @@ def search(
         image: query image; needs the model.
         words: weighted words instead of a text, such as 'dog:2 beach -people'; no model needed.
         like: id of a document whose neighbours are searched.
-        queries: file with a query per line, searched together: texts with a model, otherwise weighted words. Or
-            embeddings of queries. Prints ids and scores; with --json, a line for each query.
+        queries: file with one query per line (texts with a model, otherwise weighted words), or embeddings of queries.
+            Prints ids and scores; with --json, one line per query.
         where: conditions on metadata, joined by ` and `, such as 'split=test and year>=2010'; `stair:file` and
             `stair:id` are the source file and the id. Put names and values that contain operators or ` and ` in double
             quotes.
-        max_error: leave out hits below a score from `stair calibrate`, so that at most this share of texts, such as 0.05,
-            lose their right document by it.
+        max_error: maximum share of texts that lose their right document, such as 0.05. Hits below the score that
+            `stair calibrate` found for this share are left out.
         weighting: `idf` lets rare terms of the index count more.
-        refine: also show this number of terms that divide the best 100 hits best. With --json, an object of `hits` and
-            `refine`.
+        refine: also show this number of terms that narrow the search: about half of the best 100 hits have them, but
+            few documents. With --json, the result is an object with `hits` and `refine`.
         k: number of hits.
         shown: number of shared terms shown per hit.
         threads: number of threads for a file of queries.

@@ -91,7 +91,7 @@ def _glyph(font: Font, point: int) -> Image.Image:
 def emoji(
     out: Path, font: list[Path] | None = None, image_size: int = 64, views: int = 8, settings: ShardSettings = DEFAULTS
 ) -> None:
-    """Emoji from fonts on this machine, with captions from their Unicode names: a data set that needs no download.
+    """Makes shards from the emoji of fonts on this machine, with captions from Unicode names. Needs no download.
 
     Args:
         out: folder of the shards.

@@ -18,7 +18,7 @@ from stair.images import decode_image
 
 
 def cc(folder: Path, mend: bool = False, max_bad_share: float = 0.05, workers: int = 0) -> None:
-    """CC3M, CC12M, LAION, ... as downloaded by img2dataset: checks and indexes the shards in place.
+    """Checks and indexes shards that img2dataset downloaded (CC3M, CC12M, LAION, ...), in place.
 
     Args:
         folder: img2dataset's output folder (webdataset format). For a .tsv of URLs, prints how to download it.

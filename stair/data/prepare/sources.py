@@ -71,7 +71,7 @@ def folder(
     delimiter: str | None = None,
     settings: ShardSettings = DEFAULTS,
 ) -> None:
-    """Images in a folder and a table of their captions.
+    """Makes shards from images in a folder and a table of their captions.
 
     Args:
         captions: table with one row per caption or per image: .csv, .tsv, .jsonl or .parquet.
@@ -122,7 +122,7 @@ def texts_of(cell: Any) -> list[str]:
 
 
 def karpathy(captions: Path, images: Path, out: Path, settings: ShardSettings = DEFAULTS) -> None:
-    """COCO, Flickr8k or Flickr30k with Karpathy's splits: train (with restval), val, test.
+    """Makes shards from COCO, Flickr8k or Flickr30k with Karpathy's splits: train (with restval), val, test.
 
     Args:
         captions: dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json.
@@ -153,7 +153,7 @@ def classes(
     template: str = "{}",
     settings: ShardSettings = DEFAULTS,
 ) -> None:
-    """One folder of images per class, for zero-shot evaluation. Also writes classnames.json.
+    """Makes shards from one folder of images per class, for zero-shot evaluation. Also writes classnames.json.
 
     Args:
         images: folder with one folder per class; the label of a class is its position among the sorted folders.
@@ -209,7 +209,7 @@ def datasets(
     caption_column: str | None = None,
     settings: ShardSettings = DEFAULTS,
 ) -> None:
-    """A Hugging Face dataset on disk: written by `save_to_disk`, or parquet files. The order of samples is kept.
+    """Makes shards from a Hugging Face dataset on disk (`save_to_disk` or parquet files). Keeps the order of samples.
 
     Args:
         data: folder of the dataset.
