@@ -21,7 +21,7 @@ from stair.files import folder_or_hub_name, read_json
 from stair.plain import one_line
 
 #: function words of English: the list of scikit-learn 1.9
-STOP_WORDS = frozenset((files("stair") / "stop_words.yaml").read_text(encoding="utf-8").split())
+STOP_WORDS = frozenset((files("stair") / "stop_words.txt").read_text(encoding="utf-8").split())
 _UNUSED, _LETTER = re.compile(r"\[unused\d+\]"), re.compile(r"[^\W\d_]")
 _FILE, _TOKENIZER, _SETTINGS = "vocab.txt", "tokenizer.json", "tokenizer_config.json"
 _MAX_BYTES = 64 << 20  # of a JSON file; that of 120,000 tokens has 3 MB

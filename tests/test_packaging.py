@@ -51,7 +51,7 @@ def test_the_wheel_holds_the_package_and_nothing_else_of_the_checkout(wheel: Pat
     assert packaged == {
         str(path.relative_to(ROOT))
         for path in (ROOT / "stair").rglob("*")
-        if path.suffix in (".py", ".typed", ".css", ".html", ".js", ".md", ".yaml")
+        if path.suffix in (".py", ".typed", ".css", ".html", ".js", ".md", ".txt", ".yaml")
     }
     assert {name.split("/")[0] for name in set(names) - packaged} == {wheel.name.rsplit("-", 3)[0] + ".dist-info"}
 
