@@ -329,7 +329,7 @@ def test_processes_do_not_change_a_byte_and_the_seed_does(tmp_path):
         "one": {"workers": 1},
         "two": {"workers": 2},
         "other": {"seed": 1},
-        "none": {"seed": None},
+        "none": {"keep_order": True},
     }.items():
         folder(table, images, tmp_path / name, settings=ShardSettings(shard_samples=4, **{"workers": 1, **settings}))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -384,8 +384,7 @@ def test_the_command_prepares_and_says_in_one_line_what_is_wrong(tmp_path, monke
         str(tmp_path / "out"),
         "--workers",
         "1",
-        "--seed",
-        "null",
+        "--keep_order",
     ]
     monkeypatch.setattr(sys, "argv", args)
     main()
@@ -707,9 +706,9 @@ def test_absolute_paths_below_a_folder_that_is_a_link_are_found_in_either_spelli
     table = write_csv(
         tmp_path / "t.csv", [(str(tmp_path / spelling / "images" / f"{i}.jpg"), f"{i}") for i in range(5)]
     )
-    folder(table, tmp_path / "data" / "images", tmp_path / "out", settings=replace(ONE, seed=None))
+    folder(table, tmp_path / "data" / "images", tmp_path / "out", settings=replace(ONE, keep_order=True))
     monkeypatch.chdir(tmp_path)
-    folder(table, Path("data/images"), tmp_path / "relative", settings=replace(ONE, seed=None))
+    folder(table, Path("data/images"), tmp_path / "relative", settings=replace(ONE, keep_order=True))
     found = [samples(tmp_path / out / "train-00000.tar").values() for out in ("out", "relative")]
     assert [sample["jpg"] for sample in found[0]] == [picture(i) for i in range(5)] and [*found[0]] == [*found[1]]
     rows = [

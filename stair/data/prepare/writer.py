@@ -75,7 +75,8 @@ class ShardSettings:
 
     Args:
         shard_samples: maximum number of samples per shard.
-        seed: seed of the shuffle over all shards; null keeps the order of the source.
+        seed: seed of the shuffle over all shards.
+        keep_order: keep the order of the source instead.
         max_side: images whose longer side has more pixels are scaled down to it and rewritten; 0 keeps every size.
         max_pixels: largest width × height that is decoded; larger images are skipped.
         max_bad_share: maximum share of skipped inputs; above it, the command stops.
@@ -86,7 +87,8 @@ class ShardSettings:
     """
 
     shard_samples: int = 1000
-    seed: int | None = 0
+    seed: int = 0
+    keep_order: bool = False
     max_side: int = 0
     max_pixels: int = MAX_PIXELS
     max_bad_share: float = 0.05
@@ -118,7 +120,8 @@ def write_shards(source: Source, out: Path, settings: ShardSettings = DEFAULTS) 
         require(_SPLIT.fullmatch(split) is not None, "split", split, "letters, digits, - and _: shards have its name")
     if not any([*source.splits.values(), *source.skipped.values()]):
         raise StairError(f"{source.name} contains no input")
-    seed, size = settings.seed if source.shuffled else None, (settings.max_side, settings.max_pixels)
+    seed = settings.seed if source.shuffled and not settings.keep_order else None
+    size = settings.max_side, settings.max_pixels
     stated = {"seed": seed, "shard_samples": settings.shard_samples, "max_side": settings.max_side}
     with preparing(out) as state:
         _write_classnames(out / CLASSNAMES, source.classnames)
