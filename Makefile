@@ -36,7 +36,7 @@ test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(BY_FILE)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not gpu" $(BY_FILE) --durations 30
+	$(BIN)/python -m pytest -m "slow and not gpu" $(BY_FILE) --timeout 900 --durations 30
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

@@ -96,7 +96,7 @@ def report_defaults(config: Any) -> None:
     """
     for encoder in ("image", "text"):
         name, earlier = None, dict[str, str]()
-        for path in filter(None, config.config or ()):  # None: settings in place of a path
+        for path in filter(None, config.get("config") or ()):  # None: settings in place of a path
             settings = yaml.safe_load(Path(str(path)).read_text(encoding="utf-8")) or {}
             for key in ("model", "init_args", "stair", encoder):
                 settings = settings.get(key) if isinstance(settings, dict) else None
