@@ -24,6 +24,7 @@ from stair.evaluate import open_model
 from stair.evaluate.open_set import open_set
 from stair.evaluate.run import embed
 from stair.index.calibration import Calibration
+from stair.index.query import idf_factor
 from stair.ranking import SparseRows, retrieval_figures
 
 _RATES, _HALVES, _SPLITS = (0.05, 0.1, 0.2), 20, 200
@@ -99,8 +100,7 @@ def recall(rows: Rows, idf: bool) -> dict[str, float]:
     """Recall text to image at 1 and 10, in percent."""
     text_CV = rows.text_CV
     if idf:
-        factor_V = np.log((len(rows.image_NV) + 1) / ((rows.image_NV > 0).sum(0) + 0.5))
-        text_CV = text_CV * factor_V.astype(np.float32)
+        text_CV = text_CV * idf_factor((rows.image_NV > 0).sum(0), len(rows.image_NV))
     sides = (SparseRows.of(torch.from_numpy(each)) for each in (rows.image_NV, text_CV))
     figures = retrieval_figures(*sides, torch.from_numpy(rows.owner_C), (1, 10))
     return {f"R@{k}": 100 * float(figures[f"t2i/recall@{k}"]) for k in (1, 10)}
@@ -130,7 +130,8 @@ def main(sets: list[str]) -> None:
     print("\n## IDF\n\nRecall text → image of the sparse model, %.\n")
     print("| set | R@1 | with IDF | R@10 | with IDF |\n|---|---|---|---|---|")
     for name, rows in sparse.items():
-        cells = [f"{recall(rows, idf)[at]:.1f}" for at in ("R@1", "R@10") for idf in (False, True)]
+        figures = recall(rows, False), recall(rows, True)
+        cells = [f"{each[at]:.1f}" for at in ("R@1", "R@10") for each in figures]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

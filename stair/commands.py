@@ -83,16 +83,16 @@ def run(words: list[str]) -> None:
             _command_line(command).meta(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         name = f"stair {command}" if command in COMMANDS else "stair"
-        print(f"{name}: {plain(_message(error))}; `{name} --help` lists what is allowed", file=sys.stderr)
+        print(f"{name}: {plain(_message(error))} `{name} --help` lists what is allowed", file=sys.stderr)
         sys.exit(2)
 
 
 def _message(error: CycloptsError) -> str:
     if isinstance(error, MissingArgumentError) and error.argument is not None and not error.keyword:
-        return f"{error.argument.name} is missing"
+        return f"{error.argument.name} is missing."
     if isinstance(error, UnusedCliTokensError):
-        return f"{' '.join(error.unused_tokens or [])}: too many arguments"
-    return str(error).removesuffix(", ...").removesuffix(".")
+        return f"{' '.join(error.unused_tokens or [])}: too many arguments."
+    return str(error)
 
 
 def reference() -> str:
@@ -112,11 +112,11 @@ def _command_line(chosen: str) -> App:
         default_parameter=typed,
         result_action="return_value",
     )
-    if is_there("main"):  # a wheel has no trainer
+    if _is_there("main"):  # a wheel has no trainer
         for place, (name, about) in enumerate(TRAINER.items()):
             app.command(App(name, help=about, group="Training", sort_key=place))
     for place, (name, (about, target, _)) in enumerate(COMMANDS.items()):
-        if isinstance(target, str) and not is_there(target):
+        if isinstance(target, str) and not _is_there(target):
             continue
         if chosen not in (name, ""):
             app.command(App(name, help=about, sort_key=place))
@@ -153,8 +153,7 @@ def _command_line(chosen: str) -> App:
     return app
 
 
-def is_there(module: str) -> bool:
-    """Whether the package of a module is installed, or in the checkout that runs."""
+def _is_there(module: str) -> bool:
     return importlib.util.find_spec(module.partition(".")[0]) is not None
 
 

@@ -162,9 +162,9 @@ def test_a_text_that_yaml_reads_as_something_else_stays_as_typed(value, monkeypa
     monkeypatch.setattr(
         "stair.index.commands.search", lambda index, **options: given.extend([str(index), *options.values()])
     )
-    monkeypatch.setattr("sys.argv", ["stair", "search", value, "--text", value, "--words", value])
+    monkeypatch.setattr("sys.argv", ["stair", "search", value, "--text", value, "--words", "-" + value])
     cli.main()
-    assert given == [value] * 3
+    assert given == [value, value, "-" + value]
 
 
 @pytest.mark.parametrize("text", ["trainer: [", ""])

@@ -3,8 +3,9 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from cyclopts import Parameter
 from tqdm import tqdm
 
 from stair.embeddings import SUFFIXES, Embeddings, part_files, read_header
@@ -64,11 +65,11 @@ def index(
 
 def search(
     index: Path,
-    text: str | None = None,
+    text: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     model: str | None = None,
     image: Path | None = None,
-    words: str | None = None,
-    like: str | None = None,
+    words: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,  # `-people dog`
+    like: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     queries: Path | None = None,
     where: str | None = None,
     max_error: float | None = None,

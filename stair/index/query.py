@@ -54,13 +54,18 @@ def problem_of(text: str, typed: Mapping[str, Sequence[int]], tokens: Sequence[s
     return f"the vocabulary has no word of {text!r:.80}" if text.strip() else "the query is empty; write some words"
 
 
-def idf(query: Query, counts_Q: NDArray[Any], documents: int, space: EmbeddingSpace) -> Query:
-    """The query with weights multiplied by log((N + 1) / (n + 0.5)), where n of N documents have the term.
+def idf_factor(counts: NDArray[Any], documents: int) -> NDArray[Any]:
+    """`log((N + 1) / (n + 0.5))` for terms that n of N documents have, float32; that of BM25 in Lucene (recalled).
 
-    This is the factor of BM25 in Lucene (recalled): above 0 for each term, also for one that all documents have.
+    It is above 0 for each term, also for one that all documents have.
     """
-    factor_Q = np.log((documents + 1) / (counts_Q + 0.5)).astype(np.float32)
-    weighted = _query(query.terms, query.weights * factor_Q, space)
+    factors: NDArray[Any] = np.log((documents + 1) / (counts + 0.5)).astype(np.float32)
+    return factors
+
+
+def idf(query: Query, counts_Q: NDArray[Any], documents: int, space: EmbeddingSpace) -> Query:
+    """The query with weights multiplied by the `idf_factor` of their terms; `counts_Q` of N documents have each."""
+    weighted = _query(query.terms, query.weights * idf_factor(counts_Q, documents), space)
     return replace(weighted, typed=query.typed, problem=query.problem)
 
 

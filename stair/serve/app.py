@@ -62,7 +62,7 @@ class _SearchPage:
         return JSONResponse(facts)
 
     async def text(self, request: Request) -> Response:
-        """The terms of a text, `{"text": ...}`, the tokens of its own words, and the words that no document has."""
+        """The terms of a text, `{"text": ...}`, the tokens of its words, and the words that no document has."""
         text = (await _json(request)).get("text")
         if not isinstance(text, str) or not text.strip():
             raise HTTPException(400, "text is empty; write some words")

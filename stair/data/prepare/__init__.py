@@ -1,1 +1,1 @@
-"""`stair prepare`: makes shards of images and captions. Each source is a subcommand (stair/cli.py)."""
+"""`stair prepare`: makes shards of images and captions. Each source is a subcommand (stair/commands.py)."""

@@ -98,6 +98,7 @@ def emoji(
         font: font files; by default all fonts with emoji that fontconfig finds on this machine.
         image_size: side of the images, in pixels.
         views: drawings of each emoji in each font; one of them is used for validation.
+        settings: how shards are written, as of `ShardSettings`.
     """
     require(image_size >= 16, "image_size", image_size, "at least 16 pixels")
     require(views >= 2, "views", views, "at least 2: validation takes one")

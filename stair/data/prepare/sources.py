@@ -82,6 +82,7 @@ def folder(
         caption_column: column of captions or of lists of captions; by default a common name, such as caption, text or
             title.
         delimiter: separator of cells; by default a comma in .csv and .txt, a tab in .tsv.
+        settings: how shards are written, as of `ShardSettings`.
     """
     table = open_table(captions, delimiter)
     image = _column(table.columns, IMAGE_COLUMNS, image_column, "image")
@@ -128,6 +129,7 @@ def karpathy(captions: Path, images: Path, out: Path, settings: ShardSettings = 
         captions: dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json.
         images: folder of the images; COCO's can be in its subfolders train2014 and val2014.
         out: folder of the shards.
+        settings: how shards are written, as of `ShardSettings`.
     """
     splits: dict[str, list[Input]] = {}
     try:
@@ -161,6 +163,7 @@ def classes(
         split: shards are named SPLIT-00000.tar, ...
         names: file with class names: JSON, or lines `folder name`; by default the names of the folders.
         template: caption of each image; {} is replaced by the class name.
+        settings: how shards are written, as of `ShardSettings`.
     """
     try:
         if template.format("a") == template.format("b"):
@@ -216,6 +219,7 @@ def datasets(
         out: folder of the shards.
         image_column: column of images; by default the first image column.
         caption_column: column of captions; by default a common name, such as caption or text, else the class names.
+        settings: how shards are written, as of `ShardSettings`.
     """
     images = ImageFiles.of(data)
     splits = _arrow_files(images.root)
