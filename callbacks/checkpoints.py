@@ -49,17 +49,18 @@ class LastCheckpoint(_FixedCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         times: dict[str, Any] = {}
+        interval = trainer.val_check_interval
         validates = trainer.limit_val_batches != 0 and bool(getattr(trainer.datamodule, "val_names", True))
         if stage == "fit" and not validates:
             if (seconds := validation_seconds(trainer)) is not None:
-                times = {"train_time_interval": timedelta(seconds=seconds)}
-            elif isinstance(trainer.val_check_interval, int):
-                times = {"every_n_train_steps": trainer.val_check_interval}
+                times, when = {"train_time_interval": timedelta(seconds=seconds)}, f"every {seconds:g} s"
+            elif isinstance(interval, int):
+                times, when = {"every_n_train_steps": interval}, f"every {interval} steps"
             else:
-                times = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+                times, when = {"every_n_epochs": 1, "save_on_train_epoch_end": True}, "after each epoch"
             rank_zero_info(
-                "nothing is validated (data.val is not given, or trainer.limit_val_batches is 0), so there is no "
-                f"best.ckpt. last.ckpt is written by {', '.join(f'{key}={value}' for key, value in times.items())}"
+                "no validation (data.val is not given, or trainer.limit_val_batches is 0), so no best.ckpt; "
+                f"last.ckpt is written {when}"
             )
         ModelCheckpoint.__init__(self, filename="last", enable_version_counter=False, **times)
         super().setup(trainer, pl_module, stage)
