@@ -155,7 +155,7 @@ def _digest(items: Sequence[Item]) -> str:
 
     digest = hashlib.sha256()
     for item in items:
-        location = [str(item.path), item.offset, item.length, *stamp(item.path)] if item.path else []
+        location = [str(item.path), *stamp(item.path)] if item.path else []
         digest.update(json.dumps([item.id, item.text, location, item.metadata, item.source]).encode() + b"\n")
     return digest.hexdigest()
 

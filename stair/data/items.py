@@ -15,7 +15,7 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from stair.data.folders import ImageFile, find_file, image_files
+from stair.data.folders import find_file, image_files
 from stair.data.remote import is_remote
 from stair.data.samples import (
     CAPTION_TYPES,
@@ -56,9 +56,7 @@ class Item:
     """
 
     id: str  # unique in its source
-    path: Path | None = None  # of an image
-    offset: int = 0  # of the image in the file, in bytes
-    length: int | None = None  # of the image, in bytes; None for the whole file
+    path: Path | None = None  # of the file that holds an image
     text: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)  # the other columns of its row, if it came from a table
     source: dict[str, Any] = field(default_factory=dict)
@@ -69,11 +67,7 @@ class Item:
         if self.path is None:
             raise ValueError("image missing: the item is a text")
         try:
-            if "row_group" in self.source:
-                return read_cell(self.path, *(self.source[name] for name in ("row_group", "row", "column")))
-            with self.path.open("rb") as file:
-                file.seek(self.offset)
-                return file.read() if self.length is None else file.read(self.length)
+            return _read_image(self.path, self.source)
         except OSError as error:
             raise ValueError(f"file unreadable: {error.strerror or error}") from error
 
@@ -85,6 +79,14 @@ class Listing:
     items: list[Item] = field(default_factory=list)  # what is used, in the order of the source
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[Skipped] = field(default_factory=list)  # what a user should know of items that are used
+
+
+def _read_image(path: Path, source: dict[str, Any]) -> bytes:
+    if "row_group" in source:
+        return read_cell(path, source["row_group"], source["row"], source["column"])
+    with path.open("rb") as file:
+        file.seek(int(source.get("offset", 0)))
+        return file.read(min(int(source.get("length", _MAX_PICTURE_BYTES)), _MAX_PICTURE_BYTES))
 
 
 def read_cell(path: Path, row_group: int, row: int, column: str) -> bytes:
@@ -105,11 +107,7 @@ def picture_bytes(root: Path, source: dict[str, Any]) -> bytes:
         path = find_file(root.resolve(), source["file"]).resolve()
         if not path.is_relative_to(root.resolve()) or not path.is_file():
             raise ValueError("it is not in the folder")
-        if "row_group" in source:
-            return read_cell(path, source["row_group"], source["row"], source["column"])
-        with path.open("rb") as file:
-            file.seek(int(source.get("offset", 0)))
-            return file.read(min(int(source.get("length", _MAX_PICTURE_BYTES)), _MAX_PICTURE_BYTES))
+        return _read_image(path, source)
     except (OSError, ValueError, TypeError, OverflowError, LookupError) as error:
         raise FileNotFoundError(f"no picture of this document in {root}: {error}") from error
 
@@ -158,7 +156,12 @@ def _entries(
     if path.is_dir():
         if side == "texts":
             raise FileError(f"{source} is a folder: it gives images. Texts come from tars, tables or stdin", path)
-        return (_file(entry) for entry in image_files(path))
+        return (
+            found
+            if isinstance(found, Skipped)
+            else Item(name := printable(found.name), found.path, source={"file": name})
+            for found in image_files(path)
+        )
     if is_remote(source):
         raise FileError(f"{source!r} is not local: items are read by position. Copy it to a local path", source)
     if not path.exists() and not _TAR.search(source):
@@ -183,12 +186,6 @@ def _lines(data: bytes, side: Side) -> Iterator[Item | Skipped]:
             yield _item(side, f"standard input:{line}", name, text, Path(text), {})
         except ValueError as error:
             yield Skipped(f"standard input:{line}", str(error))
-
-
-def _file(entry: ImageFile | Skipped) -> Item | Skipped:
-    if isinstance(entry, Skipped):
-        return entry
-    return Item(name := printable(entry.name), entry.path, source={"file": name})
 
 
 def _item(side: Side, place: str, name: str, text: str, path: Path, metadata: dict[str, Any]) -> Item:
@@ -315,27 +312,26 @@ def _sample(
     file: BinaryIO, name: str, sample: Grouped[tuple[int, int]], side: Side, lines: bool, notes: list[Skipped]
 ) -> Iterator[Item | Skipped]:
     """The image or the captions of a sample of a tar; ValueError if it cannot be used."""
-    path = Path(file.name)
     if sample.problems:
         raise ValueError(sample.problems[0])
-    offset, length = sample.members[image_type(sample.members)] if side == "images" else (0, 0)
-    ranges = {kind: place if kind in CAPTION_TYPES else (0, 0) for kind, place in sample.members.items()}
+    path, kind = Path(file.name), image_type(sample.members) if side == "images" else ""
+    read = {k: os.pread(file.fileno(), n, at) for k, (at, n) in sample.members.items() if k in CAPTION_TYPES}
     texts: list[str] = []
     try:
-        texts = captions({kind: os.pread(file.fileno(), n, start) for kind, (start, n) in ranges.items()}, lines)
+        texts = captions(dict.fromkeys(sample.members, b"") | read, lines)
     except ValueError as error:
         if side == "texts":
             raise
         if not isinstance(error, NoCaptionError):
             notes.append(Skipped(name, f"without captions: {error}"))
-    if side == "images":
+    if kind:
+        offset, length = sample.members[kind]
         source = {"file": printable(path.name), "offset": offset, "length": length, "key": sample.key}
-        source |= {"captions": [text for text in texts if text]} if texts else {}
-        yield Item(name, path, offset, length, source=source)
+        yield Item(name, path, source=source | ({"captions": list(filter(None, texts))} if texts else {}))
         return
     for number, text in enumerate(texts):
         place = f"{name}#{number}"
-        if text:
-            yield Item(place, text=text, source={"text": text, "key": sample.key})
-        else:
-            yield Skipped(place, "caption empty: nothing but white space")
+        source = {"text": text, "key": sample.key}
+        yield (
+            Item(place, text=text, source=source) if text else Skipped(place, "caption empty: nothing but white space")
+        )
