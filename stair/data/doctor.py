@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from stair.data import diagnostics
 from stair.data.diagnostics import Diagnostic, Requirements, SampleFacts, Values
-from stair.data.prepare.writer import Record, finish, index_entries, known_json, preparing, run
+from stair.data.prepare.writer import Record, finish, known_json, preparing, run
 from stair.data.remote import LastingError, Remote, is_remote
 from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES
-from stair.data.shard_index import MANIFEST, index_shard, sizes
+from stair.data.shard_index import MANIFEST, index_shard, read_manifest, sizes
 from stair.data.specs import Shards, mixture
 from stair.data.tars import expand, walk
 from stair.errors import FileError, SettingError
@@ -172,7 +172,7 @@ def inspect_shards(paths: Sequence[str], seconds: float, remote: Remote) -> list
         for path, (count, _) in sizes([path for path in shards if is_remote(path)], remote, 1).items():
             shards[path].samples = count
     local = [shard for path, shard in shards.items() if not is_remote(path)]
-    indices = {folder: index_entries(folder) for folder in {Path(shard.path).parent for shard in local}}
+    indices = {folder: read_manifest(str(folder)) for folder in {Path(shard.path).parent for shard in local}}
     hashed, bytes_left = {shard.path for shard in _spread(local, _HASHED_SHARDS)}, _HASHED_BYTES
     for shard in local:
         file = Path(shard.path)

@@ -21,7 +21,7 @@ from stair.data.samples import (
 )
 from stair.data.shard_index import Span, read_index, read_spans, spans_of
 from stair.data.tars import expand, walk
-from stair.errors import FileError
+from stair.errors import FileError, errors_name
 from stair.images import decode_image, eval_pixels
 
 
@@ -65,18 +65,10 @@ class EvaluationPairs(Dataset[Pair]):
 def opened(span: Span, remote: Remote = LOCAL) -> Iterator[Grouped[bytes]]:
     """A sample, while it is used; ValueError, naming file, key and cause, of whatever is wrong with it meanwhile."""
     sample = read_entry(span, remote)
-    with _errors_name(sample.key, span.shard):
+    with errors_name(f"evaluation sample {sample.key!r} of {span.shard}"):
         if sample.problems:
             raise ValueError(sample.problems[0])
         yield sample
-
-
-@contextmanager
-def _errors_name(key: str, shard: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"evaluation sample {key!r} of {shard}: {error}") from error
 
 
 def read_entry(span: Span, remote: Remote = LOCAL) -> Grouped[bytes]:
@@ -128,7 +120,7 @@ def _spans(shard: str, beside: Sequence[str], remote: Remote) -> list[Span]:
     # all at once: a tar that is truncated is reported as such, not by its last sample
     samples = list(walk(shard, remote))
     for sample in samples:
-        with _errors_name(sample.key, shard):
+        with errors_name(f"evaluation sample {sample.key!r} of {shard}"):
             if sample.problems:
                 raise ValueError(sample.problems[0])
             image_type(sample.members)

@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -256,26 +256,27 @@ def sizes(shards: Sequence[str], remote: Remote, processes: int) -> dict[str, tu
         FileError: if an index is damaged or of another file, or a remote shard has none.
         OSError: if it cannot be read.
     """
-    manifests = {folder: read_manifest(folder, remote) for folder in dict.fromkeys(map(_folder, shards))}
-    stated = {shard: manifests[_folder(shard)].get(_name(shard)) for shard in shards}
+    places = {shard: _place(shard) for shard in shards}
+    manifests = {folder: read_manifest(folder, remote) for folder in dict(places.values())}
+    stated = {shard: manifests[folder].get(name, {}) for shard, (folder, name) in places.items()}
     listed = {folder: set(os.listdir(folder)) for folder in manifests if "://" not in folder}
     lacking = []
-    for shard, entry in stated.items():
+    for shard, (folder, name) in places.items():
         if is_remote(shard):
             continue
-        if entry and (size := os.stat(shard).st_size) != entry[1]:
+        if (entry := stated[shard]) and (size := os.stat(shard).st_size) != entry["bytes"]:
             raise FileError(
-                f"{shard} has {size} bytes, {_folder(shard)}/{MANIFEST} says {entry[1]}: it was written for another file, "
+                f"{shard} has {size} bytes, {folder}/{MANIFEST} says {entry['bytes']}: it was written for another file, "
                 "or this one is incomplete. Fetch the shard again, or write the index again with "
                 "`stair doctor SHARDS --write_index`", shard,
             )  # fmt: skip
-        if _name(shard) + SUFFIX not in listed[_folder(shard)] and not os.path.exists(_cached(shard)):
+        if name + SUFFIX not in listed[folder] and not os.path.exists(_cached(shard)):
             lacking.append(shard)
     counts = _make(lacking, processes)
     for shard, (count, problem) in counts.items():
-        if (entry := stated[shard]) and entry[0] != count and not problem:
-            raise FileError(f"{shard} holds {count} samples, {MANIFEST} says {entry[0]}: {_REMEDY}", shard)
-    counts |= {shard: (entry[0], "") for shard, entry in stated.items() if entry and shard not in counts}
+        if (entry := stated[shard]) and entry["samples"] != count and not problem:
+            raise FileError(f"{shard} holds {count} samples, {MANIFEST} says {entry['samples']}: {_REMEDY}", shard)
+    counts |= {shard: (entry["samples"], "") for shard, entry in stated.items() if entry and shard not in counts}
     opened = [shard for shard in stated if shard not in counts]
     ranges = [(index_path(shard), 0, _position(0)) for shard in opened]
     for shard, data in zip(opened, read_ranges(ranges, replace(remote, cache=None)), strict=True):
@@ -291,7 +292,7 @@ def _no_index(shard: str, error: OSError, remote: Remote) -> Exception:
     if not isinstance(error, LastingError) or isinstance(beginning, OSError):
         return beginning if isinstance(beginning, OSError) else error
     return FileError(
-        f"{shard} has no index: neither {MANIFEST} nor {_name(shard)}{SUFFIX} beside it states its samples ({error}). "
+        f"{shard} has no index: neither {MANIFEST} nor {_place(shard)[1]}{SUFFIX} beside it states its samples ({error}). "
         "Write both with `stair doctor SHARDS --write_index` where the shards are local, and copy them beside the shards; "
         "or read shards sequentially with data.resample: true and data.train_samples", shard,
     )  # fmt: skip
@@ -310,16 +311,14 @@ def _count(shard: str) -> tuple[int, str]:
     return len(_made(shard, problems)), "".join(problems)
 
 
-def _folder(shard: str) -> str:
-    return os.path.dirname(shard.partition("?")[0] if is_remote(shard) else shard) or "."
+def _place(shard: str) -> tuple[str, str]:
+    """Folder and name of a shard."""
+    folder, name = os.path.split(shard.partition("?")[0] if is_remote(shard) else shard)
+    return folder or ".", name
 
 
-def _name(shard: str) -> str:
-    return os.path.basename(shard.partition("?")[0] if is_remote(shard) else shard)
-
-
-def read_manifest(folder: str, remote: Remote = LOCAL) -> dict[str, tuple[int, int]]:
-    """Samples and bytes of each shard, by its name, as `index.json` in a folder or under a URL states.
+def read_manifest(folder: str, remote: Remote = LOCAL) -> dict[str, dict[str, Any]]:
+    """`samples`, `bytes` and perhaps `sha256` of each shard by its name, as `index.json` in a folder or under a URL states.
 
     FileError if it is damaged or of another format; OSError.
     """
@@ -337,6 +336,7 @@ def read_manifest(folder: str, remote: Remote = LOCAL) -> dict[str, tuple[int, i
             return {}
         if content["format"] != MANIFEST_FORMAT:
             raise ValueError(f"its format is {content['format']!r}, expected {MANIFEST_FORMAT}")
-        return {name: (int(entry["samples"]), int(entry["bytes"])) for name, entry in content["shards"].items()}
+        entries = content["shards"].items()
+        return {name: {**one, "samples": int(one["samples"]), "bytes": int(one["bytes"])} for name, one in entries}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FileError(f"{path} is not an index of shards ({error}); remove it or write it again", path) from error

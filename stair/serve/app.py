@@ -63,9 +63,8 @@ class _SearchPage:
 
     async def text(self, request: Request) -> Response:
         """The terms of a text, `{"text": ...}`, the tokens of its words, and the words that no document has."""
-        text = (await _json(request)).get("text")
-        if not isinstance(text, str) or not text.strip():
-            raise HTTPException(400, "text is empty; write some words")
+        text: Any = (await _json(request)).get("text")
+        _check(isinstance(text, str) and bool(text.strip()), "text is empty; write some words")
         own, missing = self.index.typed(text)
         return JSONResponse({"words": await run_in_threadpool(self._terms, text), "own": own, "missing": missing})
 
@@ -90,48 +89,32 @@ class _SearchPage:
         `max_error` holds for terms as `text` answers them. `"having": ["snow"]` keeps those of the best 1000 hits that have
         these terms. `"refine": 8` adds that number of `Hits.refine`. `"weighting"` is as in `SparseIndex.search`.
         """
-        body = await _json(request)
-        weights, k, where = _weights(body.get("words")), body.get("k", 24), body.get("where", [])
-        if not isinstance(k, int) or not 1 <= k <= _MAX_HITS:
-            raise HTTPException(400, f"k must be a whole number from 1 to {_MAX_HITS}")
-        if not isinstance(where, str) and not (isinstance(where, list) and all(isinstance(one, str) for one in where)):
-            raise HTTPException(400, "where must be a text or a list of conditions")
-        max_error = body.get("max_error")
-        if max_error is not None and not isinstance(max_error, (int, float)):
-            raise HTTPException(400, "max_error must be a number between 0 and 1")
-        having = body.get("having", [])
-        if not isinstance(having, list) or not all(isinstance(one, str) for one in having):
-            raise HTTPException(400, "having must be a list of terms")
-        weighting = body.get("weighting", "plain")
-        if max_error is not None and weighting != "plain":
-            raise HTTPException(400, "max_error is calibrated without weighting; leave one out")
-        refine = body.get("refine", 0)
-        if not isinstance(refine, int) or not 0 <= refine <= _MAX_HITS:
-            raise HTTPException(400, f"refine must be a whole number from 0 to {_MAX_HITS}")
-        threshold = 0.0 if max_error is None else self.index.calibration.threshold(max_error)
-        options = weights, k, where, threshold, having, refine, weighting
-        found = await run_in_threadpool(self._hits, *options) if weights else {"hits": []}
-        return JSONResponse(found | ({"threshold": threshold} if threshold else {}))
+        return JSONResponse(await run_in_threadpool(self._hits, await _json(request)))
 
-    def _hits(
-        self,
-        weights: dict[str, float],
-        k: int,
-        where: str | list[str],
-        threshold: float,
-        having: list[str],
-        refine: int,
-        weighting: Any,
-    ) -> dict[str, Any]:
-        most = 1000 if having else max(k, 100 if refine else 0)
-        found = self.index.search(words=weights, k=most, where=where, weighting=weighting)
+    def _hits(self, body: dict[str, Any]) -> dict[str, Any]:
+        weights, k, refine = _weights(body.get("words")), body.get("k", 24), body.get("refine", 0)
+        where, having = body.get("where", []), body.get("having", [])
+        max_error, weighting = body.get("max_error"), body.get("weighting", "plain")
+        _check(isinstance(k, int) and 1 <= k <= _MAX_HITS, f"k must be a whole number from 1 to {_MAX_HITS}")
+        _check(isinstance(refine, int) and 0 <= refine <= _MAX_HITS, f"refine must be from 0 to {_MAX_HITS}")
+        _check(isinstance(where, str) or _are_texts(where), "where must be a text or a list of conditions")
+        _check(_are_texts(having), "having must be a list of terms")
+        is_number = max_error is None or isinstance(max_error, int | float)
+        _check(is_number, "max_error must be a number between 0 and 1")
+        _check(max_error is None or weighting == "plain", "max_error is calibrated without weighting; leave one out")
+        threshold = 0.0 if max_error is None else self.index.calibration.threshold(max_error)
+        answer: dict[str, Any] = {"hits": []} | ({"threshold": threshold} if threshold else {})
+        if not weights:
+            return answer
+        taken = 1000 if having else max(k, 100 if refine else 0)
+        found = self.index.search(words=weights, k=taken, where=where, weighting=weighting)
         found = found.only(lambda _: True, threshold).having(having)
-        hits = [
+        answer["hits"] = [
             {"id": hit.id, "score": hit.score, "metadata": hit.metadata, "source": hit.source}
             | {"words": [[term.token, term.contribution] for term in hit.terms[:_SHOWN_TERMS]]}
             for hit in found.first(k)
         ]
-        return {"hits": hits} | ({"refine": [vars(part) for part in found.first(100).refine(refine)]} if refine else {})
+        return answer | ({"refine": [vars(part) for part in found.first(100).refine(refine)]} if refine else {})
 
     def document(self, request: Request) -> Response:
         """The terms of a document: `?id=`."""
@@ -187,9 +170,8 @@ async def _body(request: Request, limit: int) -> bytes:
 
 async def _json(request: Request) -> dict[str, Any]:
     content = _parsed(await _body(request, _MAX_JSON_BYTES))
-    if not isinstance(content, dict):
-        raise HTTPException(400, "the body must be a JSON object")
-    return content
+    _check(isinstance(content, dict), "the body must be a JSON object")
+    return dict(content)
 
 
 def _parsed(text: str | bytes) -> Any:
@@ -201,10 +183,19 @@ def _parsed(text: str | bytes) -> Any:
     return content
 
 
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise HTTPException(400, message)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
 def _weights(words: Any) -> dict[str, float]:
     numbers = isinstance(words, dict) and all(isinstance(weight, (int, float)) for weight in words.values())
-    if not numbers or not all(abs(weight) <= _MAX_WEIGHT for weight in words.values()):
-        raise HTTPException(400, f"words must be an object of numbers by term, of -{_MAX_WEIGHT:g} to {_MAX_WEIGHT:g}")
+    is_valid = numbers and all(abs(weight) <= _MAX_WEIGHT for weight in words.values())
+    _check(is_valid, f"words must be an object of numbers by term, of -{_MAX_WEIGHT:g} to {_MAX_WEIGHT:g}")
     return {term: float(weight) for term, weight in words.items()}
 
 

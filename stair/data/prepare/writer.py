@@ -168,7 +168,7 @@ def _is_done(out: Path, state: Path, split: str, fingerprint: str) -> bool:
             f"give another folder or split, or remove {split}-*.tar there", out,
         )  # fmt: skip
     with suppress(FileError):  # a damaged index is written again
-        indexed = {name: entry["bytes"] for name, entry in index_entries(out).items() if _is_of_split(name, split)}
+        indexed = {name: entry["bytes"] for name, entry in read_manifest(str(out)).items() if _is_of_split(name, split)}
         if sizes and sizes == indexed and not plan.exists():
             print(f"{out}: split {split!r} already exists, of the same inputs and settings; nothing done")
             return True
@@ -373,20 +373,13 @@ def _end_with_parent() -> None:  # else a process whose parent is killed would w
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def index_entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """`samples`, `bytes` and `sha256` of each shard by its name, as `index.json` states; FileError if it is damaged."""
-    known = read_manifest(str(folder))
-    stated = read_json(folder / MANIFEST)["shards"] if known else {}
-    return {name: {**stated[name], "samples": samples, "bytes": size} for name, (samples, size) in known.items()}
-
-
 def finish(
     folder: Path, state: Path, records: dict[Path, Record], is_replaced: Callable[[str], bool] = lambda name: False
 ) -> None:
     """Writes `index.json` and removes the records. Entries that it had stay, unless `is_replaced` of their shard's name."""
     entries: dict[str, dict[str, Any]] = {}
     with suppress(FileError):  # damaged: it is written again
-        entries = {name: entry for name, entry in index_entries(folder).items() if not is_replaced(name)}
+        entries = {name: entry for name, entry in read_manifest(str(folder)).items() if not is_replaced(name)}
     for path, record in records.items():
         if record["samples"]:
             entries[path.name] = {key: record[key] for key in ("samples", "bytes", "sha256")}
