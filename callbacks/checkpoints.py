@@ -107,10 +107,7 @@ class SaveSettings(Callback):
     """Saves the settings of a training as `config.yaml`, those of validate as `validate/validate.yaml`, and so on.
 
     `config.yaml` states what trained the checkpoints beside it: it is written with them, or at the end without any.
-
-    Args:
-        parser: of the command.
-        config: the settings, without what follows from them.
+    `config` are the settings without what follows from them.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace) -> None:

@@ -38,16 +38,9 @@ class Augment:
     def __call__(
         self, data: bytes, rng: random.Random, converted: list[str] | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """A picture's training image, (3, S, S) uint8.
+        """The training image of an image file's bytes, (3, S, S) uint8, in `out` if given. Errors as of `decode_image`.
 
-        Args:
-            data: the bytes of an image file.
-            rng: of crop, flip and colours.
-            converted: a list to which is added what had to be converted, see `decode_image`.
-            out: where it is written; None for a tensor of its own.
-
-        Raises:
-            ValueError: if it cannot be decoded; the message begins with the cause and a colon.
+        `rng` is that of crop, flip and colours. What had to be converted is added to `converted`, see `decode_image`.
         """
         # the smallest crop still has twice the pixels it is scaled to: scaling finds nothing missing
         enough = math.ceil(2 * self.size / math.sqrt(self.scale[0] * 3 / 4))

@@ -113,17 +113,10 @@ class Shares:
 
 
 class Order:
-    """The global batches of a run.
+    """The global batches of a run, of `global_batch` pairs; `samples` pairs an epoch, rounded down to whole batches.
 
-    Args:
-        counts: samples in each shard, stream by stream.
-        names: of the streams.
-        weights: shares of the pairs, relative to each other.
-        seed: of all draws.
-        global_batch: pairs G in a global batch.
-        samples: pairs in an epoch, rounded down to whole batches.
-        shuffle: samples that are permuted among each other, 0 for none.
-        resample: whether shards are drawn with replacement.
+    `counts` (samples in each shard), `names` and relative `weights` are of the streams. `shuffle` samples are permuted
+    among each other. With `resample`, shards are drawn with replacement.
     """
 
     def __init__(

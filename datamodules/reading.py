@@ -20,12 +20,7 @@ _ENOUGH = 200  # among fewer samples the share of bad ones is too rough to stop 
 
 
 class SkipCounter:
-    """Samples that a rank has read, skipped and converted.
-
-    Args:
-        limit: greatest share of skipped samples.
-        enough: samples to read before the limit counts.
-    """
+    """Samples that a rank has read, skipped and converted. After `enough`, the share of skipped ones has a limit."""
 
     def __init__(self, limit: float, enough: int) -> None:
         self.limit, self.enough, self.seen = limit, enough, 0
@@ -92,18 +87,8 @@ class TrainingLoader:
     The state is the epoch and the batches handed out in it, the same on every rank. Any number of ranks and workers
     continues there with the same global batches; shards that can only be read sequentially continue with new draws.
 
-    Args:
-        dataset: makes batches.
-        order: which sample is seen when.
-        rank: this process, from 0.
-        ranks: processes that train.
-        workers: data-loading processes; 0 reads in this one.
-        epoch_batches: batches after which an epoch counts as complete, where a trainer stops earlier than `len`.
-        max_bad_share: greatest share of bad samples.
-        fingerprint: of the shards and settings under which the state means something.
-
-    Attributes:
-        counter: what this rank has skipped and converted so far.
+    An epoch is complete after `epoch_batches`, where a trainer stops earlier than `len`. The state means something under
+    the `fingerprint` of shards and settings. `counter` has what this rank has skipped and converted so far.
     """
 
     def __init__(

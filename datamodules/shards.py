@@ -256,13 +256,15 @@ class ImageTextShards(LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """One loader a validation set, in the order of `val_names`."""
-        options = self.collate, self.eval_batch_size, self.workers, *self._rank_of()
-        return [evaluation_loader(pairs, *options) for pairs in self._sets["val"]]
+        return self._evaluation_loaders("val")
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """One loader a test set, in the order of `test_names`."""
+        return self._evaluation_loaders("test")
+
+    def _evaluation_loaders(self, part: str) -> list[DataLoader[Any]]:
         options = self.collate, self.eval_batch_size, self.workers, *self._rank_of()
-        return [evaluation_loader(pairs, *options) for pairs in self._sets["test"]]
+        return [evaluation_loader(pairs, *options) for pairs in self._sets[part]]
 
     predict_dataloader = test_dataloader
 

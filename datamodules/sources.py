@@ -25,10 +25,8 @@ def find(
 ) -> tuple[list[Source], list[Skip]]:
     """Finds the shards of all sources and, where they are read by position, counts their samples.
 
-    With `resample`, remote shards without an index can be read forwards. The ranks share the indexing.
-
-    Returns:
-        The sources, without counts if any shard can only be read forwards; and a note for each broken shard.
+    With `resample`, remote shards without an index can be read forwards. The ranks share the indexing. Returns the sources,
+    without counts if any shard can only be read forwards; and a note for each broken shard.
 
     Raises:
         FileNotFoundError: if a shard spec matches nothing.

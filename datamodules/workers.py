@@ -49,20 +49,14 @@ def _sigterm_held() -> Iterator[None]:
 class ReadingLoader(DataLoader[Any]):
     """A DataLoader whose processes come from a fork server, outlive signals to the job, and end with this process.
 
-    Args:
-        workers: data-loading processes; 0 reads in this one.
-        lasting: whether they live on from one iteration to the next.
-        settings: of `DataLoader`.
+    If `lasting`, they live on from one iteration to the next.
     """
 
     def __init__(self, *args: Any, workers: int, lasting: bool = False, **settings: Any) -> None:
         if workers:
             start_server()
-            settings |= {
-                "multiprocessing_context": "forkserver",
-                "worker_init_fn": begin,
-                "persistent_workers": lasting,
-            }
+            settings |= {"multiprocessing_context": "forkserver", "worker_init_fn": begin}
+            settings["persistent_workers"] = lasting
         settings |= {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
         settings["generator"] = torch.Generator()  # the default one would draw from the global state
         super().__init__(*args, **settings)

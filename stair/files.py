@@ -81,14 +81,9 @@ def write_json(path: Path, value: Any) -> None:
 def atomic_folder(folder: Path, last: str, names: Collection[str], is_ours: Callable[[Path], bool]) -> Iterator[Path]:
     """Yields an empty folder to write files to, which then replace those of `folder`.
 
-    A new folder appears at once. In a folder that exists, `last` goes first and comes last: it is never valid with a mix of
-    old and new files.
-
-    Args:
-        folder: where the files go.
-        last: the file that makes the folder valid, such as `config.json`.
-        names: all files that such a folder can hold. Those that are not written again are removed.
-        is_ours: whether an existing `last` was written by this project.
+    A new folder appears at once. In a folder that exists, `last`, the file that makes it valid, goes first and comes last:
+    it is never valid with a mix of old and new files. Of `names`, all files that such a folder can hold, those that are not
+    written again are removed. `is_ours` states whether an existing `last` was written by this project.
 
     Raises:
         FileError: before anything is written, if `folder` is a file, holds files of others, or is being written.
@@ -134,12 +129,7 @@ def _check_folder(
 
 @contextmanager
 def removed_on_failure(path: Path, unfinished: Path) -> Iterator[None]:
-    """Removes an unfinished file or folder if writing it fails; if the disk is full, the OSError states the free bytes.
-
-    Args:
-        path: what is to appear, or to be replaced.
-        unfinished: what is being written.
-    """
+    """Removes `unfinished`, which is to become `path`, if writing it fails; a full disk's OSError states the free bytes."""
     try:
         yield
     except BaseException as error:
@@ -194,10 +184,8 @@ def sync(path: Path) -> None:
 def lock(path: Path, message: str = "", wait: bool = False) -> Iterator[None]:
     """Holds a lock; the system releases it when the process ends. A file system without locks gives none.
 
-    Args:
-        path: the lock's file. It names the holder, and is removed afterwards.
-        message: of the FileError if another process or thread holds it; the holder follows.
-        wait: for another holder instead of failing.
+    The file names the holder, and is removed afterwards. If another process or thread holds it, FileError with `message`
+    and the holder; or waits.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     job = os.environ.get("SLURM_JOB_ID")

@@ -398,3 +398,22 @@ def test_a_member_that_training_passes_over_stops_no_fit_however_large_it_is(tmp
     assert sum(len(batch["key"]) for batch in data.train_dataloader()) == 8
     (seen, reason) = first_samples(str(tmp_path / "a.tar"), 3, Remote())
     assert not reason and [list(sample.members) for sample in seen] == [["png", "json", "mp4"]] * 3
+
+
+def test_hidden_members_and_types_that_training_passes_over_make_no_sample_bad(tmp_path, vocab):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in members(range(8)):
+            # `tar cf a.tar set` on macOS writes what it knows of a file before the file; the type npy comes twice
+            for each, data in (
+                (f"set/._{name}", b"x"),
+                (f"set/{name}", content),
+                (f"set/{name.partition(chr(46))[0]}.npy", b"x"),
+            ):
+                info = tarfile.TarInfo(each)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    data = shards(str(tmp_path / "a.tar"), vocab, workers=0)
+    data.setup("fit")
+    assert sum(len(batch["key"]) for batch in data.train_dataloader()) == 8 and not data.skipped
+    (source,) = doctor([str(tmp_path / "a.tar")], global_batch_size=8, workers=1)["sources"].values()
+    assert source["read"] == source["usable"] == 8

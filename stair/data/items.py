@@ -113,13 +113,7 @@ def picture_bytes(root: Path, source: dict[str, Any]) -> bytes:
 
 
 def list_items(source: str, side: Side, column: str | None = None, id_column: str | None = None) -> Listing:
-    """Lists a source.
-
-    Args:
-        source: a folder of images; tars (`a.tar`, `shards/*.tar`); a table; `-` for lines of standard input.
-        side: whether its images or its texts (of tars, the captions) are listed.
-        column: of a table: paths of images, in parquet also their bytes or `{bytes, path}`; or texts.
-        id_column: of a table. Default: `id` if there is such a column, else numbers of rows from 0.
+    """Lists the images, or the texts (of tars, the captions), of a source. Arguments as of `stair embed`.
 
     Raises:
         FileNotFoundError: if there is nothing.

@@ -37,12 +37,7 @@ class Pair:
 
 
 class EvaluationPairs(Dataset[Pair]):
-    """A set of N images by index; indices from N on repeat images as padding. Arguments and errors as of `entries`.
-
-    Raises:
-        FileNotFoundError: if the spec matches nothing.
-        ValueError: if it is a command, a broken tar, a set without samples, or a sample without image or caption.
-    """
+    """A set of N images by index; indices from N on repeat images as padding. Errors as of `entries`."""
 
     def __init__(self, spec: str | list[str], image_size: int, max_pixels: int, remote: Remote = LOCAL) -> None:
         self.image_size, self.max_pixels, self.remote = image_size, max_pixels, remote
@@ -88,12 +83,7 @@ def whole_captions(members: Mapping[str, bytes], lines: bool = False) -> list[st
 
 
 def entries(spec: str | list[str], beside: Sequence[str], remote: Remote = LOCAL) -> list[Span]:
-    """Where the samples of a set lie.
-
-    Args:
-        spec: path, glob, brace pattern, URL, or list of these; uncompressed tars.
-        beside: types of members, one of which must stand beside the image.
-        remote: how to read what is not local.
+    """Where the samples of a set of uncompressed tars lie. A member of one of the types `beside` must be beside each image.
 
     Raises:
         FileNotFoundError: if the spec matches nothing.

@@ -118,11 +118,12 @@ def content(member: Member) -> bytes:
 
 
 def key_and_type(name: str) -> tuple[str, str]:
-    """Key and type (in lower case) of a member; both empty for members that belong to no sample."""
+    """Key and type (in lower case) of a member; both empty for one of no sample, such as macOS's `folder/._a.png`."""
     from webdataset.tariterators import base_plus_ext  # here, as it imports torch
 
     key, kind = base_plus_ext(name)
-    return (key, kind.lower()) if key and not ("__" in name and _META.match(name)) else ("", "")
+    hidden = not key or key.endswith("/") or ("__" in name and _META.match(name))
+    return ("", "") if hidden else (key, kind.lower())
 
 
 def group(
@@ -136,7 +137,7 @@ def group(
     for member in members:
         key, kind = key_and_type(printable(member.name))
         last = kind.rpartition(".")[2]
-        dotted = last != kind and last in _WANTED and not key.endswith("/")  # `folder/._a.png` is macOS's
+        dotted = last != kind and last in _WANTED
         wanted, pickle = kind in _WANTED or (everything and bool(key)), last in _PICKLES
         if not (wanted or dotted or pickle):
             continue
@@ -151,7 +152,7 @@ def group(
             sample.dotted.setdefault(member.name.rpartition(".")[0], f"dotted key: {problem}")
         if pickle:
             sample.warnings.append(f"pickle ignored: {member.name!r} is never opened")
-        if wanted and kind in sample.members:
+        if kind in sample.members and kind in _WANTED:
             problem = f"{member.name!r} occurs twice, or two samples that follow each other share a key"
             sample.problems.append(f"duplicate member: {problem}")
         elif wanted:
@@ -163,7 +164,7 @@ def other_members(names: Iterable[str], keys: Iterable[str]) -> Iterator[Skipped
     """The members of an archive that belong to none of its samples, one for each key; hidden ones are left out."""
     known = set(keys)
     for key, kind in map(key_and_type, map(printable, names)):
-        if key and not key.endswith("/") and key not in known and kind.rpartition(".")[2] not in _WANTED:
+        if key and key not in known and kind.rpartition(".")[2] not in _WANTED:
             known.add(key)
             yield Skipped(key, f"no image or caption: its first member has type {kind!r}, expected {sorted(_WANTED)}")
 

@@ -166,15 +166,9 @@ def walk(
 ) -> Iterator[Grouped[Any]]:
     """Walks a tar one sample at a time. Where the file can seek, only headers and what `value` takes are read.
 
-    Args:
-        shard: path, URL or `pipe:` command.
-        remote: how to read what is not local.
-        compressed: whether compressed tars are accepted, in which offsets mean nothing.
-        value: what is kept of a member: offset and length in bytes, or `samples.content`.
-        everything: whether members that belong to no sample are kept too.
-
-    Raises:
-        FileError: where the file stops being a tar, with the byte, after every complete sample before it.
+    `value` is what is kept of a member: offset and length in bytes, or `samples.content`. Compressed tars are accepted with
+    `compressed`; offsets mean nothing in them. With `everything`, members of types that no sample uses are kept too.
+    FileError where the file stops being a tar, with the byte, after every complete sample before it.
     """
     try:
         with open_shard(shard, remote) as file:

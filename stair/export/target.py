@@ -47,11 +47,7 @@ def batches(items: Iterable[Any], size: int = 256) -> Iterator[list[Any]]:
 def opened(folder: Path, engine: str, longest_id: int | None = None, int64: bool = False) -> SparseIndex:
     """Opens an index; SettingError if it is empty, or an engine cannot hold an id or a number.
 
-    Args:
-        folder: of the index.
-        engine: its name, for messages.
-        longest_id: most UTF-8 bytes of an id; then ids of no bytes are errors too.
-        int64: whether integers beyond 64 bits, which would lose digits, are errors.
+    With `longest_id` (UTF-8 bytes), ids of no bytes are errors too. With `int64`, integers beyond 64 bits are errors.
     """
     index = SparseIndex.open(folder)
     if not len(index):

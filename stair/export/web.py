@@ -54,11 +54,6 @@ def web(index: Path, out: Path, model: str | None = None, pictures: Path | None 
         model: folder or hub name of the index's model, to expand the tokens of queries; without it, tokens are weighted
             by their rarity.
         pictures: folder of the images, as for `stair serve`; without it, the page shows no images.
-
-    Raises:
-        FileNotFoundError: if there is no such folder of images.
-        FileError: if `out` exists.
-        SettingError: if the index is empty or of another model, or `pictures` has none of its images.
     """
     documents = opened(index, "the page")
     if pictures is not None and not pictures.is_dir():

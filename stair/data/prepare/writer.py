@@ -108,13 +108,8 @@ DEFAULTS = ShardSettings()
 def write_shards(source: Source, out: Path, settings: ShardSettings = DEFAULTS) -> None:
     """Writes shards, their index and a report; continues where a killed command stopped.
 
-    Args:
-        source: what is written.
-        out: folder of the shards, created if missing. It can hold several splits, also of several commands.
-        settings: how.
-
-    Raises:
-        StairError: if too many inputs are bad, or `out` holds the split of something else.
+    The folder `out` can hold several splits, also of several commands. StairError if too many inputs are bad, or it holds
+    the split of something else.
     """
     for split in source.splits:
         require(_SPLIT.fullmatch(split) is not None, "split", split, "letters, digits, - and _: shards have its name")
