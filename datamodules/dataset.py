@@ -199,9 +199,8 @@ class IndexedPairs(Dataset[Made | StairError]):
                 break
         shard = self.streams[bad.stream][bad.shard][1]
         raise FileError(
-            f"no good sample was found to replace a bad one of {shard}: {tried} were tried, {broken} of shards "
-            f"that cannot be read. The bad one: {skips[-1].reason}. The last tried: {ignored[-1].reason}, "
-            f"{ignored[-1].place}. Check the shards, or leave these out of data.train", shard,
+            f"no good sample was found to replace a bad one of {shard} ({skips[-1].reason}): {tried} were tried, the last: "
+            f"{ignored[-1].reason}, {ignored[-1].place}. Check the shards, or leave these out of data.train", shard,
         )  # fmt: skip
 
     def _next(self, bad: SampleId) -> Iterator[tuple[SampleId, Sample]]:

@@ -108,19 +108,20 @@ class ImageTextShards(LightningDataModule):
         remote: Remote = Remote(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
-        require(image_size >= 1, "image_size", image_size, "at least 1")
-        require(max_tokens >= 3, "max_tokens", max_tokens, "at least 3: [CLS], a token, [SEP]")
-        require(global_batch_size >= 2, "global_batch_size", global_batch_size, "at least 2, pairs to tell apart")
-        require(eval_batch_size >= 1, "eval_batch_size", eval_batch_size, "at least 1")
-        require(workers >= 0, "workers", workers, "0 or more")
-        require(shuffle >= 0, "shuffle", shuffle, "0 or more")
+        least = {
+            "image_size": (image_size, 1),
+            "max_tokens": (max_tokens, 3),
+            "global_batch_size": (global_batch_size, 2),
+        }
+        least |= {"eval_batch_size": (eval_batch_size, 1), "workers": (workers, 0), "shuffle": (shuffle, 0)}
+        least |= {"max_pixels": (max_pixels, 1), "join_captions": (join_captions, 1)}
+        for name, (value, bound) in least.items():
+            require(value >= bound, name, value, f"{bound} or more")
         require(0 < crop_scale[0] <= crop_scale[1] <= 1, "crop_scale", crop_scale, "0 < least <= greatest <= 1")
         require(0 <= color_jitter <= 1, "color_jitter", color_jitter, "0 to 1")
         require(0 <= grayscale <= 1, "grayscale", grayscale, "0 to 1")
-        require(max_pixels >= 1, "max_pixels", max_pixels, "at least 1")
         require(0 <= max_bad_share < 1, "max_bad_share", max_bad_share, "0 or more and less than 1")
         require(train_samples is None or train_samples >= 1, "train_samples", train_samples, "at least 1, or none")
-        require(join_captions >= 1, "join_captions", join_captions, "at least 1")
         for name, share in (caption_fields or {}).items():
             require(0 < share < float("inf"), f"caption_fields[{name!r}]", share, "more than 0")
         self.train, self.caption_fields = mixture(train), dict(caption_fields or {})
@@ -211,18 +212,15 @@ class ImageTextShards(LightningDataModule):
         counted = sum(sum(source.counts) for source in sources)
         if not counted and not (self.resample and self.train_samples):
             raise SettingError(
-                f"some of {sources[0].shards[:3]} and others can only be read sequentially (commands, compressed "
-                "tars, remote shards without an index): their samples are drawn with replacement. Set data.resample: true "
-                "and data.train_samples to the pairs of an epoch; or give uncompressed tars that can be indexed",
-                "data.resample",
+                f"some of {sources[0].shards[:3]} and others can only be read sequentially: set data.resample: true, and "
+                "data.train_samples to the pairs of an epoch; or give uncompressed tars with an index", "data.resample",
             )  # fmt: skip
         samples = self.train_samples or counted
         if samples < self.global_batch_size:
             raise SettingError(
-                f"{samples} pairs in all shards ({sources[0].shards[0]}, ...), "
-                f"fewer than global_batch_size={self.global_batch_size}: an epoch has no step. Lower it or add shards",
-                "data.global_batch_size",
-            )
+                f"{samples} pairs in all shards ({sources[0].shards[0]}, ...), fewer than global_batch_size="
+                f"{self.global_batch_size}. Lower it or add shards", "data.global_batch_size",
+            )  # fmt: skip
         return samples
 
     def _stage_seed(self) -> int | str:

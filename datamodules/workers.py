@@ -84,9 +84,8 @@ class _Reading(_MultiProcessingDataLoaderIter):
             if not killed:
                 raise
             raise RuntimeError(
-                f"{len(killed)} of {len(self._workers)} data-loading processes were killed: {killed}. SIGKILL usually "
-                "means that memory ran out: request more, or lower data.workers. To resume, run the same command with "
-                "--ckpt_path last"
+                f"{len(killed)} of {len(self._workers)} data-loading processes were killed: {killed}. After SIGKILL "
+                "request more memory, or lower data.workers. To resume, run the same command with --ckpt_path last"
             ) from error
 
 

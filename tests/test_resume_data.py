@@ -185,7 +185,7 @@ def test_mixtures_that_make_no_sense_are_refused(tmp_path, vocab):
         shards({"a": Shards(spec, 1.0), "b": spec}, vocab)
     for text in ("{a: x[0-1].tar}", ["{a: {shards: x.tar, wieght: 3}}"]):  # the second as jsonargparse hands it on
         with pytest.raises(
-            ValueError, match=r"looks like a mapping and cannot be read as one: expected .* weight: NUMBER"
+            ValueError, match=r"cannot be read as a mapping: expected .* weight: NUMBER"
         ):
             shards(text, vocab)
     with pytest.raises(ValueError, match=r"weight of source 'a' is -1"):

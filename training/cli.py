@@ -45,6 +45,7 @@ from training.settings import (
     listed,
     match_launcher,
     place_loggers,
+    report_defaults,
     stage_folder,
 )
 
@@ -146,6 +147,7 @@ class StairCLI(LightningCLI):
         place_loggers(config.trainer, self._home, command)
         export = Path(config.transition.export_to or self._home / family.export_name)
         if command == "fit":
+            report_defaults(config)
             check_data(command, config)
             synced = config.trainer.sync_batchnorm
             require(

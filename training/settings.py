@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from omegaconf import OmegaConf
 
 from stair.errors import SettingError
 from stair.launch import launched_processes
@@ -87,6 +88,27 @@ def check_data(command: str, config: Any) -> None:
         raise SettingError(f"trainer.{limit} is 0: {command} would do nothing", f"trainer.{limit}")
     if command == "predict" and not config.trainer.callbacks:
         rank_zero_warn("predict writes nothing without a callback that writes. Use `stair embed` to write embeddings")
+
+
+def report_defaults(config: Any) -> None:
+    """Logs `options` of an encoder that replace those of an earlier file and leave some out.
+
+    A file that sets the encoder's `name` starts anew.
+    """
+    for encoder in ("image", "text"):
+        name, earlier = None, dict[str, str]()
+        for path in filter(None, config.get("config") or ()):  # None: settings in place of a path
+            settings = OmegaConf.select(OmegaConf.load(str(path)), f"model.init_args.stair.{encoder}") or {}
+            if "name" in settings:
+                name, earlier = settings["name"], {}
+            earlier |= dict.fromkeys(settings.get("options") or {}, str(path))
+        used = config.model.init_args.stair[encoder]
+        if used.name in (name, None) and (unset := [key for key in earlier if key not in used.options]):
+            replaced = ", ".join(dict.fromkeys(earlier[key] for key in unset))
+            rank_zero_info(
+                f"stair.{encoder}.options is {used.options}. It replaces that of {replaced}. These have the defaults of "
+                f"{used.name}: {', '.join(unset)}. Repeat them in `options`"
+            )
 
 
 def stage_folder(config: Any, name: str) -> Path:

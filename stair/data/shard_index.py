@@ -184,8 +184,8 @@ def _parsed(span: Span, data: bytes) -> Grouped[bytes]:
             if span.check in (None, check):
                 return sample
     raise FileError(
-        f"{span.shard} is not the file that its index describes: there is another sample at byte {span.start}. The shard "
-        f"was replaced, or {span.shard}{SUFFIX} is of another one: {_REMEDY}", span.shard,
+        f"{span.shard} is not the file that its index describes: another sample is at byte {span.start}; {_REMEDY}",
+        span.shard,
     )  # fmt: skip
 
 
@@ -266,9 +266,8 @@ def sizes(shards: Sequence[str], remote: Remote, processes: int) -> dict[str, tu
             continue
         if (entry := stated[shard]) and (size := os.stat(shard).st_size) != entry["bytes"]:
             raise FileError(
-                f"{shard} has {size} bytes, {folder}/{MANIFEST} says {entry['bytes']}: it was written for another file, "
-                "or this one is incomplete. Fetch the shard again, or write the index again with "
-                "`stair doctor SHARDS --write_index`", shard,
+                f"{shard} has {size} bytes, {folder}/{MANIFEST} says {entry['bytes']}. Fetch the shard again, or write the "
+                "index again with `stair doctor SHARDS --write_index`", shard,
             )  # fmt: skip
         if name + SUFFIX not in listed[folder] and not os.path.exists(_cached(shard)):
             lacking.append(shard)
@@ -292,9 +291,8 @@ def _no_index(shard: str, error: OSError, remote: Remote) -> Exception:
     if not isinstance(error, LastingError) or isinstance(beginning, OSError):
         return beginning if isinstance(beginning, OSError) else error
     return FileError(
-        f"{shard} has no index: neither {MANIFEST} nor {_place(shard)[1]}{SUFFIX} beside it states its samples ({error}). "
-        "Write both with `stair doctor SHARDS --write_index` where the shards are local, and copy them beside the shards; "
-        "or read shards sequentially with data.resample: true and data.train_samples", shard,
+        f"{shard} has no index ({MANIFEST} or {_place(shard)[1]}{SUFFIX} beside it: {error}). Write both by `stair doctor "
+        "SHARDS --write_index` where shards are local; or set data.resample: true and data.train_samples", shard,
     )  # fmt: skip
 
 

@@ -24,9 +24,8 @@ def mixture(train: str | list[str] | dict[str, str | list[str] | Shards] | None)
     for spec in given:
         if isinstance(spec, str) and spec.startswith("{") and ": " in spec:
             raise ValueError(
-                f"data.train={spec!r} looks like a mapping and cannot be read as one: expected {{NAME: SPEC, ...}} or "
-                "{NAME: {shards: SPEC, weight: NUMBER}, ...}; patterns with brackets or braces stand "
-                "between quotes, as in {name: 'data/{00..09}.tar'}"
+                f"data.train={spec!r} cannot be read as a mapping: expected {{NAME: SPEC, ...}} or {{NAME: {{shards: SPEC, "
+                "weight: NUMBER}, ...}; patterns with braces stand between quotes, as in {name: 'data/{00..09}.tar'}"
             )
     if not isinstance(train, dict):
         return {"": Shards(train)} if train else {}

@@ -126,9 +126,8 @@ def _condition(match: re.Match[str] | None, text: str) -> Condition:
     if not match:
         raise SettingError(
             f"filter {text!r:.80} is not NAME=VALUE, with one of = != < <= > >=. Put a name or value that holds one of "
-            "these or ' and ' between double quotes",
-            "where",
-        )
+            "these or ' and ' between double quotes", "where",
+        )  # fmt: skip
     quoted_key, key, sign, quoted, value = match.groups()
     owner = "stair" if key is not None and key.strip().startswith("stair:") else "user"
     name = key.strip().removeprefix("stair:") if quoted_key is None else quoted_key.replace('""', '"')
@@ -156,9 +155,8 @@ def to_table(ids: Sequence[str], metadata: Sequence[Row] = (), source: Sequence[
                 except (TypeError, ValueError, RecursionError) as error:
                     raise SettingError(
                         f"metadata {key!r} of {ids[n]!r}: {error}. Keys are text; values are text, finite numbers, true or "
-                        "false, dates, None, or lists and dictionaries of these",
-                        "metadata",
-                    ) from error
+                        "false, dates, None, or lists and dictionaries of these", "metadata",
+                    ) from error  # fmt: skip
                 columns[name][n] = stored
     return pa.table({name: pa.array(values, _ARROW.get(name.split(":")[1], _TEXT)) for name, values in columns.items()})
 

@@ -50,9 +50,7 @@ class ImageFiles:
     def inside(self, name: str) -> Path:
         """The path of an image, which must lie in the folder: a table from elsewhere may name any file."""
         path = Path(os.path.normpath(self.root / name))
-        if path.is_relative_to(self.spelling):
-            path = self.root / path.relative_to(self.spelling)
-        if "\0" in name or not path.is_relative_to(self.root):
+        if "\0" in name or not (path.is_relative_to(self.root) or path.is_relative_to(self.spelling)):
             raise ValueError(f"path outside: {printable(name)!r} is not in {self.spelling}")
         return path
 
@@ -107,9 +105,8 @@ def _column(columns: Iterable[str], usual: list[str], given: str | None, what: s
     if not names:
         raise SettingError(
             f"the {what} column is unknown: the table has {list(columns)[:20]}, looked for {given or usual}; give "
-            f"--{what}_column, or a first line with the columns' names",
-            f"{what}_column",
-        )
+            f"--{what}_column, or a first line with the columns' names", f"{what}_column",
+        )  # fmt: skip
     return names[0]
 
 
