@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The small runs of benchmarks/results/small_runs_2026-11-28.md: three stages on real images with the 30,522-word vocabulary, on CPU cores.
-#   benchmarks/small_runs.sh emoji_fluent runs/emoji        (or flickr8k; further words go to every stage)
-# STAIR_SHARED_DATA names the folder with the sets. A stage that has exported its model is not run again.
+# The small runs of benchmarks/results/small_runs_2026-11-28.md: three stages on real images, all 30,522 terms, on CPU cores.
+#   benchmarks/small_runs.sh emoji_fluent runs/emoji        (or flickr8k; further arguments go to every stage)
+# STAIR_SHARED_DATA is the folder of the data sets. A stage that has exported its model is not run again.
 set -euo pipefail
 data=$1 run=$2
 shift 2
 cd "$(dirname "$0")/.."
-# glibc gives blocks above 32 MB back at once, and a B × V embedding has 31: without these lines a step spends much of
-# its time on fresh pages (seen once, on a busy machine); in huge pages a step of stage 3 takes a fifth less (docs/operations/performance.md)
+# glibc returns blocks above 32 MB to the system at once, and a B × V embedding has 31 MB: without these lines, a step
+# spends much of its time on new pages (seen once, on a busy machine)
 export MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}

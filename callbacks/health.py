@@ -73,7 +73,7 @@ class Health(Callback):
 
     Args:
         patience: consecutive steps of a dead run before it stops; at least 1.
-        dense_after: optimiser steps after which embeddings should be sparse; at least 0.
+        dense_after: optimizer steps after which embeddings should be sparse; at least 0.
         every: steps between two checks, at least 1. A stop is delayed by at most this many steps.
         skip: allowed consecutive steps with a non-finite loss or gradient; 0 stops at the first.
     """
