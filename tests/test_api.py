@@ -98,7 +98,7 @@ def test_a_model_comes_back_from_the_hub_with_a_card(tiny_stair, hub, tmp_path):
     card = (hub / "me/tiny/README.md").read_text()
     assert card.startswith("---\nlicense: cc-by-nc-4.0\n") and 'from_pretrained("me/tiny")' in card
     assert "| recall@1 \\| val | 0.1235 |" in card and "| note | one line |" in card
-    assert "Drawn scenes." in card and "cut at 12 word pieces" in card and "Nothing was measured" not in card
+    assert "Drawn scenes." in card and "truncated to 12 tokens" in card and "No results" not in card
     with pytest.raises(ValueError, match="USER/MODEL"):
         tiny_stair.push_to_hub("tiny", "mit")
 
@@ -132,4 +132,4 @@ def test_only_the_files_of_a_model_are_uploaded(tiny_stair, hub, tmp_path):
     (tmp_path / "m" / "notes-to-self.txt").write_text("private")
     push(str(tmp_path / "m"), "me/other", "mit")
     assert {path.name for path in (hub / "me/other").iterdir()} <= {*FILES, "README.md"}
-    assert "Nothing was measured" in (hub / "me/other/README.md").read_text()
+    assert "No results" in (hub / "me/other/README.md").read_text()

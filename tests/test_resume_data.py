@@ -184,9 +184,7 @@ def test_mixtures_that_make_no_sense_are_refused(tmp_path, vocab):
     with pytest.raises(ValueError, match=r"sources \['b'\] have no weight and others have"):
         shards({"a": Shards(spec, 1.0), "b": spec}, vocab)
     for text in ("{a: x[0-1].tar}", ["{a: {shards: x.tar, wieght: 3}}"]):  # the second as jsonargparse hands it on
-        with pytest.raises(
-            ValueError, match=r"cannot be read as a mapping: expected .* weight: NUMBER"
-        ):
+        with pytest.raises(ValueError, match=r"cannot be read as a mapping: expected .* weight: NUMBER"):
             shards(text, vocab)
     with pytest.raises(ValueError, match=r"weight of source 'a' is -1"):
         shards({"a": Shards(spec, -1)}, vocab)

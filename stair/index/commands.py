@@ -99,7 +99,7 @@ def search(
             `stair calibrate` found for this share are left out.
         weighting: `idf` lets rare terms of the index count more.
         refine: also show this number of terms that narrow the search: about half of the best 100 hits have them, but
-            few documents. With --json, the result is an object with `hits` and `refine`.
+            few of all documents. With --json, the result is an object with `hits` and `refine`.
         k: number of hits.
         shown: number of shared terms shown per hit.
         threads: number of threads for a file of queries.

@@ -17,12 +17,12 @@ _PROBE_NOTE = (
 )
 _TERMS_NOTE = (
     "Terms are tokens. grounding@K: share of an image's K heaviest terms that its captions contain; `baseline`: the same "
-    "of the K most common caption tokens. added: active terms of a text outside the caption; confirmed: contained in "
-    "another caption of its image (`baseline`: of any image of the set)."
+    "for the K most common caption tokens. added: active terms of a text outside the caption; confirmed: contained in "
+    "another caption of its image (`baseline`: of a random image of the set)."
 )
 _COST_NOTE = (
-    "Exact search for the ten best images by one text, one thread. Index: 8 bytes an entry, uncompressed; 4 bytes a number "
-    "for a dense model."
+    "Exact search for the ten best images by one text, one thread. Index: 8 bytes per entry, uncompressed; 4 bytes per "
+    "value for a dense model."
 )
 
 
@@ -39,7 +39,7 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     """The tables that a result of `stair.evaluate.evaluate` fills, in reading order."""
     sets: Mapping[str, Any] = result["sets"]
     yield from (table for make in (_retrieval, _classification, _probe, _terms, _cost) if (table := make(sets)).rows)
-    heads = ["terms kept", "of", "an image", "a text", "t→i R@1", "i→t R@1", "index bytes"]
+    heads = ["terms kept", "side", "terms per image", "per text", "t→i R@1", "i→t R@1", "index bytes"]
     for name, figures in sets.items():
         if "pruned" in figures:
             rows = [
