@@ -143,7 +143,7 @@ class ImageEncoder(nn.Module):
             raise
         except Exception as error:  # models raise errors of any class
             raise SettingError(
-                f"timm cannot build image tower {tower.name!r} at {tower.image_size} px with {tower.options} so that it "
+                f"timm cannot build image encoder {tower.name!r} at {tower.image_size} px with {tower.options} so that it "
                 f"gives a feature map or tokens: {error}. Give a CNN or Vision Transformer (timm.list_models()) and "
                 "options it takes",
                 "stair.image.name",
@@ -283,8 +283,8 @@ class TextEncoder(nn.Module):
             encoder = cls(AutoModel.from_config(config, trust_remote_code=False))
         if encoder.word_embeddings.num_embeddings != vocabulary_size:
             raise ValueError(
-                f"text tower {tower.name!r} knows {encoder.word_embeddings.num_embeddings} tokens but the vocabulary has "
-                f"{vocabulary_size}; give the vocabulary the tower was trained with"
+                f"text encoder {tower.name!r} has {encoder.word_embeddings.num_embeddings} tokens but the vocabulary has "
+                f"{vocabulary_size}; give the vocabulary that it was trained with"
             )
         longest = getattr(encoder.config, "max_position_embeddings", None) or math.inf
         if tower.max_tokens > longest:
@@ -327,8 +327,8 @@ def _masked_lm_head(model: nn.Module, tower: TextTower, missing: set[str]) -> Ma
     """The published head; None if only the encoder was published. `missing`: weights that are new."""
     if lost := sorted(key for key in missing if key.startswith(f"{model.base_model_prefix}.")):
         raise ValueError(
-            f"text tower {tower.name!r} has no {lost[0]}{f' and {len(lost) - 1} more weights' if len(lost) > 1 else ''} of "
-            f"its encoder (text.options: {tower.options}): give options that fit the published weights, or "
+            f"text encoder {tower.name!r} has no {lost[0]}{f' and {len(lost) - 1} more weights' if len(lost) > 1 else ''} "
+            f"(text.options: {tower.options}): give options that fit the published weights, or "
             "text.pretrained: false"
         )
     for dense_path, norm_path in _MASKED_LM_PARTS:

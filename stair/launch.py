@@ -23,7 +23,7 @@ TRAINER = {
     "fit": "train a stage; `stair fit` and `lightning fit` are the same command",
     "validate": "measure recall on the validation sets, as in training",
     "test": "measure recall on the test sets",
-    "predict": "write embeddings of the test sets with the trainer",
+    "predict": "embed the test sets for a callback of yours; `stair embed` writes embeddings",
 }
 _LOOP = "training_epoch_loop.py"  # of Lightning: every training step is inside it
 _PATIENCE = 30.0  # seconds in which the end of the first rank should end the others; nodes import at different speeds

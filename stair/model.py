@@ -104,8 +104,8 @@ class Stair(TwoTowers):
         self.text_encoder, masked_lm = TextEncoder.build(config.text, len(self.vocabulary))
         if config.text.pretrained and masked_lm is None:
             warnings.warn(
-                f"text tower {config.text.name!r} was published without a masked-LM head: both vocabulary heads start from "
-                "its word embeddings, and their other layers from scratch",
+                f"text encoder {config.text.name!r} was published without a masked-LM head: both vocabulary heads start "
+                "from its word embeddings, and their other layers from scratch",
                 stacklevel=2,
             )
         embeddings: nn.Parameter = self.text_encoder.word_embeddings.weight  # type: ignore[assignment]

@@ -69,7 +69,7 @@ class Vocabulary:
             comparable only if theirs agree.
 
     Raises:
-        ValueError: if the source is no WordPiece vocabulary with the special tokens of BERT, or its tokenizer files are
+        ValueError: if the source is not a WordPiece vocabulary with the special tokens of BERT, or its tokenizer files are
             damaged or describe no BERT tokenizer.
         OSError: if there is no such file, or a hub name is neither in the cache nor downloadable.
     """
@@ -100,7 +100,7 @@ class Vocabulary:
         dense = list(range(len(self.tokens))) == sorted(by_token.values())
         if missing or not dense or len(self.tokens) < 8:
             raise ValueError(
-                f"{source} is no WordPiece vocabulary: {len(self.tokens)} tokens"
+                f"{source} is not a WordPiece vocabulary: {len(self.tokens)} tokens"
                 + (f", without {missing}" if missing else "" if dense else ", with holes between their ids")
                 + "; give a BERT vocab.txt, a folder with one, or a hub name"
             )

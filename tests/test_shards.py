@@ -590,7 +590,7 @@ def test_a_spec_that_matches_nothing_and_a_set_below_one_batch_are_refused(tmp_p
     spec = write_shards(tmp_path, [3])
     with pytest.raises(FileNotFoundError, match=r"train-0001.tar"):
         loader(str(tmp_path / "train-{0000..0001}.tar"), vocab)
-    with pytest.raises(FileNotFoundError, match=rf"is a folder, no shard: give '{tmp_path}/\*.tar'"):
+    with pytest.raises(FileNotFoundError, match=rf"is a folder, not a shard: give '{tmp_path}/\*.tar'"):
         loader(str(tmp_path), vocab)
     with pytest.raises(ValueError, match=r"has a brace without its counterpart"):
         loader(str(tmp_path / "train-{0000..0001.tar"), vocab)

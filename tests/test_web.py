@@ -185,7 +185,7 @@ def index(tiny_stair, pictures, tmp_path):
 
 def test_a_text_is_the_greatest_weight_of_its_tokens(tiny_stair, model, index, pictures, stair, tmp_path):
     printed = stair("export", "web", index, tmp_path / "site", "--model", model, "--pictures", pictures)
-    assert "1 of 6 documents have no picture" in printed
+    assert "1 of 6 documents have no image" in printed
     text = "a red ball, zzz dogs"
     ids = tiny_stair.vocabulary.token_ids(text)
     [[first, last]] = tiny_stair.vocabulary.encode([""])

@@ -109,7 +109,7 @@ def picture_bytes(root: Path, source: dict[str, Any]) -> bytes:
             raise ValueError("it is not in the folder")
         return _read_image(path, source)
     except (OSError, ValueError, TypeError, OverflowError, LookupError) as error:
-        raise FileNotFoundError(f"no picture of this document in {root}: {error}") from error
+        raise FileNotFoundError(f"no image of this document in {root}: {error}") from error
 
 
 def list_items(source: str, side: Side, column: str | None = None, id_column: str | None = None) -> Listing:
@@ -199,7 +199,7 @@ def _table(
     _check_columns(table, side, column, id_column)
     in_cells = _IMAGES.fullmatch(table.columns[column]) is not None
     if unread := [name for name in table.bytes_columns if name != column]:
-        notes.append(Skipped(table.path.name, f"columns of bytes: {unread} are no metadata"))
+        notes.append(Skipped(table.path.name, f"columns of bytes: {unread} are not stored as metadata"))
     for number, row in enumerate(table.rows()):
         if "-" in row.place.rpartition(":")[2] and not row.problem:
             notes.append(Skipped(row.place, "row of several lines: a quoted cell holds line ends"))

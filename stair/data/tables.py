@@ -82,7 +82,7 @@ def open_table(path: Path, delimiter: str | None = None) -> Table:
         )
     if wrong := [name for name in names if printable(name) != name]:
         raise FileError(
-            f"{path}: the name of column {printable(wrong[0])!r} is no UTF-8; save the table as UTF-8", path
+            f"{path}: the name of column {printable(wrong[0])!r} is not UTF-8; save the table as UTF-8", path
         )
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise FileError(f"{path}: two columns are called {twice[0]!r}; rename one", path)

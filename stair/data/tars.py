@@ -62,7 +62,7 @@ def _matches(pattern: str, spec: str) -> list[str]:
         where = "" if pattern == spec else f" (of {spec!r})"
         if os.path.isdir(pattern):
             shards = os.path.join(pattern, "*.tar")
-            raise FileNotFoundError(f"{pattern!r}{where} is a folder, no shard: give {shards!r}")
+            raise FileNotFoundError(f"{pattern!r}{where} is a folder, not a shard: give {shards!r}")
         raise FileNotFoundError(
             f"no shard matches {pattern!r}{where} (working directory: {Path.cwd()}); "
             "give a path, a glob such as data/*.tar or a brace pattern such as data/{0000..0004}.tar"
@@ -120,9 +120,9 @@ def members(file: BinaryIO, mode: str = "r:") -> Iterator[Member]:
                 yield Member(header.name, header.offset, header.offset_data, header.size, read)
             archive.members = []  # it would keep them all
     except _DAMAGED as error:
-        kind = "tar" if mode.endswith("*") else "uncompressed tar"
+        kind = "a tar" if mode.endswith("*") else "an uncompressed tar"
         byte = archive.offset if archive else 0
-        raise BrokenTarError(f"is truncated, damaged or no {kind} at byte {byte}: {error}") from error
+        raise BrokenTarError(f"is truncated, damaged or not {kind} at byte {byte}: {error}") from error
 
 
 def _content(archive: tarfile.TarFile, header: tarfile.TarInfo) -> bytes:

@@ -71,7 +71,9 @@ def milvus(index: Path, out: str, collection: str = "stair") -> None:
             points = ({"id": r.id, "terms": dict(zip(r.terms, r.weights, strict=True)), **r.fields} for r in weighted)
             written = sum(client.insert(collection, batch)["insert_count"] for batch in batches(points))
     if written < len(documents):
-        print(f"{len(documents) - written} documents without a weight are left out: Milvus takes no empty vector")
+        print(
+            f"{len(documents) - written} documents without active terms are skipped: Milvus cannot store empty vectors"
+        )
 
 
 def _database(out: str) -> AbstractContextManager[Any]:

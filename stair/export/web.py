@@ -143,7 +143,7 @@ def _write_documents(part: Path, index: SparseIndex, root: Path | None) -> None:
             f"{root} has none of the images; give the folder that was passed to `stair embed`", "pictures"
         )
     if root is not None and pictures < len(index):
-        print(f"{len(index) - pictures} of {len(index)} documents have no picture in {root}")
+        print(f"{len(index) - pictures} of {len(index)} documents have no image in {root}")
 
 
 def _thumbnail(root: Path | None, row: Row) -> bytes:

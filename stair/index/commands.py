@@ -131,7 +131,7 @@ def _show_notes(found: Hits, opened: SparseIndex, words: str | None) -> None:
     for word in parse_words(words) if words is not None else ():
         if len(split := opened.query(words={word: 1.0}).terms) > 1:
             tokens = ", ".join(opened.space.tokens[v] for v in split)
-            print(one_line(f"{word} is no word of the vocabulary; searched as {tokens}"), file=sys.stderr)
+            print(one_line(f"{word} is not a word of the vocabulary; searched as {tokens}"), file=sys.stderr)
     for condition, count in found.not_comparable.items():
         rest = f"have no value that compares with {one_line(condition)}; they do not match"
         print(f"{count} of {len(opened)} documents {rest}", file=sys.stderr)

@@ -128,7 +128,7 @@ class Hits(list[Hit]):
             return self
         ids = self._state.space.term_ids
         if wrong := [token for token in tokens if token not in ids]:
-            raise SettingError(f"{wrong[0]!r} is no term of the index", "having")
+            raise SettingError(f"{wrong[0]!r} is not a term of the index", "having")
         wanted = {ids[token] for token in tokens}
         return self.only(lambda hit: wanted <= set(hit.term_ids.tolist()))
 

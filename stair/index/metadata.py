@@ -179,7 +179,7 @@ def _typed(value: Any) -> tuple[str, Any]:
         return "text", value
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     if json.loads(text) != value:
-        raise ValueError("it holds keys that are no strings, or tuples")
+        raise ValueError("it holds keys that are not strings, or tuples")
     text.encode()
     return "json", text
 
@@ -191,7 +191,7 @@ class Documents:
         self.table = table
         self._names = [tuple(name.split(":", 2)) for name in table.column_names]
         if ID not in table.column_names or any(len(name) != 3 for name in self._names):
-            raise ValueError(f"columns are {table.column_names}; it is no table of documents")
+            raise ValueError(f"columns are {table.column_names}; it is not a table of documents")
         self.column = lru_cache(maxsize=None)(self._checked_column)
         self._matching = lru_cache(maxsize=16)(self._evaluate)  # a filter is often used for many searches
 

@@ -84,7 +84,7 @@ def parse_words(text: str) -> dict[str, float]:
         try:
             weights[word] = weights.get(word, 0.0) + sign * float(number)
         except ValueError as error:
-            wrong = f"weighted word {part!r}: {number!r} is no number; write it as word:1.5"
+            wrong = f"weighted word {part!r}: {number!r} is not a number; write it as word:1.5"
             raise SettingError(wrong, "words") from error
     if not weights:
         raise SettingError("no words; write some as `dog:2 beach -people`", "words")

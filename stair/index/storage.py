@@ -43,7 +43,7 @@ class State:
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
         if not self.path.is_file():
-            raise FileNotFoundError(f"{folder} is no index; `stair index` or SparseIndex.build makes one")
+            raise FileNotFoundError(f"{folder} is not an index; `stair index` or SparseIndex.build makes one")
         with self._damage():
             self._data = pa.memory_map(str(self.path)).read_buffer()
             self.size = self._data.size
