@@ -380,8 +380,8 @@ def test_from_pictures_to_hits_on_the_command_line(stair, model, shard, tmp_path
         "stair:file=some-0000.tar and stair:length>1",
     )
     assert "4 documents" in stair("index", index, "--delete", "some-0000/sub/k3")
-    for args, complaint in [((), "give one of"), (("--words", "dog:x"), "no number"), (("--text", "dog"), "model")]:
+    for args, complaint in [((), "give one of"), (("--words", "dog:x"), "not a number"), (("--text", "dog"), "model")]:
         with pytest.raises(SystemExit, match=complaint):
             stair("search", index, *args)
-    with pytest.raises(SystemExit, match="no index"):
+    with pytest.raises(SystemExit, match="not an index"):
         stair("index", tmp_path / "other")
