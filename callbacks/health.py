@@ -109,11 +109,7 @@ class Health(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: dict[str, Any], batch: Batch, batch_idx: int
     ) -> None:
-        """Notes the step, and reads the steps since the last reading when it is time.
-
-        Raises:
-            TrainingError: if too many steps in a row were not finite, or the run is dead.
-        """
+        """Notes the step, and reads those since the last reading when it is time; TrainingError if the run must stop."""
         images, texts = outputs["image_BV"], outputs["text_CV"]
         loss_finite = outputs["loss"].detach().isfinite()
         skipped = ~loss_finite | (isinstance(pl_module, ContrastiveModule) and pl_module.skipped)
@@ -162,11 +158,7 @@ class Health(Callback):
             rank_zero_warn(_WARNINGS[kind].format(self._in_a_row["chance"], step, share, advice))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps the last checkpoint where the weights are broken.
-
-        Raises:
-            TrainingError: if a weight is not finite.
-        """
+        """Keeps the last checkpoint where the weights are broken: TrainingError if one is not finite."""
         if not _weights_finite(trainer):
             raise TrainingError(
                 f"weights are not finite at step {trainer.global_step}, so no checkpoint is written. "
@@ -176,9 +168,7 @@ class Health(Callback):
     def _handle_skipped(self, trainer: Trainer, steps: list[_Step], in_a_row: int) -> None:
         reason = _reason(trainer, steps)
         if in_a_row <= self.skip:
-            rank_zero_warn(
-                f"{reason}. Such steps are skipped; more than health.skip={self.skip} consecutive ones stop the run"
-            )
+            rank_zero_warn(f"{reason}. Such a step is skipped; more than health.skip={self.skip} in a row stop the run")
             return
         saved = "the weights are not finite either: resume from the last checkpoint"
         if _weights_finite(trainer):
@@ -199,7 +189,7 @@ class Health(Callback):
             else f"Above {_WIDE_LOGITS:.0f} training from scratch collapses: set objective.scale_start to 'measure'"
         )
         rank_zero_warn(
-            f"the first batch's logits have standard deviation {deviation:.1f} (usually 0.3 to 1.5). {advice}"
+            f"the first batch's logits have standard deviation {deviation:.1f} (usual: 0.3 to 1.5). {advice}"
         )
 
 

@@ -43,9 +43,6 @@ class Requeue(Callback):
 
     Args:
         every: steps between two checks of all ranks for a signal; at least 1.
-
-    Raises:
-        SettingError: if `every` is below 1.
     """
 
     def __init__(self, every: int = 5) -> None:

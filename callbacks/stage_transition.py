@@ -120,9 +120,7 @@ class StageTransition(Callback):
             reason, deliberate = _stop_reason(trainer)
             reached = f"step {trainer.global_step} of {planned}: {reason}"
             if not deliberate or self.on_early_stop == "fail":
-                self.unfinished = (
-                    f"the training ended at {reached}. Nothing is exported. To resume, pass --ckpt_path last"
-                )
+                self.unfinished = f"the training ended at {reached}. Nothing is exported; --ckpt_path last resumes it"
                 return
             rank_zero_info(f"the training ended at {reached}. The model is exported as it is")
             facts |= {"planned_steps": planned, "stopped_by": reason}

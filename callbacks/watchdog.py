@@ -40,9 +40,6 @@ class Watchdog(Callback):
     Args:
         limit: seconds without a hook; 0 disables the watchdog. Set it above the slowest start, checkpoint or evaluation,
             and below the 30 minutes after which NCCL and gloo time out.
-
-    Raises:
-        SettingError: if `limit` is negative.
     """
 
     def __init__(self, limit: float = 1200.0) -> None:

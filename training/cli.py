@@ -149,10 +149,8 @@ class StairCLI(LightningCLI):
         if command == "fit":
             report_defaults(config)
             check_data(command, config)
-            synced = config.trainer.sync_batchnorm
-            require(
-                not synced, "trainer.sync_batchnorm", True, "false: timm's batch norms would lose their activations"
-            )
+            allowed = "false: timm's batch norms would lose their activations"
+            require(not config.trainer.sync_batchnorm, "trainer.sync_batchnorm", True, allowed)
             self._prepare_fit(config, family, export)
             return
         if config.ckpt_path in ("last", "best"):

@@ -118,7 +118,7 @@ def _sources(data: list[str]) -> dict[str, Shards]:
                 reason = getattr(error, "problem", None) or error
                 allowed = "'{name: spec, ...}' or '{name: {shards: spec, weight: 1.0}, ...}'"
                 raise SettingError(
-                    f"{spec!r} is not a mapping of sources ({reason}); expected {allowed}", "data"
+                    f"{spec!r} is no mapping of sources ({reason}); expected {allowed}", "data"
                 ) from error
         elif spec not in files:
             sources[spec] = Shards(spec)
@@ -225,9 +225,7 @@ def _of_shards(shards: list[ShardFacts], is_stated: bool) -> Iterator[Values]:
     if broken := [shard for shard in walked if shard.broken]:
         values = {"walked": len(walked), "reason": broken[0].broken, "shard": broken[0].path}
         yield "broken shards", {"count": len(broken), **values}
-    incomplete, repeated, copies = (
-        sum(getattr(s, fact) for s in shards) for fact in ("incomplete", "repeated", "copies")
-    )
+    incomplete, repeated, copies = np.sum([(s.incomplete, s.repeated, s.copies) for s in shards], axis=0).tolist()
     if repeated:
         worst = max(shards, key=lambda shard: shard.repeated)
         yield "torn samples" if incomplete else "repeated keys", {"count": repeated, "shard": worst.path}

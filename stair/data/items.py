@@ -166,9 +166,7 @@ def _entries(
         return (entry for file in files for entry in _tar(file, side, notes))
     if len(files) == 1 and files[0].suffix.lower() in SUFFIXES:
         return _table(open_table(files[0]), side, column or COLUMNS[side], id_column, notes)
-    raise FileError(
-        f"{source!r} is not a folder, tar or table ({', '.join(SUFFIXES)}), or `-` for standard input", path
-    )
+    raise FileError(f"{source!r} is no folder, tar or table ({', '.join(SUFFIXES)}), or `-` for standard input", path)
 
 
 def _lines(data: bytes, side: Side) -> Iterator[Item | Skipped]:
@@ -259,9 +257,7 @@ def _metadata(table: Table, row: Row, others: tuple[str | None, ...]) -> dict[st
             raise ValueError(f"not UTF-8: column {key!r}; save the table as UTF-8") from error
         except ValueError as error:
             expected = "a text, a finite number (integers of 64 bits), a truth value, a date, a list of these, or null"
-            raise FileError(
-                f"{table.path}, {row.place}: {key!r} is {error}; expected {expected}", table.path
-            ) from error
+            raise FileError(f"{table.path}, {row.place}: {key!r} is {error}; give {expected}", table.path) from error
     return metadata
 
 

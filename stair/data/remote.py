@@ -47,9 +47,6 @@ class Remote:
         retries: number of retries, with pauses that double from 0.5 to 30 seconds; 0 or more.
         cache: folder for local copies of remote shards; processes can share it. None: `Range` requests for samples.
         cache_gib: size limit of that folder in GiB; the least recently used copies are deleted first. More than 0.
-
-    Raises:
-        SettingError: if a value is out of range.
     """
 
     timeout: float = 60.0
@@ -204,9 +201,8 @@ def _local_address(host: str) -> str | None:
         address = ipaddress.ip_address(text)
         if isinstance(address, ipaddress.IPv6Address):
             inside = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None
-            address = (
-                inside or address.ipv4_mapped or address.sixtofour or address
-            )  # where a router would send it on to
+            # where a router would send it on to
+            address = inside or address.ipv4_mapped or address.sixtofour or address
         if not address.is_global or address.is_multicast:
             return text
     return None

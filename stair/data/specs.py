@@ -37,7 +37,6 @@ def mixture(train: str | list[str] | dict[str, str | list[str] | Shards] | None)
         raise ValueError("a source of the mixture has an empty name")
     for name, source in mixed.items():
         weight = source.weight
-        require(
-            weight is None or 0 < weight < float("inf"), f"weight of source {name!r}", weight, "more than 0, or none"
-        )
+        is_weight = weight is None or 0 < weight < float("inf")
+        require(is_weight, f"weight of source {name!r}", weight, "more than 0, or none")
     return mixed

@@ -77,13 +77,9 @@ def open_table(path: Path, delimiter: str | None = None) -> Table:
         raise FileError(f"{path} is not a table; expected {', '.join(SUFFIXES)}", path)
     if not names:
         problem = next((f"{row.place}: {row.problem}" for row in rows() if row.problem), f"{path} is empty")
-        raise FileError(
-            f"{problem}; expected a table whose first line names its columns, or one JSON object per line", path
-        )
+        raise FileError(f"{problem}; expected a table whose first line names its columns, or JSON objects", path)
     if wrong := [name for name in names if printable(name) != name]:
-        raise FileError(
-            f"{path}: the name of column {printable(wrong[0])!r} is not UTF-8; save the table as UTF-8", path
-        )
+        raise FileError(f"{path}: the name of column {printable(wrong[0])!r} is not UTF-8; save it as UTF-8", path)
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise FileError(f"{path}: two columns are called {twice[0]!r}; rename one", path)
     return Table(path, dict.fromkeys(names, "") | types, rows)
@@ -204,9 +200,8 @@ def _cells(path: Path, group: int, name: str) -> list[Any]:
         column = parquet.ParquetFile(path).read_row_group(group, columns=[name])[name]
         if pa.types.is_float32(column.type):  # 0.1 rather than 0.10000000149, which no filter names
             column = column.cast(pa.string()).cast(pa.float64())
-        if (
-            pa.types.is_timestamp(column.type) and column.type.unit == "ns"
-        ):  # else a value of pandas, where it is installed
+        # else a value of pandas, where it is installed
+        if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
             column = column.cast(pa.timestamp("us", column.type.tz))
         return list(column.to_pylist())
     except (pa.ArrowException, OSError, ValueError) as error:  # damaged, or values that Python has no type for

@@ -128,10 +128,8 @@ def _write_documents(part: Path, index: SparseIndex, root: Path | None) -> None:
     documents, thumbnails = (path.open("wb") for path in names)
     with documents, thumbnails, ThreadPoolExecutor() as pool:
         each = pool.map if root is not None else map
-        done = chain.from_iterable(
-            zip(batch, each(partial(_thumbnail, root), batch), strict=True) for batch in batches(rows(index))
-        )
-        for n, (row, thumbnail) in enumerate(done, 1):
+        parts = (zip(batch, each(partial(_thumbnail, root), batch), strict=True) for batch in batches(rows(index)))
+        for n, (row, thumbnail) in enumerate(chain.from_iterable(parts), 1):
             head = np.array([len(row.terms), *row.terms], "<u4").tobytes() + np.array(row.weights, "<f4").tobytes()
             documents.write(head + json.dumps({"id": row.id, **row.fields}, ensure_ascii=False).encode())
             thumbnails.write(thumbnail)
@@ -139,9 +137,7 @@ def _write_documents(part: Path, index: SparseIndex, root: Path | None) -> None:
             places[n] = documents.tell(), thumbnails.tell()
     places.tofile(part / "places.bin")
     if root is not None and not pictures:
-        raise SettingError(
-            f"{root} has none of the images; give the folder that was passed to `stair embed`", "pictures"
-        )
+        raise SettingError(f"{root} has none of the images; give the folder passed to `stair embed`", "pictures")
     if root is not None and pictures < len(index):
         print(f"{len(index) - pictures} of {len(index)} documents have no image in {root}")
 

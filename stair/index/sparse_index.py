@@ -177,9 +177,7 @@ class SparseIndex:
             if not isinstance(query, str):
                 raise SettingError("max_error is calibrated on texts; give a text, or leave it out", "max_error")
             if weighting != "plain":
-                raise SettingError(
-                    f"max_error is calibrated without weighting {weighting!r}; leave one out", "max_error"
-                )
+                raise SettingError(f"max_error is calibrated without weighting {weighting!r}", "max_error")
             threshold = self.calibration.threshold(max_error)
         asked = self.query(query, words=words, like=like)
         if weighting == "idf":
@@ -284,9 +282,8 @@ class SparseIndex:
         which, place = np.nonzero(best.documents >= 0)
         numbers, scores = best.documents[which, place], best.scores[which, place].tolist()
         ids = state.documents.ids
-        names = [
-            ids[n].as_py() for n in numbers.tolist()
-        ]  # `take` would copy all ids, where they lie in several chunks
+        # `take` would copy all ids, where they lie in several chunks
+        names = [ids[n].as_py() for n in numbers.tolist()]
         hits = [
             Hit(name, score, n, queries[b], state)
             for name, score, n, b in zip(names, scores, numbers.tolist(), which.tolist(), strict=True)

@@ -128,9 +128,7 @@ def _installed() -> list[Path]:
     try:
         listed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
     except FileNotFoundError as error:
-        raise SettingError(
-            "fontconfig (fc-list), which lists fonts, is not installed; give --font FILE", "font"
-        ) from error
+        raise SettingError("fontconfig (fc-list), which lists fonts, is missing; give --font FILE", "font") from error
     return sorted({Path(line) for line in listed.splitlines() if line})
 
 

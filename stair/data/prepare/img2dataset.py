@@ -30,9 +30,7 @@ def cc(folder: Path, mend: bool = False, max_bad_share: float = 0.05, workers: i
         raise FileError(_command(folder), folder)
     shards = sorted(folder.glob("*.tar"))
     if not any(_stats_file(shard).is_file() for shard in shards):
-        what = (
-            f"{folder} holds {len(shards)} tars and no NNNNN_stats.json, which img2dataset writes (webdataset format)"
-        )
+        what = f"{folder} holds {len(shards)} tars and no NNNNN_stats.json, as img2dataset writes (webdataset format)"
         raise FileError(f"{what}. For other shards, run `stair doctor SHARDS --write_index`", folder)
     with writer.preparing(folder) as state:
         jobs = {shard: (mend,) for shard in shards}

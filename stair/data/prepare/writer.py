@@ -81,9 +81,6 @@ class ShardSettings:
         max_pixels: largest width × height that is decoded; larger images are skipped.
         max_bad_share: maximum share of skipped inputs; above it, the command stops.
         workers: processes; 0 is one for each core.
-
-    Raises:
-        SettingError: if a setting is out of its range.
     """
 
     shard_samples: int = 1000
