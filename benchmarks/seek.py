@@ -58,7 +58,7 @@ def simulate(folder: Path, shards: int) -> None:
                 info = tarfile.TarInfo(f"{number:05d}.{kind}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    write(folder / "index", build(shard), shard.stat().st_size)
+    write(folder / "index", build(shard)[0], shard.stat().st_size)
     names = [f"{i:06d}.tar" for i in range(shards)]
     for name in names:
         (folder / name).symlink_to(shard.name)

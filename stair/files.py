@@ -61,15 +61,10 @@ def _has_ended(process: int) -> bool:
         return False
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file as `atomic_write` does."""
-    with atomic_write(path) as part:
-        part.write_bytes(content)
-
-
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 as `atomic_write` does."""
-    write_bytes(path, text.encode())
+    with atomic_write(path) as part:
+        part.write_bytes(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from stair.errors import FileError
-from stair.files import atomic_folder, atomic_write, lock, read_json, sha256, write_bytes, write_json
+from stair.files import atomic_folder, atomic_write, lock, read_json, sha256, write_json, write_text
 
 NAMES = ("weights", "valid.json", "extra")
 
@@ -39,7 +39,7 @@ def test_a_file_and_a_folder_have_the_mode_of_the_umask_whatever_the_writer_does
 
 
 def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path):
-    write_bytes(tmp_path / "a", b"old")
+    write_text(tmp_path / "a", "old")
     with pytest.raises(RuntimeError), atomic_write(tmp_path / "a") as part:
         part.write_bytes(b"ne")
         raise RuntimeError
@@ -60,7 +60,7 @@ with atomic_write(Path({str(tmp_path / "a")!r})) as part:
     assert len(list(tmp_path.iterdir())) == 1
     with atomic_write(tmp_path / "a") as part:
         part.write_bytes(b"slow")
-        write_bytes(tmp_path / "a", b"quick")
+        write_text(tmp_path / "a", "quick")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_bytes() == b"slow"
 
@@ -68,14 +68,14 @@ with atomic_write(Path({str(tmp_path / "a")!r})) as part:
 def test_a_link_is_replaced_and_its_target_is_left_alone(tmp_path):
     (tmp_path / "theirs").write_text("theirs")
     (tmp_path / "a").symlink_to("theirs")
-    write_bytes(tmp_path / "a", b"ours")
+    write_text(tmp_path / "a", "ours")
     assert (tmp_path / "theirs").read_text() == "theirs"
     assert (tmp_path / "a").read_text() == "ours"
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path):
     with pytest.raises(FileError) as caught:
-        write_bytes(tmp_path, b"")
+        write_text(tmp_path, "")
     assert caught.value.path == tmp_path
 
 
@@ -93,7 +93,7 @@ with atomic_write(Path({str(tmp_path / "a")!r})) as part:
     process = subprocess.Popen([sys.executable, "-c", code])
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and not waited for
     assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
-    write_bytes(tmp_path / "a", b"whole")
+    write_text(tmp_path / "a", "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     process.wait()
 

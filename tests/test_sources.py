@@ -55,7 +55,7 @@ def indexed(folder: Path, counts: list[int], bad=None) -> str:
     """Shards with their indexes, as `stair doctor --write_index` leaves them."""
     spec = write_shards(folder, counts, bad)
     for path in folder.glob("*.tar"):
-        write(f"{path}.idx", build(path), path.stat().st_size)
+        write(f"{path}.idx", build(path)[0], path.stat().st_size)
     manifest(folder, counts)
     return spec
 
@@ -410,7 +410,7 @@ def test_settings_out_of_range_are_errors_by_name(vocab):
 def test_an_index_says_where_each_member_of_each_sample_lies(tmp_path):
     write_shards(tmp_path, [5])
     path = tmp_path / "train-0000.tar"
-    rows = build(path)
+    rows, _ = build(path)
     write(f"{path}.idx", rows, path.stat().st_size)
     data = path.read_bytes()
     index = read_index(str(path), QUICK)
@@ -529,7 +529,7 @@ def test_a_manifest_of_other_files_is_an_error_and_one_of_another_tool_is_not_ou
 
 def test_a_sample_from_afar_costs_a_part_of_the_index(tmp_path, server):
     indexed(tmp_path / "served", [8])
-    rows = np.resize(build(tmp_path / "served" / "train-0000.tar"), (100_000, 3))
+    rows = np.resize(build(tmp_path / "served" / "train-0000.tar")[0], (100_000, 3))
     write(tmp_path / "served" / "train-0000.tar.idx", rows, 1)
     url = server.url("good", "train-0000.tar")
     one, other = SampleReader(QUICK).read([(url, 54_321, 100_000), (url, 54_321 + 8, 100_000)])

@@ -41,21 +41,16 @@ _REMEDY = "delete it, or write it again with `stair doctor SHARDS --write_index`
 Rows = NDArray[np.uint32]  # (N, 3): first block, blocks, checksum of each sample
 
 
-def build(shard: Path | str, problems: list[str] | None = None) -> Rows:
-    """Finds the samples of a local, uncompressed tar by its headers.
-
-    FileError if it cannot be read to its end; or this is added to `problems`, and the rows are those of whole samples.
-    """
-    rows = []
+def build(shard: Path | str) -> tuple[Rows, FileError | None]:
+    """Finds the samples of a local, uncompressed tar by its headers, and what keeps it from being read to its end."""
+    rows, problem = [], None
     try:
         for sample in walk(str(shard)):
             check = _checksum(sample.key, {kind: size for kind, (_, size) in sample.members.items()})
             rows.append((sample.start // BLOCK, (sample.stop - sample.start) // BLOCK, check))
     except FileError as error:
-        if problems is None:
-            raise
-        problems.append(str(error))
-    return np.array(rows, np.uint32).reshape(-1, 3)
+        problem = error
+    return np.array(rows, np.uint32).reshape(-1, 3), problem
 
 
 def _checksum(key: str, lengths: dict[str, int]) -> int:
@@ -63,8 +58,10 @@ def _checksum(key: str, lengths: dict[str, int]) -> int:
 
 
 def index_shard(shard: Path) -> int:
-    """Writes the index of a local shard beside it, and returns its number of samples; errors as of `build` and `write`."""
-    rows = build(shard)
+    """Writes the index of a local shard beside it, and returns its number of samples; FileError if it is broken."""
+    rows, problem = build(shard)
+    if problem:
+        raise problem
     write(f"{shard}{SUFFIX}", rows, shard.stat().st_size)
     return len(rows)
 
@@ -123,7 +120,7 @@ def _without_file(shard: str, remote: Remote, error: OSError) -> Rows:
             return read_index(copy.name, remote)
     if is_remote(shard) or not isinstance(error, FileNotFoundError):
         raise error
-    return _made(shard, [])
+    return _made(shard)[0]
 
 
 def index_path(shard: str) -> str:
@@ -142,14 +139,14 @@ def _cached(shard: str) -> str:
     return os.path.join(home, "stair", "index", hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:32])
 
 
-def _made(shard: str, problems: list[str]) -> Rows:
+def _made(shard: str) -> tuple[Rows, FileError | None]:
     """Makes an index and keeps it where that is possible. That of a broken shard is not kept."""
-    rows = build(shard, problems)
-    for path in () if problems else (shard + SUFFIX, _cached(shard)):
+    rows, problem = build(shard)
+    for path in () if problem else (shard + SUFFIX, _cached(shard)):
         with suppress(OSError):  # what cannot be kept costs the next run its time, no more
             write(path, rows, os.stat(shard).st_size)
             break
-    return rows
+    return rows, problem
 
 
 # ------------------------------------------------------------------ samples
@@ -305,8 +302,8 @@ def _make(shards: list[str], processes: int) -> dict[str, tuple[int, str]]:
 
 
 def _count(shard: str) -> tuple[int, str]:
-    problems: list[str] = []
-    return len(_made(shard, problems)), "".join(problems)
+    rows, problem = _made(shard)
+    return len(rows), str(problem or "")
 
 
 def _place(shard: str) -> tuple[str, str]:
