@@ -22,6 +22,8 @@ BLOCK = 1 << 16
 FULL = 5
 Array = NDArray[Any]
 Arrays = dict[str, Array]
+Arrays2 = tuple[Array, Array]
+Arrays3 = tuple[Array, Array, Array]
 
 
 def canonical(vectors: Any, num_terms: int) -> sparse.csr_matrix:
@@ -61,7 +63,7 @@ def invert(csr: sparse.csr_matrix) -> Arrays:
     documents, bytes_S = np.empty(number_start[-1], np.uint16), np.zeros(run_start[-1], np.uint8)
     begin_RU, number_RU = (starts[:-1].reshape(full_UR.shape).T.copy() for starts in (run_start, number_start))
     number_RU[full_UR.T] = -1
-    fill(*rows, terms_U, scale_V, begin_RU, number_RU, documents, bytes_S)
+    fill(rows, (terms_U, scale_V), (begin_RU, number_RU), (documents, bytes_S))
     return {
         "row_start": rows[0],
         "row_terms": csr.indices.astype(np.uint16 if csr.shape[1] <= 1 << 16 else np.uint32),
@@ -99,18 +101,10 @@ def _count(row_start: Array, terms_P: Array, weights_P: Array, num_terms: int, b
     return count_RV, scale_V * ((1 + 1e-9) / 255)  # a little above, so that rounding up never needs 256
 
 
-def _fill(
-    row_start: Array,
-    terms_P: Array,
-    weights_P: Array,
-    terms_U: Array,
-    scale_V: Array,
-    begin_RU: Array,
-    number_RU: Array,
-    documents: Array,
-    bytes_S: Array,
-) -> None:
+def _fill(rows: Arrays3, known: Arrays2, begins: Arrays2, runs: Arrays2) -> None:
     """Writes the runs: that of rank u in block r begins at the given places; `number_RU` is -1 for a full one."""
+    (row_start, terms_P, weights_P), (terms_U, scale_V) = rows, known
+    (begin_RU, number_RU), (documents, bytes_S) = begins, runs
     rank_V = np.zeros(len(scale_V), np.int64)
     rank_V[terms_U] = np.arange(len(terms_U))
     for n in range(len(row_start) - 1):

@@ -13,15 +13,12 @@ import threading
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stair.errors import import_extra
-from stair.index.postings import BLOCK, Arrays
+from stair.index.postings import BLOCK, Array, Arrays, Arrays2, Arrays3
 
-Array = NDArray[Any]
-Arrays2 = tuple[Array, Array]
-Arrays3 = tuple[Array, Array, Array]
 Arrays4 = tuple[Array, Array, Array, Array]
+Factors = tuple[Array, Array, float, float, float]  # see `_factors`
 
 
 class Best:
@@ -49,49 +46,32 @@ def search_segment(arrays: Arrays, queries: Arrays3, num_terms: int, allowed: Ar
         _own.found = np.empty(2 * BLOCK, np.int16), np.empty(2 * BLOCK, np.int64)
     if len(getattr(_own, "dense_V", ())) != num_terms:
         _own.dense_V = np.zeros(num_terms, np.float32)
-    _search(
-        (arrays["terms"], arrays["scale"]),
-        queries,
-        (arrays["run_start"], arrays["number_start"], arrays["documents"], arrays["bytes"]),
-        (arrays["row_start"], arrays["row_terms"], arrays["row_weights"]),
-        _own.dense_V,
-        allowed,
-        first,
-        (best.scores, best.documents, best.count),
-        _own.bound,
-        _own.found,
-    )
+    known = arrays["terms"], arrays["scale"]
+    rows = arrays["row_start"], arrays["row_terms"], arrays["row_weights"]
+    postings = arrays["run_start"], arrays["number_start"], arrays["documents"], arrays["bytes"]
+    scratch, own = (_own.dense_V, _own.bound, *_own.found), (best.scores, best.documents, best.count)
+    _search(known, queries, postings, rows, allowed, first, own, scratch)
 
 
 def _search_all(
-    known: Arrays2,
-    queries: Arrays3,
-    postings: Arrays4,
-    rows: Arrays3,
-    dense_V: Array,
-    allowed: Array,
-    first: int,
-    best: Arrays3,
-    bound: Array,
-    found: Arrays2,
-) -> None:
+    known: Arrays2, queries: Arrays3, postings: Arrays4, rows: Arrays3, allowed: Array, first: int, best: Arrays3,
+    scratch: Arrays4,
+) -> None:  # fmt: skip
+    """`scratch`: the query's weights (V,), bounds of a block, bounds and numbers of candidates."""
     start, terms_P, weights_P = queries
     scores, documents, count = best
+    dense_V = scratch[0]
     for b in range(len(start) - 1):
         terms, weights = terms_P[start[b] : start[b + 1]], weights_P[start[b] : start[b + 1]]
-        rank_Q, factor_Q, unit, rest, slack = _factors(known, len(dense_V) - len(known[0]), terms, weights)
-        if len(rank_Q):
+        counted = _factors(known, len(dense_V) - len(known[0]), terms, weights)
+        if len(counted[0]):
             dense_V[terms] = weights
             own = scores[b], documents[b], count[b : b + 1]
-            _search_blocks(
-                rank_Q, factor_Q, unit, rest, slack, postings, rows, dense_V, allowed, first, own, bound, found
-            )
+            _search_blocks(counted, postings, rows, allowed, first, own, scratch)
             dense_V[terms] = 0
 
 
-def _factors(
-    known: Arrays2, missing: int, terms_Q: Array, weights_Q: Array
-) -> tuple[Array, Array, float, float, float]:
+def _factors(known: Arrays2, missing: int, terms_Q: Array, weights_Q: Array) -> Factors:
     """Ranks in the segment of the terms that are counted, integer factors of their bytes, and the factors' unit.
 
     In units: what terms that are not counted add to a score at most, and by how much a bound is above a score at most.
@@ -118,23 +98,13 @@ def _factors(
 
 
 def _search_blocks(
-    rank_Q: Array,
-    factor_Q: Array,
-    unit: float,
-    rest: float,
-    slack: float,
-    postings: Arrays4,
-    rows: Arrays3,
-    dense_V: Array,
-    allowed: Array,
-    first: int,
-    best: Arrays3,
-    bound_CC: Array,
-    found: Arrays2,
+    counted: Factors, postings: Arrays4, rows: Arrays3, allowed: Array, first: int, best: Arrays3, scratch: Arrays4
 ) -> None:
+    rank_Q, factor_Q, unit, rest, slack = counted
+    dense_V, bound_CC, bounds, numbers = scratch
     total, k = len(rows[0]) - 1, len(best[0])
     blocks = (total + BLOCK - 1) // BLOCK
-    bound_B, (bounds, numbers), held = bound_CC.ravel(), found, 0
+    bound_B, held = bound_CC.ravel(), 0
     floor = _floor(best, unit, rest)
     for block in range(blocks):
         begin, size = block * BLOCK, min(BLOCK, total - block * BLOCK)
