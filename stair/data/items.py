@@ -72,30 +72,32 @@ class Item:
             raise ValueError(f"file unreadable: {error.strerror or error}") from error
 
 
+class Note(Skipped):
+    """What a user should know of an item that is used."""
+
+
+Entry = Item | Skipped
+
+
 @dataclass(frozen=True)
 class Listing:
     """A source, listed."""
 
     items: list[Item] = field(default_factory=list)  # what is used, in the order of the source
     skipped: list[Skipped] = field(default_factory=list)
-    notes: list[Skipped] = field(default_factory=list)  # what a user should know of items that are used
+    notes: list[Note] = field(default_factory=list)
 
 
 def _read_image(path: Path, source: dict[str, Any]) -> bytes:
-    if "row_group" in source:
-        return read_cell(path, source["row_group"], source["row"], source["column"])
+    if "row_group" in source:  # bytes, or Hugging Face's `{bytes, path}`
+        column = source["column"]
+        cell = read_group(path, source["row_group"], (column,))[column][source["row"]].as_py()
+        if (data := cell.get("bytes") if isinstance(cell, dict) else cell) is None:
+            raise ValueError("image missing: the cell contains no bytes; a path alone is not followed")
+        return bytes(data)
     with path.open("rb") as file:
         file.seek(int(source.get("offset", 0)))
         return file.read(min(int(source.get("length", _MAX_PICTURE_BYTES)), _MAX_PICTURE_BYTES))
-
-
-def read_cell(path: Path, row_group: int, row: int, column: str) -> bytes:
-    """The image in a cell of a parquet file: bytes, or Hugging Face's `{bytes, path}`; ValueError `image missing: ...`."""
-    cell = read_group(path, row_group, (column,))[column][row].as_py()
-    data = cell.get("bytes") if isinstance(cell, dict) else cell
-    if data is None:
-        raise ValueError("image missing: the cell contains no bytes; a path alone is not followed")
-    return bytes(data)
 
 
 def picture_bytes(root: Path, source: dict[str, Any]) -> bytes:
@@ -121,8 +123,9 @@ def list_items(source: str, side: Side, column: str | None = None, id_column: st
         SettingError: if a column is not there.
     """
     listing = Listing()
-    for entry in _entries(source, side, column, id_column, listing.notes):
-        (listing.skipped if isinstance(entry, Skipped) else listing.items).append(entry)  # type: ignore[arg-type]
+    lists = {Item: listing.items, Skipped: listing.skipped, Note: listing.notes}
+    for entry in _entries(source, side, column, id_column):
+        lists[type(entry)].append(entry)  # type: ignore[attr-defined]
     if not listing.items and not listing.skipped:
         kinds = f" ({' '.join(f'.{kind}' for kind in IMAGE_TYPES)}, also in sub-folders)" if side == "images" else ""
         raise FileNotFoundError(f"{source!r} contains no {side}{kinds}")
@@ -137,13 +140,11 @@ def list_items(source: str, side: Side, column: str | None = None, id_column: st
             raise FileError(f"{source!r}: id {item.id!r} occurs twice ({places}). {remedy}", source)
         if len(item.id.encode()) > LONGEST_ID:
             reason = f"long id: {len(item.id.encode())} bytes; Elasticsearch and OpenSearch take {LONGEST_ID}"
-            listing.notes.append(Skipped(item.place or f"{item.id[:40]}...", reason))
+            listing.notes.append(Note(item.place or f"{item.id[:40]}...", reason))
     return listing
 
 
-def _entries(
-    source: str, side: Side, column: str | None, id_column: str | None, notes: list[Skipped]
-) -> Iterator[Item | Skipped]:
+def _entries(source: str, side: Side, column: str | None, id_column: str | None) -> Iterator[Entry]:
     path = Path(source)
     if source == "-":
         return _lines(sys.stdin.buffer.read(), side)
@@ -163,13 +164,13 @@ def _entries(
         raise FileError(f"{source!r}: no such file or folder (working directory: {Path.cwd()}); {wanted}", path)
     files = [path] if path.is_file() else [Path(name) for name in expand(source)]
     if all(_TAR.search(file.name) for file in files):
-        return (entry for file in files for entry in _tar(file, side, notes))
+        return (entry for file in files for entry in _tar(file, side))
     if len(files) == 1 and files[0].suffix.lower() in SUFFIXES:
-        return _table(open_table(files[0]), side, column or COLUMNS[side], id_column, notes)
+        return _table(open_table(files[0]), side, column or COLUMNS[side], id_column)
     raise FileError(f"{source!r} is no folder, tar or table ({', '.join(SUFFIXES)}), or `-` for standard input", path)
 
 
-def _lines(data: bytes, side: Side) -> Iterator[Item | Skipped]:
+def _lines(data: bytes, side: Side) -> Iterator[Entry]:
     # neither text mode nor `splitlines`: they also cut at \r, form feeds, U+0085 and U+2028, which texts hold
     lines = enumerate(re.split("\r?\n", data.decode("utf-8", "surrogateescape")), 1)
     for number, (line, text) in enumerate((line, text) for line, text in lines if text.strip()):
@@ -190,17 +191,15 @@ def _item(side: Side, place: str, name: str, text: str, path: Path, metadata: di
     return Item(name, path, metadata=metadata, source={"file": printable(text)}, place=place)
 
 
-def _table(
-    table: Table, side: Side, column: str, id_column: str | None, notes: list[Skipped]
-) -> Iterator[Item | Skipped]:
+def _table(table: Table, side: Side, column: str, id_column: str | None) -> Iterator[Entry]:
     id_column = id_column or ("id" if "id" in table.columns else None)
     _check_columns(table, side, column, id_column)
     in_cells = _IMAGES.fullmatch(table.columns[column]) is not None
     if unread := [name for name in table.bytes_columns if name != column]:
-        notes.append(Skipped(table.path.name, f"columns of bytes: {unread} are not stored as metadata"))
+        yield Note(table.path.name, f"columns of bytes: {unread} are not stored as metadata")
     for number, row in enumerate(table.rows()):
         if "-" in row.place.rpartition(":")[2] and not row.problem:
-            notes.append(Skipped(row.place, "row of several lines: a quoted cell holds line ends"))
+            yield Note(row.place, "row of several lines: a quoted cell holds line ends")
         try:
             if row.problem:
                 raise ValueError(row.problem)
@@ -279,7 +278,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _tar(path: Path, side: Side, notes: list[Skipped]) -> Iterator[Item | Skipped]:
+def _tar(path: Path, side: Side) -> Iterator[Entry]:
     stem, lines = printable(path.stem), caption_lines(str(path))
     try:
         with open(path, "rb") as file:
@@ -287,9 +286,9 @@ def _tar(path: Path, side: Side, notes: list[Skipped]) -> Iterator[Item | Skippe
             samples = list(group(members, lambda member: (member.offset, member.size)))
             for sample in samples:
                 name = f"{stem}/{sample.key}"
-                notes += [Skipped(name, warning) for warning in sample.warnings]
+                yield from (Note(name, warning) for warning in sample.warnings)
                 try:
-                    yield from _sample(file, name, sample, side, lines, notes)
+                    yield from _sample(file, name, sample, side, lines)
                 except ValueError as error:
                     yield Skipped(name, str(error))
     except (BrokenTarError, OSError) as error:
@@ -298,9 +297,7 @@ def _tar(path: Path, side: Side, notes: list[Skipped]) -> Iterator[Item | Skippe
         yield Skipped(f"{stem}/{other.place}", other.reason)
 
 
-def _sample(
-    file: BinaryIO, name: str, sample: Grouped[tuple[int, int]], side: Side, lines: bool, notes: list[Skipped]
-) -> Iterator[Item | Skipped]:
+def _sample(file: BinaryIO, name: str, sample: Grouped[tuple[int, int]], side: Side, lines: bool) -> Iterator[Entry]:
     """The image or the captions of a sample of a tar; ValueError if it cannot be used."""
     if sample.problems:
         raise ValueError(sample.problems[0])
@@ -313,7 +310,7 @@ def _sample(
         if side == "texts":
             raise
         if not isinstance(error, NoCaptionError):
-            notes.append(Skipped(name, f"without captions: {error}"))
+            yield Note(name, f"without captions: {error}")
     if kind:
         offset, length = sample.members[kind]
         source = {"file": printable(path.name), "offset": offset, "length": length, "key": sample.key}
