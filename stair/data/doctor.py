@@ -117,9 +117,7 @@ def _sources(data: list[str]) -> dict[str, Shards]:
             except (TypeError, AttributeError, yaml.YAMLError) as error:
                 reason = getattr(error, "problem", None) or error
                 allowed = "'{name: spec, ...}' or '{name: {shards: spec, weight: 1.0}, ...}'"
-                raise SettingError(
-                    f"{spec!r} is no mapping of sources ({reason}); expected {allowed}", "data"
-                ) from error
+                raise SettingError(f"{spec!r} is not a mapping ({reason}); expected {allowed}", "data") from error
         elif spec not in files:
             sources[spec] = Shards(spec)
     return sources

@@ -167,7 +167,7 @@ def _entries(source: str, side: Side, column: str | None, id_column: str | None)
         return (entry for file in files for entry in _tar(file, side))
     if len(files) == 1 and files[0].suffix.lower() in SUFFIXES:
         return _table(open_table(files[0]), side, column or COLUMNS[side], id_column)
-    raise FileError(f"{source!r} is no folder, tar or table ({', '.join(SUFFIXES)}), or `-` for standard input", path)
+    raise FileError(f"{source!r} is not a folder, tar or table ({', '.join(SUFFIXES)}), or `-` for lines", path)
 
 
 def _lines(data: bytes, side: Side) -> Iterator[Entry]:
@@ -255,8 +255,8 @@ def _metadata(table: Table, row: Row, others: tuple[str | None, ...]) -> dict[st
         except UnicodeError as error:
             raise ValueError(f"not UTF-8: column {key!r}; save the table as UTF-8") from error
         except ValueError as error:
-            expected = "a text, a finite number (integers of 64 bits), a truth value, a date, a list of these, or null"
-            raise FileError(f"{table.path}, {row.place}: {key!r} is {error}; give {expected}", table.path) from error
+            allowed = "a text, a finite number (integers of 64 bits), a truth value, a date, a list of these, or null"
+            raise FileError(f"{table.path}, {row.place}: {key!r} is {error}; expected {allowed}", table.path) from error
     return metadata
 
 
