@@ -1,7 +1,9 @@
 // The search page. `backend`, of server.js or static.js, answers it.
 const $ = id => document.getElementById(id);
 let words = {}, own = new Set(), typed = false, having = [], hits = [], pictures = true, turn = 0;
-const UP = 1.5, STEP = 0.1, shown = 40;  // all words of a query count, the heaviest are shown
+const UP = 1.5, STEP = 0.1, SHOWN = 40;  // terms of a document in the dialog
+// all terms of a query count, the heaviest are shown: fewer on a phone, where each takes a line above the hits
+const shown = matchMedia('(max-width: 600px)').matches ? 6 : 20;
 
 // controls, and above all those of direction, spelled out; as stair/plain.py
 const plain = text => String(text).replace(
@@ -51,14 +53,14 @@ function chip(word, weight, most) {
     make('span', {className: 'word' + kind(word)}, word, make('small', {textContent: ' ' + weight.toFixed(2)}), bar),
     button('+', 'raise the weight of', 'up'), button('×', 'remove', 'off'));
 }
-function lighter(count) {
+function lighter(count, shown) {
   return count > shown ? [make('li', {className: 'lighter', textContent: 'and ' + (count - shown) + ' more'})] : [];
 }
 function showQuery() {
   const most = Math.max(0.01, ...Object.values(words).map(Math.abs));
   const heavy = Object.entries(words).sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, shown);
   $('query').replaceChildren(...heavy.sort((a, b) => b[1] - a[1]).map(([word, weight]) => chip(word, weight, most)),
-    ...lighter(Object.keys(words).length));
+    ...lighter(Object.keys(words).length, shown));
 }
 // chips that keep the hits with a term, and those in force, which a click removes
 function showRefine(found) {
@@ -125,12 +127,12 @@ async function showWords(hit) {
     const most = Math.max(...Object.values(found));
     $('of').textContent = caption(hit);
     const all = Object.entries(found);
-    $('list').replaceChildren(...all.slice(0, shown).map(([word, weight]) => {
+    $('list').replaceChildren(...all.slice(0, SHOWN).map(([word, weight]) => {
       const bar = make('i', {});
       bar.style.width = Math.round(100 * weight / most) + '%';
       const number = make('small', {textContent: ' ' + weight.toFixed(3)});
       return make('li', {}, make('span', {className: 'word'}, word, number, bar));
-    }), ...lighter(all.length));
+    }), ...lighter(all.length, SHOWN));
     $('like').onclick = () => { take({words: found}); $('words').close(); search(); };
     $('words').showModal();
   });
