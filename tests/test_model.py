@@ -372,9 +372,7 @@ def test_a_text_tower_whose_layers_were_not_published_is_refused_by_name(tmp_pat
     published_bert(tmp_path, vocab_file)
     config = tiny_config(tmp_path)
     config.text = TextTower(str(tmp_path), True, 12, {"num_hidden_layers": 2})
-    with pytest.raises(
-        ValueError, match=r"has no bert.encoder.layer.1.* more weights .*num_hidden_layers"
-    ):
+    with pytest.raises(ValueError, match=r"has no bert.encoder.layer.1.* more weights .*num_hidden_layers"):
         Stair(config)
 
 
