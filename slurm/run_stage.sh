@@ -18,17 +18,17 @@ trap : TERM
 
 # ---- the size of the job
 
-[ -n "${SLURM_JOB_ID:-}" ] || refuse "this is no SLURM job: sbatch slurm/stage$STAGE.sh. Without SLURM: lightning fit --config configs/stage$STAGE.yaml --run $RUN ..."
+[ -n "${SLURM_JOB_ID:-}" ] || refuse "not in a SLURM job: run sbatch slurm/stage$STAGE.sh. Without SLURM: lightning fit --config configs/stage$STAGE.yaml --run $RUN ..."
 [ -n "${SLURM_NTASKS_PER_NODE:-}" ] || refuse "no tasks per node given: sbatch --ntasks-per-node=N, one for each GPU of a node"
 [ "${SLURM_NTASKS:-0}" -eq $((SLURM_NNODES * SLURM_NTASKS_PER_NODE)) ] ||
     refuse "$SLURM_NTASKS tasks on $SLURM_NNODES nodes, expected $SLURM_NTASKS_PER_NODE on each: give --nodes and --ntasks-per-node, not --ntasks"
 if [ -n "${SLURM_GPUS_ON_NODE:-}" ] && [ "$SLURM_GPUS_ON_NODE" -ne "$SLURM_NTASKS_PER_NODE" ]; then
     [ "$SLURM_GPUS_ON_NODE" -gt "$SLURM_NTASKS_PER_NODE" ] ||
-        refuse "$SLURM_NTASKS_PER_NODE tasks but $SLURM_GPUS_ON_NODE GPUs on a node, and each task drives one: give --ntasks-per-node and --gpus-per-node the same number"
+        refuse "$SLURM_NTASKS_PER_NODE tasks but $SLURM_GPUS_ON_NODE GPUs on a node, and each task uses one: give --ntasks-per-node and --gpus-per-node the same number"
     echo "stair, stage $STAGE: only $SLURM_NTASKS_PER_NODE of the $SLURM_GPUS_ON_NODE GPUs of a node are used: give --ntasks-per-node and --gpus-per-node the same number" >&2
 fi
 case "${SLURM_JOB_NAME:-}" in
-    bash | interactive) refuse "Lightning does not take a job named $SLURM_JOB_NAME for a SLURM job: every task would train alone. Give another --job-name" ;;
+    bash | interactive) refuse "Lightning does not recognise a job named $SLURM_JOB_NAME as a SLURM job: every task would train alone. Give another --job-name" ;;
 esac
 me="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}"
 me="${me:-$SLURM_JOB_ID}"
@@ -57,20 +57,20 @@ seeds=()
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     for arg in "$@"; do
         case "$arg" in
-            --seed_everything* | --data.seed*) refuse "$arg: in an array job the task's number is the seed. Leave it out, or submit without --array" ;;
+            --seed_everything* | --data.seed*) refuse "$arg: in an array job, the array index is the seed. Leave it out, or submit without --array" ;;
         esac
     done
     RUN="$RUN/seed$SLURM_ARRAY_TASK_ID"
     seeds=(--seed_everything "$SLURM_ARRAY_TASK_ID" --data.seed "$SLURM_ARRAY_TASK_ID")
 fi
 export STAIR_JOB="$RUN/jobs/stage$STAGE-$SLURM_JOB_ID"
-mkdir -p "$RUN/jobs" && touch "$STAIR_JOB.start" || refuse "cannot write to $RUN: correct RUN, or its rights"
+mkdir -p "$RUN/jobs" && touch "$STAIR_JOB.start" || refuse "cannot write to $RUN: correct RUN or its permissions"
 settings="${STAIR_SETTINGS:-$STAIR_JOB.yaml}"
 [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || rm -f "$STAIR_JOB.restarts"
 if [ -z "${STAIR_SETTINGS:-}" ] && { [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || [ ! -f "$settings" ]; }; then
     resolve "$settings" "$@"
 fi
-[ -f "$settings" ] || refuse "the settings of this job are gone: $settings. Submit it again"
+[ -f "$settings" ] || refuse "the settings file of this job is missing: $settings. Submit it again"
 
 # ---- train
 
@@ -83,7 +83,7 @@ restart() { # STATUS: queues the job again after a crash, if RESTARTS allows it
     elif [ -z "$(find "$RUN/stage$STAGE" -name '*.ckpt' -newer "$STAIR_JOB.start" -print -quit 2> /dev/null)" ]; then
         no_restart "this start has written no checkpoint"
     elif [ "$used" -ge "$RESTARTS" ]; then
-        no_restart "RESTARTS=$RESTARTS are used"
+        no_restart "all RESTARTS=$RESTARTS are used"
     else
         echo $((used + 1)) > "$STAIR_JOB.restarts"
         echo "stair, stage $STAGE: status $1 after a crash; restart $((used + 1)) of $RESTARTS" >&2

@@ -50,12 +50,12 @@ resolve() {
         ${DATA_VAL:+"--data.val=$DATA_VAL"} "$@" --print_config)" || exit
     for name in run ckpt_path; do
         given="$(sed -n "s/^$name: //p" <<< "$text")"
-        [ "$given" = null ] || refuse "$name: $given is for the job to say: give the folder by RUN; each start goes on from the last checkpoint"
+        [ "$given" = null ] || refuse "$name=$given is not allowed: set the folder with RUN; each start resumes from the last checkpoint"
     done
     for name in train val; do
         given="$(sed -n '/^data:/,/^[^ ]/s/^  '"$name: //p" <<< "$text")"
         [ "$given" != null ] || refuse "DATA_${name^^} is not set: give a shard spec such as 'shards/{0000..0999}.tar', by it, by --data.$name or in slurm/site.sh"
     done
     mkdir -p "$(dirname "$file")" && echo "$text" > "$file.new" && mv "$file.new" "$file" ||
-        refuse "cannot write to $RUN: correct RUN, or its rights"
+        refuse "cannot write to $RUN: correct RUN or its permissions"
 }
