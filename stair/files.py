@@ -135,7 +135,7 @@ def removed_on_failure(path: Path, unfinished: Path) -> Iterator[None]:
             remove(unfinished)
         if number is None:
             raise
-        why = f"{os.strerror(number)}: {free} bytes were left. What stood there before is untouched; free space, try again"
+        why = f"{os.strerror(number)}: {free} bytes were left. Existing files are unchanged; free space and try again"
         raise OSError(number, why, str(path)) from error
 
 

@@ -23,7 +23,7 @@ _LABELS = {
     "images_with_the_captions_of_another": "images with the same captions as another",
     "shared_captions": "captions of several images",
     "images_without_captions": "images without caption",
-    "cut_captions": "captions cut at the longest text",
+    "cut_captions": "truncated captions",
     "captions_with_unknown_tokens": "captions with unknown tokens",
     "empty_captions": "captions without a token",
     "images_without_class": "images without class",

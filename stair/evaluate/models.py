@@ -144,7 +144,7 @@ def open_model(source: str, vocabulary: str | None = None) -> EvaluatedModel:
     if scheme in ("open_clip", "sentence_transformers"):
         encoder = OpenClip(rest) if scheme == "open_clip" else SentenceModel(rest)
         terms = extra if extra is not None and encoder.tokens == extra.tokens else None
-        texts = f"texts cut at {encoder.max_tokens} tokens, images by the model's own preprocessing"
+        texts = f"texts truncated to {encoder.max_tokens} tokens, images by the model's own preprocessing"
         return EvaluatedModel(encoder, encoder.name, encoder.kind, terms, extra, texts, {"source": scheme})
     folder = folder_of(source)
     description = read_description(folder)
@@ -154,7 +154,7 @@ def open_model(source: str, vocabulary: str | None = None) -> EvaluatedModel:
     model = family.from_pretrained(folder)
     name = "/".join(Path(source).resolve().parts[-3:]) if Path(source).is_dir() else source
     sizes = model.config.text.max_tokens, model.config.image.image_size
-    truncation = "texts cut at {} tokens, images centre-cropped to {} px".format(*sizes)
+    truncation = "texts truncated to {} tokens, images centre-cropped to {} px".format(*sizes)
     if not isinstance(model, Stair):
         return EvaluatedModel(model, name, "dense", None, extra or model.vocabulary, truncation, model.recorded)
     if extra and extra.tokens != model.vocabulary.tokens:

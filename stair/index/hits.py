@@ -119,7 +119,7 @@ class Hits(list[Hit]):
         return (
             self._query.problem
             or least
-            or "no document scores above 0: none shares a term with the query that counts for it"
+            or "no document scores above 0: none shares a term that has a positive weight in the query"
         )
 
     def having(self, tokens: Sequence[str]) -> "Hits":
