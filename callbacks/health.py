@@ -148,10 +148,8 @@ class Health(Callback):
         advice = _SPARSER if isinstance(pl_module, StairStage) else "a lower optimizer.lr or a longer warm-up"
         if self._in_a_row["dead"] >= self.patience:
             raise TrainingError(_DEAD.format(self._in_a_row["dead"], step, share, _SPARSER))
-        alarms = {
-            "chance": self._in_a_row["chance"] >= self.patience,
-            "dense": share > _DENSE and step > self.dense_after,
-        }
+        at_chance, dense = self._in_a_row["chance"] >= self.patience, share > _DENSE and step > self.dense_after
+        alarms = {"chance": at_chance, "dense": dense}
         self._alarm = float(any(alarms.values()))
         for kind in (kind for kind, is_so in alarms.items() if is_so and kind not in self._warned):
             self._warned.add(kind)
@@ -188,9 +186,7 @@ class Health(Callback):
             if kept
             else f"Above {_WIDE_LOGITS:.0f} training from scratch collapses: set objective.scale_start to 'measure'"
         )
-        rank_zero_warn(
-            f"the first batch's logits have standard deviation {deviation:.1f} (usual: 0.3 to 1.5). {advice}"
-        )
+        rank_zero_warn(f"the first batch's logits have standard deviation {deviation:.1f} (usual: 0.3-1.5). {advice}")
 
 
 def _weights_finite(trainer: Trainer) -> bool:

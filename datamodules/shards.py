@@ -22,7 +22,7 @@ from stair.data.diagnostics import Requirements, probe
 from stair.data.pairs import EvaluationPairs
 from stair.data.remote import Remote, check_cache
 from stair.data.shard_index import SampleReader
-from stair.data.specs import Shards, mixture
+from stair.data.tars import Shards, mixture
 from stair.errors import SettingError, errors_name, require
 from stair.images import MAX_PIXELS
 from stair.vocabulary import Vocabulary
@@ -108,13 +108,9 @@ class ImageTextShards(LightningDataModule):
         remote: Remote = Remote(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
-        least = {
-            "image_size": (image_size, 1),
-            "max_tokens": (max_tokens, 3),
-            "global_batch_size": (global_batch_size, 2),
-        }
-        least |= {"eval_batch_size": (eval_batch_size, 1), "workers": (workers, 0), "shuffle": (shuffle, 0)}
-        least |= {"max_pixels": (max_pixels, 1), "join_captions": (join_captions, 1)}
+        least = {"image_size": (image_size, 1), "max_tokens": (max_tokens, 3), "workers": (workers, 0)}
+        least |= {"global_batch_size": (global_batch_size, 2), "eval_batch_size": (eval_batch_size, 1)}
+        least |= {"shuffle": (shuffle, 0), "max_pixels": (max_pixels, 1), "join_captions": (join_captions, 1)}
         for name, (value, bound) in least.items():
             require(value >= bound, name, value, f"{bound} or more")
         require(0 < crop_scale[0] <= crop_scale[1] <= 1, "crop_scale", crop_scale, "0 < least <= greatest <= 1")

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from datamodules.dataset import Skip, Source
 from stair.data.remote import LastingError, Remote, is_remote, read_ranges
 from stair.data.shard_index import SUFFIX, sizes
-from stair.data.specs import Shards
-from stair.data.tars import COMPRESSED, expand
+from stair.data.tars import COMPRESSED, Shards, expand
 from stair.errors import FileError, SettingError, errors_name
 
 logger = logging.getLogger(__name__)

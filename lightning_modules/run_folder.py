@@ -24,8 +24,7 @@ from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from stair.data.remote import is_remote
-from stair.data.specs import Shards, mixture
-from stair.data.tars import expand
+from stair.data.tars import Shards, expand, mixture
 from stair.errors import FileError
 from stair.files import atomic_write, read_json, sha256
 

@@ -17,7 +17,7 @@ import pytest
 
 from datamodules.synthetic import write_scenes
 from datamodules.workers import start_server
-from stair.data.specs import Shards
+from stair.data.tars import Shards
 from tests.support.shards import digest, keys, loader, shards, take, write_shards
 
 ROOT = Path(__file__).parents[1]

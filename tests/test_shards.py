@@ -26,8 +26,7 @@ from datamodules.sources import find
 from stair.data.pairs import EvaluationPairs
 from stair.data.remote import Remote, open_shard
 from stair.data.shard_index import build
-from stair.data.specs import Shards, mixture
-from stair.data.tars import expand, read_samples, walk
+from stair.data.tars import Shards, expand, mixture, read_samples, walk
 from stair.errors import FileError, SettingError
 from stair.images import box_pixels, decode_image, eval_pixels
 from stair.vocabulary import Vocabulary

@@ -22,8 +22,7 @@ from stair.data.prepare.writer import Record, finish, known_json, preparing, run
 from stair.data.remote import LastingError, Remote, is_remote
 from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES
 from stair.data.shard_index import MANIFEST, index_shard, read_manifest, sizes
-from stair.data.specs import Shards, mixture
-from stair.data.tars import expand, walk
+from stair.data.tars import Shards, expand, mixture, walk
 from stair.errors import FileError, SettingError
 from stair.files import sha256
 from stair.images import MAX_PIXELS

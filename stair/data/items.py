@@ -318,7 +318,5 @@ def _sample(file: BinaryIO, name: str, sample: Grouped[tuple[int, int]], side: S
         return
     for number, text in enumerate(texts):
         place = f"{name}#{number}"
-        source = {"text": text, "key": sample.key}
-        yield (
-            Item(place, text=text, source=source) if text else Skipped(place, "caption empty: nothing but white space")
-        )
+        blank = Skipped(place, "caption empty: nothing but white space")
+        yield Item(place, text=text, source={"text": text, "key": sample.key}) if text else blank

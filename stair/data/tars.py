@@ -1,4 +1,4 @@
-"""Shards: which files a spec names, the members of a tar by `tarfile`, and its samples by the rules of `samples.py`."""
+"""Shards: what a user names, the members of a tar by `tarfile`, and its samples by the rules of `samples.py`."""
 
 import glob
 import io
@@ -8,6 +8,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +18,7 @@ import braceexpand
 
 from stair.data.remote import LOCAL, Remote, is_remote, open_shard
 from stair.data.samples import BLOCK, Grouped, Member, content, group
-from stair.errors import FileError
+from stair.errors import FileError, require
 
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")  # how gzip, bzip2 and xz begin: positions in such a tar mean nothing
 LARGEST = 1 << 28  # bytes of one member that are read into memory; a damaged header may say 2^60
@@ -68,6 +69,43 @@ def _matches(pattern: str, spec: str) -> list[str]:
             "give a path, a glob such as data/*.tar or a brace pattern such as data/{0000..0004}.tar"
         )
     return paths
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A source of a mixture.
+
+    Args:
+        shards: shard spec, or a list of them.
+        weight: share of the pairs, relative to the other sources' weights; more than 0.
+    """
+
+    shards: str | list[str]
+    weight: float | None = None
+
+
+def mixture(train: str | list[str] | dict[str, str | list[str] | Shards] | None) -> dict[str, Shards]:
+    """The sources by name, "" of an only one; ValueError if some have no weight, or a mapping was not understood as one."""
+    given = list(train.values()) if isinstance(train, dict) else [train] if isinstance(train, str) else train or []
+    for spec in given:
+        if isinstance(spec, str) and spec.startswith("{") and ": " in spec:
+            raise ValueError(
+                f"data.train={spec!r} cannot be read as a mapping: expected {{NAME: SPEC, ...}} or {{NAME: {{shards: SPEC, "
+                "weight: NUMBER}, ...}; patterns with braces stand between quotes, as in {name: 'data/{00..09}.tar'}"
+            )
+    if not isinstance(train, dict):
+        return {"": Shards(train)} if train else {}
+    mixed = {name: given if isinstance(given, Shards) else Shards(given) for name, given in train.items()}
+    without = [name for name, given in mixed.items() if given.weight is None]
+    if without and len(without) < len(mixed):
+        raise ValueError(f"sources {without} have no weight and others have: give all of them one, or none")
+    if "" in mixed:
+        raise ValueError("a source of the mixture has an empty name")
+    for name, source in mixed.items():
+        weight = source.weight
+        is_weight = weight is None or 0 < weight < float("inf")
+        require(is_weight, f"weight of source {name!r}", weight, "more than 0, or none")
+    return mixed
 
 
 # ------------------------------------------------------------------ members

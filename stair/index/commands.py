@@ -44,11 +44,8 @@ def index(
     files = [file for path in embeddings for file in part_files(path)]
     for file in files:
         read_header(file)  # a path that is no embeddings ends the command before anything is written
-    parts = (
-        part
-        for file in tqdm(files, "indexing", unit="file", disable=None if files else True)
-        for part in Embeddings.parts(file)
-    )
+    bar = tqdm(files, "indexing", unit="file", disable=None if files else True)
+    parts = (part for file in bar for part in Embeddings.parts(file))
     if embeddings and not deleted and not (folder / FILE).exists():
         SparseIndex.build(folder, parts)
     elif deleted or embeddings:

@@ -116,11 +116,8 @@ class Hits(list[Hit]):
         if self or self._query is None:
             return ""
         least = f"no match: no document scores {self.threshold:.4g} or more" if self.threshold else ""
-        return (
-            self._query.problem
-            or least
-            or "no document scores above 0: none shares a term that has a positive weight in the query"
-        )
+        nothing = "no document scores above 0: none shares a term that has a positive weight in the query"
+        return self._query.problem or least or nothing
 
     def having(self, tokens: Sequence[str]) -> "Hits":
         """Those that have all of some terms; SettingError if one is no term."""
