@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,14 +151,3 @@ class Order:
         size = self.global_batch // ranks
         mine = order[rank * size : (rank + 1) * size]
         return [SampleId(*row) for row in np.concatenate(parts)[mine].tolist()]
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What a step means something under, besides the shards' names."""
-        sizes = hashlib.sha256(b"".join(stream.counts.tobytes() for stream in self.streams)).hexdigest()[:12]
-        return {
-            "seed": self.seed,
-            "global_batch_size": self.global_batch,
-            "steps": self.steps,
-            "weights": [round(share, 12) for share in self.shares.of_all],
-            "sizes": f"{sum(stream.size for stream in self.streams)} samples, {sizes}",
-        }

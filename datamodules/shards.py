@@ -175,14 +175,14 @@ class ImageTextShards(LightningDataModule):
                     "resumed run continues with new draws"
                 )
         shards = [(source.name, [file_name(shard) for shard in source.shards]) for source in sources]
-        digest = hashlib.sha256(repr(shards).encode(errors="replace")).hexdigest()[:12]
         fingerprint = {
-            **order.fingerprint(),
-            "shuffle": self.shuffle,
-            "resample": self.resample,
-            "shards": f"{sum(len(names) for _, names in shards)} shards, {digest}",
-            "caption_fields": self.caption_fields,
-            "join_captions": self.join_captions,
+            "seed": seed,
+            "global_batch_size": self.global_batch_size,
+            "steps": order.steps,
+            "weights": [round(share, 12) for share in order.shares.of_all],
+            "sizes": f"{sum(int(each.sum()) for each in counts)} samples, {_digest(b''.join(map(bytes, counts)))}",
+            "shards": f"{sum(len(names) for _, names in shards)} shards, {_digest(repr(shards).encode(errors='replace'))}",
+            **{name: getattr(self, name) for name in ("shuffle", "resample", "caption_fields", "join_captions")},
         }
         # an epoch that the trainer cuts short is complete, and a resumed run must begin the next one
         limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
@@ -270,3 +270,7 @@ class ImageTextShards(LightningDataModule):
         """Places the loader; without one (validation, test) there is nothing to place."""
         if self._loader and state_dict:
             self._loader.load_state_dict(state_dict)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
