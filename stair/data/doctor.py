@@ -111,8 +111,9 @@ def _sources(data: list[str]) -> dict[str, Shards]:
     for spec in data:
         if spec.lstrip().startswith("{") and ":" in spec:
             try:
-                named = yaml.safe_load(spec).items()
-                sources |= mixture({str(name): Shards(**one) if isinstance(one, dict) else one for name, one in named})
+                # names as typed: `on` and `2024` are texts
+                named = zip(yaml.load(spec, yaml.BaseLoader), yaml.safe_load(spec).values(), strict=True)
+                sources |= mixture({name: Shards(**one) if isinstance(one, dict) else one for name, one in named})
             except (TypeError, AttributeError, yaml.YAMLError) as error:
                 reason = getattr(error, "problem", None) or error
                 allowed = "'{name: spec, ...}' or '{name: {shards: spec, weight: 1.0}, ...}'"
