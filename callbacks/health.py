@@ -166,7 +166,9 @@ class Health(Callback):
     def _handle_skipped(self, trainer: Trainer, steps: list[_Step], in_a_row: int) -> None:
         reason = _reason(trainer, steps)
         if in_a_row <= self.skip:
-            rank_zero_warn(f"{reason}. It is skipped; more than health.skip={self.skip} consecutive ones stop the run")
+            rank_zero_warn(
+                f"{reason}. Such steps are skipped; more than health.skip={self.skip} consecutive ones stop the run"
+            )
             return
         saved = "the weights are not finite either: resume from the last checkpoint"
         if _weights_finite(trainer):
