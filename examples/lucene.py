@@ -3,10 +3,10 @@
     python examples/lucene.py elasticsearch photos.index photos.es     # mapping.json, bulk.ndjson, query.json, vocab.txt
     python examples/lucene.py opensearch photos.index photos.os
 
-A feature of Elasticsearch's `sparse_vector` and OpenSearch's `rank_features` is a term frequency that holds the upper 17
-bits of a float32: sign, exponent, 8 bits of mantissa. Weights are cut here already, so that a document states what the
-engine will score with, and the engine's score is the dot product of what was written; cutting takes at most 2^-8 = 0.4 %
-off each weight. Feature names are term ids (`7592`): tokens hold dots, capitals and characters that engines interpret.
+Elasticsearch's `sparse_vector` and OpenSearch's `rank_features` store a weight as the upper 17 bits of a float32: sign,
+exponent, 8 bits of mantissa. Weights are truncated before they are written, so the engine's score is the dot product of
+the written weights. Truncation lowers a weight by at most 2^-8 = 0.4 %. Feature names are term ids (`7592`), because
+tokens can contain dots, capitals and characters that engines interpret.
 """
 
 import json
@@ -26,7 +26,7 @@ KINDS = {"elasticsearch": "sparse_vector", "opensearch": "rank_features"}
 
 
 def lucene_weights(weights: Any) -> Any:
-    """What Lucene's FeatureField keeps of weights: float32 without its lower 15 bits."""
+    """Weights as Lucene's FeatureField stores them: float32 without the lower 15 bits."""
     return (np.ascontiguousarray(weights, np.float32).view(np.uint32) >> 15 << 15).view(np.float32)
 
 
@@ -37,7 +37,7 @@ def export(engine: str, index: Path, out: Path, name: str = "stair") -> None:
         engine: `elasticsearch` or `opensearch`.
         index: folder of the index.
         out: a new folder for the files.
-        name: of the engine's index.
+        name: name of the engine's index.
     """
     documents = opened(index, engine, longest_id=512)
     query = {"query": engine_query(engine, documents.query(like=next(documents.ids)))}
@@ -59,32 +59,32 @@ def export(engine: str, index: Path, out: Path, name: str = "stair") -> None:
 
 
 def engine_query(engine: str, query: Any) -> dict[str, Any]:
-    """The query in the engine's json; its score is the dot product with the stored weights, times `query_scale`."""
+    """The query in the engine's JSON. Its score is the dot product with the stored weights, times `query_scale`."""
     if engine == "elasticsearch":
         return {"sparse_vector": {"field": "terms", "query_vector": features(query), "prune": False}}
     return {"neural_sparse": {"terms": {"query_tokens": features(query)}}}
 
 
 def features(query: Any) -> dict[str, float]:
-    """Weights of a query by feature, scaled; ValueError for negative ones, which Lucene's features do not take."""
+    """Scaled weights of a query by feature; ValueError for negative weights, which Lucene does not allow."""
     if (query.weights < 0).any():
-        raise ValueError("Lucene's features take no negative weights; leave the words to avoid to a filter")
+        raise ValueError("Lucene does not allow negative query weights; use a filter to exclude words")
     return {str(t): float(w) * query_scale(query) for t, w in zip(query.terms.tolist(), query.weights, strict=True)}
 
 
 def query_scale(query: Any) -> float:
-    """What the query's weights are multiplied by to stay under Lucene's limit of 64: 1, or a smaller power of two."""
+    """Factor that keeps query weights within Lucene's limit of 64: 1, or a smaller power of two."""
     highest = float(query.weights.max()) if len(query.weights) else 0.0
     return 1.0 if highest <= MAX_QUERY_WEIGHT else 2.0 ** math.floor(math.log2(MAX_QUERY_WEIGHT / highest))
 
 
 def lucene_build(jar: Path, bulk: Path, folder: Path) -> dict[str, Any]:
-    """Lucene's own index of a bulk file, in one segment; its version, documents and seconds. Needs Java 11 or newer.
+    """Builds a Lucene index of a bulk file in one segment; returns version, documents and seconds. Needs Java 11 or newer.
 
     Args:
         jar: lucene-core, such as /usr/share/java/lucene-core-8.7.0.jar of Debian's liblucene8-java.
         bulk: bulk.ndjson of `export`.
-        folder: of Lucene's index.
+        folder: folder of Lucene's index.
     """
     return json.loads(_java(jar, "build", str(bulk), str(folder)))
 

@@ -3,8 +3,8 @@
     query = index.query("a red bicycle")                       # term ids and weights
     print(sqlite_search(sqlite3.connect("photos.db"), query, 10))
 
-`stair export` makes what most of these functions search; `qdrant_shard`, `seismic_index` and `pisa_index` make their own,
-and examples/lucene.py is for Lucene. tests/test_engines.py compares hits and scores with those of the index.
+Most functions search what `stair export` writes; `qdrant_shard`, `seismic_index` and `pisa_index` build their own index.
+For Lucene, see examples/lucene.py. tests/test_engines.py compares hits and scores with those of the index.
 """
 
 import json
@@ -19,19 +19,19 @@ Found = list[tuple[str, float]]
 
 
 def sqlite_search(database: Any, query: Any, k: int) -> Found:
-    """A file of `stair export sqlite`; the statement that scores is in the table `facts`."""
+    """Searches a file of `stair export sqlite`; the table `facts` has the query for scores."""
     weights = {str(term): float(weight) for term, weight in zip(query.terms, query.weights, strict=True)}
     return database.execute(_statement(database), (json.dumps(weights), k)).fetchall()
 
 
 def duckdb_search(database: Any, query: Any, k: int) -> Found:
-    """A file of `stair export duckdb`."""
+    """Searches a file of `stair export duckdb`."""
     parameters = [query.terms.tolist(), [float(weight) for weight in query.weights], k]
     return database.execute(_statement(database), parameters).fetchall()
 
 
 def postgres_search(connection: Any, query: Any, k: int) -> Found:
-    """A database that read a script of `stair export postgres`; `connection` is psycopg's. Dimensions count from 1."""
+    """Searches a database with a script of `stair export postgres`, over psycopg. Dimensions are numbered from 1."""
     weights = ",".join(f"{term + 1}:{weight:.9g}" for term, weight in zip(query.terms, query.weights, strict=True))
     vector = f"{{{weights}}}/{query.size}"
     return connection.execute("SELECT * FROM stair.search(%s::sparsevec, %s)", (vector, k)).fetchall()
@@ -42,7 +42,7 @@ def _statement(database: Any) -> str:
 
 
 def qdrant_search(client: Any, query: Any, k: int, collection: str = "stair") -> Found:
-    """A collection of `stair export qdrant`."""
+    """Searches a collection of `stair export qdrant`."""
     from qdrant_client import models
 
     vector = models.SparseVector(indices=query.terms.tolist(), values=query.weights.tolist())
@@ -51,7 +51,7 @@ def qdrant_search(client: Any, query: Any, k: int, collection: str = "stair") ->
 
 
 def qdrant_shard(requests: Path, folder: Path) -> Any:
-    """Qdrant's engine in this process, without a server: a new shard of a .jsonl file of `stair export qdrant`."""
+    """Builds a shard of Qdrant in this process, without a server, from a .jsonl file of `stair export qdrant`."""
     import qdrant_edge as edge
 
     config = edge.EdgeConfig(sparse_vectors={"terms": edge.EdgeSparseVectorParams()})
@@ -68,7 +68,7 @@ def qdrant_shard(requests: Path, folder: Path) -> Any:
 
 
 def qdrant_shard_search(shard: Any, query: Any, k: int) -> Found:
-    """A shard of `qdrant_shard`."""
+    """Searches a shard of `qdrant_shard`."""
     import qdrant_edge as edge
 
     vector = edge.SparseVector(query.terms.tolist(), query.weights.tolist())
@@ -77,14 +77,14 @@ def qdrant_shard_search(shard: Any, query: Any, k: int) -> Found:
 
 
 def milvus_search(client: Any, query: Any, k: int, collection: str = "stair") -> Found:
-    """A collection of `stair export milvus`, loaded once by `client.load_collection(collection)`."""
+    """Searches a collection of `stair export milvus`, loaded by `client.load_collection(collection)`."""
     vector = dict(zip(query.terms.tolist(), query.weights.tolist(), strict=True))
     hits = client.search(collection, [vector], anns_field="terms", limit=k, search_params={"metric_type": "IP"})[0]
     return [(hit["id"], hit["distance"]) for hit in hits]
 
 
 def seismic_index(index: Path, out: Path) -> None:
-    """Writes a Seismic index (of pyseismic-lsr): approximate search, 16-bit float weights. Seismic appends its ending."""
+    """Writes a Seismic index (pyseismic-lsr): approximate search, float16 weights. Seismic appends its suffix to `out`."""
     from seismic import SeismicDataset, SeismicIndex, get_seismic_string
 
     dataset = SeismicDataset()
@@ -95,7 +95,7 @@ def seismic_index(index: Path, out: Path) -> None:
 
 
 def seismic_search(index: Any, query: Any, k: int) -> Found:
-    """An index of `seismic_index`, with settings that favour recall over speed."""
+    """Searches an index of `seismic_index` with settings for recall rather than speed."""
     from seismic import get_seismic_string
 
     words = query.terms.astype(get_seismic_string())
@@ -104,28 +104,28 @@ def seismic_search(index: Any, query: Any, k: int) -> Found:
 
 
 def pisa_index(index: Path, folder: Path, steps: int = 255) -> tuple[Any, float]:
-    """PISA's index (of pyterrier-pisa) of whole numbers, and the weight of 1: the heaviest weight becomes `steps`."""
+    """Builds a PISA index (pyterrier-pisa) of integer weights up to `steps`; returns it and the size of a step."""
     from pyterrier_pisa import PisaIndex
 
     documents = opened(index, "PISA")
     step = max(max(row.weights, default=0.0) for row in rows(documents)) / steps
     engine = PisaIndex(str(folder), text_field="toks", stemmer="none", stops="none")
-    # a name takes a line, so names are ids as JSON
+    # PISA stores a name per line: names are ids as JSON
     toks = ({"docno": json.dumps(row.id), "toks": _whole(row.terms, row.weights, step)} for row in rows(documents))
     engine.toks_indexer(scale=1).index(toks)
     return engine, step
 
 
 def pisa_search(engine: Any, step: float, queries: list[Any], k: int, steps: int = 255) -> list[Found]:
-    """An index of `pisa_index`. Query weights are whole numbers, too: PISA repeats a term as often as its weight says.
+    """Searches an index of `pisa_index`. Query weights are integers, too: PISA repeats a term as often as its weight.
 
     Raises:
-        ValueError: for negative weights, which PISA does not take.
+        ValueError: for negative weights, which PISA does not allow.
     """
     import pandas
 
     if any((query.weights < 0).any() for query in queries):
-        raise ValueError("PISA takes no negative weights; leave the words to avoid to a filter")
+        raise ValueError("PISA does not allow negative query weights; use a filter to exclude words")
     query_steps = [max(query.weights, default=0.0) / steps for query in queries]
     toks = [_whole(query.terms, query.weights, s) for query, s in zip(queries, query_steps, strict=True)]
     frame = pandas.DataFrame({"qid": [str(n) for n in range(len(queries))], "query_toks": toks})

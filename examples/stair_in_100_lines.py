@@ -4,7 +4,7 @@ Chen et al., "STAIR: Learning Sparse Text and Image Representation in Grounded T
 
     python examples/stair_in_100_lines.py
 
-trains the three stages on drawn scenes in about a minute of CPU time. It prints recall on 300 held-out scenes and the
+trains the three stages on generated scenes in about a minute of CPU time. It prints recall on 300 held-out scenes and the
 heaviest terms of four of them. The tests compare the project's head and losses with the functions of this file.
 
 B pairs, T positions, D width, V terms of the vocabulary (BERT's WordPiece vocabulary in the product).
@@ -51,7 +51,7 @@ def flops(rows_BV: Tensor) -> Tensor:
 
 
 def in_caption(ids_BT: Tensor, V: int) -> Tensor:
-    """(B, V) bool: the terms that stand in the caption. Stage 1 keeps only these."""
+    """(B, V) bool: the terms in the caption. Stage 1 keeps only these."""
     caption_BV = torch.zeros(len(ids_BT), V, dtype=torch.bool).scatter(1, ids_BT, True)
     caption_BV[:, PAD] = False
     return caption_BV
