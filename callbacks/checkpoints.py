@@ -49,12 +49,11 @@ class LastCheckpoint(_FixedCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         times: dict[str, Any] = {}
-        interval = trainer.val_check_interval
         validates = trainer.limit_val_batches != 0 and bool(getattr(trainer.datamodule, "val_names", True))
         if stage == "fit" and not validates:
             if (seconds := validation_seconds(trainer)) is not None:
                 times, when = {"train_time_interval": timedelta(seconds=seconds)}, f"every {seconds:g} s"
-            elif isinstance(interval, int):
+            elif isinstance(interval := trainer.val_check_interval, int):  # not there if it is a time
                 times, when = {"every_n_train_steps": interval}, f"every {interval} steps"
             else:
                 times, when = {"every_n_epochs": 1, "save_on_train_epoch_end": True}, "after each epoch"
