@@ -1,10 +1,10 @@
 """What all stages share: the model and the loss. A stage's own file states only what differs.
 
 `L = (1 - w) · InfoNCE(image, text_full) + w · InfoNCE(image, text_masked)
-     + r(t) · (λ_image · FLOPs(image) + λ_text · FLOPs(text))`
+     + c · caption(image) + r(t) · (λ_image · FLOPs(image) + λ_text · FLOPs(text))`
 
 `text_full` has all terms, `text_masked` only those of the caption. In the paper (STAIR, section 2) w is 1 in stage 1 and 0
-in stages 2 and 3. A term of weight 0 is not computed.
+in stages 2 and 3. The paper has no caption loss, c = 0. A term of weight 0 is not computed.
 
 B images, C captions (C = B in training), V terms.
 """
@@ -20,7 +20,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.optimizer import Optimizer
 from stair.batch import Batch
 from stair.errors import require
-from stair.losses import info_nce, info_nces, ramp
+from stair.losses import caption_loss, info_nce, info_nces, ramp
 from stair.model import Stair, StairConfig, StairDesign
 from stair.regularisers import Flops, TargetTerms
 
@@ -62,17 +62,21 @@ class TextObjective:
     target_image: ClassVar[float] = 1.0
     flops_image: ClassVar[float] = 0.0
     negative_slope: ClassVar[float] = 0.0
+    caption_loss_weight: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
         start = self.scale_start
         known = start in ("measure", "keep") if isinstance(start, str) else 0 < start <= 100
         require(known, "objective.scale_start", start, "a number in (0, 100], 'measure' or 'keep'")
-        most = dict.fromkeys(("flops_image", "flops_text", "flops_ramp_steps", "target_image", "target_text"), math.inf)
+        sides = [f"{kind}_{side}" for kind in ("flops", "target") for side in ("image", "text")]
+        most = dict.fromkeys((*sides, "flops_ramp_steps", "caption_loss_weight"), math.inf)
         for name, limit in (most | {"masked_loss_weight": 1.0, "negative_slope": 1.0}).items():
             value, least = getattr(self, name), int(name.startswith("target"))
             valid = value is None or (least <= value <= limit and math.isfinite(value))
             require(valid, f"objective.{name}", value, f"a finite number from {least} to {limit:g}")
+        allowed = "above 0 with caption_loss_weight, so that inactive terms have a gradient"
+        require(not self.caption_loss_weight or self.negative_slope > 0, "objective.negative_slope", 0.0, allowed)
 
 
 @dataclass
@@ -86,11 +90,14 @@ class Objective(TextObjective):
         flops_image: λ of the image embeddings.
         negative_slope: LeakyReLU slope of an image's in-caption terms, in training only; 0 (the paper) to 1. ReLU gives
             inactive terms no gradient: a term that is inactive for every image cannot recover.
+        caption_loss_weight: c, the weight of the caption loss, by which images name what their captions name
+            (`stair.losses.caption_loss`); at least 0. Needs a slope. Use it with `data.join_captions`.
     """
 
     target_image: float = 64.0  # type: ignore[misc]
     flops_image: float = 1e-3  # type: ignore[misc]
     negative_slope: float = 0.0  # type: ignore[misc]
+    caption_loss_weight: float = 0.0  # type: ignore[misc]
 
 
 class StairStage(ContrastiveModule):
@@ -163,6 +170,10 @@ class StairStage(ContrastiveModule):
         }
         sparsity = (logged[f"lambda_{side}"] * logged[f"flops_{side}"] for side in ("image", "text"))
         logged["loss"] = sum(sparsity, contrastive)
+        if self.objective.caption_loss_weight > 0:
+            in_caption_BV = self.stair.vocabulary.in_caption_terms(batch["ids"], batch["mask"])
+            logged["caption"] = caption_loss(signed_BV, in_caption_BV)
+            logged["loss"] = logged["loss"] + self.objective.caption_loss_weight * logged["caption"]
         return self.report(logged, {**encoded, "image_BV": image_BV, "text_CV": encoded[self._evaluated]}, pair_loss_B)
 
     def _measure_scale(self, image_BV: Tensor, text_BV: Tensor, cosine: bool) -> None:

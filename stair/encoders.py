@@ -203,7 +203,8 @@ class ImageEncoder(nn.Module):
             pixels = pixels.to(self.mean.dtype) / 255
         with attention_on(pixels.device):
             forward = getattr(self.backbone, self._output)
-            hidden: Tensor = forward((pixels.to(self.mean.dtype) - self.mean) / self.deviation)
+            pixels = (pixels.to(self.mean.dtype) - self.mean) / self.deviation
+            hidden: Tensor = forward(pixels.contiguous(memory_format=torch.channels_last))  # convolutions are faster
         if hidden.ndim == 4:
             hidden = hidden.flatten(1, 2) if self._channels_last else hidden.flatten(2).transpose(1, 2)
         return hidden[:, self._first :]

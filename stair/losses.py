@@ -248,6 +248,41 @@ def flops(embedding: Tensor) -> Tensor:
         return value + carrier - carrier.detach()
 
 
+def caption_loss(signed: Tensor, in_caption: Tensor) -> Tensor:
+    """Cross-entropy between images and single terms: from an image to its caption's terms, and from a term to its images.
+
+    `mean_i Σ_v y_iv (log Σ_u exp l_iu - l_iv) + Σ_v w_v (log Σ_j exp l_jv - mean_{i ∋ v} l_iv)` with the logit
+    `l = exp(z) - 1` of an active term and `l = z` of others. Of the G captions of all ranks, df_v have term v;
+    `y_iv` is proportional to `log(G/df_v)^0.75` for the terms of caption i, and `w_v` to `√df_v`. The first sum is similar
+    to the loss of SuperClass (arXiv 2411.03313, recalled). Every in-caption term has a gradient, also where other terms
+    already distinguish the images of a batch; there, InfoNCE has nearly none.
+
+    Args:
+        signed: (B, V) weights of images, in-caption terms below zero with a slope.
+        in_caption: (B, V) bool, the terms of each image's caption.
+
+    Returns:
+        Its value over all ranks. The gradient is the whole one, times the number of ranks, as in `info_nces`.
+    """
+    with torch.autocast(signed.device.type, enabled=False):
+        signed, captions = _fp32(signed), len(signed) * ranks()
+        logits_BV = torch.where(signed > 0, signed.expm1(), signed)
+        df_V = total(in_caption.sum(0)).to(signed.dtype)
+        target_BV = in_caption * (captions / df_V.clamp(min=1)).log().pow(0.75)
+        target_BV = target_BV / (captions * target_BV.sum(1, keepdim=True).clamp(min=1e-9))
+        weight_V = df_V.sqrt() / df_V.sqrt().sum().clamp(min=1)
+        with torch.no_grad():
+            image_lse_B1 = logits_BV.logsumexp(1, keepdim=True)
+            term_lse_V = gather(logits_BV.logsumexp(0)).view(ranks(), -1).logsumexp(0)
+            own_BV = target_BV + in_caption * weight_V / df_V.clamp(min=1)
+            pull_BV = (logits_BV - image_lse_B1).exp() * target_BV.sum(1, keepdim=True)
+            pull_BV += (logits_BV - term_lse_V).exp() * weight_V - own_BV
+            value = (target_BV.sum(1) * image_lse_B1[:, 0]).sum() - (own_BV * logits_BV).sum()
+            value = total(value) + (weight_V * term_lse_V).sum()
+        carrier = ranks() * (pull_BV * logits_BV).sum()
+        return value + carrier - carrier.detach()
+
+
 def ramp(step: int, length: int) -> float:
     """Weight of the regularisers at an optimiser step: `min(1, (step/length)²)`; 1 throughout for length 0."""
     return 1.0 if step >= length else (step / length) ** 2

@@ -9,7 +9,7 @@ from torch import nn
 
 from stair import losses
 from stair.exchange import exchange
-from stair.losses import flops, info_nce, info_nces, ramp
+from stair.losses import caption_loss, flops, info_nce, info_nces, ramp
 
 
 def info_nce_oracle(image, text, scale):
@@ -98,6 +98,34 @@ def test_ramp_is_quadratic_then_one(step, length, want):
     assert ramp(step, length) == want
 
 
+def caption_oracle(signed, in_caption):
+    """By image: its softmax over terms against its caption's. By term: the softmax over images against its own."""
+    loss, counts = 0.0, in_caption.sum(0).tolist()
+    logits = torch.stack([torch.stack([z.exp() - 1 if z > 0 else z for z in row]) for row in signed])
+    for row, held in zip(logits, in_caption, strict=True):
+        rarity = {int(v): math.log(len(signed) / counts[v]) ** 0.75 for v in held.nonzero()}
+        if sum(rarity.values()) > 0:
+            named = sum(weight * row.softmax(0)[v].log() for v, weight in rarity.items())
+            loss = loss - named / sum(rarity.values()) / len(signed)
+    for column, held, count in zip(logits.T, in_caption.T, counts, strict=True):
+        if count:
+            loss = loss - column.softmax(0)[held].log().mean() * count**0.5 / sum(n**0.5 for n in counts)
+    return loss
+
+
+def test_the_caption_loss_and_its_gradient_equal_cross_entropy_by_image_and_by_term():
+    g = torch.Generator().manual_seed(0)
+    signed = torch.randn(6, 9, dtype=torch.float64, generator=g).requires_grad_()
+    in_caption = torch.rand(6, 9, generator=g) < 0.4
+    in_caption[:, 0], in_caption[1], in_caption[:, 8] = True, False, False  # in every caption; no caption; in none
+    in_caption[1, 0] = True
+    got, want = caption_loss(signed, in_caption), caption_oracle(signed, in_caption)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    gradients = [torch.autograd.grad(loss, signed)[0] for loss in (got, want)]
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=0)
+    assert gradients[0].abs().max() > 1e-3
+
+
 def test_unlike_shapes_are_refused():
     with pytest.raises(ValueError, match=r"image \(2, 3\) and text \(3, 3\)"):
         info_nce(torch.zeros(2, 3), torch.zeros(3, 3), torch.ones(1))
@@ -127,7 +155,8 @@ def objective(model, images, texts, scale, wrong=(1.0, 1.0)):
     whole, part = info_nces(image, (text, text * OWN), scale)
     assert whole.pairs == part.pairs
     compared = whole.loss + 0.5 * part.loss
-    return wrong[0] * compared + wrong[1] * (0.1 * flops(image) + 0.2 * flops(text))
+    named = caption_loss(image, text.detach() > 0.7)
+    return wrong[0] * compared + wrong[1] * (0.1 * flops(image) + 0.2 * flops(text)) + 0.3 * named
 
 
 def on_rank(rank, ranks, file, results, wrong, uneven):
@@ -165,6 +194,7 @@ def one_process():
     # the oracle shares no code with the product
     loss = info_nce_oracle(image, text, model.scale) + 0.5 * info_nce_oracle(image, text * OWN, model.scale)
     loss = loss + 0.1 * image.mean(0).square().sum() + 0.2 * text.mean(0).square().sum()
+    loss = loss + 0.3 * caption_oracle(image, text.detach() > 0.7)
     loss.backward()
     return loss.item(), [p.grad for p in model.parameters()]
 

@@ -34,10 +34,11 @@ def test_ranks_share_the_loss_of_own_words_and_that_of_all(case, cls):
     assert same(run(case(cls)), want) > 1e-3
 
 
+@pytest.mark.parametrize("more", [{}, {"caption_loss_weight": 1.0}], ids=["slope", "caption loss"])
 @pytest.mark.parametrize("cls", [Stage1, Stage3])
-def test_ranks_share_what_leaks_below_zero(case, cls):
+def test_ranks_share_what_leaks_below_zero(case, cls, more):
     quiet = {"image_bias": -0.2}  # some words are off
-    leaky = {"objective": {"negative_slope": 0.5}, **quiet}
+    leaky = {"objective": {"negative_slope": 0.5, **more}, **quiet}
     want = run(case(cls, **leaky))
     assert same(run(case(cls, ranks=2, micro=4, **leaky)), want) < 3e-5
     assert same(run(case(cls, **quiet)), want) > 1e-3

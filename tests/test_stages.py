@@ -384,6 +384,8 @@ def test_an_objective_that_cannot_train_is_refused():
         {"masked_loss_weight": 1.5},
         {"negative_slope": -0.1},
         {"negative_slope": 1.5},
+        {"negative_slope": 0.0, "caption_loss_weight": 1.0},
+        {"caption_loss_weight": -1.0},
         {"target_text": 0.0},
     ):
         with pytest.raises(SettingError) as refused:

@@ -43,6 +43,7 @@ class Settings:
         term_drop: share of terms left out of both sides in a step.
         masked, masked_end: weight of the masked loss at the start and end of the run.
         ramp: share of the steps in which λ rises.
+        caption: weight of the caption loss, over the tokens of all captions of an image.
         teacher: weight of the distillation loss from dense scores, instead of the contrastive one.
     """
 
@@ -72,6 +73,7 @@ class Settings:
     flops_text: float = 3e-4
     ramp: float = 0.25
     scale: float = 14.3
+    caption: float = 0.0
     teacher: float = 0.0
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.real_encoders.model import Data, Model, Settings, images_of, texts_of, unit
-from stair.losses import flops, info_nces, ramp
+from stair.losses import caption_loss, flops, info_nces, ramp
 
 
 def train(settings: Settings, data: Data, seed: int, text: str, teachers: Sequence[Teacher] = ()) -> Model:
@@ -92,6 +92,8 @@ def _loss(model: Model, data: Data, batch: Batch, step: int, frozen: bool, teach
         [data.ids["train"][i][j] for k in range(K) for i, j in zip(rows, batch.caption_BK[:, k].tolist(), strict=True)]
     )
     own_BW = torch.cat(list(ids_CT.chunk(K)), 1)
+    if s.caption:
+        own_BW = data.pad([sorted({v for caption in data.ids["train"][i] for v in caption}) for i in rows])[0]
     maps_BPD = torch.from_numpy(data.maps["train"][batch.view_B.numpy(), batch.rows_B.numpy()]).bfloat16()
     scale = model.log_scale.exp()
     signed_BV = model.images(maps_BPD, None if frozen or s.kind == "clip" else own_BW)
@@ -112,6 +114,10 @@ def _loss(model: Model, data: Data, batch: Batch, step: int, frozen: bool, teach
         loss = (1 - s.teacher) * loss + s.teacher * _distil(image_BV, texts[:K], scale, batch, teachers)
     if s.kind == "stair":
         rising = ramp(step, round(s.ramp * s.steps))
+        if s.caption and not frozen:
+            in_caption_BV = torch.zeros(signed_BV.shape, dtype=torch.bool).scatter_(1, own_BW, True)
+            in_caption_BV[:, data.never] = False
+            loss = loss + s.caption * caption_loss(signed_BV, in_caption_BV)
         loss = loss + rising * (s.flops_image * flops(signed_BV.relu()) + s.flops_text * flops(text_CV))
     return loss
 
