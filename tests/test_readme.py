@@ -38,7 +38,7 @@ def test_the_python_runs_and_prints_lines_as_shown(tiny_stair, photos, tmp_path,
     tiny_stair.save_pretrained("runs/demo/stage3/stair")
     names = [path.name for path in photos]
     SparseIndex.build("runs/demo/index", tiny_stair.encode(images=photos), names, model=tiny_stair)
-    exec(code.replace("a purple square on stripes", "a dog"), {})
+    exec(code.replace("three yellow mushrooms", "a dog"), {})
     for text in (shown, capsys.readouterr().out):
         lines = text.splitlines()
         assert len(lines) == 2 and all(re.fullmatch(r"\S+ \d+\.\d+ \{.*\}", line) for line in lines)

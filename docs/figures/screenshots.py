@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 OUT = Path(__file__).parents[1] / "start"
 COLORS = 128  # of a palette, which makes files a third as large
-QUERY = "two red circles on a beach"
+QUERY = "three yellow mushrooms"
 BIN = Path(sys.executable).parent
 
 
@@ -68,7 +68,7 @@ def _open(page: Page, url: str, search: bool) -> None:
         page.fill("#text", QUERY)
         page.keyboard.press("Enter")
         page.wait_for_selector("#hits img")
-        page.wait_for_load_state("networkidle")
+        page.wait_for_function("[...document.querySelectorAll('#hits img')].slice(0, 6).every(img => img.naturalWidth)")
 
 
 def _chromium() -> str:
