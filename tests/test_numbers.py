@@ -21,8 +21,9 @@ from tests.support.runs import scalars, stage_args
 
 
 def test_a_batch_of_one_pair_is_refused():
-    with pytest.raises(ValueError, match=r"global_batch_size.*at least 2"):
+    with pytest.raises(SettingError) as refused:
         ImageTextShards("a.tar", vocabulary="vocab.txt", image_size=32, max_tokens=12, global_batch_size=1)
+    assert refused.value.setting == "global_batch_size"
 
 
 def test_pictures_of_numbers_that_are_none_give_no_weight_that_is_none(tiny_stair):
