@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 
 import main
+from training.settings import report_defaults
 
 CONFIGS = Path(main.__file__).parent / "configs"
 STAGES = (1, 2, 3)
@@ -206,3 +208,21 @@ def test_a_settings_file_opens_with_its_command_and_what_was_measured(path: Path
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_file_holds_only_what_differs(stage: int):
     assert len((CONFIGS / f"stage{stage}.yaml").read_text().splitlines()) <= 25
+
+
+def test_options_that_a_later_file_drops_are_named_whatever_else_the_parser_accepts_in_files(tmp_path, monkeypatch):
+    def file(name, image, rest=""):
+        (tmp_path / name).write_text(f"model: {{init_args: {{stair: {{image: {image}}}}}}}\n{rest}")
+        return tmp_path / name
+
+    paths = [
+        file("a.yaml", "{name: vit, options: {depth: 2, width: 3}}", "run: x\nrun: y\n"),  # a key that comes twice
+        file("b.yaml", "{options: {depth: 4}, image_size: '${data.image_size}'}", "trainer: {now: 2026-11-30}\n"),
+    ]
+    said = []
+    monkeypatch.setattr("training.settings.rank_zero_info", said.append)
+    sides = {side: Namespace(name="vit", options={"depth": 4}) for side in ("image", "text")}
+    config = Namespace(config=paths, model=Namespace(init_args=Namespace(stair=Namespace(**sides))))
+    report_defaults(config)
+    (line,) = said
+    assert line.startswith("stair.image.options") and "a.yaml" in line and "width" in line

@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from omegaconf import OmegaConf
 
 from stair.errors import SettingError
 from stair.launch import launched_processes
@@ -98,7 +97,11 @@ def report_defaults(config: Any) -> None:
     for encoder in ("image", "text"):
         name, earlier = None, dict[str, str]()
         for path in filter(None, config.get("config") or ()):  # None: settings in place of a path
-            settings = OmegaConf.select(OmegaConf.load(str(path)), f"model.init_args.stair.{encoder}") or {}
+            # not by OmegaConf: it refuses keys that come twice and `${...}` of another file, which the parser accepts
+            settings = yaml.safe_load(Path(str(path)).read_text(encoding="utf-8"))
+            for key in ("model", "init_args", "stair", encoder):
+                settings = settings.get(key) if isinstance(settings, dict) else None
+            settings = settings if isinstance(settings, dict) else {}
             if "name" in settings:
                 name, earlier = settings["name"], {}
             earlier |= dict.fromkeys(settings.get("options") or {}, str(path))
