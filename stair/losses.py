@@ -1,6 +1,6 @@
-"""The objective: symmetric InfoNCE and the FLOPs regulariser, both over the global batch, whatever the number of ranks.
+"""The objective: InfoNCE, FLOPs regulariser and caption loss, over the global batch, whatever the number of ranks.
 
-Every rank computes the *whole* gradient of its own embeddings, so no gradient travels between ranks. Both functions
+Every rank computes the *whole* gradient of its own embeddings, so no gradient travels between ranks. All functions
 multiply it by the number of ranks, because data-parallel training (DDP and FSDP alike) averages over ranks afterwards:
 the update equals that of one process with the whole batch (tests/test_losses.py shows it, and that other scalings fail).
 
