@@ -276,11 +276,15 @@ def test_a_person_searches_steers_explains_and_uploads_in_a_browser(address, pic
         assert "<img src=x" in page.locator("#hits").inner_text()
         # steer: a word off, a word up
         words = page.locator("#query .word").all_inner_texts()
+        page.evaluate(old := "document.querySelector('.hit').dataset.old = true")
         page.get_by_role("button", name=f"remove {words[0].split()[0]}", exact=True).click()
         until(page, f"document.querySelector('#query .word').innerText !== {json.dumps(words[0])}")
+        until(page, new := "!document.querySelector('.hit[data-old]')")  # the query changes before the hits
         weight = float(page.locator("#query .word small").first.inner_text())
+        page.evaluate(old)
         page.locator("#query button[aria-label^='raise the weight of']").first.click()
         until(page, f"parseFloat(document.querySelector('#query .word small').textContent) > {weight}")
+        until(page, new)
         # explain: the heat map comes at focus, the words of a picture at a press
         page.wait_for_selector(".hit .open")
         page.locator(".hit .open").first.focus()
