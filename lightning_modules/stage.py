@@ -90,8 +90,8 @@ class Objective(TextObjective):
         flops_image: λ of the image embeddings.
         negative_slope: LeakyReLU slope of an image's in-caption terms, in training only; 0 (the paper) to 1. ReLU gives
             inactive terms no gradient: a term that is inactive for every image cannot recover.
-        caption_loss_weight: c, the weight of the caption loss, by which images name what their captions name
-            (`stair.losses.caption_loss`); at least 0. Needs a slope. Use it with `data.join_captions`.
+        caption_loss_weight: c, the weight of the caption loss (`stair.losses.caption_loss`); at least 0. Needs a
+            `negative_slope` above 0. With `data.join_captions`, the loss covers several captions of an image.
     """
 
     target_image: float = 64.0  # type: ignore[misc]
@@ -129,7 +129,7 @@ class StairStage(ContrastiveModule):
         self.objective = objective
         masked = self.text_form == "masked"
         weight = float(masked) if objective.masked_loss_weight is None else objective.masked_loss_weight
-        allowed = "above 0, or begin with stage 3 for no mask" if masked else "below 1, or run stage 1"
+        allowed = "above 0; to train without a mask, start with stage 3" if masked else "below 1, or run stage 1"
         require(weight != float(not masked), "objective.masked_loss_weight", weight, f"null, or {allowed}")
         weights = {"text_masked": weight, "text_full": 1 - weight}
         self.weights = {name: w for name, w in sorted(weights.items(), key=lambda item: -item[1]) if w > 0}

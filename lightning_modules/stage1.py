@@ -4,7 +4,7 @@ from lightning_modules.stage import StairStage
 
 
 class Stage1(StairStage):
-    """Text masked to the caption's own terms (STAIR, section 3, stage 1)."""
+    """Text masked to in-caption terms (STAIR, section 3, stage 1)."""
 
     stage = 1
     text_form = "masked"

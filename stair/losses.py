@@ -252,13 +252,13 @@ def caption_loss(signed: Tensor, in_caption: Tensor) -> Tensor:
     """Cross-entropy between images and single terms: from an image to its caption's terms, and from a term to its images.
 
     `mean_i Σ_v y_iv (log Σ_u exp l_iu - l_iv) + Σ_v w_v (log Σ_j exp l_jv - mean_{i ∋ v} l_iv)` with the logit
-    `l = exp(z) - 1` of an active term and `l = z` of others. Of the G captions of all ranks, df_v have term v;
-    `y_iv` is proportional to `log(G/df_v)^0.75` for the terms of caption i, and `w_v` to `√df_v`. The first sum is similar
-    to the loss of SuperClass (arXiv 2411.03313, recalled). Every in-caption term has a gradient, also where other terms
-    already distinguish the images of a batch; there, InfoNCE has nearly none.
+    `l = exp(z) - 1` of an active term and `l = z` of others. Of the G captions of all ranks, df_v have term v. `y_iv` is
+    proportional to `log(G/df_v)^0.75` for the terms of caption i, `w_v` to `√df_v`; 0.75 was chosen on the demo. The first
+    sum is similar to the loss of SuperClass (arXiv 2411.03313, recalled), the second is ours. If some terms already
+    distinguish the images of a batch, InfoNCE has nearly no gradient for the others. This loss has.
 
     Args:
-        signed: (B, V) weights of images, in-caption terms below zero with a slope.
+        signed: (B, V) weights z of images. Inactive in-caption terms are below 0 (`objective.negative_slope`).
         in_caption: (B, V) bool, the terms of each image's caption.
 
     Returns:

@@ -393,9 +393,9 @@ def test_an_objective_that_cannot_train_is_refused():
         assert refused.value.setting == f"objective.{next(iter(bad))}"
 
 
-@pytest.mark.parametrize("cls, share, way", [(Stage1, 0.0, "begin with stage 3"), (Stage3, 1.0, "run stage 1")])
-def test_a_share_of_own_words_that_makes_a_stage_another_one_is_refused(vocab_file, cls, share, way):
-    with pytest.raises(SettingError, match=way) as refused:
+@pytest.mark.parametrize("cls, share", [(Stage1, 0.0), (Stage3, 1.0)])
+def test_a_share_of_own_words_that_makes_a_stage_another_one_is_refused(vocab_file, cls, share):
+    with pytest.raises(SettingError) as refused:
         module(vocab_file, None, cls, objective=Objective(masked_loss_weight=share))
     assert refused.value.setting == "objective.masked_loss_weight"
 

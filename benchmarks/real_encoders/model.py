@@ -103,10 +103,11 @@ class Data:
             for k, images in encoded.items()
         }
 
-    def held(self, split: str) -> Tensor:
-        """(N, V) bool: the tokens of each image's captions."""
-        held_NV = torch.zeros(len(self.ids[split]), len(self.kept), dtype=torch.bool)
-        for held_V, image in zip(held_NV, self.ids[split], strict=True):
+    def held(self, split: str, rows: Sequence[int] | None = None) -> Tensor:
+        """(N, V) bool: the tokens of the captions of each image, or of those in `rows`."""
+        images = self.ids[split] if rows is None else [self.ids[split][row] for row in rows]
+        held_NV = torch.zeros(len(images), len(self.kept), dtype=torch.bool)
+        for held_V, image in zip(held_NV, images, strict=True):
             held_V[[v for caption in image for v in caption]] = True
         held_NV[:, self.never] = False
         return held_NV

@@ -115,9 +115,7 @@ def _loss(model: Model, data: Data, batch: Batch, step: int, frozen: bool, teach
     if s.kind == "stair":
         rising = ramp(step, round(s.ramp * s.steps))
         if s.caption and not frozen:
-            in_caption_BV = torch.zeros(signed_BV.shape, dtype=torch.bool).scatter_(1, own_BW, True)
-            in_caption_BV[:, data.never] = False
-            loss = loss + s.caption * caption_loss(signed_BV, in_caption_BV)
+            loss = loss + s.caption * caption_loss(signed_BV, data.held("train", rows))
         loss = loss + rising * (s.flops_image * flops(signed_BV.relu()) + s.flops_text * flops(text_CV))
     return loss
 
