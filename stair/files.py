@@ -14,6 +14,7 @@ import platform
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -216,6 +217,31 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def keys_as_text(text: str) -> str:
+    """YAML with the same values and its keys quoted: `on` and `2024` stay text, which YAML reads as true and a number.
+
+    Raises:
+        yaml.YAMLError: if the text is not YAML.
+    """
+    import yaml
+
+    root = yaml.compose(text, yaml.SafeLoader)
+    _quote_keys(root, set())
+    return str(yaml.serialize(root, Dumper=yaml.SafeDumper, width=sys.maxsize))
+
+
+def _quote_keys(node: Any, seen: set[int]) -> None:
+    """Makes the keys of a YAML node text; `seen` has the nodes of anchors that refer to themselves."""
+    if node is None or isinstance(node.value, str) or id(node) in seen:
+        return
+    seen.add(id(node))
+    for one in node.value:
+        key, value = one if isinstance(one, tuple) else (None, one)
+        if key is not None and isinstance(key.value, str) and key.tag != "tag:yaml.org,2002:merge":
+            key.tag, key.style = "tag:yaml.org,2002:str", '"'
+        _quote_keys(value, seen)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def test_files_of_a_shells_glob_are_one_source_and_a_mapping_is_several(tmp_path
         write_tar(tmp_path / f"{name}.tar", members(range(20)))
     report, _ = run_doctor(capsys, str(tmp_path / "a-0.tar"), str(tmp_path / "a-1.tar"))
     assert [source["shards"] for source in report["sources"].values()] == [2]
-    for one, two in (("one", "two"), ("on", "2024")):  # names as typed
+    for one, two in (("one", "two"), ("on", "2024"), ("on", "yes")):  # names as typed
         report, _ = run_doctor(capsys, f"{{{one}: {tmp_path}/a-*.tar, {two}: {{shards: {tmp_path}/b-0.tar}}}}")
         assert {name: source["samples"] for name, source in report["sources"].items()} == {one: 40, two: 20}
     with pytest.raises(SettingError) as refused:

@@ -406,6 +406,7 @@ def test_names_that_yaml_reads_as_something_else_stay_as_typed(tmp_path, monkeyp
     assert (
         config.run == name and config.data.val == {name: "v.tar", "other": "w.tar"} and [*config.data.train] == [name]
     )
+    assert main([*line, "--data.train", "{no: a.tar, off: b.tar}"]).config.fit.data.train.keys() == {"no", "off"}
     (tmp_path / "small.yaml").write_text(f"{SMALL}\nrun: {name}\n")
     at = line.index("--run")
     if name == "2024-01-01" or name == "null":

@@ -10,6 +10,7 @@ from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from stair.errors import SettingError
+from stair.files import keys_as_text
 from stair.launch import launched_processes
 
 HOME = "runs/default"  # a stage's folder where neither --run nor trainer.default_root_dir is given
@@ -22,18 +23,9 @@ def keep_names() -> None:
 
     def load(text: str) -> Any:
         value = default(text)
-        return _typed_names(value, yaml.load(text, yaml.BaseLoader)) if isinstance(value, dict | list) else value
+        return default(keys_as_text(text)) if isinstance(value, dict | list) else value
 
     set_loader("omegaconf+", load, exceptions=(yaml.YAMLError,))
-
-
-def _typed_names(value: Any, typed: Any) -> Any:
-    if isinstance(value, dict) and isinstance(typed, dict) and len(value) == len(typed):
-        pairs = zip(value.items(), typed.items(), strict=True)
-        return {key if isinstance(key, str) else name: _typed_names(v, t) for (key, v), (name, t) in pairs}
-    if isinstance(value, list) and isinstance(typed, list) and len(value) == len(typed):
-        return [_typed_names(v, t) for v, t in zip(value, typed, strict=True)]
-    return value
 
 
 def expand_paths(config: Namespace) -> None:

@@ -24,7 +24,7 @@ from stair.data.samples import CAPTION_TYPES, IMAGE_TYPES
 from stair.data.shard_index import MANIFEST, index_shard, read_manifest, sizes
 from stair.data.tars import Shards, expand, mixture, walk
 from stair.errors import FileError, SettingError
-from stair.files import sha256
+from stair.files import keys_as_text, sha256
 from stair.images import MAX_PIXELS
 from stair.plain import one_line
 from stair.vocabulary import Vocabulary
@@ -111,8 +111,7 @@ def _sources(data: list[str]) -> dict[str, Shards]:
     for spec in data:
         if spec.lstrip().startswith("{") and ":" in spec:
             try:
-                # names as typed: `on` and `2024` are texts
-                named = zip(yaml.load(spec, yaml.BaseLoader), yaml.safe_load(spec).values(), strict=True)
+                named = yaml.safe_load(keys_as_text(spec)).items()
                 sources |= mixture({name: Shards(**one) if isinstance(one, dict) else one for name, one in named})
             except (TypeError, AttributeError, yaml.YAMLError) as error:
                 reason = getattr(error, "problem", None) or error
