@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from timm.models import group_parameters
-from timm.optim.lamb import Lamb
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -88,6 +86,8 @@ class Optimizer:
         ]
         settings: dict[str, Any] = {"lr": self.lr, "betas": tuple(self.betas), "eps": self.eps}
         if self.name == "lamb":
+            from timm.optim.lamb import Lamb
+
             return Lamb(ordered, **settings, max_grad_norm=None)  # the trainer clips
         # on a GPU one kernel, instead of a dozen passes over parameters and moments
         fused = all(p.is_cuda for params in groups.values() for p in params)
@@ -98,6 +98,8 @@ class Optimizer:
 
     def _lr_scales(self, model: nn.Module) -> dict[str, float]:
         """The factor on `lr` of each parameter."""
+        from timm.models import group_parameters
+
         names = [name for name, _ in model.named_parameters()]
         scales = dict.fromkeys(names, 1.0)
         for part in sorted(self.lr_scale, key=len):

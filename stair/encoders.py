@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import timm
 import torch
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig
 
@@ -132,6 +130,8 @@ class ImageEncoder(nn.Module):
     deviation: Tensor
 
     def __init__(self, tower: ImageTower) -> None:
+        from timm.data.config import resolve_model_data_config  # 0.1 s, which `lightning fit --help` does not need
+
         super().__init__()
         name = re.sub("^(local-dir|hf-hub):", "", tower.name)
         try:
@@ -213,6 +213,8 @@ class ImageEncoder(nn.Module):
 
 def _without_head(tower: ImageTower) -> tuple[Any, str, Tensor]:
     """A timm model without classifier and pooling, its method that gives hidden states, and those of one image."""
+    import timm
+
     build = partial(timm.create_model, tower.name, pretrained=tower.pretrained, num_classes=0, **tower.options)
     try:
         backbone: Any = build(img_size=tower.image_size)
