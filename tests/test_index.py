@@ -5,10 +5,14 @@ import math
 import multiprocessing
 import operator
 import os
+import pty
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date, datetime, timedelta, timezone
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -882,3 +886,24 @@ def test_cosine_rows_have_length_one():
     )
     assert math.isclose(scaled[0] @ scaled[0], 1, rel_tol=1e-6)
     assert json.dumps(scaled.tolist())
+
+
+def test_a_terminal_shows_that_the_search_is_compiled_and_only_then(tmp_path):
+    embeddings(3).save(tmp_path / "e.safetensors")
+
+    def terminal(cache, out, *options):
+        ours, theirs = pty.openpty()
+        stair, given = Path(sys.executable).with_name("stair"), tmp_path / "e.safetensors"
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / cache)}
+        command = [stair, "index", tmp_path / out, given, *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=theirs, env=environment)
+        os.write(theirs, b"end")
+        shown = b""
+        while not shown.endswith(b"end"):
+            shown += os.read(ours, 1000)
+        os.close(ours)
+        os.close(theirs)
+        return shown.count(b"compiling")
+
+    assert [terminal("a", "1"), terminal("a", "2"), terminal("b", "3", "--quiet")] == [1, 0, 0]
+    assert list((tmp_path / "b").rglob("*.nbi"))

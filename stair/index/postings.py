@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from stair.errors import SettingError, import_extra
+from stair.errors import SettingError
+from stair.index.compiled import njit
 
 BLOCK = 1 << 16
 FULL = 5
@@ -123,5 +124,4 @@ def _fill(rows: Arrays3, known: Arrays2, begins: Arrays2, runs: Arrays2) -> None
 @functools.cache
 def _compiled() -> tuple[Any, Any]:
     """`_count` and `_fill`, by numba, which reading an index does not need."""
-    compiled = import_extra("numba", "numba", "search").njit(cache=True)
-    return compiled(_count), compiled(_fill)
+    return njit()(cache=True)(_count), njit()(cache=True)(_fill)

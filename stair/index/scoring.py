@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from stair.errors import import_extra
+from stair.index.compiled import njit
 from stair.index.postings import BLOCK, Array, Arrays, Arrays2, Arrays3
 
 Arrays4 = tuple[Array, Array, Array, Array]
@@ -224,7 +224,6 @@ def _read(run: Arrays2) -> int:
 _CHUNK = 128
 _RANGE, _TERMS = 30_000, 512  # sum of all terms at most, and the most terms, so that a bound stays within 16 bits
 _own = threading.local()
-_njit = import_extra("numba", "numba", "search").njit
 for _function in (_factors, _peak, _lower, _drop, _floor, _insert, _exact, _run, _add, _read, _search_blocks):
-    globals()[_function.__name__] = _njit(cache=True)(_function)
-_search: Any = _njit(cache=True, nogil=True)(_search_all)
+    globals()[_function.__name__] = njit()(cache=True)(_function)
+_search: Any = njit()(cache=True, nogil=True)(_search_all)
