@@ -10,6 +10,7 @@ B images, C captions (C = B in training), V terms.
 """
 
 import math
+import random
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -63,6 +64,7 @@ class TextObjective:
     flops_image: ClassVar[float] = 0.0
     negative_slope: ClassVar[float] = 0.0
     caption_loss_weight: ClassVar[float] = 0.0
+    image_budgets: ClassVar[tuple[int, int] | None] = None
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -75,6 +77,8 @@ class TextObjective:
             value, least = getattr(self, name), int(name.startswith("target"))
             valid = value is None or (least <= value <= limit and math.isfinite(value))
             require(valid, f"objective.{name}", value, f"a finite number from {least} to {limit:g}")
+        least, most = self.image_budgets or (1, 1)
+        require(1 <= least <= most, "objective.image_budgets", self.image_budgets, "null, or [least, most] from 1 up")
         allowed = "above 0 with caption_loss_weight, so that inactive terms have a gradient"
         require(not self.caption_loss_weight or self.negative_slope > 0, "objective.negative_slope", 0.0, allowed)
 
@@ -92,12 +96,16 @@ class Objective(TextObjective):
             inactive terms no gradient: a term that is inactive for every image cannot recover.
         caption_loss_weight: c, the weight of the caption loss (`stair.losses.caption_loss`); at least 0. Needs a
             `negative_slope` above 0. With `data.join_captions`, the loss covers several captions of an image.
+        image_budgets: [least, most]. In half of the steps, the contrastive loss uses only the k heaviest terms of each
+            image, so that pruned images keep more of the recall (nested budgets, as in Matryoshka and CSR). k is drawn
+            from least to most, uniformly in log k. None (the paper): all terms.
     """
 
     target_image: float = 64.0  # type: ignore[misc]
     flops_image: float = 1e-3  # type: ignore[misc]
     negative_slope: float = 0.0  # type: ignore[misc]
     caption_loss_weight: float = 0.0  # type: ignore[misc]
+    image_budgets: tuple[int, int] | None = None  # type: ignore[misc]
 
 
 class StairStage(ContrastiveModule):
@@ -155,7 +163,8 @@ class StairStage(ContrastiveModule):
         texts = [encoded[name] for name in self.weights]
         if self.trainer.global_step == 0 and batch_idx == 0 and self.objective.scale_start == "measure":
             self._measure_scale(signed_BV, texts[0], cosine)
-        parts = dict(zip(self.weights, info_nces(signed_BV, texts, self.stair.scale, cosine), strict=True))
+        compared_BV = self._within_budget(signed_BV)
+        parts = dict(zip(self.weights, info_nces(compared_BV, texts, self.stair.scale, cosine), strict=True))
         contrastive = torch.stack([w * parts[name].loss for name, w in self.weights.items()]).sum()
         pair_loss_B = torch.stack([w * parts[name].pair_loss_B for name, w in self.weights.items()]).sum(0)
         rising = ramp(self.trainer.global_step, self.objective.flops_ramp_steps)
@@ -175,6 +184,16 @@ class StairStage(ContrastiveModule):
             logged["caption"] = caption_loss(signed_BV, in_caption_BV)
             logged["loss"] = logged["loss"] + self.objective.caption_loss_weight * logged["caption"]
         return self.report(logged, {**encoded, "image_BV": image_BV, "text_CV": encoded[self._evaluated]}, pair_loss_B)
+
+    def _within_budget(self, signed_BV: Tensor) -> Tensor:
+        """The heaviest terms of images, and those below 0; in half of the steps all. The same draw on all ranks."""
+        draw = random.Random(self.trainer.global_step)
+        if not self.objective.image_budgets or draw.random() < 0.5:
+            return signed_BV
+        least, most = map(math.log, self.objective.image_budgets)
+        k = min(round(math.exp(draw.uniform(least, most))), signed_BV.shape[1])
+        heaviest_BV = torch.zeros_like(signed_BV, dtype=torch.bool).scatter_(1, signed_BV.topk(k).indices, True)
+        return signed_BV * (heaviest_BV | (signed_BV < 0))
 
     def _measure_scale(self, image_BV: Tensor, text_BV: Tensor, cosine: bool) -> None:
         one = torch.ones(1, device=self.device)

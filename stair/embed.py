@@ -36,7 +36,7 @@ def embed(
     side: Literal["images", "texts"] = "images",
     column: str | None = None,
     id_column: str | None = None,
-    top: int | None = None,
+    budget: int | None = None,
     threshold: float = 0.0,
     batch_size: int = 64,
     workers: int = 0,
@@ -55,7 +55,7 @@ def embed(
         column: table column with the paths of images (in parquet also bytes, or Hugging Face's {bytes, path}) or with
             texts; by default `image` or `text`.
         id_column: table column with ids, used unchanged; by default `id`, or row numbers if there is none.
-        top: maximum number of terms per item; the heaviest are kept.
+        budget: maximum number of terms per item; the heaviest are kept.
         threshold: keep only weights above this value.
         batch_size: number of items encoded at a time.
         workers: number of processes that read and decode images; 0 uses the main process.
@@ -68,7 +68,7 @@ def embed(
         FileNotFoundError: if there is no source or model.
         StairError: if a setting is out of range, or the folder holds embeddings of other settings.
     """
-    _check_ranges(threshold, workers, batch_size=batch_size, part_size=part_size, top=top)
+    _check_ranges(threshold, workers, batch_size=batch_size, part_size=part_size, budget=budget)
     rank, ranks = _share(share)
     device = _device(device, rank)
     listing = list_items(source, side, column, id_column)
@@ -76,7 +76,13 @@ def embed(
         print(line)
     items, stair = listing.items, Stair.from_pretrained(model)
     paths = [out / f"part-{number:05}.{format}" for number in range(-(-len(items) // part_size))]
-    chosen = {"side": side, "column": column or COLUMNS[side], "top": top, "threshold": threshold, "format": format}
+    chosen = {
+        "side": side,
+        "column": column or COLUMNS[side],
+        "budget": budget,
+        "threshold": threshold,
+        "format": format,
+    }
     _check_room(out, items)
     _check_settings(out / PLAN, stair.space, items, {**chosen, "part_size": part_size, "parts": len(paths)})
     own = {path: items[n * part_size : (n + 1) * part_size] for n, path in enumerate(paths) if n % ranks == rank}
@@ -87,7 +93,7 @@ def embed(
         for path, part in missing.items():
             inputs = _Inputs(part, stair.config.image.image_size)
             loader = DataLoader(inputs, batch_size, num_workers=0 if side == "texts" else workers, collate_fn=list)
-            _write_part(path, loader, partial(_encode, stair, side, top, threshold), stair.space, bar)
+            _write_part(path, loader, partial(_encode, stair, side, budget, threshold), stair.space, bar)
     return _report(out, paths, side, len(items), listing.skipped)
 
 
@@ -98,9 +104,9 @@ def _check_ranges(threshold: float, workers: int, **counts: int | None) -> None:
     require(0 <= threshold < math.inf, "threshold", threshold, "0, which keeps every weight that is not zero, or more")
 
 
-def _encode(stair: Stair, side: Side, top: int | None, threshold: float, batch: list[Any]) -> sparse.csr_matrix:
+def _encode(stair: Stair, side: Side, budget: int | None, threshold: float, batch: list[Any]) -> sparse.csr_matrix:
     encoded = stair.encode_text(batch) if side == "texts" else stair.encode_image(torch.stack(batch))
-    return to_csr(encoded, top, threshold)
+    return to_csr(encoded, budget, threshold)
 
 
 def _write_part(

@@ -7,7 +7,7 @@ N rows, V terms. CSR: `indptr` (N+1,), `indices` and `data` (non-zeros,).
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,15 @@ class Embeddings:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def heaviest(self, most: int) -> "Embeddings":
+        """The embeddings with at most `most` terms in each row, as `to_csr` keeps them."""
+        csr = self.vectors.sorted_indices()
+        row_P = np.repeat(np.arange(len(self)), np.diff(csr.indptr))
+        order_P = np.lexsort((-csr.data, row_P))  # stable: equal weights stay in the order of the vocabulary
+        first = np.sort(order_P[np.arange(len(row_P)) - csr.indptr[row_P] < most])
+        indptr = np.append(0, np.bincount(row_P[first], minlength=len(self)).cumsum())
+        return replace(self, vectors=sparse.csr_matrix((csr.data[first], csr.indices[first], indptr), shape=csr.shape))
 
     def save(self, path: str | Path, facts: dict[str, Any] | None = None) -> None:
         """Writes one file, `.safetensors` or `.parquet`, whole or not at all; `facts` are kept in its header.
@@ -211,12 +220,12 @@ def read_header(path: Path) -> dict[str, str]:
     return header
 
 
-def to_csr(embedding: Tensor, top: int | None = None, threshold: float = 0.0) -> sparse.csr_matrix:
+def to_csr(embedding: Tensor, budget: int | None = None, threshold: float = 0.0) -> sparse.csr_matrix:
     """The non-zeros of dense embeddings.
 
     Args:
         embedding: (N, V), not negative.
-        top: keep at most this many terms of a row, the heaviest; equal ones in the order of the vocabulary.
+        budget: keep at most this many terms of a row, the heaviest; equal ones in the order of the vocabulary.
         threshold: keep only weights above it.
 
     Returns:
@@ -224,8 +233,8 @@ def to_csr(embedding: Tensor, top: int | None = None, threshold: float = 0.0) ->
     """
     embedding = embedding.detach().float()
     keep = embedding > threshold
-    if top is not None and top < embedding.shape[1]:
-        heaviest = embedding.sort(dim=1, descending=True, stable=True).indices[:, :top]
+    if budget is not None and budget < embedding.shape[1]:
+        heaviest = embedding.sort(dim=1, descending=True, stable=True).indices[:, :budget]
         keep &= torch.zeros_like(keep).scatter_(1, heaviest, True)
     row, term = keep.nonzero(as_tuple=True)
     indptr = torch.zeros(len(embedding) + 1, dtype=torch.int64)

@@ -83,8 +83,8 @@ def test_an_interrupted_embedding_goes_on_where_it_stopped(stair, model, folder,
     stair("embed", model, folder, out, *options)
     assert (out / f"part-00001.{format}").stat().st_mtime_ns == done
     assert Embeddings.load(out).ids == ["deep/p1.png", "deep/p3.png", "p0.png", "p2.png"]
-    with pytest.raises(SystemExit, match="top differ"):
-        stair("embed", model, folder, out, *options, "--top", "3")
+    with pytest.raises(SystemExit, match="budget differ"):
+        stair("embed", model, folder, out, *options, "--budget", "3")
 
 
 @pytest.mark.parametrize("source", ["-", "csv", "tar"])
@@ -297,7 +297,7 @@ def test_embeddings_are_not_saved_with_metadata_that_strict_readers_refuse(tmp_p
 @pytest.mark.parametrize(
     "setting, value",
     [
-        *[("part_size", 0), ("part_size", -1), ("top", 0), ("top", -1), ("batch_size", 0), ("workers", -1)],
+        *[("part_size", 0), ("part_size", -1), ("budget", 0), ("budget", -1), ("batch_size", 0), ("workers", -1)],
         *[("threshold", -1), ("threshold", "nan"), ("threshold", "inf")],
         *[("device", "foo"), ("device", "meta"), ("device", "cuda:99")],
     ],
@@ -333,7 +333,7 @@ def test_tables_and_standard_input_are_sources(stair, model, folder, tmp_path, t
         assert items[1].read() == noise_png(1) and items[1].metadata == {"year": year}
         assert items[1].source["file"] == "deep/p1.png"
     typed(b"a red ball\n\na dog\n")
-    stair("embed", model, "-", tmp_path / "lines", "--side", "texts", "--top", "2")
+    stair("embed", model, "-", tmp_path / "lines", "--side", "texts", "--budget", "2")
     lines = Embeddings.load(tmp_path / "lines")
     assert lines.ids == ["0", "1"] and lines.source[1] == {"text": "a dog"} and lines.metadata == [{}, {}]
     assert (np.diff(lines.vectors.indptr) <= 2).all()
@@ -356,6 +356,18 @@ def test_sources_that_are_none_are_refused(folder, shard, tmp_path):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises((ValueError, FileNotFoundError), match=complaint):
             list_items(str(source), side)
+
+
+@pytest.mark.parametrize("budget", [1, 3, 50])
+def test_an_index_with_a_budget_is_that_of_embeddings_with_the_same_budget(stair, model, shard, tmp_path, budget):
+    stair("embed", model, shard, tmp_path / "all")
+    stair("embed", model, shard, tmp_path / "few", "--budget", str(budget))
+    stair("index", tmp_path / "cut", tmp_path / "all", "--budget", str(budget))
+    stair("index", tmp_path / "same", tmp_path / "few")
+    assert (tmp_path / "cut" / "index.arrow").read_bytes() == (tmp_path / "same" / "index.arrow").read_bytes()
+    with pytest.raises(SystemExit, match="budget"):
+        stair("index", tmp_path / "none", tmp_path / "all", "--budget", "0")
+    assert not (tmp_path / "none").exists()
 
 
 def test_from_pictures_to_hits_on_the_command_line(stair, model, shard, tmp_path):

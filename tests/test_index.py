@@ -873,7 +873,7 @@ def test_files_that_are_no_embeddings_are_refused(tmp_path):
 
 def test_pruning_keeps_the_heaviest_words():
     dense = torch.tensor([[0.0, 3, 1, 2, 2], [0, 0, 0, 0, 0], [5, 0.5, 0, 0, 0]])
-    assert to_csr(dense, top=2).toarray().tolist() == [[0, 3, 0, 2, 0], [0] * 5, [5, 0.5, 0, 0, 0]]
+    assert to_csr(dense, budget=2).toarray().tolist() == [[0, 3, 0, 2, 0], [0] * 5, [5, 0.5, 0, 0, 0]]
     assert to_csr(dense, threshold=1.5).toarray().tolist() == [[0, 3, 0, 2, 2], [0] * 5, [5, 0, 0, 0, 0]]
     assert (to_csr(dense).toarray() == dense.numpy()).all()
 

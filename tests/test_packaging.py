@@ -197,10 +197,10 @@ def test_the_shell_completes_commands_and_options():
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        ("embed m s o --top abc", ["--top", "abc", "int"]),
+        ("embed m s o --budget abc", ["--budget", "abc", "int"]),
         ("embed m s o --threshold x", ["--threshold", "x", "float"]),
         ("embed m s o --side foo", ["--side", "foo", "images", "texts"]),
-        ("embed m s o --tops 5", ["--tops", "Did you mean --top?"]),
+        ("embed m s o --budgets 5", ["--budgets", "Did you mean --budget?"]),
         ("embed m s o more", ["more", "too many"]),
         ("embed m s", ["OUT is missing"]),
         ("evaluate m", ["DATA is missing"]),

@@ -387,10 +387,39 @@ def test_an_objective_that_cannot_train_is_refused():
         {"negative_slope": 0.0, "caption_loss_weight": 1.0},
         {"caption_loss_weight": -1.0},
         {"target_text": 0.0},
+        {"image_budgets": (0, 8)},
+        {"image_budgets": (9, 8)},
     ):
         with pytest.raises(SettingError) as refused:
             Objective(**bad)
         assert refused.value.setting == f"objective.{next(iter(bad))}"
+
+
+def test_with_image_budgets_half_of_the_steps_compare_only_the_heaviest_terms_of_images(vocab_file, batch):
+    def step(budgets, number):
+        objective = Objective("dot", scale_start=2.0, masked_loss_weight=0.0, image_budgets=budgets)
+        stage = module(vocab_file, None, Stage3, objective=objective)
+        stage._trainer, stage.log_dict = SimpleNamespace(global_step=number), lambda *args, **kwargs: None
+        return stage.training_step(batch, 0), stage.stair.scale.detach()
+
+    whole, scale = step(None, 0)
+    image_BV, text_BV = whole["image_BV"].detach(), whole["text_CV"].detach()
+    expected = {}
+    for k in (2, 3, 4, image_BV.shape[1]):
+        kept_BV = torch.zeros_like(image_BV)
+        for b, row_V in enumerate(image_BV):
+            for v in sorted(range(len(row_V)), key=lambda v: -row_V[v])[:k]:
+                kept_BV[b, v] = row_V[v]
+        logits_BC, pair = scale * kept_BV @ text_BV.T, torch.arange(len(image_BV))
+        entropy = torch.nn.functional.cross_entropy
+        expected[k] = float(entropy(logits_BC, pair) + entropy(logits_BC.T, pair)) / 2
+    drawn = []
+    for number in range(30):
+        got, _ = step((2, 4), number)
+        assert got["flops_image"] == whole["flops_image"]
+        drawn += [k for k, value in expected.items() if float(got["contrastive"]) == pytest.approx(value, rel=1e-5)]
+    assert len(drawn) == 30 and set(drawn) == set(expected) and 8 <= drawn.count(image_BV.shape[1]) <= 22
+    assert step((2, 4), 5)[0]["contrastive"] == step((2, 4), 5)[0]["contrastive"]
 
 
 @pytest.mark.parametrize("cls, share", [(Stage1, 0.0), (Stage3, 1.0)])

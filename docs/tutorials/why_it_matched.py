@@ -96,7 +96,7 @@ for words in ("stripes purple", "stripes:2 purple", "stripes -purple"):
 # %% [markdown]
 # ## 6. How many terms are enough
 #
-# Keep only the heaviest terms of each image, and check whether the result changes. `stair embed --top 64` prunes
+# Keep only the heaviest terms of each image, and check whether the result changes. `stair embed --budget 64` prunes
 # embeddings, and `stair evaluate` measures recall for several numbers of terms. The model uses cosine similarity, so
 # scores rise when an image loses terms.
 

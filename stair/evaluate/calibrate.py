@@ -20,7 +20,7 @@ def calibrate(
     model: str,
     data: str,
     split: str | None = None,
-    top: int | None = None,
+    budget: int | None = None,
     threshold: float = 0.0,
     limit: int | None = None,
     batch_size: int = 64,
@@ -34,7 +34,7 @@ def calibrate(
         model: the folder of an exported model.
         data: images with captions: tars (a path, a glob, a brace pattern), or a folder of tars.
         split: the part of a folder to use; by default the first of test, val, train that exists, else all.
-        top: maximum number of terms per image: the `--top` of `stair embed` for the index.
+        budget: maximum number of terms per image: the `--budget` of the index.
         threshold: keep only weights above this value: the `--threshold` of `stair embed` for the index.
         limit: use the first N images; by default all.
         batch_size: number of images encoded at a time.
@@ -43,7 +43,7 @@ def calibrate(
         FileNotFoundError: if the model or the data is missing.
         SettingError: if the set has no captions.
     """
-    for name, value in (("batch_size", batch_size), ("limit", limit), ("top", top)):
+    for name, value in (("batch_size", batch_size), ("limit", limit), ("budget", budget)):
         require(value is None or value >= 1, name, value, "at least 1")
     what = open_set(data, split)
     if not what.samples[0].captions:
@@ -55,7 +55,7 @@ def calibrate(
         batch = [what.samples[n] for n in range(first, min(first + batch_size, size))]
         texts = [text for sample in batch for text in sample.captions]
         owner = np.repeat(np.arange(len(batch)), [len(sample.captions) for sample in batch])
-        images = to_csr(stair.encode_image([sample.image for sample in batch]), top, threshold)
+        images = to_csr(stair.encode_image([sample.image for sample in batch]), budget, threshold)
         rows = [space.comparable(rows).astype(np.float64) for rows in (images[owner], stair.encode(texts=texts))]
         scores.append(_known(stair, texts) * np.asarray(rows[0].multiply(rows[1]).sum(1)).ravel())
         owners.append(first + owner)

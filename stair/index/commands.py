@@ -25,6 +25,7 @@ def index(
     delete: str | None = None,
     delete_from: Path | None = None,
     replace: bool = False,
+    budget: int | None = None,
     verify: bool = False,
 ) -> dict[str, Any]:
     """Creates or changes an index: deletes documents and adds embeddings in one atomic step.
@@ -35,8 +36,10 @@ def index(
         delete: id of a document to delete.
         delete_from: file with one id per line; these documents are deleted.
         replace: added documents replace documents with the same id; without it, an existing id is an error.
+        budget: maximum number of terms of each added document; the heaviest are kept. Default: all terms.
         verify: check the checksum and all numbers.
     """
+    require(budget is None or budget >= 1, "budget", budget, "at least 1")
     folder, embeddings = Path(paths[0]), paths[1:]
     deleted = [delete] if delete is not None else []
     if delete_from is not None:
@@ -45,7 +48,7 @@ def index(
     for file in files:
         read_header(file)  # a path that is no embeddings ends the command before anything is written
     bar = tqdm(files, "indexing", unit="file", disable=None if files else True)
-    parts = (part for file in bar for part in Embeddings.parts(file))
+    parts = (part.heaviest(budget) if budget else part for file in bar for part in Embeddings.parts(file))
     if embeddings and not deleted and not (folder / FILE).exists():
         SparseIndex.build(folder, parts)
     elif deleted or embeddings:
