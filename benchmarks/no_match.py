@@ -48,17 +48,16 @@ def rows_of(model: str, data: str) -> Rows:
 
 
 def _real_encoders(plan_path: str, out: str, variant: str, split: str) -> Rows:
-    from benchmarks.real_encoders.measure import embed as embed_split
-    from benchmarks.real_encoders.run import Runs, Settings, read_plan, train
+    from benchmarks.real_encoders.run import Runs, read_plan
 
     path = Path(out) / variant.replace(" ", "_") / "seed0" / "embeddings.npz"
     if not path.is_file():
-        plan = read_plan(Path(plan_path))
-        runs = Runs(plan, Path(out))
-        model, found = train(Settings(**plan["variants"][variant]), runs.data, 0, plan["text"]), {}
+        embedder, found = Runs(read_plan(Path(plan_path)), Path(out)).maker(variant, 0)(), {}
         for part in ("val", "test"):
-            names = (f"{part}_{side}" for side in ("images", "texts", "owner"))
-            found |= dict(zip(names, (each.numpy() for each in embed_split(model, runs.data, part)), strict=True))
+            owner_C = [i for i, captions in enumerate(embedder.data.ids[part]) for _ in captions]
+            with torch.inference_mode():
+                sides = {"images": embedder.images(part).numpy(), "texts": embedder.texts(part).numpy()}
+            found |= {f"{part}_{side}": each for side, each in {**sides, "owner": np.array(owner_C)}.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, **found)
     with np.load(path, allow_pickle=False) as file:

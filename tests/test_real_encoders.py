@@ -45,6 +45,19 @@ def test_the_plan_of_real_encoders_runs_from_end_to_end(tmp_path):
     variants = {
         "dense CLIP": {"kind": "clip"},
         "three stages": {"teacher": 0.5, "teachers": "dense CLIP", "teacher_seeds": [7]},
+        "hard mask": {"hard_mask": True, "slope": 0.0},
+        "late interaction": {"kind": "late"},
+        "BM25": {"baseline": "bm25"},
+        "largest": {"baseline": "largest", "of": "three stages", "terms": 3},
+        "SpLiCE": {"baseline": "splice", "of": "dense CLIP", "terms": 1},
+        "CSR": {
+            "baseline": "autoencoder",
+            "of": "dense CLIP",
+            "terms": 2,
+            "steps": 8,
+            "budgets": [[2, 1.0], [4, 0.1]],
+            "contrast": 1.0,
+        },
     }
     plan = {
         **encoders(tmp_path),
@@ -69,3 +82,10 @@ def test_the_plan_of_real_encoders_runs_from_end_to_end(tmp_path):
     assert "| dense CLIP (2) |" in text and "| three stages | val | " in text
     figures = json.loads((tmp_path / "out" / "three_stages" / "seed1" / "figures.json").read_text())["figures"]["val"]
     assert figures["terms_image"] <= len(WORDS) and 0 <= figures["t2i@1"] <= 100
+    assert all(text.count(f"| {name} (2) |") == 1 for name in variants)
+    searched = text.split("## Search: 9 training images")[1].split("##")[0]
+    size = {name: float(searched.split(f"| {name} | ")[1].split(" |")[0]) for name in variants}
+    positions = 2 * 2  # 64 px and a stride of 32
+    assert size["dense CLIP"] == 4 * 512 and size["late interaction"] == 4 * 128 * positions
+    codes = json.loads((tmp_path / "out" / "CSR" / "seed1" / "figures.json").read_text())["figures"]["val"]
+    assert codes["terms_image"] <= 2 and "grounding" not in codes

@@ -20,7 +20,8 @@ from stair.evaluate.vocabulary_probe import correct_terms
 from stair.head import VocabularyHead
 from stair.vocabulary import Vocabulary
 
-_WIDTH, _MAX_TOKENS = 512, 40
+_WIDTHS = {"clip": 512, "late": 128}  # of dense embeddings: one of an image, or one of each position and token
+_MAX_TOKENS = 40
 _LEAST = 3  # occurrences in training captions, for a token of the vocabulary `train`
 
 
@@ -29,7 +30,7 @@ class Settings:
     """One run.
 
     Args:
-        kind: `stair`, three stages, or `clip`, dense.
+        kind: `stair`, three stages, `clip`, dense, or `late`, late interaction (`baselines.max_sim`).
         steps: in all; `stages` are their shares.
         captions: K of each image in a batch; each is compared with all images in a loss of its own.
         views: augmented views drawn from; 1 is the plain image only.
@@ -42,6 +43,7 @@ class Settings:
         margin: `in_caption_margin`; text_shift: added to the published biases of texts at the start.
         term_drop: share of terms left out of both sides in a step.
         masked, masked_end: weight of the masked loss at the start and end of the run.
+        hard_mask: the paper's: stage 1 has the masked loss only, later stages do not have it.
         ramp: share of the steps in which λ rises.
         caption: weight of the caption loss, over the tokens of all captions of an image.
         teacher: weight of the distillation loss from dense scores, instead of the contrastive one.
@@ -69,6 +71,7 @@ class Settings:
     term_drop: float = 0.0
     masked: float = 0.25
     masked_end: float = 0.25
+    hard_mask: bool = False
     flops_image: float = 3e-4
     flops_text: float = 3e-4
     ramp: float = 0.25
@@ -131,9 +134,9 @@ class Model(nn.Module):
         rows_VE = self.text_encoder.word_embeddings.weight[data.kept].detach().clone()
         self.text_encoder.bert.set_input_embeddings(nn.Embedding.from_pretrained(rows_VE, freeze=False))
         width_i, width_t = data.maps["train"].shape[-1], self.text_encoder.width
-        if settings.kind == "clip":
-            self.image_projection = nn.Linear(width_i, _WIDTH, bias=False)
-            self.text_projection = nn.Linear(width_t, _WIDTH, bias=False)
+        if width := _WIDTHS.get(settings.kind):
+            self.image_projection = nn.Linear(width_i, width, bias=False)
+            self.text_projection = nn.Linear(width_t, width, bias=False)
         else:
             assert masked_lm is not None
             masked_lm = MaskedLMHead(masked_lm.dense, masked_lm.norm, masked_lm.bias_V[data.kept])
@@ -145,12 +148,14 @@ class Model(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor([math.log(settings.scale)]))
 
     def images(self, maps_BPD: Tensor, caption_ids: Tensor | None = None) -> Tensor:
-        """(B, V); `caption_ids` (B, W) get a slope below zero."""
+        """(B, V), of late interaction (B, P, V); `caption_ids` (B, W) get a slope below zero."""
         hidden_BPD = maps_BPD
         keep = round(self.settings.positions * hidden_BPD.shape[1])
         if self.training and keep < hidden_BPD.shape[1]:
             drawn_BP = torch.rand(hidden_BPD.shape[:2]).argsort(1)[:, :keep]
             hidden_BPD = hidden_BPD.gather(1, drawn_BP[..., None].expand(-1, -1, hidden_BPD.shape[2]))
+        if self.settings.kind == "late":
+            return unit(self.image_projection(hidden_BPD))
         if self.settings.kind == "clip":
             dense_BV: Tensor = self.image_projection(hidden_BPD.mean(1)).float()
             return dense_BV
@@ -164,15 +169,17 @@ class Model(nn.Module):
         return image_BV
 
     def texts(self, ids_CT: Tensor, mask_CT: Tensor) -> Tensor:
-        """(C, V)."""
+        """(C, V), of late interaction (C, T, V)."""
         seen_CT = mask_CT
         if self.training and self.settings.token_drop:
             drop = torch.rand(ids_CT.shape) < self.settings.token_drop
             drop[:, 0] = False
             seen_CT = mask_CT & ~drop
         hidden_CTD = self.text_encoder(ids_CT, seen_CT)
+        real_CT1 = seen_CT[..., None].to(hidden_CTD.dtype)
+        if self.settings.kind == "late":  # the sum over tokens is then their mean
+            return unit(self.text_projection(hidden_CTD)) * real_CT1 / real_CT1.sum(1, keepdim=True)
         if self.settings.kind == "clip":
-            real_CT1 = seen_CT[..., None].to(hidden_CTD.dtype)
             dense_CV: Tensor = self.text_projection((hidden_CTD * real_CT1).sum(1) / real_CT1.sum(1)).float()
             return dense_CV
         text_CV: Tensor = self.text_head(hidden_CTD, seen_CT, ids_CT, self.settings.margin)
@@ -196,7 +203,7 @@ class Model(nn.Module):
 
 def unit(rows: Tensor) -> Tensor:
     """Rows of length 1."""
-    return nn.functional.normalize(rows.float(), dim=1)
+    return nn.functional.normalize(rows.float(), dim=-1)
 
 
 def images_of(model: Model, maps_NPC: Any) -> Tensor:

@@ -1,8 +1,8 @@
-"""Trains the variants of a plan with several seeds on cached feature maps, and writes a dated record.
+"""Trains the variants and baselines of a plan with several seeds on cached feature maps, and writes a dated record.
 
     python -m benchmarks.real_encoders.run PLAN OUT --record benchmarks/results/NAME.md
 
-OUT keeps feature maps, figures and ranks; what is there is not computed again.
+OUT keeps feature maps, weights, figures and ranks; what is there is not computed again.
 """
 
 import argparse
@@ -11,22 +11,28 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from safetensors.torch import load_model, save_model
 
 from benchmarks.ratios import header
+from benchmarks.real_encoders import search
+from benchmarks.real_encoders.embedders import AutoencoderCodes, Captions, Dense, Embedder, Largest, Late, SpliceCodes
 from benchmarks.real_encoders.features import split
 from benchmarks.real_encoders.measure import measure
-from benchmarks.real_encoders.model import Data, Settings
+from benchmarks.real_encoders.model import Data, Model, Settings
 from benchmarks.real_encoders.train import Teacher, train
 from stair.files import atomic_write
 from stair.vocabulary import Vocabulary
 
 _RESAMPLES = 2000
+_EMBEDDERS = {"stair": Embedder, "clip": Dense, "late": Late}
+_BASELINES = {"largest": Largest, "splice": SpliceCodes, "autoencoder": AutoencoderCodes}
 _RECALLS = [f"{way}@{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)]
 _COLUMNS = {
     "t→i R@1 / 5 / 10": _RECALLS[:3],
@@ -42,12 +48,13 @@ _COLUMNS = {
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """A plan with `$NAME` replaced from the environment, and `shared` settings put into every variant."""
+    """A plan with `$NAME` replaced from the environment, and `shared` settings put into every variant that is trained."""
     text = os.path.expandvars(path.read_text(encoding="utf-8"))
     if "${" in text:
         sys.exit(f"{path}: set the environment variable {text.split('${')[1].split('}')[0]}")
     plan: dict[str, Any] = yaml.safe_load(text)
-    plan["variants"] = {name: {**plan["shared"], **own} for name, own in plan["variants"].items()}
+    variants = plan["variants"].items()
+    plan["variants"] = {name: own if "baseline" in own else {**plan["shared"], **own} for name, own in variants}
     return plan
 
 
@@ -62,32 +69,58 @@ class Runs:
             for name in spec
         }
         self.data = Data(splits, Vocabulary(plan["text"]), plan["tokens"])
+        self.sets = [name for name in spec if name != "train"]
 
     def run(self, name: str, seed: int) -> None:
-        """Trains and measures one variant with one seed, unless it was."""
+        """Trains and measures one variant with one seed, unless it was; before it, the variant that it is made `of`."""
         folder = self.folder(name) / f"seed{seed}"
-        wanted = {**self.plan["variants"][name], "tokens": self.plan["tokens"], "size": self.plan["size"]}
+        own = self.plan["variants"][name]
+        wanted = {**own, "tokens": self.plan["tokens"], "size": self.plan["size"]}
+        if "of" in own:
+            wanted["of"] = self.plan["variants"][own["of"]]
         if (folder / "figures.json").is_file():
             if json.loads((folder / "figures.json").read_text())["settings"] == wanted:
                 return
             sys.exit(f"{folder} was run with other settings; delete it")
-        own = dict(self.plan["variants"][name])
-        teachers = [self._teacher(own["teachers"], s) for s in own.pop("teacher_seeds", [])]
-        own.pop("teachers", None)
+        make = self.maker(name, seed)
+        torch.manual_seed(seed)
         started = time.perf_counter()
-        model = train(Settings(**own), self.data, seed, self.plan["text"], teachers)
+        embedder = make()
         minutes = (time.perf_counter() - started) / 60
         figures, ranks = {}, {}
-        for part in self.plan["data"]:
-            if part != "train":
-                figures[part], found = measure(model, self.data, part)
-                figures[part]["minutes"] = minutes
-                ranks |= {f"{part} {way}": value.numpy() for way, value in found.items()}
+        for part in self.sets:
+            figures[part], found = measure(embedder, part)
+            figures[part]["minutes"] = minutes
+            ranks |= {f"{part} {way}": value.numpy() for way, value in found.items()}
         folder.mkdir(parents=True, exist_ok=True)
         np.savez(folder / "ranks.npz", **ranks)
+        if embedder.model is not None:
+            figures["train"] = {"loss": embedder.model.last_loss}
+            save_model(embedder.model, str(folder / "model.safetensors"))
+        if seed == self.plan["seeds"][0]:
+            search.save(folder / "search.pt", embedder, self.sets[0])
         with atomic_write(folder / "figures.json") as file:
             file.write_text(json.dumps({"settings": wanted, "figures": figures}, indent=2) + "\n")
         print(f"{name}, seed {seed}: " + ", ".join(f"{k} {figures['val'][k]:.1f}" for k in _RECALLS), flush=True)
+
+    def maker(self, name: str, seed: int) -> Callable[[], Embedder]:
+        """Trains a variant with one seed, or makes a baseline; models that it needs are made at once."""
+        own, text = self.plan["variants"][name], self.plan["text"]
+        if own.get("baseline") == "bm25":
+            return lambda: Captions(self.data)
+        if "of" in own:
+            self.run(own["of"], seed)
+            model = Model(settings := self._settings(own["of"]), self.data, text).requires_grad_(False)
+            load_model(model, str(self.folder(own["of"]) / f"seed{seed}" / "model.safetensors"))
+            options = {key: value for key, value in own.items() if key not in ("of", "baseline")}
+            return lambda: _BASELINES[own["baseline"]](_EMBEDDERS[settings.kind](model, self.data), **options)
+        teachers = [self._teacher(own["teachers"], s) for s in own.get("teacher_seeds", [])]
+        settings = self._settings(name)
+        return lambda: _EMBEDDERS[settings.kind](train(settings, self.data, seed, text, teachers), self.data)
+
+    def _settings(self, name: str) -> Settings:
+        own = self.plan["variants"][name]
+        return Settings(**{key: value for key, value in own.items() if key not in ("teachers", "teacher_seeds")})
 
     def _teacher(self, name: str, seed: int) -> Teacher:
         """The dense model's embeddings, from disk or of a new run."""
@@ -110,13 +143,11 @@ class Runs:
 
 
 def record(runs: Runs) -> str:
-    """Tables of all sets, and ratios to the first variant with intervals."""
+    """Tables of all sets, search of the first seed, and ratios to the first variant with intervals."""
     lines = [header(runs.plan["title"], torch.device("cpu"))]
     lines += [f"{runs.plan['note'].strip()}\n"]
     done = {name: folders for name in runs.plan["variants"] if (folders := runs.seeds_of(name))}
-    for part in runs.plan["data"]:
-        if part == "train":
-            continue
+    for part in runs.sets:
         lines += [
             f"## {part}\n",
             "| variant (seeds) | " + " | ".join(_COLUMNS) + " |",
@@ -127,7 +158,9 @@ def record(runs: Runs) -> str:
             cells = [" / ".join(_cell([each.get(key) for each in found]) for key in keys) for keys in _COLUMNS.values()]
             lines.append(f"| {name} ({len(folders)}) | " + " | ".join(cells) + " |")
         lines.append("")
-    return "\n".join([*lines, *_ratios(runs, done)]) + "\n"
+    first = f"seed{runs.plan['seeds'][0]}/search.pt"
+    files = {name: path for name in done if (path := runs.folder(name) / first).is_file()}
+    return "\n".join([*lines, *search.table(files), *_ratios(runs, done)]) + "\n"
 
 
 def _cell(values: list[Any]) -> str:
@@ -138,8 +171,7 @@ def _cell(values: list[Any]) -> str:
 
 
 def _ratios(runs: Runs, done: dict[str, list[Path]]) -> list[str]:
-    base, *others = done
-    sets = [part for part in runs.plan["data"] if part != "train"]
+    (base, *others), sets = done, runs.sets
     lines = [
         f"## Ratio to {base}: mean of seeds, 95 % interval of a paired bootstrap over images\n",
         "| variant | set | t→i R@1 | i→t R@1 | t→i R@10 | i→t R@10 |",

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.real_encoders.baselines import late_loss
 from benchmarks.real_encoders.model import Data, Model, Settings, images_of, texts_of, unit
 from stair.losses import caption_loss, flops, info_nces, ramp
 
@@ -98,12 +99,16 @@ def _loss(model: Model, data: Data, batch: Batch, step: int, frozen: bool, teach
     scale = model.log_scale.exp()
     signed_BV = model.images(maps_BPD, None if frozen or s.kind == "clip" else own_BW)
     text_CV = model.texts(ids_CT, mask_CT)
+    if s.kind == "late":
+        return late_loss(signed_BV, text_CV.chunk(K), scale)
     scored_BV, scored_CV = signed_BV, text_CV
     if s.term_drop and model.training and s.kind == "stair":
         kept_V = torch.rand(text_CV.shape[1]) >= s.term_drop
         scored_BV, scored_CV = signed_BV * kept_V, scored_CV * kept_V
     texts, weights = list(scored_CV.chunk(K)), [1 / K] * K
     masked = s.masked + (s.masked_end - s.masked) * step / s.steps if s.kind == "stair" else 0.0
+    if s.hard_mask:
+        masked = float(step < round(s.stages[0] * s.steps))
     if masked:
         mask_CV = torch.zeros(text_CV.shape, dtype=torch.bool).scatter_(1, ids_CT, True)
         texts += (scored_CV * mask_CV).chunk(K)
