@@ -59,7 +59,7 @@ def bf16_cost() -> float:
 
 
 class Health(Callback):
-    """Stops or warns if a training diverges, collapses or stays dense.
+    """Stops or warns if training diverges, collapses or stays dense.
 
     - Loss or gradient not finite: warns with the batch's keys. The stages skip such a step; after more than `skip` in a row
       the run stops, and saves the state from before them. Weights not finite: no checkpoint is written, the run stops.
@@ -72,7 +72,8 @@ class Health(Callback):
     all ranks: all must come to the same decision, and the host must not wait for each step.
 
     Args:
-        patience: consecutive steps of a dead run before it stops; at least 1.
+        patience: consecutive steps with empty embeddings on one side and a loss of log N, after which the run stops; at
+            least 1.
         dense_after: optimizer steps after which embeddings should be sparse; at least 0.
         every: steps between two checks, at least 1. A stop is delayed by at most this many steps.
         skip: allowed consecutive steps with a non-finite loss or gradient; 0 stops at the first.

@@ -27,7 +27,7 @@ class StageTransition(Callback):
         export_to: folder of the model that is exported after the planned steps; if null, `stair` (`clip` for dense CLIP)
             in `default_root_dir`.
         init_stage: stage to start from instead of the previous one, for ablations. 1: stage 3 starts from stage 1.
-            0: any stage starts from random weights.
+            0: any stage starts without an exported model.
         on_early_stop: action if a callback such as EarlyStopping ends the training early: `export` the model, or `fail`
             with an error, so that no later stage starts.
 

@@ -44,7 +44,7 @@ class ImageTextShards(LightningDataModule):
         train: shard spec, list of specs, or mixture: a mapping of source names to a spec, or to `shards` and
             `weight`. Without weights, an epoch has every sample once. With weights (all or none), every batch has the
             sources in this proportion, and a source repeats after all its samples were used. None: no training.
-        val: names and shard specs of the validation sets, the primary one first. Uncompressed tars.
+        val: names and shard specs of the validation sets; `val/recall` is that of the first. Uncompressed tars.
         test: names and shard specs of the test sets, also used by `predict`. Uncompressed tars.
         vocabulary: a `vocab.txt`, a folder with one, or the name of a model on the hub.
         image_size: side of the square images, in pixels, at least 1.
@@ -67,10 +67,10 @@ class ImageTextShards(LightningDataModule):
         seed: seed of shard order, shuffling, captions and crops; each stage shuffles differently with the same seed.
         train_samples: pairs per epoch with `resample`; None: as many as the shards have.
         caption_fields: relative probability that a field of the JSON (a string or a list of strings), or `txt`, gives
-            the caption: `{caption: 0.7, alt: 0.3}`. The share of a missing field goes to the others. None: the usual
-            captions.
-        join_captions: this many captions of an image, in random order, are the text of a training pair; at least 1. With
-            more, stage 1 grounds an image in all that its captions say; `max_tokens` must leave room for them.
+            the caption: `{caption: 0.7, alt: 0.3}`. The share of a missing field goes to the others. None: `captions`
+            of the JSON, else its `caption`, else the `.txt`.
+        join_captions: number of captions of an image that are joined, in random order, to the text of a training pair; at
+            least 1. Stage 1 then grounds an image in the terms of all of them. `max_tokens` must leave room for them.
         remote: timeout, retries and local copies of remote shards.
 
     Attributes:

@@ -17,7 +17,7 @@ def consolidate(checkpoint: str, out: str) -> None:
     """Writes the model of a checkpoint as a folder for `from_pretrained`. A stage cannot start from this folder.
 
     Args:
-        checkpoint: a checkpoint file of a training.
+        checkpoint: a checkpoint file of a training run.
         out: folder to write, which must not exist.
 
     Raises:

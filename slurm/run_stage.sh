@@ -3,8 +3,8 @@
 # RUN         folder of the run. Stage k writes to RUN/stagek and starts from RUN/stage(k-1)/stair. Required.
 # DATA_TRAIN  shard spec of the training data, or a mixture '{name: spec, ...}'. The same as --data.train.
 # DATA_VAL    '{name: spec, ...}', or one spec. The same as --data.val.
-# STRATEGY    ddp or fsdp2: an overlay in configs/hardware. Default: ddp.
-# RECIPE      a folder in configs with an overlay for each stage: paper, small. Default: none.
+# STRATEGY    ddp or fsdp2: a file in configs/hardware. Default: ddp.
+# RECIPE      a folder in configs with a file for each stage, such as paper. Default: none.
 # RESTARTS    maximum number of restarts after a crash. Default: 0.
 # Paths are relative to the folder where sbatch was called. Arguments after the script are passed to the program and
 # override the variables: sbatch slurm/stage2.sh --data.workers 12. In an array job (sbatch --array=0-4), the array index N

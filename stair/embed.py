@@ -48,7 +48,7 @@ def embed(
     """Embeds images or texts. After an interruption, the same command continues where it stopped.
 
     Args:
-        model: folder of a saved model, or its name on the hub.
+        model: folder of an exported model, or its name on the hub.
         source: a folder of images; tars (a quoted pattern); a csv, tsv, jsonl or parquet table; - for standard input.
         out: folder of the embeddings.
         side: embed the images or the texts of the source.

@@ -71,10 +71,10 @@ def push(
     private: bool = False,
     message: str = "Upload a STAIR model",
 ) -> None:
-    """Uploads a saved model with its model card to the hub, with your own login (`hf auth login`).
+    """Uploads an exported model with its model card to the hub, with your own login (`hf auth login`).
 
     Args:
-        model: folder of a saved model.
+        model: folder of an exported model.
         name: USER/MODEL on the hub; created if it does not exist.
         licence: licence of the weights, such as apache-2.0 or cc-by-nc-4.0; depends on the training data.
         data: description of the training data, in one or two sentences.

@@ -1,6 +1,6 @@
 """What makes the figures of an evaluation set unfair, counted alike by `stair evaluate` and validation.
 
-A repeated image, for example, can be no hit for its captions. Such samples are measured as they are, and counted.
+A repeated image, for example, has rank 2 at best for its captions. Such samples are measured as they are, and counted.
 
 B images of an update, C captions of it, N images in all, T positions, L classes.
 """

@@ -51,8 +51,8 @@ def dictionary(
         data: images with captions: tars (a path, a glob, a brace pattern), or a folder of tars.
         output: folder for the results; by default `MODEL-dictionary` next to the model, or in the working directory.
         split: the part of a folder to use; by default the first of test, val, train that exists, else all.
-        cooccurrence: shards whose captions state which words co-occur, such as those of training; by default `data`.
-        limit: use the first N images of `data`; by default all.
+        cooccurrence: shards whose captions state which words co-occur, such as those of training; by default DATA.
+        limit: use the first N images; by default all.
         batch_size: number of captions encoded at a time.
 
     Raises:

@@ -58,7 +58,7 @@ def onnx(model: str, out: Path) -> None:
     """Writes image.onnx, text.onnx and the tokenizer's files. The graphs include pooling and return the non-zero terms.
 
     Args:
-        model: folder of a saved model, or its name on the hub.
+        model: folder of an exported model, or its name on the hub.
         out: a new folder.
     """
     import_extra("onnxscript", "onnxscript", "export")

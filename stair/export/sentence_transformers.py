@@ -11,7 +11,7 @@ def sentence_transformers(model: str, out: Path) -> None:
     """Writes a folder for `SparseEncoder(folder, trust_remote_code=True)`, which encodes texts and PIL images.
 
     Args:
-        model: folder of a saved model, or its name on the hub.
+        model: folder of an exported model, or its name on the hub.
         out: a new folder.
     """
     library = import_extra("sentence_transformers", "sentence-transformers", "export")

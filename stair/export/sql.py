@@ -80,7 +80,8 @@ def duckdb(index: Path, out: Path) -> None:
 def postgres(index: Path, out: Path) -> None:
     """Writes an SQL script for PostgreSQL (14 or newer) with pgvector (0.7 or newer): `psql DATABASE -f OUT`.
 
-    It makes the schema `stair`, with tables facts, terms and documents and the function `search(query, k)`, or nothing.
+    In one transaction, the script makes the schema `stair` with tables facts, terms and documents and the function
+    `search(query, k)`.
 
     Args:
         index: folder of the index.

@@ -46,7 +46,7 @@ _POSTINGS = 1 << 24  # sorted at a time; bounds the memory
 
 
 def web(index: Path, out: Path, model: str | None = None, pictures: Path | None = None) -> None:
-    """Writes a folder with a search page that needs no server, only a host that answers byte ranges.
+    """Writes a folder with a search page that needs no server, only a host that answers `Range` requests.
 
     Args:
         index: folder of the index.
