@@ -78,7 +78,9 @@ class TextObjective:
             valid = value is None or (least <= value <= limit and math.isfinite(value))
             require(valid, f"objective.{name}", value, f"a finite number from {least} to {limit:g}")
         fewest, greatest = self.image_budgets or (1, 1)
-        require(1 <= fewest <= greatest, "objective.image_budgets", self.image_budgets, "null, or [least, most] from 1 up")
+        require(
+            1 <= fewest <= greatest, "objective.image_budgets", self.image_budgets, "null, or [least, most] from 1 up"
+        )
         allowed = "above 0 with caption_loss_weight, so that inactive terms have a gradient"
         require(not self.caption_loss_weight or self.negative_slope > 0, "objective.negative_slope", 0.0, allowed)
 
