@@ -35,17 +35,14 @@ class Settings:
         captions: K of each image in a batch; each is compared with all images in a loss of its own.
         views: augmented views drawn from; 1 is the plain image only.
         positions: share of positions kept in training, drawn anew for each image.
-        grid: the sparse model reads cells of a grid of this side, each the mean of positions, and the mean of all; 0 reads
-            positions as they are.
-        token_drop: share of tokens hidden from the text encoder in training.
-        lr_text, lr_terms, lr_stage2: factors on the rate of the text encoder, of word embeddings and biases, of stage 2.
-        decay: weight decay of matrices; `decay_terms` of word embeddings.
+        lr_stage2: factor on the learning rate in stage 2.
+        decay: weight decay of matrices.
         margin: `in_caption_margin`; text_shift: added to the published biases of texts at the start.
-        term_drop: share of terms left out of both sides in a step.
-        masked, masked_end: weight of the masked loss at the start and end of the run.
+        masked: weight of the masked loss.
         hard_mask: the paper's: stage 1 has the masked loss only, later stages do not have it.
         ramp: share of the steps in which λ rises.
         caption: weight of the caption loss, over the tokens of all captions of an image.
+        image_budgets: as `objective.image_budgets`.
         teacher: weight of the distillation loss from dense scores, instead of the contrastive one.
     """
 
@@ -55,28 +52,22 @@ class Settings:
     captions: int = 1
     views: int = 1
     positions: float = 1.0
-    token_drop: float = 0.0
-    grid: int = 0
     lr: float = 3e-3
-    lr_text: float = 1.0
-    lr_terms: float = 1.0
     lr_stage2: float = 1.0
     decay: float = 0.05
-    decay_terms: float = 0.0
     warmup: int = 30
     stages: tuple[float, float, float] = (0.25, 0.04, 0.71)
     margin: float = 3.0
     slope: float = 0.3
     text_shift: float = 0.0
-    term_drop: float = 0.0
     masked: float = 0.25
-    masked_end: float = 0.25
     hard_mask: bool = False
     flops_image: float = 3e-4
     flops_text: float = 3e-4
     ramp: float = 0.25
     scale: float = 14.3
     caption: float = 0.0
+    image_budgets: tuple[int, int] | None = None
     teacher: float = 0.0
 
 
@@ -159,46 +150,31 @@ class Model(nn.Module):
         if self.settings.kind == "clip":
             dense_BV: Tensor = self.image_projection(hidden_BPD.mean(1)).float()
             return dense_BV
-        if self.settings.grid:  # after dropout of positions there is no grid
-            side = math.isqrt(hidden_BPD.shape[1])
-            grid_BDHW = hidden_BPD.transpose(1, 2).unflatten(2, (side, side))
-            pooled_BPD = nn.functional.adaptive_avg_pool2d(grid_BDHW, self.settings.grid).flatten(2).transpose(1, 2)
-            hidden_BPD = torch.cat([pooled_BPD, hidden_BPD.mean(1, keepdim=True)], 1)
         mask_BP = torch.ones(hidden_BPD.shape[:2], dtype=torch.bool)
         image_BV: Tensor = self.image_head(hidden_BPD, mask_BP, caption_ids, negative_slope=self.settings.slope)
         return image_BV
 
     def texts(self, ids_CT: Tensor, mask_CT: Tensor) -> Tensor:
         """(C, V), of late interaction (C, T, V)."""
-        seen_CT = mask_CT
-        if self.training and self.settings.token_drop:
-            drop = torch.rand(ids_CT.shape) < self.settings.token_drop
-            drop[:, 0] = False
-            seen_CT = mask_CT & ~drop
-        hidden_CTD = self.text_encoder(ids_CT, seen_CT)
-        real_CT1 = seen_CT[..., None].to(hidden_CTD.dtype)
+        hidden_CTD = self.text_encoder(ids_CT, mask_CT)
+        real_CT1 = mask_CT[..., None].to(hidden_CTD.dtype)
         if self.settings.kind == "late":  # the sum over tokens is then their mean
             return unit(self.text_projection(hidden_CTD)) * real_CT1 / real_CT1.sum(1, keepdim=True)
         if self.settings.kind == "clip":
             dense_CV: Tensor = self.text_projection((hidden_CTD * real_CT1).sum(1) / real_CT1.sum(1)).float()
             return dense_CV
-        text_CV: Tensor = self.text_head(hidden_CTD, seen_CT, ids_CT, self.settings.margin)
+        text_CV: Tensor = self.text_head(hidden_CTD, mask_CT, ids_CT, self.settings.margin)
         return text_CV
 
     def groups(self, share: float = 1.0) -> list[dict[str, Any]]:
-        """Parameters with rate and decay by part."""
-        s, found = self.settings, {}
-        for name, p in self.named_parameters():
-            if not p.requires_grad:
-                continue
-            terms = "word_embeddings" in name or name.endswith("head.bias")
-            text = s.lr_text if name.startswith("text_encoder") else 1.0
-            scale = s.lr_terms if terms else text
-            decay = (
-                s.decay_terms if terms and p.ndim > 1 else s.decay if p.ndim > 1 and "embeddings" not in name else 0.0
-            )
-            found.setdefault((scale, decay), []).append(p)
-        return [{"params": p, "lr": share * s.lr * scale, "weight_decay": decay} for (scale, decay), p in found.items()]
+        """Matrices with weight decay, and all others, embeddings too, without."""
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        decays = [(p.ndim > 1 and "embeddings" not in name, p) for name, p in trained]
+        return [
+            {"params": params, "lr": share * self.settings.lr, "weight_decay": self.settings.decay * decayed}
+            for decayed in (True, False)
+            if (params := [p for kind, p in decays if kind == decayed])
+        ]
 
 
 def unit(rows: Tensor) -> Tensor:

@@ -173,16 +173,18 @@ def _cell(values: list[Any]) -> str:
 def _ratios(runs: Runs, done: dict[str, list[Path]]) -> list[str]:
     (base, *others), sets = done, runs.sets
     lines = [
-        f"## Ratio to {base}: mean of seeds, 95 % interval of a paired bootstrap over images\n",
+        f"## Ratio to {base}: mean of the variant's seeds, 95 % interval of a paired bootstrap over images\n",
         "| variant | set | t→i R@1 | i→t R@1 | t→i R@10 | i→t R@10 |",
         "|---|---|---|---|---|---|",
     ]
     for name in others:
+        seeds = {folder.name for folder in done[name]}
+        same = [folder for folder in done[base] if folder.name in seeds]
         for parts in ([[part] for part in sets] + [sets])[: 1 if len(sets) == 1 else None]:
             cells = []
             for k in (1, 10):
                 for way in ("t2i", "i2t"):
-                    ours, theirs = (_hits(done[each], parts, way, k) for each in (name, base))
+                    ours, theirs = (_hits(folders, parts, way, k) for folders in (done[name], same))
                     cells.append(_interval(ours, theirs))
             lines.append(f"| {name} | {' + '.join(parts)} | {' | '.join(cells)} |")
     return lines

@@ -60,7 +60,7 @@ def train(settings: Settings, data: Data, seed: int, text: str, teachers: Sequen
                 model.log_scale.clamp_(max=math.log(100))
             done += 1
             if done > 0.9 * settings.steps:
-                tail.append(float(loss))
+                tail.append(float(loss.detach()))
     model.last_loss = sum(tail) / max(1, len(tail))
     return model.eval()
 
@@ -101,17 +101,14 @@ def _loss(model: Model, data: Data, batch: Batch, step: int, frozen: bool, teach
     text_CV = model.texts(ids_CT, mask_CT)
     if s.kind == "late":
         return late_loss(signed_BV, text_CV.chunk(K), scale)
-    scored_BV, scored_CV = signed_BV, text_CV
-    if s.term_drop and model.training and s.kind == "stair":
-        kept_V = torch.rand(text_CV.shape[1]) >= s.term_drop
-        scored_BV, scored_CV = signed_BV * kept_V, scored_CV * kept_V
-    texts, weights = list(scored_CV.chunk(K)), [1 / K] * K
-    masked = s.masked + (s.masked_end - s.masked) * step / s.steps if s.kind == "stair" else 0.0
+    scored_BV = _within_budget(signed_BV, s.image_budgets)
+    texts, weights = list(text_CV.chunk(K)), [1 / K] * K
+    masked = s.masked if s.kind == "stair" else 0.0
     if s.hard_mask:
         masked = float(step < round(s.stages[0] * s.steps))
     if masked:
         mask_CV = torch.zeros(text_CV.shape, dtype=torch.bool).scatter_(1, ids_CT, True)
-        texts += (scored_CV * mask_CV).chunk(K)
+        texts += (text_CV * mask_CV).chunk(K)
         weights = [(1 - masked) / K] * K + [masked / K] * K
     loss = sum(w * part.loss for w, part in zip(weights, info_nces(scored_BV, texts, scale, cosine=True), strict=True))
     if s.teacher:
@@ -123,6 +120,15 @@ def _loss(model: Model, data: Data, batch: Batch, step: int, frozen: bool, teach
             loss = loss + s.caption * caption_loss(signed_BV, data.held("train", rows))
         loss = loss + rising * (s.flops_image * flops(signed_BV.relu()) + s.flops_text * flops(text_CV))
     return loss
+
+
+def _within_budget(signed_BV: Tensor, budgets: tuple[int, int] | None) -> Tensor:
+    """As `StairStage` does: in half of the steps only the k heaviest terms."""
+    if budgets is None or torch.rand(()) < 0.5:
+        return signed_BV
+    k = round(math.exp(float(torch.empty(()).uniform_(*map(math.log, budgets)))))
+    heaviest_BV = torch.zeros_like(signed_BV, dtype=torch.bool).scatter_(1, signed_BV.topk(k).indices, True)
+    return signed_BV * (heaviest_BV | (signed_BV < 0))
 
 
 def _distil(

@@ -51,7 +51,7 @@ def filled(text: str) -> str:
 def _sections() -> dict[str, str]:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["mean"] = lambda value: re.sub(r" ?± ?[\d.]+", "", value)
-    environment.globals |= {"row": row, "cell": cell, "text": text, "load": load, "plan": plan}
+    environment.globals |= {"row": row, "rows": names, "cell": cell, "text": text, "load": load, "plan": plan}
     template = (Path(__file__).parent / "tables.jinja").read_text(encoding="utf-8")
     _, *parts = re.split(r"^## (\S+)\n", environment.from_string(template).render(), flags=re.MULTILINE)
     return {name: re.sub(r"\n{3,}", "\n\n", body.strip()) for name, body in zip(parts[::2], parts[1::2], strict=True)}
@@ -65,6 +65,11 @@ def row(record: str, section: str, *labels: str) -> dict[str, str]:
         ] == labels:
             return cells
     raise KeyError(f"{record}: no row {labels} below {section!r}")
+
+
+def names(record: str, section: str) -> list[str]:
+    """The first cells of the rows below a heading."""
+    return [next(iter(cells.values())) for heading, _, cells in _rows(record) if heading == section]
 
 
 @functools.cache
