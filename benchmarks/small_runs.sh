@@ -14,11 +14,11 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
 for stage in 1 2 3; do
     [ -e "$run/stage$stage/stair" ] && continue
     started=$SECONDS own=()
-    for file in "configs/small/$data.yaml" "configs/small/$data.stage$stage.yaml"; do
+    for file in "configs/scratch/$data.yaml" "configs/scratch/$data.stage$stage.yaml"; do
         [ -e "$file" ] && own+=(--config "$file")
     done
     "${PYTHON:-.venv/bin/python}" main.py fit --config "configs/stage$stage.yaml" --config configs/model/tiny.yaml \
-        --config "configs/data/$data.yaml" --config configs/small/base.yaml --config "configs/small/stage$stage.yaml" \
+        --config "configs/data/$data.yaml" --config configs/scratch/base.yaml --config "configs/scratch/stage$stage.yaml" \
         "${own[@]}" \
         --run "$run" --ckpt_path last "$@"
     echo "stage $stage: $((SECONDS - started)) s"

@@ -1,7 +1,7 @@
 """A whole training step of STAIR against one of dense CLIP: same towers, batch, loss over pairs, clipping and optimiser.
 
 python benchmarks/step.py                          ViT-B/16 and BERT-base from scratch, B=8, 1 % and 100 % active terms
-python benchmarks/step.py --towers small --batch 256 --half      the towers of configs/small
+python benchmarks/step.py --towers small --batch 256 --half      the towers of configs/scratch
 python benchmarks/step.py --towers demo --batch 128 --num_terms 244 --plain  make demo's, and with a plain head
 Pixels are random, captions have the lengths of --lengths. Append `> benchmarks/results/step_CHIP_DATE.md` to keep a record.
 """

@@ -121,9 +121,15 @@ def test_the_recipe_of_pretrained_towers_has_a_margin_and_what_trains_from_scrat
     for stage in STAGES:
         margins = [
             parsed(*files(f"stage{stage}", *more), SHARDS)["model"]["init_args"]["stair"]["in_caption_margin"]
-            for more in ([], [f"paper/stage{stage}"], ["model/tiny"], ["model/tiny", f"small/stage{stage}"])
+            for more in (
+                [],
+                [f"paper/stage{stage}"],
+                ["small/base"],
+                ["model/tiny"],
+                ["model/tiny", f"scratch/stage{stage}"],
+            )
         ]
-        assert margins == [3.0, 0.0, 0.0, 0.45]
+        assert margins == [3.0, 0.0, 0.0, 0.0, 0.45]
 
 
 @pytest.mark.parametrize("form", ["", "paper/"])

@@ -110,6 +110,8 @@ def test_own_data_is_prepared_trained_on_and_searched_as_get_started_says(tmp_pa
     search(prepare, tmp_path)
     few = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.global_batch_size", "32"]
     few += ["--model.init_args.optimizer.warmup_steps", "1"]
+    # encoders from scratch: those of the page are downloaded
+    few += ["--config", "configs/model/tiny.yaml", "--model.init_args.stair.image.freeze_until", "null"]
     for line, more in ((own_data[gpu], ["--print_config"]), (own_data[cpu], [])):
         for stage in "123":
             words = [word.replace("$k", stage) for word in line[: line.index("||")]]

@@ -72,9 +72,9 @@ stair doctor 'shards/train-*.tar' --vocabulary scenes/vocab.txt --image_size 64 
 # `configs/paper/` selects the hard mask of the paper, which suits these 244 terms and few steps. `mine.yaml` has the
 # settings for your data.
 #
-# For photographs, use `configs/scratch/` (soft mask, after `tiny.yaml`) instead of `configs/paper/`, and omit
-# `vocabulary` and `in_caption_margin`: the default is BERT's vocabulary, and each of its 30,522 tokens is a dimension
-# ([commands](../start/own-data.md#2-train)).
+# For photographs, use `configs/small/` (pretrained encoders, soft mask) instead of `tiny.yaml` and `configs/paper/`, and
+# omit `vocabulary` and `in_caption_margin`: the default is BERT's vocabulary, and each of its 30,522 tokens is a
+# dimension ([commands](../start/own-data.md#2-train)).
 
 # %%
 (HOME / "mine.yaml").write_text("""\
@@ -149,7 +149,7 @@ stair search photos.index --words "stripes:2 purple" --k 3
 # | You have | Change |
 # |---|---|
 # | A GPU and photographs | Omit `tiny.yaml` and `configs/paper/`; training then starts from pretrained encoders |
-# | A CPU and photographs | `configs/scratch/` as in step 3; [commands](../start/own-data.md#2-train) |
+# | A CPU and photographs | `configs/small/` as in step 3; [commands](../start/own-data.md#2-train) |
 # | Too little memory | `--model.init_args.micro_batch_size 128`: the loss is the same; pairs are encoded in parts |
 # | Recall at chance | Train longer, or decrease λ; see [alarms](../operations/errors.md#alarms) |
 # | Embeddings that are not sparse | Increase λ |
