@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The small runs of benchmarks/results/small_runs_2026-11-28.md: three stages on real images, all 30,522 terms, on CPU cores.
+# Three stages of configs/scratch on real images, all 30,522 terms, on CPU cores (benchmarks/results/small_runs_2026-11-28.md).
 #   benchmarks/small_runs.sh emoji_fluent runs/emoji        (or flickr8k; further arguments go to every stage)
 # STAIR_SHARED_DATA is the folder of the data sets. A stage that has exported its model is not run again.
 set -euo pipefail
