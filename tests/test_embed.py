@@ -365,8 +365,9 @@ def test_an_index_with_a_budget_is_that_of_embeddings_with_the_same_budget(stair
     stair("index", tmp_path / "cut", tmp_path / "all", "--budget", str(budget))
     stair("index", tmp_path / "same", tmp_path / "few")
     assert (tmp_path / "cut" / "index.arrow").read_bytes() == (tmp_path / "same" / "index.arrow").read_bytes()
-    with pytest.raises(SystemExit, match="budget"):
-        stair("index", tmp_path / "none", tmp_path / "all", "--budget", "0")
+    for bad in ([tmp_path / "none", tmp_path / "all", "--budget", "0"], [tmp_path / "same", "--budget", str(budget)]):
+        with pytest.raises(SystemExit, match="budget"):
+            stair("index", *bad)
     assert not (tmp_path / "none").exists()
 
 

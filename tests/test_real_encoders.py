@@ -41,7 +41,7 @@ def shard(path: Path, samples: int) -> str:
 
 
 def test_the_plan_of_real_encoders_runs_from_end_to_end(tmp_path):
-    shared = {"steps": 8, "batch": 4, "captions": 2, "views": 2, "positions": 0.5, "warmup": 1}
+    shared = {"steps": 8, "batch": 4, "captions": 2, "views": 2, "warmup": 1}
     variants = {
         "dense CLIP": {"kind": "clip"},
         "three stages": {"teacher": 0.5, "teachers": "dense CLIP", "teacher_seeds": [7]},

@@ -34,7 +34,6 @@ class Settings:
         steps: in all; `stages` are their shares.
         captions: K of each image in a batch; each is compared with all images in a loss of its own.
         views: augmented views drawn from; 1 is the plain image only.
-        positions: share of positions kept in training, drawn anew for each image.
         lr_stage2: factor on the learning rate in stage 2.
         decay: weight decay of matrices.
         margin: `in_caption_margin`; text_shift: added to the published biases of texts at the start.
@@ -51,7 +50,6 @@ class Settings:
     batch: int = 128
     captions: int = 1
     views: int = 1
-    positions: float = 1.0
     lr: float = 3e-3
     lr_stage2: float = 1.0
     decay: float = 0.05
@@ -140,18 +138,13 @@ class Model(nn.Module):
 
     def images(self, maps_BPD: Tensor, caption_ids: Tensor | None = None) -> Tensor:
         """(B, V), of late interaction (B, P, V); `caption_ids` (B, W) get a slope below zero."""
-        hidden_BPD = maps_BPD
-        keep = round(self.settings.positions * hidden_BPD.shape[1])
-        if self.training and keep < hidden_BPD.shape[1]:
-            drawn_BP = torch.rand(hidden_BPD.shape[:2]).argsort(1)[:, :keep]
-            hidden_BPD = hidden_BPD.gather(1, drawn_BP[..., None].expand(-1, -1, hidden_BPD.shape[2]))
         if self.settings.kind == "late":
-            return unit(self.image_projection(hidden_BPD))
+            return unit(self.image_projection(maps_BPD))
         if self.settings.kind == "clip":
-            dense_BV: Tensor = self.image_projection(hidden_BPD.mean(1)).float()
+            dense_BV: Tensor = self.image_projection(maps_BPD.mean(1)).float()
             return dense_BV
-        mask_BP = torch.ones(hidden_BPD.shape[:2], dtype=torch.bool)
-        image_BV: Tensor = self.image_head(hidden_BPD, mask_BP, caption_ids, negative_slope=self.settings.slope)
+        mask_BP = torch.ones(maps_BPD.shape[:2], dtype=torch.bool)
+        image_BV: Tensor = self.image_head(maps_BPD, mask_BP, caption_ids, negative_slope=self.settings.slope)
         return image_BV
 
     def texts(self, ids_CT: Tensor, mask_CT: Tensor) -> Tensor:

@@ -39,8 +39,10 @@ def index(
         budget: maximum number of terms of each added document; the heaviest are kept. Default: all terms.
         verify: check the checksum and all numbers.
     """
-    require(budget is None or budget >= 1, "budget", budget, "at least 1")
     folder, embeddings = Path(paths[0]), paths[1:]
+    require(
+        budget is None or (budget >= 1 and len(embeddings) > 0), "budget", budget, "at least 1, with embeddings to add"
+    )
     deleted = [delete] if delete is not None else []
     if delete_from is not None:
         deleted += delete_from.read_text(encoding="utf-8").splitlines()
