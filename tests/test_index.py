@@ -894,7 +894,9 @@ def test_a_terminal_shows_that_the_search_is_compiled_and_only_then(tmp_path):
     def terminal(cache, out, *options):
         ours, theirs = pty.openpty()
         stair, given = Path(sys.executable).with_name("stair"), tmp_path / "e.safetensors"
-        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / cache)}
+        # an earlier test may have run a command with --quiet in this process, which sets the variable
+        environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+        environment["NUMBA_CACHE_DIR"] = str(tmp_path / cache)
         command = [stair, "index", tmp_path / out, given, *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=theirs, env=environment)
         os.write(theirs, b"end")
