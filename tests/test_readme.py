@@ -108,10 +108,11 @@ def test_own_data_is_prepared_trained_on_and_searched_as_get_started_says(tmp_pa
     vocabulary = str(scenes / "vocab.txt")
     prepare = [[*line, *["--vocabulary", vocabulary] * (line[1] == "doctor")] for line in own_data[:gpu]]
     search(prepare, tmp_path)
-    few = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.global_batch_size", "32"]
-    few += ["--model.init_args.optimizer.warmup_steps", "1"]
+    (tmp_path / "trained.yaml").write_text("model: {init_args: {stair: {image: {freeze_until: null}}}}")
     # encoders from scratch: those of the page are downloaded
-    few += ["--config", "configs/model/tiny.yaml", "--model.init_args.stair.image.freeze_until", "null"]
+    few = ["--config", "configs/model/tiny.yaml", "--config", "trained.yaml"]
+    few += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.global_batch_size", "32"]
+    few += ["--model.init_args.optimizer.warmup_steps", "1"]
     for line, more in ((own_data[gpu], ["--print_config"]), (own_data[cpu], [])):
         for stage in "123":
             words = [word.replace("$k", stage) for word in line[: line.index("||")]]
