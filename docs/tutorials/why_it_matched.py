@@ -119,6 +119,6 @@ for top in (1, 2, 4, 8, 1000):
 # | You see | Likely reason |
 # |---|---|
 # | The right term on the wrong patch | The encoder mixes positions: the patch with the maximum may not show the object |
-# | A term unrelated to the image | A code: see the [vocabulary probe](../guides/evaluation.md#vocabulary-probe) |
+# | A term unrelated to the image | A code: see the [dictionary](../guides/evaluation.md#what-each-term-means) |
 # | Only background terms | Captions rarely name the object, or training was short |
 # | `dog` does not match `dogs` | Terms are tokens without lemmatisation |
