@@ -189,8 +189,7 @@ class StairStage(ContrastiveModule):
 
     def _within_budget(self, signed_BV: Tensor) -> Tensor:
         """The heaviest terms of images, and those below 0; in half of the steps all. The same draw on all ranks."""
-        draw = random.Random(self.trainer.global_step)
-        if not self.objective.image_budgets or draw.random() < 0.5:
+        if self.objective.image_budgets is None or (draw := random.Random(self.trainer.global_step)).random() < 0.5:
             return signed_BV
         least, most = map(math.log, self.objective.image_budgets)
         k = min(round(math.exp(draw.uniform(least, most))), signed_BV.shape[1])
