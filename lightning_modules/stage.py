@@ -23,7 +23,7 @@ from stair.batch import Batch
 from stair.errors import require
 from stair.losses import caption_loss, info_nce, info_nces, ramp
 from stair.model import Stair, StairConfig, StairDesign
-from stair.regularisers import Flops, TargetTerms
+from stair.regularisers import Flops, TargetTerms, within_budget
 
 
 @dataclass
@@ -64,7 +64,7 @@ class TextObjective:
     flops_image: ClassVar[float] = 0.0
     negative_slope: ClassVar[float] = 0.0
     caption_loss_weight: ClassVar[float] = 0.0
-    image_budgets: ClassVar[tuple[int, int] | None] = None
+    image_budgets: ClassVar[list[int] | None] = None
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -77,10 +77,9 @@ class TextObjective:
             value, least = getattr(self, name), int(name.startswith("target"))
             valid = value is None or (least <= value <= limit and math.isfinite(value))
             require(valid, f"objective.{name}", value, f"a finite number from {least} to {limit:g}")
-        fewest, greatest = self.image_budgets or (1, 1)
-        require(
-            1 <= fewest <= greatest, "objective.image_budgets", self.image_budgets, "null, or [least, most] from 1 up"
-        )
+        budgets = self.image_budgets
+        valid = budgets is None or (len(budgets) == 2 and 1 <= budgets[0] <= budgets[1])
+        require(valid, "objective.image_budgets", budgets, "null, or [least, most] from 1 up")
         allowed = "above 0 with caption_loss_weight, so that inactive terms have a gradient"
         require(not self.caption_loss_weight or self.negative_slope > 0, "objective.negative_slope", 0.0, allowed)
 
@@ -107,7 +106,7 @@ class Objective(TextObjective):
     flops_image: float = 1e-3  # type: ignore[misc]
     negative_slope: float = 0.0  # type: ignore[misc]
     caption_loss_weight: float = 0.0  # type: ignore[misc]
-    image_budgets: tuple[int, int] | None = None  # type: ignore[misc]
+    image_budgets: list[int] | None = None  # type: ignore[misc]
 
 
 class StairStage(ContrastiveModule):
@@ -165,7 +164,7 @@ class StairStage(ContrastiveModule):
         texts = [encoded[name] for name in self.weights]
         if self.trainer.global_step == 0 and batch_idx == 0 and self.objective.scale_start == "measure":
             self._measure_scale(signed_BV, texts[0], cosine)
-        compared_BV = self._within_budget(signed_BV)
+        compared_BV = self._compared(signed_BV)
         parts = dict(zip(self.weights, info_nces(compared_BV, texts, self.stair.scale, cosine), strict=True))
         contrastive = torch.stack([w * parts[name].loss for name, w in self.weights.items()]).sum()
         pair_loss_B = torch.stack([w * parts[name].pair_loss_B for name, w in self.weights.items()]).sum(0)
@@ -187,14 +186,12 @@ class StairStage(ContrastiveModule):
             logged["loss"] = logged["loss"] + self.objective.caption_loss_weight * logged["caption"]
         return self.report(logged, {**encoded, "image_BV": image_BV, "text_CV": encoded[self._evaluated]}, pair_loss_B)
 
-    def _within_budget(self, signed_BV: Tensor) -> Tensor:
-        """The heaviest terms of images, and those below 0; in half of the steps all. The same draw on all ranks."""
+    def _compared(self, signed_BV: Tensor) -> Tensor:
+        """The images that the contrastive loss compares: all ranks draw the same budget."""
         if self.objective.image_budgets is None or (draw := random.Random(self.trainer.global_step)).random() < 0.5:
             return signed_BV
         least, most = map(math.log, self.objective.image_budgets)
-        k = min(round(math.exp(draw.uniform(least, most))), signed_BV.shape[1])
-        heaviest_BV = torch.zeros_like(signed_BV, dtype=torch.bool).scatter_(1, signed_BV.topk(k).indices, True)
-        return signed_BV * (heaviest_BV | (signed_BV < 0))
+        return within_budget(signed_BV, round(math.exp(draw.uniform(least, most))))
 
     def _measure_scale(self, image_BV: Tensor, text_BV: Tensor, cosine: bool) -> None:
         one = torch.ones(1, device=self.device)

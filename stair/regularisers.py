@@ -1,7 +1,8 @@
-"""Sparsity regularisers: the paper's FLOPs, with a given λ or one that is adapted to a target number of active terms.
+"""Sparsity: the paper's FLOPs, with a given λ or one that is adapted to a target number of active terms, and budgets.
 
-Both act on the mean weight of each term over the *global* batch, so λ means the same on any number of devices. As in
-`stair.losses`, gradients are multiplied by the number of ranks, because data-parallel training averages over ranks.
+Both regularisers act on the mean weight of each term over the *global* batch, so λ means the same on any number of
+devices. As in `stair.losses`, gradients are multiplied by the number of ranks, because data-parallel training averages
+over ranks.
 
 B rows here, G rows on all ranks, V terms.
 """
@@ -69,3 +70,17 @@ class TargetTerms(Flops):
     def factor(self) -> Tensor:
         """What λ is multiplied with."""
         return self.log_factor.exp()
+
+
+def within_budget(signed: Tensor, budget: int) -> Tensor:
+    """Keeps the heaviest terms of each row.
+
+    Args:
+        signed: (B, V) weights.
+        budget: how many terms are kept, at least 1; all if there are fewer.
+
+    Returns:
+        (B, V). Weights below 0 (`objective.negative_slope`) stay, so that their terms keep a gradient.
+    """
+    heaviest_BK = signed.topk(min(budget, signed.shape[1])).indices
+    return signed * (torch.zeros_like(signed, dtype=torch.bool).scatter_(1, heaviest_BK, True) | (signed < 0))

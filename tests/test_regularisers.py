@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from lightning_modules import Stage3
 from lightning_modules.optimizer import Optimizer
 from lightning_modules.stage import Objective
-from stair.regularisers import Flops, TargetTerms
+from stair.regularisers import Flops, TargetTerms, within_budget
 from tests.support.models import tiny_config
 
 KINDS = {"flops": Flops, "target": lambda: TargetTerms(5.0)}
@@ -125,3 +125,18 @@ def test_a_stage_takes_steps_with_each(vocab_file, captions, pixels, monkeypatch
     assert float(found[1]["loss"].detach()) == pytest.approx(float(found[1]["contrastive"]) + cost, rel=1e-5)
     # only `target` moves λ, and it rises while more words are active than wanted
     assert (float(found[1]["lambda_text"]) > 1.001e-3) == (name == "target")
+
+
+@pytest.mark.parametrize("budget", [1, 4, 9, 20])
+def test_a_budget_keeps_the_heaviest_terms_and_those_below_zero(budget):
+    signed_BV = torch.randn(6, 9, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    kept_BV = within_budget(signed_BV, budget)
+    expected_BV = torch.zeros(6, 9)
+    for b, row_V in enumerate(signed_BV.tolist()):
+        heaviest = sorted(range(9), key=lambda v: -row_V[v])[:budget]
+        for v, weight in enumerate(row_V):
+            if v in heaviest or weight < 0:
+                expected_BV[b, v] = weight
+    assert torch.equal(kept_BV, expected_BV)
+    (gradient_BV,) = torch.autograd.grad(kept_BV.sum(), [signed_BV])
+    assert torch.equal(gradient_BV != 0, expected_BV != 0)

@@ -387,8 +387,9 @@ def test_an_objective_that_cannot_train_is_refused():
         {"negative_slope": 0.0, "caption_loss_weight": 1.0},
         {"caption_loss_weight": -1.0},
         {"target_text": 0.0},
-        {"image_budgets": (0, 8)},
-        {"image_budgets": (9, 8)},
+        {"image_budgets": [0, 8]},
+        {"image_budgets": [9, 8]},
+        {"image_budgets": [8]},
     ):
         with pytest.raises(SettingError) as refused:
             Objective(**bad)
@@ -415,11 +416,11 @@ def test_with_image_budgets_half_of_the_steps_compare_only_the_heaviest_terms_of
         expected[k] = float(entropy(logits_BC, pair) + entropy(logits_BC.T, pair)) / 2
     drawn = []
     for number in range(30):
-        got, _ = step((2, 4), number)
+        got, _ = step([2, 4], number)
         assert got["flops_image"] == whole["flops_image"]
         drawn += [k for k, value in expected.items() if float(got["contrastive"]) == pytest.approx(value, rel=1e-5)]
     assert len(drawn) == 30 and set(drawn) == set(expected) and 8 <= drawn.count(image_BV.shape[1]) <= 22
-    assert step((2, 4), 5)[0]["contrastive"] == step((2, 4), 5)[0]["contrastive"]
+    assert step([2, 4], 5)[0]["contrastive"] == step([2, 4], 5)[0]["contrastive"]
 
 
 @pytest.mark.parametrize("cls, share", [(Stage1, 0.0), (Stage3, 1.0)])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks.real_encoders.model import unit
 from stair.index.query import idf_factor
 from stair.losses import info_nce
+from stair.regularisers import within_budget
 
 _BATCH, _RATE = 512, 2e-3  # of the autoencoder
 _AUXILIARY, _DEAD_AFTER, _DEAD_CODES = 1 / 32, 30, 512  # weight, steps and codes of the loss of CSR's authors
@@ -74,12 +75,6 @@ class BM25:
         return score_NC
 
 
-def largest(rows_BV: Tensor, k: int) -> Tensor:
-    """The k largest values of each row, without those below 0; zero elsewhere."""
-    best = rows_BV.topk(k)
-    return torch.zeros_like(rows_BV).scatter(1, best.indices, best.values.relu())
-
-
 class Autoencoder(nn.Module):
     """Top-k sparse autoencoder of unit rows, for images and texts alike; the decoder is the encoder's transpose.
 
@@ -136,7 +131,7 @@ class Autoencoder(nn.Module):
             aux_BD = self._decoded(own_BV, min(_DEAD_CODES, len(dead_V)), 0.0)
             loss = loss + _AUXILIARY * (rest_BD - aux_BD).square().sum() / rest_BD.square().sum()
         if self.contrast:
-            image_BV, text_BV = largest(code_BV, k).chunk(2)
+            image_BV, text_BV = within_budget(code_BV.relu(), k).chunk(2)
             loss = loss + self.contrast * info_nce(image_BV, text_BV, self.log_scale.exp(), cosine=True).loss
         return loss
 

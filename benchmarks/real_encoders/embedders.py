@@ -13,10 +13,11 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from benchmarks.real_encoders.baselines import BM25, Autoencoder, Splice, largest, max_sim
+from benchmarks.real_encoders.baselines import BM25, Autoencoder, Splice, max_sim
 from benchmarks.real_encoders.model import Data, Model, images_of, texts_of, unit
 from benchmarks.real_encoders.train import Teacher
 from stair.ranking import SparseRows
+from stair.regularisers import within_budget
 
 
 class Embedder:
@@ -130,11 +131,11 @@ class Largest(Embedder):
 
     def images(self, split: str) -> Tensor:
         """(N, V)."""
-        return largest(self.of.images(split), self.terms)
+        return within_budget(self.of.images(split), self.terms)
 
     def texts(self, split: str) -> Tensor:
         """(C, V)."""
-        return largest(self.of.texts(split), self.terms)
+        return within_budget(self.of.texts(split), self.terms)
 
 
 class Codes(Embedder):
@@ -185,7 +186,7 @@ class AutoencoderCodes(Codes):
 
     def codes(self, rows_ND: Tensor) -> Tensor:
         """(N, V), k of them active or fewer."""
-        return largest(self.coder(rows_ND), self.terms)
+        return within_budget(self.coder(rows_ND).relu(), self.terms)
 
 
 class SpliceCodes(Codes):

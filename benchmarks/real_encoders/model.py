@@ -65,7 +65,7 @@ class Settings:
     ramp: float = 0.25
     scale: float = 14.3
     caption: float = 0.0
-    image_budgets: tuple[int, int] | None = None
+    image_budgets: list[int] | None = None
     teacher: float = 0.0
 
 

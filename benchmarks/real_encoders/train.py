@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks.real_encoders.baselines import late_loss
 from benchmarks.real_encoders.model import Data, Model, Settings, images_of, texts_of, unit
 from stair.losses import caption_loss, flops, info_nces, ramp
+from stair.regularisers import within_budget
 
 
 def train(settings: Settings, data: Data, seed: int, text: str, teachers: Sequence[Teacher] = ()) -> Model:
@@ -101,7 +102,7 @@ def _loss(model: Model, data: Data, batch: Batch, step: int, frozen: bool, teach
     text_CV = model.texts(ids_CT, mask_CT)
     if s.kind == "late":
         return late_loss(signed_BV, text_CV.chunk(K), scale)
-    scored_BV = _within_budget(signed_BV, s.image_budgets)
+    scored_BV = _compared(signed_BV, s.image_budgets)
     texts, weights = list(text_CV.chunk(K)), [1 / K] * K
     masked = s.masked if s.kind == "stair" else 0.0
     if s.hard_mask:
@@ -122,13 +123,11 @@ def _loss(model: Model, data: Data, batch: Batch, step: int, frozen: bool, teach
     return loss
 
 
-def _within_budget(signed_BV: Tensor, budgets: tuple[int, int] | None) -> Tensor:
-    """As `StairStage` does: in half of the steps only the k heaviest terms."""
+def _compared(signed_BV: Tensor, budgets: list[int] | None) -> Tensor:
+    """As in `StairStage`: in half of the steps only the k heaviest terms."""
     if budgets is None or torch.rand(()) < 0.5:
         return signed_BV
-    k = round(math.exp(float(torch.empty(()).uniform_(*map(math.log, budgets)))))
-    heaviest_BV = torch.zeros_like(signed_BV, dtype=torch.bool).scatter_(1, signed_BV.topk(k).indices, True)
-    return signed_BV * (heaviest_BV | (signed_BV < 0))
+    return within_budget(signed_BV, round(math.exp(float(torch.empty(()).uniform_(*map(math.log, budgets))))))
 
 
 def _distil(
