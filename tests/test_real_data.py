@@ -27,7 +27,7 @@ def test_three_stages_take_steps_on_real_images_with_the_whole_vocabulary(
 ):
     monkeypatch.setenv("STAIR_SHARED_DATA", str(shared_data))
     for stage in (1, 2, 3):
-        files = [f"stage{stage}", "model/tiny", f"data/{overlay}", "small/base", f"small/stage{stage}"]
+        files = [f"stage{stage}", "model/tiny", f"data/{overlay}", "scratch/base", f"scratch/stage{stage}"]
         configs = [word for name in files for word in ("--config", str(ROOT / f"configs/{name}.yaml"))]
         warmup = ["--model.init_args.optimizer.warmup_steps", "1"]
         cli = main(["fit", *configs, "--run", str(tmp_path), *FEW, *SIZE, *warmup])
