@@ -22,7 +22,8 @@ from stair.vocabulary import Vocabulary, is_stop_word
 CLASSES = {
     "grounded": "where it is active, captions contain its word",
     "related": "where it is active, captions contain a word that co-occurs with it",
-    "code": "none of these: nothing shows that it means its word",
+    "code": "where it is active, captions contain neither clearly more often than elsewhere",
+    "unproven": "active on too few images, or its word in too few captions, to tell these apart",
     "stop word": "a function word of English, or without a letter",
     "dead": "never active in this set",
 }
@@ -101,6 +102,7 @@ class Share(NamedTuple):
     active_V: NDArray[np.float64]
     hits_V: NDArray[np.float64]
     base_V: NDArray[np.float64]  # share of all rows
+    rows: int
 
     @classmethod
     def of(cls, weight_XV: csr_matrix, looked_for_XV: csr_matrix) -> "Share":
@@ -108,13 +110,22 @@ class Share(NamedTuple):
         active_XV = (weight_XV > 0).astype(float)
         sums = (active_XV, active_XV.multiply(looked_for_XV), looked_for_XV)
         active_V, hits_V, all_V = (np.asarray(each.sum(0)).ravel() for each in sums)
-        return cls(active_V, hits_V, all_V / max(1, weight_XV.shape[0]))
+        rows = weight_XV.shape[0]
+        return cls(active_V, hits_V, all_V / max(1, rows), rows)
 
     def confirms(self, v: int) -> bool:
         """Whether the share is half or twice that of all rows, and the lower end of its interval above that of all rows."""
         if not self.active_V[v] or self.interval(v)[0] <= self.base_V[v]:
             return False
-        return bool(self.hits_V[v] / self.active_V[v] >= min(0.5, 2 * self.base_V[v]))
+        return bool(self.hits_V[v] / self.active_V[v] >= self._wanted(v))
+
+    def excludes(self, v: int) -> bool:
+        """Whether the upper end of the interval is below that share, no row has what is looked for, or each row is active."""
+        hopeless = not self.base_V[v] or self.active_V[v] == self.rows
+        return bool(hopeless or self.interval(v)[1] < self._wanted(v))
+
+    def _wanted(self, v: int) -> float:
+        return min(0.5, 2 * float(self.base_V[v]))
 
     def interval(self, v: int) -> tuple[float, float]:
         """The 95 % Wilson interval of the share of active rows."""
@@ -168,11 +179,10 @@ def describe(lemmas: Lemmas, evidence: Evidence, corpus_MV: csr_matrix, similari
     terms = []
     for v in np.flatnonzero(own["images"].active_V + own["texts"].active_V).tolist():
         side = "images" if own["images"].active_V[v] else "texts"
-        kind = "grounded" if own[side].confirms(v) else "related" if related[side].confirms(v) else "code"
         terms.append(
             {
                 "term": vocabulary.tokens[v],
-                "class": "stop word" if stop_V[v] else kind,
+                "class": "stop word" if stop_V[v] else _class(own[side], related[side], v),
                 **{key: int(own[key].active_V[v]) for key in own},
                 "weight": float(weight_of["images"][v]),
                 "text_weight": float(weight_of["texts"][v]),
@@ -183,6 +193,14 @@ def describe(lemmas: Lemmas, evidence: Evidence, corpus_MV: csr_matrix, similari
             }
         )
     return sorted(terms, key=lambda term: (-term["weight"], -term["text_weight"]))
+
+
+def _class(own: Share, related: Share, v: int) -> str:
+    if own.confirms(v):
+        return "grounded"
+    if related.confirms(v):
+        return "related"
+    return "code" if own.excludes(v) and related.excludes(v) else "unproven"
 
 
 def _on_images(v: int, columns: dict[str, csc_matrix]) -> dict[str, Any]:
