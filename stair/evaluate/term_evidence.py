@@ -120,7 +120,7 @@ class Share(NamedTuple):
         return bool(self.hits_V[v] / self.active_V[v] >= self._wanted(v))
 
     def excludes(self, v: int) -> bool:
-        """Whether the upper end of the interval is below that share, no row has what is looked for, or each row is active."""
+        """Whether the upper end of the interval is below that share, no row has what is sought, or all are active."""
         hopeless = not self.base_V[v] or self.active_V[v] == self.rows
         return bool(hopeless or self.interval(v)[1] < self._wanted(v))
 
