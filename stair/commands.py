@@ -71,6 +71,7 @@ COMMANDS: dict[str, tuple[str, str | dict[str, str], str]] = {
     "consolidate": ("convert a checkpoint to a model folder", "lightning_modules.consolidate:consolidate", "train"),
 }
 _EPILOGUE = "Exit codes: 0 success, 1 error (doctor: training would stop), 2 invalid option, 70 watchdog, 128 + signal."
+_COMPLETION = 'Shell completion: eval "$(stair --completion bash)" (or zsh, fish)'
 
 
 def run(words: list[str]) -> None:
@@ -107,7 +108,7 @@ def _command_line(chosen: str) -> App:
         "stair",
         help="STAIR: sparse, readable image and text embeddings.",
         help_format="plaintext",
-        help_epilogue=_EPILOGUE,
+        help_epilogue=_EPILOGUE if chosen in COMMANDS else f"{_EPILOGUE}\n{_COMPLETION}",
         version=__version__,
         default_parameter=typed,
         result_action="return_value",

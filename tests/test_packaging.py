@@ -140,6 +140,10 @@ def test_help_imports_neither_torch_nor_lightning(args: tuple[str, ...]):
     assert done.stdout.splitlines()[-1] == "LOADED"
 
 
+def test_the_help_of_all_commands_names_shell_completion():
+    assert ["--completion" in run(STAIR, *args).stdout for args in (("--help",), ("embed", "--help"))] == [True, False]
+
+
 def test_an_unknown_word_of_stair_is_refused_with_the_known_ones():
     done = run(STAIR, "train")
     assert done.returncode == 2 and 'Unknown command "train"' in done.stderr and "fit, validate" in done.stderr
