@@ -139,7 +139,7 @@ def test_the_table_means_over_seeds_and_chooses_on_validation(scripts, tmp_path)
     assert f"t, i→t R@1: {0.1 / 0.4:.2f} × dense, wanted 1.08: not met" in text
     assert f"| v | b (2) | {0.40 / 0.32:.2f} | " in text and "lucky ←" not in text
     assert text.count("Frequency baseline (the most frequent term for every image): captions 32.4.") == 1
-    assert (tmp_path / "recall_against_words.png").stat().st_size > 1000
+    assert (tmp_path / "recall_against_terms.png").stat().st_size > 1000
     chosen = json.loads((tmp_path / "table.json").read_text())
     assert (chosen["selected"], chosen["baseline"]) == ("a", "dense")
     # (0.3 + 0.5) / 2 of the best, 0.05 above (0.4 + 0.5) / 2, and of that; of images alone (0.35 + 0.5) / 2

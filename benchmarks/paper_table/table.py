@@ -220,10 +220,10 @@ def _plot(plan: dict[str, Any], found: dict[str, list[dict[str, Any]]], out: Pat
                 axis.errorbar(statistics.mean(words), statistics.mean(recall), spread, fmt=shape, label=title)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(ScalarFormatter())
-        axis.set(xlabel="active terms an image", ylabel=f"{head}, %", title=first)
+        axis.set(xlabel="active terms per image", ylabel=f"{head}, %", title=first)
         axis.grid(alpha=0.3)
     figure.axes[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(out / "recall_against_words.png")
+    figure.savefig(out / "recall_against_terms.png")
 
 
 if __name__ == "__main__":
