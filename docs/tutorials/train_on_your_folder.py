@@ -148,7 +148,7 @@ stair search photos.index --words "stripes:2 purple" --k 3
 #
 # | You have | Change |
 # |---|---|
-# | A GPU and photographs | Omit `tiny.yaml` and `configs/paper/`; training then starts from pretrained encoders |
+# | A GPU and photographs | Only `configs/stageK.yaml` and your data; [commands](../start/own-data.md#2-train) |
 # | A CPU and photographs | `configs/small/` as in step 3; [commands](../start/own-data.md#2-train) |
 # | Too little memory | `--model.init_args.micro_batch_size 128`: the loss is the same; pairs are encoded in parts |
 # | Recall at chance | Train longer, or decrease λ; see [alarms](../operations/errors.md#alarms) |
