@@ -1,9 +1,9 @@
-"""Coverage-guided fuzzing (atheris) of the doors that strangers' bytes come through.
+"""Coverage-guided fuzzing (atheris) of the functions that read untrusted bytes.
 
 pip install atheris && python -m benchmarks.fuzz FOLDER --seconds 60      # a table, and FOLDER/fuzz.json
 
-Each door has a process of its own, begins with whole examples, and keeps what reaches new code in FOLDER/door. An input
-may be refused with the errors that the door names; any other ends the process, and the input is kept beside.
+Each target has its own process and starts from valid examples. Inputs that reach new code are kept in FOLDER/NAME. A target
+may raise the errors that it names. Any other error ends its process, and the input is kept in the same folder.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-Door = Callable[[bytes], None]
+Target = Callable[[bytes], None]
 
 
-def _tar(folder: Path) -> tuple[Door, list[bytes]]:
+def _tar(folder: Path) -> tuple[Target, list[bytes]]:
     """A shard: members, samples, captions."""
     from stair.data.samples import captions
     from stair.data.tars import read_samples, walk
@@ -30,7 +30,7 @@ def _tar(folder: Path) -> tuple[Door, list[bytes]]:
 
     path = folder / "a.tar"
 
-    def door(data: bytes) -> None:
+    def target(data: bytes) -> None:
         path.write_bytes(data)
         with suppress(FileError):
             for sample in read_samples(str(path)):
@@ -39,26 +39,26 @@ def _tar(folder: Path) -> tuple[Door, list[bytes]]:
         with suppress(ValueError):
             list(walk(str(path), compressed=True))
 
-    return door, [WHOLE[:4096], WHOLE[:1600]]
+    return target, [WHOLE[:4096], WHOLE[:1600]]
 
 
-def _captions(folder: Path) -> tuple[Door, list[bytes]]:
-    """The json and text of a sample, to word pieces."""
+def _captions(folder: Path) -> tuple[Target, list[bytes]]:
+    """The JSON and text of a sample, to tokens."""
     from stair import Vocabulary
     from stair.data.samples import captions
     from tests.support.models import write_vocabulary
 
     vocabulary = Vocabulary(write_vocabulary(folder / "vocab.txt"))
 
-    def door(data: bytes) -> None:
+    def target(data: bytes) -> None:
         for kind in ("json", "txt"):
             with suppress(ValueError):
                 vocabulary.tokenize(captions({kind: data}), 12)
 
-    return door, [b'{"captions": ["a red dog", "two cats"]}', b'{"caption": "x"}', "naïve 犬".encode()]
+    return target, [b'{"captions": ["a red dog", "two cats"]}', b'{"caption": "x"}', "naïve 犬".encode()]
 
 
-def _query(folder: Path) -> tuple[Door, list[bytes]]:
+def _query(folder: Path) -> tuple[Target, list[bytes]]:
     """What people type into a search: words, weights, conditions; halves of characters too."""
     from stair import SparseIndex
     from stair.index.query import parse_words
@@ -66,15 +66,15 @@ def _query(folder: Path) -> tuple[Door, list[bytes]]:
 
     index = SparseIndex.build(folder / "i", embeddings(9, metadata=[{"n": n, "t": "x"} for n in range(9)]))
 
-    def door(data: bytes) -> None:
+    def target(data: bytes) -> None:
         typed, _, where = data.decode("utf-8", "surrogateescape").partition("\0")  # as on a command line
         with suppress(ValueError):
             index.search(words=parse_words(typed), where=[where] if where else [], k=5)
 
-    return door, [b"dog:2 beach -people\0n<=3", b"w9:-1e9\0t!=x", "\u00e9\u72ac".encode()]
+    return target, [b"dog:2 beach -people\0n<=3", b"w9:-1e9\0t!=x", "\u00e9\u72ac".encode()]
 
 
-def _index(folder: Path) -> tuple[Door, list[bytes]]:
+def _index(folder: Path) -> tuple[Target, list[bytes]]:
     """The file of an index, with a checksum that agrees, as a stranger could write it."""
     import numpy as np
 
@@ -86,17 +86,17 @@ def _index(folder: Path) -> tuple[Door, list[bytes]]:
     SparseIndex.build(folder / "i", embeddings(5, metadata=[{"n": n, "t": f"t{n % 2}"} for n in range(5)]))
     State.check_digest = lambda _: None  # type: ignore[method-assign]
 
-    def door(data: bytes) -> None:
+    def target(data: bytes) -> None:
         path.write_bytes(data)
         with suppress(ValueError):
             index = SparseIndex.open(folder / "i")
             index.verify()
             index.search(np.ones((1, V), np.float32), 5)
 
-    return door, [path.read_bytes()]
+    return target, [path.read_bytes()]
 
 
-def _model(folder: Path) -> tuple[Door, list[bytes]]:
+def _model(folder: Path) -> tuple[Target, list[bytes]]:
     """The description in a model's folder."""
     from stair.model import StairConfig
     from stair.towers import read_description
@@ -105,17 +105,17 @@ def _model(folder: Path) -> tuple[Door, list[bytes]]:
     good["model"] = {"vocabulary": "vocab.txt", "image": {"name": "x", "options": {}}, "text": {"max_tokens": 9}}
     (folder / "model.safetensors").touch()
 
-    def door(data: bytes) -> None:
+    def target(data: bytes) -> None:
         (folder / "config.json").write_bytes(data)
         with suppress(ValueError):
             described = read_description(folder)["model"]
             with suppress(TypeError, KeyError, AttributeError):  # `from_pretrained` makes a ValueError of them
                 StairConfig.from_dict(described)
 
-    return door, [json.dumps(good).encode()]
+    return target, [json.dumps(good).encode()]
 
 
-def _request(folder: Path) -> tuple[Door, list[bytes]]:
+def _request(folder: Path) -> tuple[Target, list[bytes]]:
     """A picture of a request: decoded, or refused."""
     from PIL import Image
 
@@ -126,14 +126,14 @@ def _request(folder: Path) -> tuple[Door, list[bytes]]:
         Image.new("RGB", (5, 4), "red").save(file := io.BytesIO(), kind)
         examples.append(file.getvalue())
 
-    def door(data: bytes) -> None:
+    def target(data: bytes) -> None:
         with suppress(ValueError):
             decode_image(data, max_pixels=1_000_000)
 
-    return door, examples
+    return target, examples
 
 
-DOORS = {
+TARGETS = {
     "shards": _tar,
     "captions": _captions,
     "queries": _query,
@@ -144,45 +144,45 @@ DOORS = {
 
 
 def inside(name: str, folder: Path, seconds: int) -> None:
-    """Fuzzes one door; ends the process."""
+    """Fuzzes one target; ends the process."""
     import atheris
 
     # numba cannot compile what is instrumented
     with atheris.instrument_imports(include=["datamodules", "stair"], exclude=["stair.index.scoring"]):
-        door, examples = DOORS[name](folder)
+        target, examples = TARGETS[name](folder)
     kept = folder / "kept"
     kept.mkdir()
     for n, example in enumerate(examples):
-        door(example)  # what is compiled at the first call takes longer than any input may
+        target(example)  # what is compiled at the first call takes longer than any input may
         (kept / f"example-{n}").write_bytes(example)
     limits = [f"-max_total_time={seconds}", "-timeout=60", "-rss_limit_mb=4096", "-max_len=8192"]
-    atheris.Setup([name, *limits, "-print_final_stats=1", f"-artifact_prefix={folder}/", str(kept)], door)
+    atheris.Setup([name, *limits, "-print_final_stats=1", f"-artifact_prefix={folder}/", str(kept)], target)
     atheris.Fuzz()
 
 
 def outside(name: str, folder: Path, seconds: int) -> dict[str, Any]:
-    """Starts the process of a door, and reads what it says."""
+    """Runs the process of a target and reads its output."""
     (folder / name).mkdir(parents=True)
-    command = [sys.executable, "-m", "benchmarks.fuzz", str(folder / name), "--seconds", str(seconds), "--door", name]
+    command = [sys.executable, "-m", "benchmarks.fuzz", str(folder / name), "--seconds", str(seconds), "--target", name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     (folder / name / "log.txt").write_text(done.stdout + done.stderr)
     tried = re.findall(r"stat::number_of_executed_units:\s*(\d+)", done.stderr)
     reached = re.findall(r" cov: (\d+)", done.stderr)
     raised = re.findall(r"=== Uncaught Python exception: ===\n(.*)", done.stdout + done.stderr)
-    found = {"door": name, "seconds": seconds, "tried": int(tried[-1]) if tried else 0}
+    found = {"target": name, "seconds": seconds, "tried": int(tried[-1]) if tried else 0}
     return found | {"places": int(reached[-1]) if reached else 0, "ended": done.returncode, "raised": raised[:1]}
 
 
 def main() -> None:
-    """Runs what the words say, prints it and writes it down."""
+    """Fuzzes the chosen targets; prints and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="for what is kept; must not exist")
-    parser.add_argument("--seconds", type=int, default=60, help="for each door")
-    parser.add_argument("--only", nargs="*", choices=list(DOORS), default=list(DOORS))
-    parser.add_argument("--door", help=argparse.SUPPRESS)
+    parser.add_argument("folder", type=Path, help="folder of the results; must not exist")
+    parser.add_argument("--seconds", type=int, default=60, help="of each target")
+    parser.add_argument("--only", nargs="*", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--target", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.door:
-        inside(asked.door, asked.folder, asked.seconds)
+    if asked.target:
+        inside(asked.target, asked.folder, asked.seconds)
         return
     results = []
     for name in asked.only:

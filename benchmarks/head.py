@@ -74,7 +74,7 @@ def images(args):
 
 
 def lengths(args):
-    """Word pieces of real captions, [CLS] and [SEP] included, as a mask."""
+    """Tokens of real captions, [CLS] and [SEP] included, as a mask."""
     from stair.vocabulary import Vocabulary
 
     captions = []
@@ -99,7 +99,7 @@ def texts(args):
     device, mask = torch.device(args.device), lengths(args)
     print(header(f"Text head, B={args.batch} T={args.positions} D={args.width} V={args.num_terms}", device))
     size_B = mask.sum(1)
-    print(f"captions of {int(size_B.min())} to {int(size_B.max())} pieces, mean {float(size_B.float().mean()):.1f}\n")
+    print(f"captions of {int(size_B.min())} to {int(size_B.max())} tokens, mean {float(size_B.float().mean()):.1f}\n")
     forms = {"padded": inputs(args, 0.01), "packed": inputs(args, 0.01, mask)}
     print(
         table(

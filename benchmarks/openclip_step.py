@@ -34,9 +34,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {"batch": 8, "rounds": 5, "threads": 1, "num_terms": 30_522}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument(
-        "--lengths", type=int, nargs=2, default=(8, 37), help="shortest and longest caption, word pieces"
-    )
+    parser.add_argument("--lengths", type=int, nargs=2, default=(8, 37), help="shortest and longest caption, in tokens")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--half", action="store_true", help="bf16 autocast")
     args = parser.parse_args()

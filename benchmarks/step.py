@@ -121,9 +121,7 @@ def main():
     for name, value in {"batch": 8, "num_terms": 30_522, "rounds": 5, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--towers", choices=["base", "small", "demo"], default="base")
-    parser.add_argument(
-        "--lengths", type=int, nargs=2, default=(8, 37), help="shortest and longest caption, word pieces"
-    )
+    parser.add_argument("--lengths", type=int, nargs=2, default=(8, 37), help="shortest and longest caption, in tokens")
     parser.add_argument("--active", type=float, nargs="+", default=[0.01, 1.0])
     parser.add_argument("--plain", action="store_true", help="STAIR with the textbook's head as well")
     parser.add_argument("--device", default="cpu")

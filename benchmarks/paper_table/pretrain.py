@@ -1,11 +1,11 @@
-"""Towers that know something before the first step, for plans that ask what published towers would change.
+"""Pretrains both encoders, for plans that measure what published encoders would change.
 
     python benchmarks/paper_table/pretrain.py PLAN DENSE OUT [--steps 3000]
 
-OUT/text is a BERT with its masked-LM head, taught on the captions of the plan's training shards (15 % of the pieces are
-hidden: 80 % of these behind [MASK], 10 % each behind another word and behind themselves, as for BERT); OUT/image the ViT of
-DENSE, a dense CLIP model of another seed than the plan's. `stair.text.name` and `stair.image.name` (`local-dir:OUT/image`)
-take them; sizes are those of DENSE. No stand-in for BERT's billions of words: it gives every word a vector with a meaning.
+OUT/text is a BERT with its masked-LM head, trained on the captions of the plan's training shards. As for BERT, 15 % of the
+tokens are masked: 80 % of these by [MASK], 10 % by a random token, 10 % stay. OUT/image is the ViT of DENSE, a dense CLIP
+model of a seed that the plan does not use. Set `stair.text.name` to OUT/text, and `stair.image.name` to
+`local-dir:OUT/image`. Sizes are those of DENSE. The captions do not replace BERT's billions of words.
 """
 
 import argparse
@@ -27,7 +27,7 @@ _BATCH, _RATE, _HIDDEN = 256, 2e-3, 0.15
 
 
 def pretrain(plan_path: Path, dense: Path, out: Path, steps: int) -> None:
-    """Writes both towers."""
+    """Writes both encoders."""
     torch.manual_seed(0)
     clip = DenseClip.from_pretrained(dense)
     save_for_hf(clip.image_encoder.backbone, out / "image", safe_serialization=True)
@@ -45,14 +45,14 @@ def pretrain(plan_path: Path, dense: Path, out: Path, steps: int) -> None:
         chosen = (torch.rand(ids.shape) < _HIDDEN) & mask & ~torch.isin(ids, never)
         way, others = torch.rand(ids.shape), torch.randint(len(clip.vocabulary), ids.shape)
         shown = torch.where(chosen & (way < 0.8), hidden_id, torch.where(chosen & (way > 0.9), others, ids))
-        hidden_HD = bert.bert(input_ids=shown, attention_mask=mask.long()).last_hidden_state[chosen]  # H hidden pieces
+        hidden_HD = bert.bert(input_ids=shown, attention_mask=mask.long()).last_hidden_state[chosen]  # H masked tokens
         loss = torch.nn.functional.cross_entropy(bert.cls(hidden_HD), ids[chosen])
         loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
-            print(f"step {step}: loss of hidden words {loss.item():.2f}", flush=True)
+            print(f"step {step}: loss of masked tokens {loss.item():.2f}", flush=True)
     bert.eval().save_pretrained(out / "text")
 
 
