@@ -6,6 +6,7 @@ import json
 import os
 import random
 import zlib
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -263,6 +264,28 @@ def test_a_resumed_run_must_join_as_many_captions(tmp_path, vocab):
     state = loader(train, vocab).state_dict()
     with pytest.raises(SettingError, match="join_captions"):
         loader(train, vocab, join_captions=2).load_state_dict(state)
+
+
+def test_fields_give_captions_by_their_weights_and_the_share_of_a_missing_one_goes_to_the_others(tmp_path, vocab):
+    weights, texts = (
+        {"caption": 0.7, "alt": 0.3, "txt": 0.5},
+        {"caption": "word1", "alt": ["word2", ""], "txt": "word3"},
+    )
+    kinds = [{"caption", "alt", "txt"}, {"caption", "alt"}, {"alt", "txt"}, {"caption"}]
+    members = {}
+    for kind, n in itertools.product(range(len(kinds)), range(100)):
+        fields = {field: texts[field] for field in sorted(kinds[kind])} | {"other": "word4"}
+        members |= {f"{kind}-{n}.png": picture(0), f"{kind}-{n}.txt": fields.pop("txt", "").encode()}
+        members[f"{kind}-{n}.json"] = json.dumps(fields).encode()
+    spec = str(write_tar(tmp_path / "a.tar", members))
+    train = loader(spec, vocab, global_batch_size=80, caption_fields=weights)
+    rows = [row for _ in range(8) for batch in train for row in zip(batch["key"], batch["ids"].tolist(), strict=True)]
+    drawn = Counter((key[2], ids[1]) for key, ids in rows)
+    for kind, fields in enumerate(kinds):
+        for number, field in enumerate(weights, 6):
+            share = weights[field] / sum(weights[each] for each in fields) if field in fields else 0
+            error = 4 * (share * (1 - share) / 800) ** 0.5
+            assert drawn[str(kind), number] / 800 == pytest.approx(share, abs=error), (fields, field)
 
 
 def test_img2dataset_members_are_read(tmp_path, vocab):
