@@ -9,6 +9,7 @@ import signal
 import socket
 import tarfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import fsspec
@@ -542,6 +543,21 @@ def test_neighbours_from_afar_are_read_by_one_request(tmp_path, vocab, server):
     server.parts.clear()
     assert digest(next(iter(far))) == digest(next(iter(near)))
     assert sum(count for part, count in server.parts.items() if ".idx" not in part) == 1
+
+
+@pytest.mark.parametrize(("machines", "shared"), [(2, 1), (3, 8), (4, 3)])
+def test_a_machine_fetches_its_own_shards_and_few_that_another_one_fetches(tmp_path, vocab, server, machines, shared):
+    """Parts may end within a shard. Of the 8 lanes of a batch, 2 serve two of 3 machines; a lane is of up to 4 shards."""
+    indexed(tmp_path / "served", [15, 25] * 12)
+    fetched, seen = Counter(), []
+    for machine in range(machines):
+        url = server.url("good", "train-{0000..0023}.tar")
+        data = loader(url, vocab, machine, machines, remote=QUICK, global_batch_size=96)
+        server.asked.clear()
+        seen += keys(data)
+        fetched.update({name.removesuffix(".idx") for name in server.asked})
+    assert len(fetched) == 24 and len(seen) == len(set(seen)) == 480
+    assert fetched.total() <= 24 + shared
 
 
 def test_images_are_read_by_few_bytes_of_a_shard(tmp_path, vocab, server):
