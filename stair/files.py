@@ -25,6 +25,13 @@ from stair.errors import FileError
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def unreadable(path: Path | str) -> FileError:
+    """What to raise for a file that this user may not read."""
+    return FileError(
+        f"{path}: no permission to read it; run `chmod +r` on it as its owner, or start as its owner", path
+    )
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields where to write a file, and renames it to `path`. A symbolic link is replaced, its target stays.

@@ -31,7 +31,19 @@ from stair.data.tars import Shards, expand, mixture, read_samples, walk
 from stair.errors import FileError, SettingError
 from stair.images import box_pixels, decode_image, eval_pixels
 from stair.vocabulary import Vocabulary
-from tests.support.shards import digest, encode, good, keys, loader, picture, shards, write_shards, write_tar
+from tests.support.files import unprivileged
+from tests.support.shards import (
+    digest,
+    encode,
+    good,
+    keys,
+    loader,
+    picture,
+    shards,
+    write_shards,
+    write_tar,
+    write_words,
+)
 
 
 def test_each_stage_draws_for_itself_and_the_same_when_begun_again(tmp_path, vocab):
@@ -595,6 +607,19 @@ def test_training_shards_without_samples_are_refused_before_the_first_step(tmp_p
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"none of 1 training shards holds a sample.*a\.tar"):
         loader(str(path), vocab)
+
+
+@pytest.mark.parametrize(("closed", "indexed"), [(".tar", False), (".tar", True), (".tar.idx", True)])
+def test_a_file_that_the_user_may_not_read_is_an_error_with_path_and_remedy(tmp_path, monkeypatch, closed, indexed):
+    monkeypatch.chdir(tmp_path)
+    vocab = write_words(Path())
+    write_shards(tmp_path, [8, 8])
+    if indexed:
+        loader("train-*.tar", vocab)
+    Path(f"train-0001{closed}").chmod(0)
+    with unprivileged(), pytest.raises(FileError, match="chmod") as refused:
+        loader("train-*.tar", vocab)
+    assert str(refused.value.path) == f"train-0001{closed}"
 
 
 def test_members_of_other_names_are_an_error_with_given_and_allowed_names(tmp_path, vocab):

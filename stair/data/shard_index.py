@@ -25,7 +25,7 @@ from stair.data.remote import LOCAL, LastingError, Remote, is_remote, local_copy
 from stair.data.samples import BLOCK, Grouped, group
 from stair.data.tars import members_of_part, walk
 from stair.errors import FileError
-from stair.files import atomic_write
+from stair.files import atomic_write, unreadable
 from stair.processes import without_main
 
 SUFFIX = ".idx"
@@ -284,6 +284,8 @@ def sizes(shards: Sequence[str], remote: Remote, processes: int) -> dict[str, tu
 
 def _no_index(shard: str, error: OSError, remote: Remote) -> Exception:
     """What to raise where the index of a remote shard cannot be read."""
+    if isinstance(error, PermissionError):
+        return unreadable(index_path(shard))
     (beginning,) = read_ranges([(shard, 0, 1)], replace(remote, cache=None))
     if not isinstance(error, LastingError) or isinstance(beginning, OSError):
         return beginning if isinstance(beginning, OSError) else error

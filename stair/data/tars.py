@@ -19,6 +19,7 @@ import braceexpand
 from stair.data.remote import LOCAL, Remote, is_remote, open_shard
 from stair.data.samples import BLOCK, Grouped, Member, content, group
 from stair.errors import FileError, require
+from stair.files import unreadable
 
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")  # how gzip, bzip2 and xz begin: positions in such a tar mean nothing
 LARGEST = 1 << 28  # bytes of one member that are read into memory; a damaged header may say 2^60
@@ -37,6 +38,7 @@ def expand(spec: str | list[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: if a part of the spec matches no file.
+        FileError: if a file may not be read.
         ValueError: if its braces do not pair, or a URL has a star or a password in it.
     """
     if not isinstance(spec, str):
@@ -56,9 +58,12 @@ def _matches(pattern: str, spec: str) -> list[str]:
         )
     if "*" in pattern and is_remote(pattern) and not pattern.startswith("pipe:"):
         raise ValueError(f"{pattern!r}: URLs cannot be listed; give a brace pattern such as {{0000..0004}}.tar")
-    if is_remote(pattern) or Path(pattern).is_file():
+    if is_remote(pattern):
         return [pattern]
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
+    if Path(pattern).is_file():
+        paths = [pattern]
+    else:
+        paths = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
     if not paths:
         where = "" if pattern == spec else f" (of {spec!r})"
         if os.path.isdir(pattern):
@@ -68,6 +73,9 @@ def _matches(pattern: str, spec: str) -> list[str]:
             f"no shard matches {pattern!r}{where} (working directory: {Path.cwd()}); "
             "give a path, a glob such as data/*.tar or a brace pattern such as data/{0000..0004}.tar"
         )
+    for path in paths:
+        if not os.access(path, os.R_OK):
+            raise unreadable(path)
     return paths
 
 
