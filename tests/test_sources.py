@@ -433,11 +433,16 @@ def test_missing_indexes_are_made_before_the_first_step_and_kept(tmp_path, vocab
     assert len(set(keys(loader(spec, vocab)))) == 12
 
 
-def test_many_shards_are_indexed_by_several_processes(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("processes", "silent"), [(1, 0), (2, 0), (1, 60)])
+def test_shards_are_indexed_by_one_or_several_processes_with_a_progress_bar_where_it_takes_long(
+    tmp_path, monkeypatch, capsys, processes, silent
+):
     write_shards(tmp_path, [3, 4, 5])
     monkeypatch.setattr(shard_index, "_IN_PARALLEL", 0)
+    monkeypatch.setattr(shard_index, "_SILENT", silent)
     paths = [str(tmp_path / f"train-{i:04d}.tar") for i in range(3)]
-    assert sizes(paths, QUICK, 2) == {path: (count, "") for path, count in zip(paths, (3, 4, 5), strict=True)}
+    assert sizes(paths, QUICK, processes) == {path: (count, "") for path, count in zip(paths, (3, 4, 5), strict=True)}
+    assert ("3/3" in capsys.readouterr().err) == (not silent)
 
 
 def test_the_index_of_a_folder_that_cannot_be_written_to_lies_in_the_users_cache(tmp_path, vocab, monkeypatch):

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ _HEADER, _ROW = 128, 12  # bytes of numpy's header and of a row
 _PAGE, _PAGES = 1024, 1024  # rows that are read together, and pages that a process keeps (12 MiB)
 _LONGEST = 1 << 26  # bytes of an index file: 5 million samples, or a million shards in an index.json
 _IN_PARALLEL = 1 << 31  # bytes of shards from which on processes are started to index them
+_SILENT = 2.0  # seconds of indexing without a progress bar
 _REMEDY = "delete it, or write it again with `stair doctor SHARDS --write_index`"
 
 Rows = NDArray[np.uint32]  # (N, 3): first block, blocks, checksum of each sample
@@ -296,11 +298,11 @@ def _no_index(shard: str, error: OSError, remote: Remote) -> Exception:
 
 
 def _make(shards: list[str], processes: int) -> dict[str, tuple[int, str]]:
+    progress = partial(tqdm, desc="indexing shards", total=len(shards), unit="shard", delay=_SILENT)
     if processes < 2 or sum(map(os.path.getsize, shards)) < _IN_PARALLEL:
-        return {shard: _count(shard) for shard in shards}
+        return dict(zip(shards, progress(map(_count, shards)), strict=True))
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool, without_main():
-        counts = tqdm(pool.map(_count, shards), "indexing shards", len(shards), unit="shard")
-        return dict(zip(shards, counts, strict=True))
+        return dict(zip(shards, progress(pool.map(_count, shards)), strict=True))
 
 
 def _count(shard: str) -> tuple[int, str]:
