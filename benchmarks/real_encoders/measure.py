@@ -5,12 +5,18 @@ N images, C captions, V terms, codes, or the width of the dense embedding.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from benchmarks.real_encoders.embedders import Embedder
+from benchmarks.real_encoders.model import Data
+from stair.evaluate.term_evidence import Share, class_of
 from stair.evaluate.vocabulary_probe import vocabulary_probe
 from stair.ranking import SparseRows, retrieval_ranks
+
+WEIGHED = ("grounded", "related", "unproven", "code", "stop word")  # classes of `stair dictionary`
 
 
 def _ranks(images: SparseRows, texts: SparseRows, owner_C: Tensor) -> dict[str, Tensor]:
@@ -61,4 +67,15 @@ def _named(embedder: Embedder, split: str, images_NV: Tensor) -> dict[str, float
         best = images_NV.topk(min(10, images_NV.shape[1]))
         hits = embedder.data.held(split).gather(1, best.indices) & (best.values > 0)
         found["grounding"] = 100 * float(hits.float().mean())
+        found |= _weights(embedder.data, split, images_NV)
     return found
+
+
+def _weights(data: Data, split: str, images_NV: Tensor) -> dict[str, float]:
+    """The share of the weight on images that terms of each class have, in percent."""
+    rows_NV = csr_matrix(images_NV.numpy())
+    own, related = (Share.of(rows_NV, held[split]) for held in (data.in_captions, data.near_captions))
+    weight_V, found = images_NV.sum(0).tolist(), dict.fromkeys(WEIGHED, 0.0)
+    for v in np.flatnonzero(own.active_V).tolist():
+        found["stop word" if data.stop_V[v] else class_of(own, related, v)] += weight_V[v]
+    return {f"weight {name}": 100 * weight / max(sum(weight_V), 1e-9) for name, weight in found.items()}

@@ -6,19 +6,21 @@ B images, K captions of each, P positions, D width, V terms (or the width of the
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.real_encoders.features import Split
 from stair.encoders import MaskedLMHead, TextEncoder, TextTower
+from stair.evaluate.term_evidence import Lemmas, holds_neighbour, neighbours
 from stair.evaluate.vocabulary_probe import correct_terms
 from stair.head import VocabularyHead
-from stair.vocabulary import Vocabulary
+from stair.vocabulary import Vocabulary, is_stop_word
 
 _WIDTHS = {"clip": 512, "late": 128}  # of dense embeddings: one of an image, or one of each position and token
 _MAX_TOKENS = 40
@@ -40,9 +42,15 @@ class Settings:
         masked: weight of the masked loss.
         hard_mask: the paper's: stage 1 has the masked loss only, later stages do not have it.
         ramp: share of the steps in which λ rises.
-        caption: weight of the caption loss, over the tokens of all captions of an image.
+        caption: weight of the caption loss.
+        caption_of: its terms: those of `all` captions of an image, of the compared `one`, or each with the `share` of
+            captions that have it.
         image_budgets: as `objective.image_budgets`.
         teacher: weight of the distillation loss from dense scores, instead of the contrastive one.
+        least: a term can only be active if captions of so many training images have it, and it is no stop word; 0 for all.
+        rate_embeddings: factor on the learning rate of the vocabulary matrices.
+        position_dropout, term_dropout: share of an image's positions, and of all terms, that a step leaves out.
+        average: decay of the moving average of weights that is kept of stage 3; 0 for the last weights.
     """
 
     kind: str = "stair"
@@ -65,12 +73,23 @@ class Settings:
     ramp: float = 0.25
     scale: float = 14.3
     caption: float = 0.0
+    caption_of: str = "all"
     image_budgets: list[int] | None = None
     teacher: float = 0.0
+    least: int = 0
+    rate_embeddings: float = 1.0
+    position_dropout: float = 0.0
+    term_dropout: float = 0.0
+    average: float = 0.0
 
 
 class Data:
-    """Splits as tensors, texts as ids of the vocabulary in use."""
+    """Splits as tensors, texts as ids of the vocabulary in use.
+
+    Attributes:
+        in_captions, near_captions: of a split, (N, V) with 1 where captions of an image have a term, or a word near it;
+            see `stair.evaluate.term_evidence`.
+    """
 
     def __init__(self, splits: dict[str, Split], vocabulary: Vocabulary, tokens: str) -> None:
         encoded = {k: [vocabulary.encode(texts) for texts in split.captions] for k, split in splits.items()}
@@ -90,19 +109,36 @@ class Data:
             if k != "train"
         }
         self.maps = {k: split.maps for k, split in splits.items()}
+        lemmas = Lemmas(vocabulary)
+        self.in_captions = {k: lemmas.held(split.captions)[:, self.kept] for k, split in splits.items()}
+        self.stop_V = np.array([is_stop_word(token) for token in self.tokens])
+        near = neighbours(self.in_captions["train"], self.stop_V, [lemmas.of(token) for token in self.tokens])
+        self.near_captions = {k: holds_neighbour(held_NV, near) for k, held_NV in self.in_captions.items()}
         self.ids = {
             k: [[[place.get(i, unknown) for i in caption][:_MAX_TOKENS] for caption in image] for image in images]
             for k, images in encoded.items()
         }
 
+    def shares(self, split: str, rows: Sequence[int] | None = None) -> Tensor:
+        """(N, V): the share of the captions of each image, or of those in `rows`, that have a token."""
+        images = self.ids[split] if rows is None else [self.ids[split][row] for row in rows]
+        share_NV = torch.zeros(len(images), len(self.kept))
+        for share_V, image in zip(share_NV, images, strict=True):
+            for caption in image:
+                share_V[sorted(set(caption))] += 1 / len(image)
+        share_NV[:, self.never] = 0
+        return share_NV
+
     def held(self, split: str, rows: Sequence[int] | None = None) -> Tensor:
         """(N, V) bool: the tokens of the captions of each image, or of those in `rows`."""
-        images = self.ids[split] if rows is None else [self.ids[split][row] for row in rows]
-        held_NV = torch.zeros(len(images), len(self.kept), dtype=torch.bool)
-        for held_V, image in zip(held_NV, images, strict=True):
-            held_V[[v for caption in image for v in caption]] = True
-        held_NV[:, self.never] = False
-        return held_NV
+        return self.shares(split, rows) > 0
+
+    def rare(self, least: int) -> list[int]:
+        """Stop words, and tokens in captions of fewer than `least` training images; none for 0."""
+        if not least:
+            return []
+        images_V = self.held("train").sum(0).tolist()
+        return [v for v, n in enumerate(images_V) if n < least or is_stop_word(self.tokens[v])]
 
     def pad(self, captions: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """(C, T) ids and mask."""
@@ -132,6 +168,9 @@ class Model(nn.Module):
             tied: Any = self.text_encoder.word_embeddings.weight
             self.text_head = VocabularyHead(width_t, tied, data.never, masked_lm)
             self.image_head = VocabularyHead(width_i, nn.Parameter(tied.detach().clone()), data.never, masked_lm)
+            rare_V = torch.ones(len(data.kept))
+            rare_V[data.rare(settings.least)] = 0
+            self.register_buffer("active_V", rare_V, persistent=False)
             with torch.no_grad():
                 self.text_head.bias += settings.text_shift
         self.log_scale = nn.Parameter(torch.tensor([math.log(settings.scale)]))
@@ -140,12 +179,14 @@ class Model(nn.Module):
         """(B, V), of late interaction (B, P, V); `caption_ids` (B, W) get a slope below zero."""
         if self.settings.kind == "late":
             return unit(self.image_projection(maps_BPD))
+        mask_BP = torch.rand(maps_BPD.shape[:2]) >= self.settings.position_dropout * self.training
+        mask_BP[:, 0] |= ~mask_BP.any(1)
         if self.settings.kind == "clip":
-            dense_BV: Tensor = self.image_projection(maps_BPD.mean(1)).float()
+            seen_BP1 = mask_BP[..., None].to(maps_BPD.dtype)
+            dense_BV: Tensor = self.image_projection((maps_BPD * seen_BP1).sum(1) / seen_BP1.sum(1)).float()
             return dense_BV
-        mask_BP = torch.ones(maps_BPD.shape[:2], dtype=torch.bool)
         image_BV: Tensor = self.image_head(maps_BPD, mask_BP, caption_ids, negative_slope=self.settings.slope)
-        return image_BV
+        return image_BV * self.active_V
 
     def texts(self, ids_CT: Tensor, mask_CT: Tensor) -> Tensor:
         """(C, V), of late interaction (C, T, V)."""
@@ -157,16 +198,18 @@ class Model(nn.Module):
             dense_CV: Tensor = self.text_projection((hidden_CTD * real_CT1).sum(1) / real_CT1.sum(1)).float()
             return dense_CV
         text_CV: Tensor = self.text_head(hidden_CTD, mask_CT, ids_CT, self.settings.margin)
-        return text_CV
+        return text_CV * self.active_V
 
     def groups(self, share: float = 1.0) -> list[dict[str, Any]]:
         """Matrices with weight decay, and all others, embeddings too, without."""
-        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        decays = [(p.ndim > 1 and "embeddings" not in name, p) for name, p in trained]
+        s, groups = self.settings, defaultdict[tuple[bool, float], list[nn.Parameter]](list)
+        for name, p in self.named_parameters():
+            if p.requires_grad:
+                rate = s.rate_embeddings if "word_embeddings" in name else 1.0
+                groups[p.ndim > 1 and "embeddings" not in name, rate].append(p)
         return [
-            {"params": params, "lr": share * self.settings.lr, "weight_decay": self.settings.decay * decayed}
-            for decayed in (True, False)
-            if (params := [p for kind, p in decays if kind == decayed])
+            {"params": params, "lr": share * rate * s.lr, "weight_decay": s.decay * decayed}
+            for (decayed, rate), params in groups.items()
         ]
 
 

@@ -24,7 +24,7 @@ from benchmarks.ratios import header
 from benchmarks.real_encoders import search
 from benchmarks.real_encoders.embedders import AutoencoderCodes, Captions, Dense, Embedder, Largest, Late, SpliceCodes
 from benchmarks.real_encoders.features import split
-from benchmarks.real_encoders.measure import measure
+from benchmarks.real_encoders.measure import WEIGHED, measure
 from benchmarks.real_encoders.model import Data, Model, Settings
 from benchmarks.real_encoders.train import Teacher, train
 from stair.files import atomic_write
@@ -41,6 +41,7 @@ _COLUMNS = {
     "terms image / text": ["terms_image", "terms_text"],
     "heaviest right (baseline)": ["heaviest", "heaviest_baseline"],
     "grounding@10": ["grounding"],
+    "image weight grounded / related / unproven / code / stop word, %": [f"weight {name}" for name in WEIGHED],
     "64 terms: t→i, i→t R@1 kept": ["kept t2i@1 of 64", "kept i2t@1 of 64"],
     "16 terms": ["kept t2i@1 of 16", "kept i2t@1 of 16"],
     "minutes": ["minutes"],
@@ -78,15 +79,12 @@ class Runs:
         wanted = {**own, "tokens": self.plan["tokens"], "size": self.plan["size"]}
         if "of" in own:
             wanted["of"] = self.plan["variants"][own["of"]]
+        for file in folder.glob("*.json"):
+            if json.loads(file.read_text())["settings"] != wanted:
+                sys.exit(f"{folder} was run with other settings; delete it")
         if (folder / "figures.json").is_file():
-            if json.loads((folder / "figures.json").read_text())["settings"] == wanted:
-                return
-            sys.exit(f"{folder} was run with other settings; delete it")
-        make = self.maker(name, seed)
-        torch.manual_seed(seed)
-        started = time.perf_counter()
-        embedder = make()
-        minutes = (time.perf_counter() - started) / 60
+            return
+        embedder, minutes = self._embedder(name, seed, folder, wanted)
         figures, ranks = {}, {}
         for part in self.sets:
             figures[part], found = measure(embedder, part)
@@ -94,14 +92,31 @@ class Runs:
             ranks |= {f"{part} {way}": value.numpy() for way, value in found.items()}
         folder.mkdir(parents=True, exist_ok=True)
         np.savez(folder / "ranks.npz", **ranks)
-        if embedder.model is not None:
-            figures["train"] = {"loss": embedder.model.last_loss}
-            save_model(embedder.model, str(folder / "model.safetensors"))
         if seed == self.plan["seeds"][0]:
             search.save(folder / "search.pt", embedder, self.sets[0])
-        with atomic_write(folder / "figures.json") as file:
-            file.write_text(json.dumps({"settings": wanted, "figures": figures}, indent=2) + "\n")
+        _write(folder / "figures.json", {"settings": wanted, "figures": figures})
         print(f"{name}, seed {seed}: " + ", ".join(f"{k} {figures['val'][k]:.1f}" for k in _RECALLS), flush=True)
+
+    def _embedder(self, name: str, seed: int, folder: Path, wanted: dict[str, Any]) -> tuple[Embedder, float]:
+        """A variant with one seed, and how many minutes it took; its weights are kept."""
+        weights, facts = folder / "model.safetensors", folder / "trained.json"
+        if facts.is_file():
+            return self._loaded(name, seed), json.loads(facts.read_text())["minutes"]
+        make = self.maker(name, seed)
+        torch.manual_seed(seed)
+        started = time.perf_counter()
+        embedder = make()
+        minutes = (time.perf_counter() - started) / 60
+        if embedder.model is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(embedder.model, str(weights))
+            _write(facts, {"settings": wanted, "minutes": minutes, "loss": embedder.model.last_loss})
+        return embedder, minutes
+
+    def _loaded(self, name: str, seed: int) -> Embedder:
+        model = Model(settings := self._settings(name), self.data, self.plan["text"]).requires_grad_(False)
+        load_model(model, str(self.folder(name) / f"seed{seed}" / "model.safetensors"))
+        return _EMBEDDERS[settings.kind](model, self.data)
 
     def maker(self, name: str, seed: int) -> Callable[[], Embedder]:
         """Trains a variant with one seed, or makes a baseline; models that it needs are made at once."""
@@ -110,10 +125,9 @@ class Runs:
             return lambda: Captions(self.data)
         if "of" in own:
             self.run(own["of"], seed)
-            model = Model(settings := self._settings(own["of"]), self.data, text).requires_grad_(False)
-            load_model(model, str(self.folder(own["of"]) / f"seed{seed}" / "model.safetensors"))
+            model = self._loaded(own["of"], seed)
             options = {key: value for key, value in own.items() if key not in ("of", "baseline")}
-            return lambda: _BASELINES[own["baseline"]](_EMBEDDERS[settings.kind](model, self.data), **options)
+            return lambda: _BASELINES[own["baseline"]](model, **options)
         teachers = [self._teacher(own["teachers"], s) for s in own.get("teacher_seeds", [])]
         settings = self._settings(name)
         return lambda: _EMBEDDERS[settings.kind](train(settings, self.data, seed, text, teachers), self.data)
@@ -140,6 +154,11 @@ class Runs:
     def folder(self, name: str) -> Path:
         """Of a variant."""
         return self.out / name.replace(" ", "_")
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def record(runs: Runs) -> str:

@@ -80,8 +80,14 @@ class Lemmas:
         return csr_matrix((np.ones(ends[-1]), columns, ends), (len(rows), len(self.vocabulary)))
 
 
-def neighbours(held_NV: csr_matrix, stop_V: NDArray[np.bool_], lemmas: Lemmas) -> list[list[int]]:
-    """Of each term the words whose co-occurrence with it in captions has the highest pointwise mutual information."""
+def neighbours(held_NV: csr_matrix, stop_V: NDArray[np.bool_], lemmas: Sequence[str]) -> list[list[int]]:
+    """Of each term the words whose co-occurrence with it in captions has the highest pointwise mutual information.
+
+    Args:
+        held_NV: 1 where an image holds a term.
+        stop_V: True for stop words, which are no neighbours.
+        lemmas: V, of each term; a word of the same lemma is no neighbour.
+    """
     count_V = np.asarray(held_NV.sum(0)).ravel()
     together_VV = (held_NV.T @ held_NV).tocsr()
     found: list[list[int]] = []
@@ -91,9 +97,15 @@ def neighbours(held_NV: csr_matrix, stop_V: NDArray[np.bool_], lemmas: Lemmas) -
         lift = counts * held_NV.shape[0] / (count_V[v] * count_V[others])
         usable = (counts >= _LEAST_TOGETHER) & (lift >= _LEAST_LIFT) & ~stop_V[others]
         ranked = others[usable][np.argsort(-lift[usable], kind="stable")]
-        own = lemmas.of(lemmas.vocabulary.tokens[v])
-        found.append([w for w in ranked.tolist() if lemmas.of(lemmas.vocabulary.tokens[w]) != own][:_NEIGHBOURS])
+        found.append([w for w in ranked.tolist() if lemmas[w] != lemmas[v]][:_NEIGHBOURS])
     return found
+
+
+def holds_neighbour(held_NV: csr_matrix, near: Sequence[Sequence[int]]) -> csr_matrix:
+    """(N, V): 1 where an image holds one of the `neighbours` of a term."""
+    ends = np.cumsum([0, *map(len, near)])
+    near_VV = csr_matrix((np.ones(ends[-1]), np.concatenate([*near, []]).astype(int), ends), (len(near),) * 2)
+    return (held_NV @ near_VV.T > 0).astype(float)
 
 
 class Share(NamedTuple):
@@ -161,12 +173,10 @@ def describe(lemmas: Lemmas, evidence: Evidence, corpus_MV: csr_matrix, similari
         positions that are the most frequent one; `pointing`, the share of `boxed` images whose argmax patch is in a box of
         the word; `near`, words that co-occur with it; `top`, rows of the images with the greatest weights.
     """
-    vocabulary, V = lemmas.vocabulary, evidence.image_NV.shape[1]
+    vocabulary = lemmas.vocabulary
     stop_V = np.array([is_stop_word(token) for token in vocabulary.tokens])
-    near = neighbours(corpus_MV, stop_V, lemmas)
-    ends = np.cumsum([0, *map(len, near)])
-    near_VV = csr_matrix((np.ones(ends[-1]), np.concatenate([*near, []]).astype(int), ends), (V, V))
-    near_NV = (evidence.held_NV @ near_VV.T > 0).astype(float)
+    near = neighbours(corpus_MV, stop_V, [lemmas.of(token) for token in vocabulary.tokens])
+    near_NV = holds_neighbour(evidence.held_NV, near)
     weights, owner_C = {"images": evidence.image_NV, "texts": evidence.text_CV}, evidence.owner_C
     held = {"images": evidence.held_NV, "texts": evidence.held_NV[owner_C]}
     own = {side: Share.of(weights[side], held[side]) for side in weights}
@@ -182,7 +192,7 @@ def describe(lemmas: Lemmas, evidence: Evidence, corpus_MV: csr_matrix, similari
         terms.append(
             {
                 "term": vocabulary.tokens[v],
-                "class": "stop word" if stop_V[v] else _class(own[side], related[side], v),
+                "class": "stop word" if stop_V[v] else class_of(own[side], related[side], v),
                 **{key: int(own[key].active_V[v]) for key in own},
                 "weight": float(weight_of["images"][v]),
                 "text_weight": float(weight_of["texts"][v]),
@@ -195,7 +205,8 @@ def describe(lemmas: Lemmas, evidence: Evidence, corpus_MV: csr_matrix, similari
     return sorted(terms, key=lambda term: (-term["weight"], -term["text_weight"]))
 
 
-def _class(own: Share, related: Share, v: int) -> str:
+def class_of(own: Share, related: Share, v: int) -> str:
+    """The class of an active term that is no stop word: `own` counts its word in captions, `related` words near it."""
     if own.confirms(v):
         return "grounded"
     if related.confirms(v):
