@@ -1,6 +1,7 @@
-"""Fixtures of several test files: a small vocabulary, model and data set, and the folder of real data."""
+"""Fixtures of several test files: a small vocabulary, model and data set, the folder of real data, a browser."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,16 @@ def vocab(tmp_path):
     from tests.support.shards import write_words
 
     return write_words(tmp_path)
+
+
+@pytest.fixture
+def browser():
+    """Chromium, where it and playwright are installed."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium here")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

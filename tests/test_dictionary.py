@@ -52,7 +52,8 @@ def test_every_figure_is_what_counting_by_hand_gives(made):
     model, samples, folder = made
     result = json.loads((folder / "out" / "dictionary.json").read_text())
     vocabulary = model.vocabulary
-    images = model.encode(images=[decode_image(sample.members["png"]) for sample in samples]).toarray()
+    pictures = [decode_image(sample.members["png"]) for sample in samples]
+    images, readings = model.encode(images=pictures).toarray(), [read_image(model, picture) for picture in pictures]
     captions = [facts(sample)["captions"] for sample in samples]
     texts = model.encode(texts=[text for each in captions for text in each]).toarray()
     owner = [n for n, each in enumerate(captions) for _ in each]
@@ -84,6 +85,12 @@ def test_every_figure_is_what_counting_by_hand_gives(made):
         if active.any():
             assert term["precision"] == pytest.approx(np.mean(np.array(held)[active]))
             assert term["low"] <= term["precision"] <= term["high"]
+            places = [r.positions[list(r.terms).index(name)] for r in readings if name in r.terms]
+            assert term["same_position"] == pytest.approx(max(map(places.count, places)) / len(places))
+        # of each image that holds the word: how many of the images with at least its weight hold it too
+        shares = [np.mean(np.array(held)[images[:, v] >= images[n, v]]) for n in np.flatnonzero(held)]
+        expected = pytest.approx(np.mean(shares), rel=1e-5) if shares and active.any() else None
+        assert term["average_precision"] == expected
         heaviest = sorted(range(12), key=lambda n: (-images[n, v], n))[:5]
         assert term["top"] == [f"val-0000/{samples[n].key}" for n in heaviest if images[n, v] > 0]
         assert term["recall_effect"] == pytest.approx(100 * (right() - right(v)) / len(owner), abs=1e-6), name
@@ -120,6 +127,32 @@ def test_the_page_runs_its_own_script_only_and_names_every_image(made):
     assert policy.startswith("default-src 'none'") and f"script-src 'sha256-{digest}'" in policy
     data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
     assert all(data["images"][n].startswith("data:image/png") for term in data["terms"] for n in term["top"])
+
+
+@pytest.mark.slow
+def test_terms_of_the_page_are_sorted_by_each_column_and_searched_by_part_and_class(made, browser):
+    folder = made[2]
+    terms = json.loads((folder / "out" / "dictionary.json").read_text())["terms"]
+    page = browser.new_page()
+    page.goto((folder / "out" / "dictionary.html").as_uri())
+
+    def shown():
+        return page.locator(".dictionary tbody th").all_inner_texts()
+
+    assert shown() == [term["term"] for term in terms[:100]]
+    columns = {"term": "term", "images": "images", "precision %": "precision", "AP %": "average_precision"}
+    for head, field in columns.items():
+        known = [term for term in terms if term[field] is not None]
+        unknown = [term["term"] for term in terms if term[field] is None]
+        for falling in (field != "term", field == "term"):  # the second click reverses
+            page.locator(".dictionary thead").get_by_text(head, exact=True).click()
+            order = sorted(known, key=lambda term: term[field], reverse=falling)
+            assert shown() == ([term["term"] for term in order] + unknown)[:100]
+    kind, part = terms[0]["class"], terms[0]["term"][:2]
+    page.fill("#word", part.upper())
+    page.select_option("#class", kind)
+    found = {term["term"] for term in terms if part in term["term"] and term["class"] == kind}
+    assert set(shown()) == found and 0 < len(found) < len(terms)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import threading
 import time
 from dataclasses import replace
@@ -250,63 +249,56 @@ def until(page, expression):
 
 
 @pytest.mark.slow
-def test_a_person_searches_steers_explains_and_uploads_in_a_browser(address, pictures, tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api")
-    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser_path is None:
-        pytest.skip("no Chromium here")
+def test_a_person_searches_steers_explains_and_uploads_in_a_browser(browser, address, pictures, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     (tmp_path / "good.png").write_bytes(png(pictures[3]))
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 390, "height": 800})
-        page.set_default_timeout(60_000)
-        asked, failed = [], []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("pageerror", lambda error: failed.append(str(error)))
-        page.on("dialog", lambda dialog: failed.append("a script of the data ran"))
-        page.goto(address)
-        # search by keyboard alone
-        page.keyboard.type("a red ball")
-        page.keyboard.press("Enter")
-        page.wait_for_selector(".hit")
-        assert page.locator("#status").inner_text() == "6 hits"
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "fits a phone's width"
-        # markup in a caption is text
-        assert "<img src=x" in page.locator("#hits").inner_text()
-        # steer: a word off, a word up
-        words = page.locator("#query .word").all_inner_texts()
-        page.evaluate(old := "document.querySelector('.hit').dataset.old = true")
-        page.get_by_role("button", name=f"remove {words[0].split()[0]}", exact=True).click()
-        until(page, f"document.querySelector('#query .word').innerText !== {json.dumps(words[0])}")
-        until(page, new := "!document.querySelector('.hit[data-old]')")  # the query changes before the hits
-        weight = float(page.locator("#query .word small").first.inner_text())
-        page.evaluate(old)
-        page.locator("#query button[aria-label^='raise the weight of']").first.click()
-        until(page, f"parseFloat(document.querySelector('#query .word small').textContent) > {weight}")
-        until(page, new)
-        # explain: the heat map comes at focus, the words of a picture at a press
-        page.wait_for_selector(".hit .open")
-        page.locator(".hit .open").first.focus()
-        until(page, "document.querySelector('.hit .open img').src.includes('/heat?')")
-        until(page, "document.querySelector('.hit .open img').naturalWidth === 320")
-        page.keyboard.press("Enter")
-        page.wait_for_selector("dialog[open] #list li")
-        page.keyboard.press("Escape")
-        # words that the vocabulary, or no document, has
-        page.fill("#text", "zzz")
-        page.keyboard.press("Enter")
-        page.wait_for_selector("#status.bad")
-        assert "no word of 'zzz'" in page.locator("#status").inner_text() and not page.locator(".hit").count()
-        page.fill("#text", "a red zzz")
-        page.keyboard.press("Enter")
-        page.wait_for_selector(".hit")
-        assert page.locator("#missing").inner_text() == "No document has: zzz"
-        # a bad upload, then a good one
-        page.set_input_files("#file", tmp_path / "bad.png")
-        page.wait_for_selector("#status.bad")
-        assert "image undecodable" in page.locator("#status").inner_text()
-        page.set_input_files("#file", tmp_path / "good.png")
-        until(page, "document.querySelector('.caption')?.textContent === 'a blue house'")
-        browser.close()
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.set_default_timeout(60_000)
+    asked, failed = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: failed.append(str(error)))
+    page.on("dialog", lambda dialog: failed.append("a script of the data ran"))
+    page.goto(address)
+    # search by keyboard alone
+    page.keyboard.type("a red ball")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".hit")
+    assert page.locator("#status").inner_text() == "6 hits"
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "fits a phone's width"
+    # markup in a caption is text
+    assert "<img src=x" in page.locator("#hits").inner_text()
+    # steer: a word off, a word up
+    words = page.locator("#query .word").all_inner_texts()
+    page.evaluate(old := "document.querySelector('.hit').dataset.old = true")
+    page.get_by_role("button", name=f"remove {words[0].split()[0]}", exact=True).click()
+    until(page, f"document.querySelector('#query .word').innerText !== {json.dumps(words[0])}")
+    until(page, new := "!document.querySelector('.hit[data-old]')")  # the query changes before the hits
+    weight = float(page.locator("#query .word small").first.inner_text())
+    page.evaluate(old)
+    page.locator("#query button[aria-label^='raise the weight of']").first.click()
+    until(page, f"parseFloat(document.querySelector('#query .word small').textContent) > {weight}")
+    until(page, new)
+    # explain: the heat map comes at focus, the words of a picture at a press
+    page.wait_for_selector(".hit .open")
+    page.locator(".hit .open").first.focus()
+    until(page, "document.querySelector('.hit .open img').src.includes('/heat?')")
+    until(page, "document.querySelector('.hit .open img').naturalWidth === 320")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("dialog[open] #list li")
+    page.keyboard.press("Escape")
+    # words that the vocabulary, or no document, has
+    page.fill("#text", "zzz")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#status.bad")
+    assert "no word of 'zzz'" in page.locator("#status").inner_text() and not page.locator(".hit").count()
+    page.fill("#text", "a red zzz")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".hit")
+    assert page.locator("#missing").inner_text() == "No document has: zzz"
+    # a bad upload, then a good one
+    page.set_input_files("#file", tmp_path / "bad.png")
+    page.wait_for_selector("#status.bad")
+    assert "image undecodable" in page.locator("#status").inner_text()
+    page.set_input_files("#file", tmp_path / "good.png")
+    until(page, "document.querySelector('.caption')?.textContent === 'a blue house'")
     assert not failed and all(url.startswith(address) or url.startswith("data:") for url in asked), (failed, asked)

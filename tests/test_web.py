@@ -241,18 +241,6 @@ def test_what_cannot_be_exported_is_an_error_and_leaves_nothing(index, tiny_stai
         web(index, tmp_path / "site")
 
 
-@pytest.fixture
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("no Chromium here")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 @pytest.mark.slow
 def test_a_person_searches_in_a_browser_without_a_server(browser, index, model, pictures, tmp_path):
     web(index, tmp_path / "site", str(model), pictures)
