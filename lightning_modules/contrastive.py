@@ -126,11 +126,15 @@ class ContrastiveModule(LightningModule):
         self.counts: Any = torch.nn.ModuleList([SetCounts() for _ in self._sets])
 
     def frozen_modules(self) -> list[torch.nn.Module]:
-        """Encoders and heads of the frozen sides; `StageTransition` freezes them before DDP or FSDP2 wraps the model."""
-        return [module for name, module in self.towers.named_children() if name.startswith(self.frozen)]
+        """Encoders and heads of the frozen sides, and parts with `lr_scale` 0.
+
+        `StageTransition` freezes them before DDP or FSDP2 wraps the model.
+        """
+        sides = [module for name, module in self.towers.named_children() if name.startswith(self.frozen)]
+        return sides + self.optimizer.untrained(self.towers)
 
     def train(self, mode: bool = True) -> "ContrastiveModule":
-        """As in torch, but frozen sides stay in eval mode, without dropout."""
+        """As in torch, but frozen modules stay in eval mode, without dropout."""
         super().train(mode)
         for module in self.frozen_modules():
             module.eval()

@@ -32,7 +32,7 @@ class Optimizer:
         warmup_steps: optimizer steps of linear warm-up from 0.
         final_lr_share: learning rate at the end of the cosine schedule, as a share of `lr`.
         lr_scale: factors on `lr` by part of the model, such as `{image_encoder: 0.1, text_encoder.bert.embeddings: 0.01}`.
-            The innermost part applies.
+            The innermost part applies. 0 freezes the part.
         layer_decay: factor on the learning rate from each layer of an encoder to the previous one (ELECTRA, Clark et al.
             2020), in (0, 1]. The heads keep `lr`.
 
@@ -60,7 +60,7 @@ class Optimizer:
             ("eps", 0 < self.eps < math.inf, "finite, above 0"),
             ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
             ("final_lr_share", 0 <= self.final_lr_share <= 1, "0 to 1"),
-            ("lr_scale", all(0 < factor < math.inf for factor in scales), "finite factors above 0"),
+            ("lr_scale", all(0 <= factor < math.inf for factor in scales), "finite factors, at least 0"),
             ("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]"),
         ):
             require(holds, f"optimizer.{name}", getattr(self, name), allowed)
@@ -95,6 +95,15 @@ class Optimizer:
         # Lightning refuses to clip for optimisers that undo fp16's loss scale themselves; the scaler does it beforehand
         optimizer._step_supports_amp_scaling = False
         return optimizer
+
+    def untrained(self, model: nn.Module) -> list[nn.Module]:
+        """The modules of which every parameter has the factor 0."""
+        if 0 not in self.lr_scale.values():
+            return []
+        scales = self._lr_scales(model)
+        fixed = {id(parameter) for name, parameter in model.named_parameters() if not scales[name]}
+        owned = ((module, {id(parameter) for parameter in module.parameters()}) for module in model.modules())
+        return [module for module, own in owned if own and own <= fixed]
 
     def _lr_scales(self, model: nn.Module) -> dict[str, float]:
         """The factor on `lr` of each parameter."""
