@@ -1,4 +1,4 @@
-"""README and "Get started": Python and commands run as they stand, on data and encoders small enough for a test."""
+"""README and pages of docs/: Python and commands run as they stand, on data and encoders small enough for a test."""
 
 import re
 import shlex
@@ -10,11 +10,14 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from stair import SparseIndex
+from stair import SparseIndex, Stair
 from stair.data.pairs import EvaluationPairs
 from stair.images import MAX_PIXELS
+from tests.support.files import noise_png, write_tar
+from tests.support.models import tiny_config
 from tests.support.runs import ROOT, write_small_scenes
 
 README = (ROOT / "README.md").read_text()
@@ -123,3 +126,27 @@ def test_own_data_is_prepared_trained_on_and_searched_as_get_started_says(tmp_pa
     shutil.rmtree(tmp_path / "photos.index")
     search(commands("stair", page=pages[1]), tmp_path)
     assert "score" in (tmp_path / "why.html").read_text()
+
+
+def test_indexes_of_two_machines_as_the_page_fills_them_answer_as_one(stair, vocab_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("vocab.txt").write_text(vocab_file.read_text() + "beach\n")
+    torch.manual_seed(0)
+    Stair(tiny_config("vocab.txt")).save_pretrained("MODEL")
+    for n in range(508):
+        write_tar(Path(f"shards/{n:04d}.tar"), [("a.png", noise_png(n))])
+    page = (ROOT / "docs/guides/export.md").read_text().partition("## Beyond one machine")[2].partition("\n## ")[0]
+    lines, (code,) = commands("stair", "python", page=page), blocks("python", page)
+    second = [[word.replace("s-0", "s-1").replace("{0000..0499}", "{0500..0507}") for word in line] for line in lines]
+    for (_, *embed), (_, *index), _ in (lines, second):
+        stair(*embed)
+        stair(*embed[:-1], "1/2")
+        stair(*index)
+    stair("index", "one.index", "embeddings-0", "embeddings-1")
+    Path("examples").symlink_to(ROOT / "examples")
+    search(lines[2:], tmp_path)
+    assert len(Path("photos-0.os/bulk.ndjson").read_text().splitlines()) == 2 * 500  # an action before each document
+    exec(code, names := {})
+    expected = SparseIndex.open("one.index").search(words="dog:2 beach", k=10)
+    assert [(hit.id, hit.score) for hit in names["best"]] == [(hit.id, hit.score) for hit in expected]
+    assert [len(shard) for shard in names["shards"]] == [500, 8] and len(expected) == 10
