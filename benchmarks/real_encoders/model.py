@@ -179,8 +179,10 @@ class Model(nn.Module):
         """(B, V), of late interaction (B, P, V); `caption_ids` (B, W) get a slope below zero."""
         if self.settings.kind == "late":
             return unit(self.image_projection(maps_BPD))
-        mask_BP = torch.rand(maps_BPD.shape[:2]) >= self.settings.position_dropout * self.training
-        mask_BP[:, 0] |= ~mask_BP.any(1)
+        mask_BP = torch.ones(maps_BPD.shape[:2], dtype=torch.bool)
+        if self.training and self.settings.position_dropout:
+            mask_BP = torch.rand(mask_BP.shape) >= self.settings.position_dropout
+            mask_BP[:, 0] |= ~mask_BP.any(1)
         if self.settings.kind == "clip":
             seen_BP1 = mask_BP[..., None].to(maps_BPD.dtype)
             dense_BV: Tensor = self.image_projection((maps_BPD * seen_BP1).sum(1) / seen_BP1.sum(1)).float()
