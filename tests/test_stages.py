@@ -50,8 +50,8 @@ def test_three_stages_log_what_people_watch(finished):
 
 
 def test_lambda_rises_quadratically_with_the_step(finished):
-    # 2 ramp steps towards 1e-3: steps 0, 1, 2, 3
-    assert scalars(finished, 1)["train/lambda_image"] == pytest.approx([0, 2.5e-4, 1e-3, 1e-3])
+    # 2 ramp steps towards 1e-2: steps 0, 1, 2, 3
+    assert scalars(finished, 1)["train/lambda_image"] == pytest.approx([0, 2.5e-3, 1e-2, 1e-2])
 
 
 def test_stage_2_leaves_the_image_side_bitwise_unchanged_while_text_moves(finished):
