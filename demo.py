@@ -1,4 +1,4 @@
-"""Entry point of the demo: all three stages on drawn scenes, then a page with what was learned. `make demo` runs it.
+"""Entry point of the demo: all three stages on generated scenes, then a page with what was learned. `make demo` runs it.
 
     python demo.py [OPTION ...]   options go to each stage: --trainer.max_steps 40 --trainer.val_check_interval 40
 
@@ -60,7 +60,7 @@ def main() -> None:
     steps = " + ".join(str(_steps(stage)) for stage in STAGES)
     lead = f"{len(held_out)} held-out scenes, none of which occurs in training; {steps} steps from scratch, one seed."
     model = Stair.from_pretrained(RUN / "stage3" / "stair")
-    write_model_page(RUN / "report.html", "STAIR on drawn scenes", model, held_out, rows, QUERIES, lead)
+    write_model_page(RUN / "report.html", "STAIR on generated scenes", model, held_out, rows, QUERIES, lead)
     embed(str(RUN / "stage3" / "stair"), str(RUN / "data" / "val-*.tar"), RUN / "embeddings")
     index([str(RUN / "index"), str(RUN / "embeddings")])
     bin = Path(sys.prefix) / "bin"
