@@ -6,7 +6,7 @@ B images, K captions of each, P positions, D width, V terms (or the width of the
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,14 +43,11 @@ class Settings:
         hard_mask: the paper's: stage 1 has the masked loss only, later stages do not have it.
         ramp: share of the steps in which λ rises.
         caption: weight of the caption loss.
-        caption_of: its terms: those of `all` captions of an image, of the compared `one`, or each with the `share` of
-            captions that have it.
+        caption_of: its terms: those of `all` captions of an image, or of the compared `one`.
         image_budgets: as `objective.image_budgets`.
         teacher: weight of the distillation loss from dense scores, instead of the contrastive one.
         least: a term can only be active if captions of so many training images have it, and it is no stop word; 0 for all.
-        rate_embeddings: factor on the learning rate of the vocabulary matrices.
-        position_dropout, term_dropout: share of an image's positions, and of all terms, that a step leaves out.
-        average: decay of the moving average of weights that is kept of stage 3; 0 for the last weights.
+        position_dropout: share of an image's positions that a step leaves out.
     """
 
     kind: str = "stair"
@@ -77,10 +74,7 @@ class Settings:
     image_budgets: list[int] | None = None
     teacher: float = 0.0
     least: int = 0
-    rate_embeddings: float = 1.0
     position_dropout: float = 0.0
-    term_dropout: float = 0.0
-    average: float = 0.0
 
 
 class Data:
@@ -119,19 +113,14 @@ class Data:
             for k, images in encoded.items()
         }
 
-    def shares(self, split: str, rows: Sequence[int] | None = None) -> Tensor:
-        """(N, V): the share of the captions of each image, or of those in `rows`, that have a token."""
-        images = self.ids[split] if rows is None else [self.ids[split][row] for row in rows]
-        share_NV = torch.zeros(len(images), len(self.kept))
-        for share_V, image in zip(share_NV, images, strict=True):
-            for caption in image:
-                share_V[sorted(set(caption))] += 1 / len(image)
-        share_NV[:, self.never] = 0
-        return share_NV
-
     def held(self, split: str, rows: Sequence[int] | None = None) -> Tensor:
         """(N, V) bool: the tokens of the captions of each image, or of those in `rows`."""
-        return self.shares(split, rows) > 0
+        images = self.ids[split] if rows is None else [self.ids[split][row] for row in rows]
+        held_NV = torch.zeros(len(images), len(self.kept), dtype=torch.bool)
+        for held_V, image in zip(held_NV, images, strict=True):
+            held_V[[v for caption in image for v in caption]] = True
+        held_NV[:, self.never] = False
+        return held_NV
 
     def rare(self, least: int) -> list[int]:
         """Stop words, and tokens in captions of fewer than `least` training images; none for 0."""
@@ -168,9 +157,9 @@ class Model(nn.Module):
             tied: Any = self.text_encoder.word_embeddings.weight
             self.text_head = VocabularyHead(width_t, tied, data.never, masked_lm)
             self.image_head = VocabularyHead(width_i, nn.Parameter(tied.detach().clone()), data.never, masked_lm)
-            rare_V = torch.ones(len(data.kept))
-            rare_V[data.rare(settings.least)] = 0
-            self.register_buffer("active_V", rare_V, persistent=False)
+            active_V = torch.ones(len(data.kept), dtype=torch.bool)
+            active_V[data.rare(settings.least)] = False
+            self.register_buffer("active_V", active_V, persistent=False)
             with torch.no_grad():
                 self.text_head.bias += settings.text_shift
         self.log_scale = nn.Parameter(torch.tensor([math.log(settings.scale)]))
@@ -204,14 +193,12 @@ class Model(nn.Module):
 
     def groups(self, share: float = 1.0) -> list[dict[str, Any]]:
         """Matrices with weight decay, and all others, embeddings too, without."""
-        s, groups = self.settings, defaultdict[tuple[bool, float], list[nn.Parameter]](list)
-        for name, p in self.named_parameters():
-            if p.requires_grad:
-                rate = s.rate_embeddings if "word_embeddings" in name else 1.0
-                groups[p.ndim > 1 and "embeddings" not in name, rate].append(p)
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        decays = [(p.ndim > 1 and "embeddings" not in name, p) for name, p in trained]
         return [
-            {"params": params, "lr": share * rate * s.lr, "weight_decay": s.decay * decayed}
-            for (decayed, rate), params in groups.items()
+            {"params": params, "lr": share * self.settings.lr, "weight_decay": self.settings.decay * decayed}
+            for decayed in (True, False)
+            if (params := [p for kind, p in decays if kind == decayed])
         ]
 
 

@@ -26,7 +26,7 @@ def train(settings: Settings, data: Data, seed: int, text: str, teachers: Sequen
     model = Model(settings, data, text)
     shares = settings.stages if settings.kind == "stair" else (0.0, 0.0, 1.0)
     batches = _batches(settings, data, seed)
-    done, tail, average = 0, [], None
+    done, tail = 0, []
     for number, share in enumerate(shares, 1):
         steps = round(share * settings.steps)
         if not steps:
@@ -59,17 +59,10 @@ def train(settings: Settings, data: Data, seed: int, text: str, teachers: Sequen
             schedule.step()
             with torch.no_grad():
                 model.log_scale.clamp_(max=math.log(100))
-            if settings.average and number == 3:
-                average = average or torch.optim.swa_utils.AveragedModel(
-                    model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(settings.average)
-                )
-                average.update_parameters(model)
             done += 1
             if done > 0.9 * settings.steps:
                 tail.append(float(loss.detach()))
     model.last_loss = sum(tail) / max(1, len(tail))
-    if average is not None:
-        model.load_state_dict(average.module.state_dict())
     return model.eval()
 
 
@@ -110,9 +103,6 @@ def _loss(model: Model, data: Data, batch: Batch, step: int, frozen: bool, teach
     if s.kind == "late":
         return late_loss(signed_BV, text_CV.chunk(K), scale)
     scored_BV = _compared(signed_BV, s.image_budgets)
-    if s.term_dropout:
-        kept_V = torch.rand(text_CV.shape[1]) >= s.term_dropout
-        scored_BV, text_CV = scored_BV * kept_V, text_CV * kept_V
     texts, weights = list(text_CV.chunk(K)), [1 / K] * K
     masked = s.masked if s.kind == "stair" else 0.0
     if s.hard_mask:
@@ -128,17 +118,12 @@ def _loss(model: Model, data: Data, batch: Batch, step: int, frozen: bool, teach
     if s.kind == "stair":
         rising = ramp(step, round(s.ramp * s.steps))
         if s.caption and not frozen:
-            loss = loss + s.caption * caption_loss(signed_BV, model.active_V * _named(s, data, rows, own_BW))
+            held_BV = data.held("train", rows)
+            if s.caption_of == "one":
+                held_BV &= torch.zeros_like(held_BV).scatter_(1, own_BW, True)
+            loss = loss + s.caption * caption_loss(signed_BV, held_BV & model.active_V)
         loss = loss + rising * (s.flops_image * flops(signed_BV.relu()) + s.flops_text * flops(text_CV))
     return loss
-
-
-def _named(s: Settings, data: Data, rows: Sequence[int], ids_BW: Tensor) -> Tensor:
-    """(B, V): the terms of each image in the caption loss."""
-    share_BV = data.shares("train", rows)
-    if s.caption_of == "one":
-        return share_BV.new_zeros(share_BV.shape).scatter_(1, ids_BW, 1.0) * (share_BV > 0)
-    return share_BV if s.caption_of == "share" else (share_BV > 0).float()
 
 
 def _compared(signed_BV: Tensor, budgets: list[int] | None) -> Tensor:

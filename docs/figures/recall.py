@@ -21,7 +21,7 @@ def main() -> None:
         rows = TABLES["_rows"](f"paper_table_{name}_2026-11-28")
         runs = {row["run (seeds)"]: row for heading, _, row in rows if heading == name}
         draw(runs, TERMS, DOCS / "results" / f"recall_{name}.png")
-    draw(sized("real_encoders_flickr8k_2026-11-30"), BYTES, DOCS / "results" / "recall_bytes.png")
+    draw(sized("real_encoders_flickr8k_2026-12-01"), BYTES, DOCS / "results" / "recall_bytes.png")
 
 
 def sized(record: str) -> dict[str, dict[str, str]]:
