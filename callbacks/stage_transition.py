@@ -1,8 +1,8 @@
 """From one stage to the next: load the exported model, freeze what the stage freezes, export at the end.
 
 Loading happens in `setup("fit")`: the modules exist, the strategy has not wrapped them (DDP and FSDP2 read `requires_grad`
-once), and Lightning has not restored a checkpoint, whose weights win. The stage's class names what is frozen; the next
-stage is a new module, in which everything trains again.
+once), and Lightning has not restored a checkpoint, whose weights win. The stage's class and `lr_scale` 0 name what is
+frozen; the next stage is a new module, in which everything trains again.
 """
 
 from pathlib import Path

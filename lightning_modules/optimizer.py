@@ -32,7 +32,7 @@ class Optimizer:
         warmup_steps: optimizer steps of linear warm-up from 0.
         final_lr_share: learning rate at the end of the cosine schedule, as a share of `lr`.
         lr_scale: factors on `lr` by part of the model, such as `{image_encoder: 0.1, text_encoder.bert.embeddings: 0.01}`.
-            The innermost part applies. 0 freezes the part.
+            The innermost part applies. 0 freezes the modules of a part; a matrix that another part shares is trained.
         layer_decay: factor on the learning rate from each layer of an encoder to the previous one (ELECTRA, Clark et al.
             2020), in (0, 1]. The heads keep `lr`.
 

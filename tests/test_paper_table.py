@@ -12,6 +12,7 @@ import yaml
 
 import main
 from datamodules.synthetic import write_scenes
+from lightning_modules.stage import Objective, TextObjective
 
 HOME = Path(__file__).parents[1] / "benchmarks" / "paper_table"
 PLANS = sorted((HOME / "plans").glob("*.yaml"))
@@ -63,8 +64,12 @@ def test_every_stage_of_a_plan_has_settings_that_exist(scripts, path, tmp_path, 
         with pytest.raises(SystemExit) as end:
             args = [word for file in files for word in ("--config", file)]
             main.main(["fit", *args, "--model.init_args.stair.vocabulary=v", "--print_config"])
-        assert end.value.code == 0, (stage, capsys.readouterr().err)
-        capsys.readouterr()
+        printed = capsys.readouterr()
+        assert end.value.code == 0, (stage, printed.err)
+        model = yaml.safe_load(printed.out)["model"]
+        if "objective" in model["init_args"]:  # checks the values, and which go together
+            objective = TextObjective if model["class_path"].endswith("Stage2") else Objective
+            objective(**model["init_args"]["objective"])
 
 
 SMALL = {

@@ -173,8 +173,12 @@ class Model(nn.Module):
             mask_BP = torch.rand(mask_BP.shape) >= self.settings.position_dropout
             mask_BP[:, 0] |= ~mask_BP.any(1)
         if self.settings.kind == "clip":
-            seen_BP1 = mask_BP[..., None].to(maps_BPD.dtype)
-            dense_BV: Tensor = self.image_projection((maps_BPD * seen_BP1).sum(1) / seen_BP1.sum(1)).float()
+            if mask_BP.all():
+                pooled_BD = maps_BPD.mean(1)
+            else:
+                seen_BP1 = mask_BP[..., None].to(maps_BPD.dtype)
+                pooled_BD = (maps_BPD * seen_BP1).sum(1) / seen_BP1.sum(1)
+            dense_BV: Tensor = self.image_projection(pooled_BD).float()
             return dense_BV
         image_BV: Tensor = self.image_head(maps_BPD, mask_BP, caption_ids, negative_slope=self.settings.slope)
         return image_BV * self.active_V

@@ -23,7 +23,7 @@ CLASSES = {
     "grounded": "where it is active, captions contain its word",
     "related": "where it is active, captions contain a word that co-occurs with it",
     "code": "where it is active, captions contain neither clearly more often than elsewhere",
-    "unproven": "active on too few images, or its word in too few captions, to tell these apart",
+    "unproven": "neither shown nor excluded, often for lack of images",
     "stop word": "a function word of English, or without a letter",
     "dead": "never active in this set",
 }
