@@ -43,10 +43,10 @@ def dictionary(
     The precision of a term is the share of its images whose captions contain its word, or one of the same lemma. A term
     is grounded if its precision is at least 50 %, or twice the same share among all images. The lower end of the 95 %
     Wilson interval of the precision must also exceed the share among all images. A term is related if this holds for words
-    that co-occur with it. A term is a code if the upper end excludes both, and unproven otherwise. Excluded are also words
-    that no caption has, and terms that every image has. With `boxes` in the JSON of samples, the share of argmax patches
-    in a box of the word is measured. The form is `[{"names": ["dog"], "box": [left, top, right, bottom]}]`, with numbers
-    in 0 to 1.
+    that co-occur with it. A term is a code if both intervals end below these limits, and unproven otherwise. A word that no
+    caption has, and a term that every image has, count as below. With `boxes` in the JSON of samples, the share of argmax
+    patches in a box of the word is measured. The form is `[{"names": ["dog"], "box": [left, top, right, bottom]}]`, with
+    numbers in 0 to 1.
 
     Args:
         model: the folder of an exported model, or its name on the hub.
