@@ -79,9 +79,10 @@ class StageTransition(Callback):
 
     def _init(self, module: ContrastiveModule) -> None:
         previous = stage_before(module, self.init_stage)
-        allowed = f"the export of stage {previous}, or --run RUN where both stages live" if previous else "null"
-        matches = (self.init_from is not None) == (previous > 0)
-        require(matches, "transition.init_from", self.init_from, f"{allowed}, from which {module.home()} starts")
+        allowed = f"null: {module.home()} starts from initial weights"
+        if previous:
+            allowed = f"the export of stage {previous}, or --run RUN with both stages, to start {module.home()}"
+        require((self.init_from is not None) == (previous > 0), "transition.init_from", self.init_from, allowed)
         if self.init_from is None:
             _check_scale(module, None)
             return

@@ -118,7 +118,7 @@ class ContrastiveModule(LightningModule):
             known = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | parallel.FullySharded)
             allowed = "ddp (configs/hardware/ddp.yaml) or FSDP2 (configs/hardware/fsdp2.yaml)"
             require(known, "trainer.strategy", type(trainer.strategy).__name__, allowed)
-            parts, one = trainer.accumulate_grad_batches, "1: the loss is of a whole batch. See model.micro_batch_size"
+            parts, one = trainer.accumulate_grad_batches, "1. To save memory, set model.init_args.micro_batch_size"
             require(parts == 1, "trainer.accumulate_grad_batches", parts, one)
         name = {"predict": None, "test": "test_names"}.get(stage, "val_names")
         self._sets: list[str] = list(getattr(trainer.datamodule, name)) if name else []
@@ -232,7 +232,7 @@ class ContrastiveModule(LightningModule):
         """The optimiser, and its schedule over the planned steps of the run."""
         optimizer = self.optimizer.build(self.towers)
         same = self._saved_groups in ([], [_sizes(optimizer.param_groups)])
-        allowed = "that of the checkpoint, which has other parameter groups; layer_decay and freeze_until form them too"
+        allowed = "that of the checkpoint, whose parameter groups differ. Compare layer_decay and freeze_until too"
         require(same, "optimizer.lr_scale", self.optimizer.lr_scale, allowed)
         steps = planned_steps(self.trainer)
         if self.trainer.fast_dev_run:  # a dry run is shorter than any warm-up

@@ -4,7 +4,7 @@
      + c · caption(image) + r(t) · (λ_image · FLOPs(image) + λ_text · FLOPs(text))`
 
 `text_full` has all terms, `text_masked` only those of the caption. In the paper (STAIR, section 2) w is 1 in stage 1 and 0
-in stages 2 and 3. The paper has no caption loss, c = 0. A term of weight 0 is not computed.
+in stages 2 and 3. The paper has no caption loss, c = 0. A loss of weight 0 is not computed.
 
 B images, C captions (C = B in training), V terms.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.optimizer import Optimizer
 from stair.batch import Batch
-from stair.errors import require
+from stair.errors import TrainingError, require
 from stair.losses import caption_loss, info_nce, info_nces, ramp
 from stair.model import Stair, StairConfig, StairDesign
 from stair.regularisers import Flops, TargetTerms, within_budget
@@ -45,7 +45,7 @@ class TextObjective:
             needs a full text head; with a hard mask, training was much slower.
         masked_loss_weight: w, the weight of the masked contrastive loss. None (the paper): 1 in stage 1, 0 in stages 2
             and 3. Stage 1 allows (0, 1]; below 1 the mask is soft, and images keep terms outside their captions. Stages 2
-            and 3 allow [0, 1); above 0, the grounding of stage 1 continues (docs/method/paper.md).
+            and 3 allow [0, 1); above 0, the grounding of stage 1 continues (docs/results/experiments.md).
 
     Raises:
         SettingError: if a value is out of range.
@@ -197,5 +197,5 @@ class StairStage(ContrastiveModule):
         one = torch.ones(1, device=self.device)
         deviation = info_nce(image_BV.detach(), text_BV.detach(), one, cosine).logit_std
         if not deviation.isfinite():  # a scale made of it would never be a number again
-            raise RuntimeError("the first batch's logits are not finite: give trainer.precision bf16-mixed or 32-true")
+            raise TrainingError("the first batch's logits are not finite: give trainer.precision bf16-mixed or 32-true")
         self.set_scale(1.0 / max(float(deviation), 1e-6))

@@ -12,6 +12,8 @@ from tests.support.models import IMAGE_TOWERS, tiny_config, write_vocabulary
 
 torch.set_num_threads(1)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# of Lightning's calls; `pytest.warns` repeats warnings without the module by which pyproject.toml ignores them
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 
 def pytest_collection_modifyitems(items):

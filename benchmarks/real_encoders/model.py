@@ -141,7 +141,7 @@ class Model(nn.Module):
 
     def __init__(self, settings: Settings, data: Data, text: str) -> None:
         super().__init__()
-        self.settings, self.last_loss = settings, 0.0
+        self.settings = settings
         self.text_encoder, masked_lm = TextEncoder.build(
             TextTower(text, True, _MAX_TOKENS, {"attention_probs_dropout_prob": 0.0}), data.published
         )

@@ -110,7 +110,7 @@ class Runs:
         if embedder.model is not None:
             folder.mkdir(parents=True, exist_ok=True)
             save_model(embedder.model, str(weights))
-            _write(facts, {"settings": wanted, "minutes": minutes, "loss": embedder.model.last_loss})
+            _write(facts, {"settings": wanted, "minutes": minutes})
         return embedder, minutes
 
     def _loaded(self, name: str, seed: int) -> Embedder:

@@ -26,7 +26,7 @@ def train(settings: Settings, data: Data, seed: int, text: str, teachers: Sequen
     model = Model(settings, data, text)
     shares = settings.stages if settings.kind == "stair" else (0.0, 0.0, 1.0)
     batches = _batches(settings, data, seed)
-    done, tail = 0, []
+    done = 0
     for number, share in enumerate(shares, 1):
         steps = round(share * settings.steps)
         if not steps:
@@ -60,9 +60,6 @@ def train(settings: Settings, data: Data, seed: int, text: str, teachers: Sequen
             with torch.no_grad():
                 model.log_scale.clamp_(max=math.log(100))
             done += 1
-            if done > 0.9 * settings.steps:
-                tail.append(float(loss.detach()))
-    model.last_loss = sum(tail) / max(1, len(tail))
     return model.eval()
 
 

@@ -285,7 +285,7 @@ def sizes(shards: Sequence[str], remote: Remote, processes: int) -> dict[str, tu
 
 
 def _no_index(shard: str, error: OSError, remote: Remote) -> Exception:
-    """What to raise where the index of a remote shard cannot be read."""
+    """What to raise where the index of a shard cannot be read."""
     if isinstance(error, PermissionError):
         return unreadable(index_path(shard))
     (beginning,) = read_ranges([(shard, 0, 1)], replace(remote, cache=None))
